@@ -1,0 +1,58 @@
+# `make run` and `make test` do all the set-up they need; both are quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# An interpreter named on the command line replaces an environment made from another one.
+ifneq ($(origin PYTHON),file)
+ifneq ($(PYTHON),$(shell cat $(VENV)/.python 2>/dev/null))
+.PHONY: $(READY)
+CLEAR := --clear
+endif
+endif
+
+.PHONY: run test test-all lint format table size clean
+
+run: $(READY)
+	$(BIN)/esper-train heuristic
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+table: $(READY)
+	$(BIN)/python -m benchmarks.growth
+
+size:
+	@for package in esper_kernels esper_train; do \
+		printf '%-14s %5d lines\n' $$package $$(find $$package -name '*.py' -exec cat {} + | wc -l); done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# An interpreter that already has torch lends it; otherwise the pinned torch is installed.
+$(READY): pyproject.toml setup.py constraints.txt
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		echo "using the torch of $(PYTHON)"; \
+		$(PYTHON) -m venv $(CLEAR) --system-site-packages $(VENV); \
+		grep -v -e '^torch=' -e '^triton=' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+		$(PYTHON) -m venv $(CLEAR) $(VENV) && cp constraints.txt $(VENV)/constraints.txt && \
+		$(BIN)/python -m pip install -c constraints.txt torch; \
+	fi
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,dev]'
+	@echo '$(PYTHON)' > $(VENV)/.python
+	@touch $@

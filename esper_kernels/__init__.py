@@ -1,0 +1,35 @@
+"""Fused cross entropy with on-device metrics, and gradient statistics.
+
+`cross_entropy` (a differentiable loss) and `cross_entropy_step` (the logits' gradient, for a loop without a
+loss tensor) check their arguments, ask `select_backend` which backend serves them, and call its module; a
+`Meter` accumulates loss and counts on the device. `grad_stats` and `clip_grad_norm_` serve gradients alike.
+Nothing here waits for the device except `compute_all` (and `.compute()`, its one-source form) and
+`clip_grad_norm_(error_if_nonfinite=True)`. Under `torch.compile` the cross-entropy functions are traced,
+backend choice included; call `grad_stats` and the `compute` functions outside the compiled region.
+"""
+
+from esper_kernels.backends import select_backend
+from esper_kernels.config import KernelConfig
+from esper_kernels.cross_entropy import cross_entropy, cross_entropy_step, record_loss
+from esper_kernels.grad_stats import GradHealth, GradStats, clip_grad_norm_, grad_stats
+from esper_kernels.info import info
+from esper_kernels.meter import Meter, MeterResult
+from esper_kernels.readback import compute_all
+from esper_kernels.version import __version__
+
+__all__ = [
+    "GradHealth",
+    "GradStats",
+    "KernelConfig",
+    "Meter",
+    "MeterResult",
+    "__version__",
+    "clip_grad_norm_",
+    "compute_all",
+    "cross_entropy",
+    "cross_entropy_step",
+    "grad_stats",
+    "info",
+    "record_loss",
+    "select_backend",
+]

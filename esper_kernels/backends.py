@@ -1,0 +1,65 @@
+"""The one place that chooses a backend: a pure function of op, device type, dtype and config.
+
+Every op calls `select_backend`, and `esper_kernels.info` shows it. `torch.compile` traces the uncached
+function (it ignores caches, with a warning), and the choice becomes a constant of the graph.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from esper_kernels.config import KernelConfig
+from esper_kernels.version import __version__
+
+OPS = ("cross_entropy", "grad_stats")
+DEVICES_WITHOUT_FLOAT64 = ("mps",)
+
+_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+_ORDER_ELSEWHERE = ("triton", "eager")
+_DEFAULT = KernelConfig()
+
+
+class BackendChoice(NamedTuple):
+    """The backend that serves, and each (backend, reason) that was asked before it and refused."""
+
+    name: str
+    refused: tuple[tuple[str, str], ...]
+
+
+def refusal(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot serve on `device_type`; None where it can."""
+    if backend != "eager":
+        return f"not part of esper-kernels {__version__}"
+    if device_type in DEVICES_WITHOUT_FLOAT64:
+        return f"sums are float64, which device type {device_type!r} lacks"
+    return None
+
+
+def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:
+    if op not in OPS:
+        raise ValueError(f"op must be one of {OPS}, got {op!r}")
+    order = _ORDER.get(device_type, _ORDER_ELSEWHERE) if config.backend == "auto" else (config.backend,)
+    refused: tuple[tuple[str, str], ...] = ()
+    for backend in order:
+        reason = refusal(backend, device_type)
+        if reason is None:
+            return BackendChoice(backend, refused)
+        refused += ((backend, reason),)
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in refused)
+    raise ValueError(
+        f"no backend serves {op} on {device_type} with backend={config.backend!r}: {reasons}; "
+        "python -m esper_kernels.info lists what serves where"
+    )
+
+
+_select_cached = lru_cache(maxsize=None)(_select)
+
+
+def select_backend(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig | None = None) -> BackendChoice:
+    """Choose the backend for `op` ("cross_entropy" or "grad_stats") on tensors of this device type and dtype.
+
+    Raises ValueError with every reason where none can serve, or where the one named in `config` cannot.
+    """
+    select = _select if torch.compiler.is_compiling() else _select_cached
+    return select(op, device_type, dtype, _DEFAULT if config is None else config)

@@ -1,0 +1,202 @@
+"""The definition of cross entropy and its metrics, in eager torch on any device.
+
+A backend is a module with these functions: `forward`, `backward`, `step`, `record`. They trust their
+arguments, which `esper_kernels.cross_entropy` has checked, and never wait for the device. A target outside
+[0, V) is not valid, has zero gradient and is counted; on CPU tensors the caller has refused it already.
+
+With x the logits after softcap c*tanh(x/c), e the label smoothing, z the z-loss factor, a row's loss is
+    w_t (1-e) (lse - x_t)  +  (e/V) sum_c w_c (lse - x_c)  +  z lse^2.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esper_kernels.meter import Meter
+from esper_kernels.sums import ordered_sum
+
+
+class Options(NamedTuple):
+    """The options of `esper_kernels.cross_entropy`, documented there."""
+
+    weight: Tensor | None  # [V]
+    ignore_index: int
+    label_smoothing: float | Tensor
+    z_loss: float | Tensor
+    softcap: float | None
+    reduction: str
+    normalizer: float | Tensor | None
+
+
+class Forward(NamedTuple):
+    """The loss, and what `backward` needs besides logits and targets."""
+
+    loss: Tensor  # [], or [...] with reduction "none"
+    row_max: Tensor  # [...], of the logits after softcap; not finite exactly where the row is non-finite
+    row_log_sum: Tensor  # [...]; lse = row_max + row_log_sum, kept apart so that a large offset costs nothing
+    denominator: Tensor  # float64 [], what the sum over rows is divided by
+
+
+class Rows(NamedTuple):
+    """The class of each row [...]: exactly one of valid, ignored, bad."""
+
+    target: Tensor  # int64, 0 where not valid
+    valid: Tensor
+    ignored: Tensor
+    bad: Tensor
+
+
+def classify(targets: Tensor, num_classes: int, ignore_index: int) -> Rows:
+    targets = targets.long()  # first: a uint8 compared with -100 would be compared with 156
+    ignored = targets == ignore_index
+    bad = ~ignored & ((targets < 0) | (targets >= num_classes))
+    valid = ~(ignored | bad)
+    return Rows(torch.where(valid, targets, 0), valid, ignored, bad)
+
+
+def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None) -> Forward:
+    """logits [..., V], targets [...]; adds the batch to `meter`."""
+    rows = classify(targets, logits.shape[-1], options.ignore_index)
+    x = _capped(logits, options.softcap)
+    e, z = _factor(options.label_smoothing, x), _factor(options.z_loss, x)
+    row_max = x.amax(-1)
+    x = x - row_max[..., None]  # [..., V], none above 0
+    row_log_sum = ordered_sum(x.exp()).log()
+
+    row_weight = _row_weight(x, rows, options.weight)
+    row_loss = row_weight * (1 - e) * (row_log_sum - _pick(x, rows.target))
+    if _is_on(e):
+        smooth = _weight_sum(x, options.weight) * row_log_sum - ordered_sum(_weighted(x, options.weight))
+        # Not a product with e = 0: beside a -inf logit `smooth` is inf.
+        row_loss = row_loss + torch.where(rows.valid & (e > 0), e / x.shape[-1] * smooth, 0.0)
+    if _is_on(z):
+        row_loss = row_loss + z * (row_max + row_log_sum).square()
+
+    row_loss = torch.where(rows.valid, row_loss, 0.0)
+    loss_sum = _sum_rows(row_loss)
+    weight_sum = _sum_rows(torch.where(rows.valid, row_weight, 0.0))
+    if meter is not None:
+        _add_to_meter(meter, logits, rows, row_max, loss_sum, weight_sum)
+
+    denominator = torch.ones_like(loss_sum)
+    if options.reduction == "mean":
+        # The sum with zeros brings a number, or a tensor of any dtype on the CPU, to the logits' device.
+        given = options.normalizer
+        denominator = weight_sum if given is None else torch.zeros_like(loss_sum) + given
+    # A meter will report bad targets; without one, the loss itself has to.
+    unknown = rows.bad if meter is None else torch.zeros_like(rows.bad)
+    if options.reduction == "none":
+        loss = torch.where(unknown, torch.nan, row_loss)
+    else:
+        loss = torch.where(unknown.any() | (denominator == 0), torch.nan, loss_sum / denominator).to(x.dtype)
+    return Forward(loss, row_max, row_log_sum, denominator)
+
+
+def backward(
+    grad_output: Tensor,  # shaped as the loss
+    logits: Tensor,
+    targets: Tensor,
+    row_max: Tensor,
+    row_log_sum: Tensor,
+    denominator: Tensor,
+    options: Options,
+) -> Tensor:
+    """d(loss)/d(logits) [..., V] times grad_output, in the logits' dtype, rounded once."""
+    rows = classify(targets, logits.shape[-1], options.ignore_index)
+    x = _capped(logits, options.softcap)
+    e, z = _factor(options.label_smoothing, x), _factor(options.z_loss, x)
+
+    scale = grad_output.to(x.dtype) / denominator.to(x.dtype)  # [] or [...]
+    at_target = _row_weight(x, rows, options.weight) * (1 - e) * scale  # [...]
+    everywhere = e / x.shape[-1] * scale  # times the class weights
+    of_softmax = at_target
+    if _is_on(e):
+        of_softmax = of_softmax + everywhere * _weight_sum(x, options.weight)
+    if _is_on(z):
+        of_softmax = of_softmax + 2 * z * (row_max + row_log_sum) * scale
+
+    # In place from the softmax on: at large V new memory costs more than the arithmetic.
+    grad = (x - row_max[..., None]).sub_(row_log_sum[..., None]).exp_().mul_(of_softmax[..., None])
+    grad.scatter_add_(-1, rows.target[..., None], -at_target[..., None])
+    if _is_on(e):
+        grad.sub_(_weighted(everywhere[..., None], options.weight))
+    if options.softcap is not None:
+        grad.mul_(1 - (x / options.softcap).square())
+    counts = rows.valid & (denominator != 0)
+    return grad.masked_fill_(~counts[..., None], 0.0).to(logits.dtype)
+
+
+def step(
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    meter: Meter | None,
+    grad_scale: float | Tensor | None,
+    out: Tensor | None,  # may be the logits
+) -> Tensor:
+    """The gradient of the loss times grad_scale, into `out` where given; adds the batch to `meter`."""
+    result = forward(logits, targets, options, meter)
+    scale = torch.ones_like(result.denominator)
+    if grad_scale is not None:
+        scale = scale * grad_scale
+    grad = backward(scale, logits, targets, *result[1:], options)
+    return grad if out is None else out.copy_(grad)
+
+
+def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, ignore_index: int) -> None:
+    """Add a batch whose mean loss over valid rows is `loss` []."""
+    rows = classify(targets, logits.shape[-1], ignore_index)
+    valid = rows.valid.sum().double()
+    loss_sum = torch.where(valid > 0, loss.double() * valid, 0.0)
+    _add_to_meter(meter, logits, rows, logits.amax(-1), loss_sum, valid)
+
+
+def _add_to_meter(
+    meter: Meter, logits: Tensor, rows: Rows, row_max: Tensor, loss_sum: Tensor, weight_sum: Tensor
+) -> None:
+    target_logit = _pick(logits, rows.target)[..., None]
+    lower_index = torch.arange(logits.shape[-1], device=logits.device) < rows.target[..., None]
+    ahead = torch.where(lower_index, logits >= target_logit, logits > target_logit)  # [..., V]
+    rank = ahead.sum(-1, dtype=torch.int32)  # int64 would first widen all of `ahead`
+    finite = row_max.isfinite()
+    has_valid = rows.valid.any()
+    counts = [rows.valid.sum(), rows.ignored.sum(), (rows.valid & ~finite).sum(), rows.bad.sum()]
+    counts += [torch.ones_like(has_valid, dtype=torch.int64), has_valid]
+    counts += [(rows.valid & finite & (rank < k)).sum() for k in meter.topk]
+    batch_mean = torch.where(has_valid, loss_sum / weight_sum, 0.0)
+    meter.sums.add_(torch.stack([loss_sum, weight_sum, batch_mean]))
+    meter.counts.add_(torch.stack([count.long() for count in counts]))
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def _factor(value: float | Tensor, x: Tensor) -> float | Tensor:
+    return value.to(x.dtype) if isinstance(value, Tensor) else value
+
+
+def _is_on(factor: float | Tensor) -> bool:
+    return isinstance(factor, Tensor) or factor != 0  # a tensor is never read on the host
+
+
+def _pick(x: Tensor, target: Tensor) -> Tensor:
+    return x.gather(-1, target[..., None])[..., 0]
+
+
+def _row_weight(x: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
+    return torch.ones_like(x[..., 0]) if weight is None else weight.to(x.dtype)[rows.target]
+
+
+def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x * weight.to(x.dtype)
+
+
+def _weight_sum(x: Tensor, weight: Tensor | None) -> float | Tensor:
+    return float(x.shape[-1]) if weight is None else ordered_sum(weight.to(x.dtype))
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    return ordered_sum(x.double().reshape(-1))

@@ -1,0 +1,59 @@
+"""`info()`: versions and the backend of every op; `python -m esper_kernels.info` prints it."""
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from esper_kernels.backends import OPS, select_backend
+from esper_kernels.version import __version__
+
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which backend serves an op for a device type and dtype; None where none can. `why` holds the refusals."""
+
+    op: str
+    device_type: str
+    dtype: str
+    backend: str | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Versions and choices; `str()` is a readable table, dtypes with the same answer on one line."""
+
+    versions: dict[str, str]
+    cuda_available: bool
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
+        lines.append(f"CUDA device: {'yes' if self.cuda_available else 'no'}")
+        dtypes: dict[tuple[str, str, str, str], list[str]] = {}
+        for row in self.choices:
+            dtypes.setdefault((row.op, row.device_type, row.backend or "none", row.why), []).append(row.dtype)
+        for (op, device_type, backend, why), names in dtypes.items():
+            lines.append(f"{op:14} {device_type:5} {backend:7} {', '.join(names)}" + (f"  ({why})" if why else ""))
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Versions, and a choice for each op, device type and dtype."""
+    versions = {"esper_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    choices = tuple(_choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in _DTYPES)
+    return Info(versions=versions, cuda_available=torch.cuda.is_available(), choices=choices)
+
+
+def _choice(op: str, device_type: str, dtype: torch.dtype) -> Choice:
+    name = str(dtype).removeprefix("torch.")
+    try:
+        choice = select_backend(op, device_type, dtype)
+    except ValueError as error:
+        return Choice(op=op, device_type=device_type, dtype=name, backend=None, why=str(error))
+    why = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused)
+    return Choice(op=op, device_type=device_type, dtype=name, backend=choice.name, why=why)

@@ -1,0 +1,123 @@
+"""`Meter`: loss and counts of many batches, kept on the device until `compute` reads them.
+
+The cross-entropy backends add to `sums` and `counts` batch by batch, compiled or not; besides, only `reset`,
+`load_state_dict` and `all_reduce` write them. One stream a meter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from esper_kernels.backends import DEVICES_WITHOUT_FLOAT64
+from esper_kernels.readback import compute_all, words_to_floats
+
+# The layout every backend writes. Correct@k follows the last count, for each k of `Meter.topk` in order.
+SUMS = ("loss_sum", "weight_sum", "batch_mean_sum")
+COUNTS = ("valid", "ignored", "nonfinite", "bad_targets", "batches", "batches_with_valid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeterResult:
+    """What a `Meter` saw. A mean over nothing is NaN. Rows are targets; losses are in nats.
+
+    loss: loss_sum / (class weights of the valid rows summed; without class weights the valid rows).
+    loss_sum: row losses of valid rows as `cross_entropy` defines them, whatever the reduction or normalizer.
+    mean_batch_loss: the mean of loss over batches that had a valid row.
+    accuracy: fraction (0..1) of valid rows whose target is the first largest logit.
+    correct: for each k, the valid rows whose target is among the k largest logits.
+    valid, ignored, nonfinite, bad_targets: rows of each class; nonfinite rows are valid too.
+    batches: calls, empty ones included.
+    """
+
+    loss: float
+    loss_sum: float
+    mean_batch_loss: float
+    accuracy: float
+    correct: dict[int, int]
+    valid: int
+    ignored: int
+    nonfinite: int
+    bad_targets: int
+    batches: int
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else float("nan")
+
+
+class Meter:
+    """Device accumulators for an epoch.
+
+    device: where the logits are. A device without float64 raises ValueError.
+    topk: the k of correct@k, positive integers, 1 always among them; a k may exceed the number of classes.
+
+    Attributes: device, topk (sorted), sums (float64, see SUMS), counts (int64, see COUNTS).
+    """
+
+    def __init__(self, device: torch.device | str, *, topk: Sequence[int] = (1,)) -> None:
+        device = torch.device(device)
+        if device.type in DEVICES_WITHOUT_FLOAT64:
+            raise ValueError(f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the CPU there")
+        if not all(isinstance(k, int) and k > 0 for k in topk):
+            raise ValueError(f"topk must hold positive integers, got {tuple(topk)}")
+        self.topk: tuple[int, ...] = tuple(sorted({1, *topk}))
+        with torch.inference_mode(False):  # a meter made inside inference mode must work outside of it
+            self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+            self.counts = torch.zeros(len(COUNTS) + len(self.topk), dtype=torch.int64, device=device)
+        self.device = self.sums.device  # "cuda" has become "cuda:0"
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        self.sums.zero_()
+        self.counts.zero_()
+
+    def compute(self, strict: bool = True) -> MeterResult:
+        """Read everything: the only host sync. strict: IndexError where targets were outside [0, V)."""
+        result: MeterResult = compute_all(self, strict=strict)[0]
+        return result
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up the meters of all ranks, in place on each: once, before `compute`."""
+        dist.all_reduce(self.sums, group=group)
+        dist.all_reduce(self.counts, group=group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the accumulators and the list of k; `torch.load(weights_only=True)` reads it back."""
+        return {"topk": list(self.topk), "sums": self.sums.clone(), "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, from any device. Another topk raises ValueError."""
+        if tuple(state["topk"]) != self.topk:
+            raise ValueError(f"expected the state of a Meter with topk {self.topk}, got topk {tuple(state['topk'])}")
+        self.sums.copy_(state["sums"])
+        self.counts.copy_(state["counts"])
+
+    def pack(self) -> Tensor:
+        return torch.cat([self.sums.view(torch.int64), self.counts])
+
+    def unpack(self, words: list[int], strict: bool) -> MeterResult:
+        loss_sum, weight_sum, batch_mean_sum = words_to_floats(words[: len(SUMS)])
+        counts = words[len(SUMS) :]
+        valid, ignored, nonfinite, bad_targets, batches, batches_with_valid = counts[: len(COUNTS)]
+        if strict and bad_targets:
+            raise IndexError(
+                f"{bad_targets} targets were neither in [0, number of classes) nor ignore_index; "
+                "correct the data, or read the other rows with compute(strict=False)"
+            )
+        correct = dict(zip(self.topk, counts[len(COUNTS) :], strict=True))
+        return MeterResult(
+            loss=_ratio(loss_sum, weight_sum),
+            loss_sum=loss_sum,
+            mean_batch_loss=_ratio(batch_mean_sum, batches_with_valid),
+            accuracy=_ratio(correct[1], valid),
+            correct=correct,
+            valid=valid,
+            ignored=ignored,
+            nonfinite=nonfinite,
+            bad_targets=bad_targets,
+            batches=batches,
+        )

@@ -1,0 +1,275 @@
+"""Explicit configuration: frozen dataclasses owned by the run, read from TOML, never from the environment.
+
+`cli` builds one `RunConfig` and hands it to `episode`; the loop sees only its `TrainConfig`. Every field
+has code that obeys it; unknown keys are refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from esper_kernels import KernelConfig
+from esper_train.names import unknown_name
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """How a run uses `torch.compile` on the model. Arguments other than the first and last are torch's own."""
+
+    enabled: bool = False
+    mode: str = "default"
+    fullgraph: bool = False
+    dynamic: bool | None = None
+    backend: str = "inductor"
+    on_failure: Literal["raise", "eager"] = "raise"
+    """When the first compiled call fails: raise, or go on uncompiled with the reason in the result."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.on_failure in ("raise", "eager"),
+            f"compile.on_failure must be 'raise' or 'eager', got {self.on_failure!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradConfig:
+    """Gradient statistics and clipping."""
+
+    every: int = 1
+    """Measure the gradients of every n-th batch of an epoch, the first included; 0 never measures."""
+    clip_norm: float | None = None
+    """Clip the total gradient norm to this value before each step; None never clips."""
+    vanishing: float = 1e-7
+    """A gradient tensor with a smaller L2 norm counts as vanishing."""
+    exploding: float = 100.0
+    """A gradient tensor with a larger or non-finite L2 norm counts as exploding."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"grad.every must be 0 (never) or a number of batches, got {self.every}")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"grad.clip_norm must be positive or left out, got {self.clip_norm}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What the epoch loop obeys, the same for every way of training."""
+
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    grad: GradConfig = field(default_factory=GradConfig)
+    topk: tuple[int, ...] = (1,)
+    """Ranks k for which correct@k is counted; 1 is always among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD with momentum for the host and, with its own learning rate and state, for each seed."""
+
+    host_lr: float = 0.01
+    seed_lr: float = 0.03
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _require(self.host_lr > 0 and self.seed_lr > 0, "optim.host_lr and optim.seed_lr must be positive")
+        _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostConfig:
+    """Size of the host network that a task builds."""
+
+    width: int | None = None
+    """CNN: channels of the first block, each further one doubles them. Sequence models: size of an embedding.
+    None takes the task's default."""
+    depth: int | None = None
+    """Number of blocks; None takes the task's default."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"host.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthConfig:
+    """Thresholds of the quality gates and lengths of the stages. Accuracy in percentage points, time in epochs."""
+
+    blending_improvement: float = 0.5
+    """G2: validation accuracy gained since the seed began to train."""
+    blending_min_epochs: int = 3
+    """G2: epochs in TRAINING, at least; see also `training_dwell_fraction`."""
+    blending_gradient_ratio: float = 0.05
+    """G2: size-corrected gradient norm of the seed over that of the host."""
+    probation_min_epochs: int = 3
+    """G3: epochs in BLENDING."""
+    probation_alpha: float = 0.95
+    """G3: share of the seed in the slot's output."""
+    fossilize_contribution: float = 1.0
+    """G5: validation accuracy with the seed minus accuracy without it."""
+    training_dwell_fraction: float = 0.1
+    """Share of the run a seed stays in TRAINING at least."""
+    training_timeout: int = 15
+    """A seed that has not reached BLENDING after this many epochs is culled."""
+    blending_epochs: int = 5
+    """Epochs over which alpha rises from 0 to 1."""
+    probation_timeout_fraction: float = 0.1
+    """Share of the run (5 epochs at least) after which a seed on probation is culled."""
+    embargo_epochs: int = 5
+    """Epochs for which the slot of a culled seed stays closed."""
+    isolate_training: bool = True
+    """In TRAINING the seed learns without sending gradients into the host."""
+    on_fossilize: Literal["keep", "freeze"] = "keep"
+    """A fossilized seed keeps training with its own optimizer, or is frozen."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.on_fossilize in ("keep", "freeze"),
+            f"growth.on_fossilize must be 'keep' or 'freeze', got {self.on_fossilize!r}",
+        )
+        _require(self.blending_epochs >= 1, f"growth.blending_epochs must be >= 1, got {self.blending_epochs}")
+
+    def training_dwell(self, max_epochs: int) -> int:
+        """Epochs a seed spends in TRAINING at least, in a run of `max_epochs`."""
+        return max(1, int(max_epochs * self.training_dwell_fraction))
+
+    def probation_timeout(self, max_epochs: int) -> int:
+        """Epochs after which a seed on probation is culled, in a run of `max_epochs`."""
+        return max(5, int(max_epochs * self.probation_timeout_fraction))
+
+    def seed_life(self, max_epochs: int) -> int:
+        """Fewest epochs from germination to a measured contribution at full alpha."""
+        training = max(self.training_dwell(max_epochs), self.blending_min_epochs)
+        return training + max(self.blending_epochs, self.probation_min_epochs) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeuristicConfig:
+    """Rules of the heuristic controller and of the signal tracker that feeds it."""
+
+    plateau_threshold: float = 0.5
+    """Percentage points by which validation accuracy must beat its last best to end a plateau."""
+    plateau_epochs: int = 3
+    """Length of a plateau after which a seed is germinated."""
+    min_epochs: int = 5
+    """No germination before this epoch."""
+    life_margin: int = 7
+    """No germination when fewer epochs than a whole seed life plus this many are left."""
+    cull_after_epochs: int = 5
+    """A live seed younger than this in its stage is not culled for lost accuracy."""
+    cull_accuracy_drop: float = 2.0
+    """Percentage points lost since the stage began that get a seed with alpha above 0 culled."""
+    blueprints: tuple[str, ...] = ()
+    """Rotation of blueprints, first choice first; empty takes the registry's order for the host's topology."""
+    blend: str = "sigmoid"
+    cull_penalty: float = 2.0
+    """Added to a blueprint's penalty when a seed made from it is culled."""
+    penalty_decay: float = 0.9
+    """Factor a penalty keeps each epoch; slow enough that a penalty outlives the slot's embargo."""
+    penalty_limit: float = 1.0
+    """A blueprint with at least this penalty is passed over while another is below it."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.penalty_decay < 1, f"policy.penalty_decay must be in [0, 1), got {self.penalty_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """What a run reports. Telemetry never changes what is trained."""
+
+    level: Literal["off", "normal"] = "normal"
+
+    def __post_init__(self) -> None:
+        _require(self.level in ("off", "normal"), f"telemetry.level must be 'off' or 'normal', got {self.level!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run of `esper-train`, whole."""
+
+    task: str = "digits"
+    device: str = "cpu"
+    slots: tuple[str, ...] = ("early", "mid", "late")
+    """Slots open for seeds, of those that the host's depth allows."""
+    episodes: int = 1
+    """Runs in a row, with the seeds seed, seed + 1000, ..."""
+    max_epochs: int = 75
+    max_batches: int | None = None
+    """Batches of an epoch at most; None takes all."""
+    batch_size: int = 64
+    seed: int = 42
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    host: HostConfig = field(default_factory=HostConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    policy: HeuristicConfig = field(default_factory=HeuristicConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "max_epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.max_batches is None or self.max_batches >= 1,
+            f"max_batches must be at least 1, or left out for all batches, got {self.max_batches}",
+        )
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+    """Build a config dataclass from plain values, as TOML and JSON give them.
+
+    Raises `ValueError` for an unknown key (naming the nearest known one) and `TypeError` for a value of the
+    wrong type; `where` is the dotted path to `values`, for the message.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        if key not in names:
+            raise unknown_name("config key", where + key, [where + name for name in names])
+        arguments[key] = _convert(hints[key], value, where + key)
+    return cls(**arguments)
+
+
+def load_toml(path: str | Path) -> RunConfig:
+    """Read a `RunConfig` from a TOML file; keys left out keep their defaults."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    return from_dict(RunConfig, values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"config key {path!r} is a table of settings, got {value!r}")
+        return from_dict(hint, value, where=path + ".")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"config key {path!r} takes a list, got {value!r}")
+        return tuple(_convert(typing.get_args(hint)[0], item, path) for item in value)
+    if typing.get_origin(hint) is Literal:
+        return value  # the dataclass itself names the choices
+    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in accepted and type(value) is int:
+        return float(value)
+    if type(value) not in accepted:
+        expected = " or ".join(t.__name__ for t in accepted)
+        raise TypeError(f"config key {path!r} takes {expected}, got {value!r}")
+    return value

@@ -1,0 +1,110 @@
+"""The heuristic controller: a few readable rules, one open seed at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from esper_train.config import GrowthConfig, HeuristicConfig
+from esper_train.control.policy import Decision, Op
+from esper_train.control.signals import Signals
+from esper_train.morph.blending import get_blend
+from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
+
+
+class HeuristicTamiyo:
+    """Germinates on a plateau, culls what harms, fossilizes what pays.
+
+    Args:
+        config: the rules' numbers.
+        growth: the gates' numbers; the controller fossilizes at the gate's own threshold.
+        blueprints: names that exist for the host's topology, in order of preference. `ValueError` if there is
+            none, or if `config.blueprints` names another.
+    """
+
+    def __init__(self, config: HeuristicConfig, growth: GrowthConfig, blueprints: Sequence[str]) -> None:
+        unknown = [name for name in config.blueprints if name not in blueprints]
+        if unknown:
+            raise ValueError(
+                f"policy.blueprints names {', '.join(map(repr, unknown))}; "
+                f"this host's topology has {', '.join(blueprints) or 'none'}"
+            )
+        if not blueprints:
+            raise ValueError("there is no blueprint for this host's topology, so nothing could grow")
+        get_blend(config.blend)
+        self._config = config
+        self._growth = growth
+        self._rotation = tuple(config.blueprints or blueprints)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget penalties and the place in the rotation."""
+        self._penalties: dict[str, float] = {}
+        self._next = 0
+        self._seated: dict[str, str] = {}  # slot to the blueprint seen there last, to notice culls of any cause
+
+    def decide(self, signals: Signals) -> Decision:
+        """One decision from one epoch's signals; the slots are seen after their own moves of this epoch."""
+        self._penalties = {name: p * self._config.penalty_decay for name, p in self._penalties.items()}
+        for state in signals.slots:
+            self._notice_cull(state)
+        live = next((state for state in signals.slots if state.stage in LIVE), None)
+        return self._judge(live) if live is not None else self._consider_germination(signals)
+
+    def _notice_cull(self, state: SlotState) -> None:
+        if state.blueprint is not None:
+            self._seated[state.slot] = state.blueprint
+        elif (lost := self._seated.pop(state.slot, None)) is not None:
+            self._penalties[lost] = self._penalty(lost) + self._config.cull_penalty
+
+    def _judge(self, state: SlotState) -> Decision:
+        """What to do with the open seed."""
+        slot, age = state.slot, state.epochs_in_stage
+        if state.stage is SeedStage.PROBATIONARY:
+            contribution, least = state.contribution, self._growth.fossilize_contribution
+            if contribution is None:
+                return Decision(op=Op.WAIT, slot=slot, reason="contribution not measured yet")
+            if contribution >= least:
+                confidence = min(1.0, contribution / 5.0)
+                reason = f"contributes {contribution:.2f} points"
+                return Decision(op=Op.FOSSILIZE, slot=slot, reason=reason, confidence=confidence)
+            return Decision(op=Op.WAIT, slot=slot, reason=f"contribution {contribution:.2f} is below {least:.2f}")
+        # before alpha rises the seed has no part in the output, so a fall in accuracy is not its doing
+        drop = -(state.improvement or 0.0) if state.alpha > 0 else 0.0
+        if age >= self._config.cull_after_epochs and drop > self._config.cull_accuracy_drop:
+            reason = f"accuracy fell by {drop:.2f} points in {state.stage.name}"
+            return Decision(op=Op.CULL, slot=slot, reason=reason)
+        return Decision(op=Op.WAIT, slot=slot, reason=f"seed is in {state.stage.name} for {age} epochs")
+
+    def _consider_germination(self, signals: Signals) -> Decision:
+        config = self._config
+        needed = self._growth.seed_life(signals.max_epochs) + config.life_margin
+        left = signals.max_epochs - signals.epoch
+        slot = next((s.slot for s in signals.slots if s.stage is SeedStage.DORMANT), None)
+        if slot is None:
+            return Decision(op=Op.WAIT, reason="no slot is open")
+        if signals.epoch < config.min_epochs:
+            return Decision(op=Op.WAIT, reason=f"before epoch {config.min_epochs}")
+        if left < needed:
+            return Decision(op=Op.WAIT, reason=f"{left} epochs left, a seed's life needs {needed}")
+        if not signals.host_stable or signals.plateau_epochs < config.plateau_epochs:
+            return Decision(op=Op.WAIT, reason="the host is still learning")
+        return Decision(
+            op=Op.GERMINATE,
+            slot=slot,
+            blueprint=self._choose_blueprint(),
+            blend=config.blend,
+            reason=f"accuracy has not risen for {signals.plateau_epochs} epochs",
+            confidence=min(1.0, signals.plateau_epochs / 5.0),
+        )
+
+    def _choose_blueprint(self) -> str:
+        """The next in rotation below the penalty limit; if all are above, the least penalised."""
+        count = len(self._rotation)
+        order = [self._rotation[(self._next + i) % count] for i in range(count)]
+        below = [name for name in order if self._penalty(name) < self._config.penalty_limit]
+        chosen = below[0] if below else min(order, key=self._penalty)
+        self._next = (self._rotation.index(chosen) + 1) % count
+        return chosen
+
+    def _penalty(self, blueprint: str) -> float:
+        return self._penalties.get(blueprint, 0.0)

@@ -1,0 +1,48 @@
+"""What a controller is: something that looks at an epoch's signals and decides one operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from esper_train.control.signals import Signals
+
+
+class Op(IntEnum):
+    """Operations a controller can ask for. Numbers are those of the audited system."""
+
+    WAIT = 0
+    GERMINATE = 1
+    CULL = 2
+    FOSSILIZE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One operation on one slot, with the reason in words. `blueprint` and `blend` belong to GERMINATE."""
+
+    op: Op
+    slot: str | None = None
+    blueprint: str | None = None
+    blend: str | None = None
+    reason: str = ""
+    confidence: float = 1.0
+
+
+class Policy(Protocol):
+    """A controller. `decide` is called once an epoch, `reset` before each episode."""
+
+    def decide(self, signals: Signals) -> Decision: ...
+
+    def reset(self) -> None: ...
+
+
+class Idle:
+    """Never does anything: `fit` runs under it."""
+
+    def decide(self, signals: Signals) -> Decision:
+        return Decision(op=Op.WAIT, reason="plain training")
+
+    def reset(self) -> None:
+        """Nothing to forget."""

@@ -1,0 +1,226 @@
+"""The only loops over batches: `train_one_epoch` and `evaluate`, shared by every way of training.
+
+`episode` calls them once an epoch; they also serve any `nn.Module` and loader on their own. Loss, counts and
+gradient statistics stay on the device; each call reads them once, at its end, which is its only host sync.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper_kernels import GradHealth, GradStats, Meter, MeterResult, clip_grad_norm_, compute_all, grad_stats
+from esper_train.config import GradConfig, TrainConfig
+from esper_train.optimizers import OptimizerRegistry
+from esper_train.step import Criterion, TrainStep, build_train_step
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Loss and counts over the batches of one pass. A mean over nothing is NaN."""
+
+    loss: float
+    """Mean cross-entropy a valid row, in nats (of the criterion, where one of the caller's own was given)."""
+    mean_batch_loss: float
+    """Mean of the batches' mean losses."""
+    accuracy: float
+    """Valid rows whose largest logit is the target's, in percent."""
+    correct: dict[int, int]
+    """k to the number of valid rows whose target is among the k largest logits."""
+    valid: int
+    """Rows (tokens) that are not ignored."""
+    nonfinite: int
+    """Valid rows with NaN or infinite logits."""
+    batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult(Measures):
+    """One epoch of training."""
+
+    grad: GradHealth | None
+    """Gradients of the last measured batch, by group, None if none was measured; the NaN and Inf counts (of the
+    whole, not of the groups) are sums over the measured batches, and any of them makes the health 0."""
+    seconds: float
+    backend: str
+    compiled: bool
+    compile_failure: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult(Measures):
+    """One pass over held-out data."""
+
+    seconds: float
+    backend: str
+    variants: dict[str, Measures] = field(default_factory=dict)
+    """The same data under each variant's alpha."""
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Batches,
+    optimizers: OptimizerRegistry | Optimizer,
+    config: TrainConfig,
+    *,
+    task_type: str,
+    criterion: Criterion | None = None,
+    max_batches: int | None = None,
+    step: TrainStep | None = None,
+) -> EpochResult:
+    """Train on every batch once.
+
+    Args:
+        model: maps inputs to logits; its parameters' device is where batches are copied to.
+        loader: batches (inputs [N, ...], targets [N] or [N, T]).
+        optimizers: a registry, whose groups the gradient statistics are reported by, or one optimizer.
+        config: kernels, compilation, gradients.
+        task_type: "classification" or "lm".
+        criterion: see `build_train_step`.
+        max_batches: stop after so many; None takes all.
+        step: from `build_train_step`, to keep a compiled one over epochs; None makes one for this call.
+
+    Raises:
+        ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of another shape.
+        IndexError: a target outside the classes: at once on a CPU, at the end of the epoch on other devices.
+    """
+    started = time.perf_counter()
+    if isinstance(optimizers, Optimizer):
+        optimizers = OptimizerRegistry(host=optimizers)
+    step = step or build_train_step(task_type, config, criterion)
+    device = _device(model)
+    meter = Meter(device, topk=config.topk)
+    watch = _GradientWatch(config, device)
+    model.train()
+    for inputs, targets in _batches(loader, device, max_batches):
+        optimizers.zero_grad()
+        step(model, inputs, targets, meter)
+        watch.after_backward(optimizers.parameters())
+        optimizers.step()
+    result, grad = watch.read(meter)
+    return EpochResult(
+        **_measures(result),
+        grad=grad,
+        seconds=time.perf_counter() - started,
+        backend=step.backend(device),
+        compiled=step.compiled,
+        compile_failure=step.compile_failure,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Batches,
+    config: TrainConfig,
+    *,
+    task_type: str,
+    criterion: Criterion | None = None,
+    max_batches: int | None = None,
+    variants: Mapping[str, Mapping[str, float]] | None = None,
+    step: TrainStep | None = None,
+) -> EvalResult:
+    """Measure the model without training it; its train/eval mode is restored.
+
+    `variants` names alpha overrides (slot to alpha) under which the same batches are measured too, in the same
+    pass: the model is called with `alpha=...` for each and nothing of it is changed. Otherwise as
+    `train_one_epoch`.
+    """
+    started = time.perf_counter()
+    step = step or build_train_step(task_type, config, criterion)
+    device = _device(model)
+    overrides = dict(variants or {})
+    meters = {name: Meter(device, topk=config.topk) for name in overrides}
+    meter = Meter(device, topk=config.topk)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for inputs, targets in _batches(loader, device, max_batches):
+                step.measure(model, inputs, targets, meter)
+                for name, alpha in overrides.items():
+                    step.measure(model, inputs, targets, meters[name], alpha=alpha)
+    finally:
+        model.train(was_training)
+    result, *others = compute_all(meter, *meters.values())
+    return EvalResult(
+        **_measures(result),
+        seconds=time.perf_counter() - started,
+        backend=step.backend(device),
+        variants={name: Measures(**_measures(other)) for name, other in zip(overrides, others, strict=True)},
+    )
+
+
+def _batches(loader: Batches, device: torch.device, max_batches: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1, or None for all batches, got {max_batches}")
+    empty = True
+    for inputs, targets in islice(loader, max_batches):
+        empty = False
+        yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    if empty:
+        raise ValueError("the loader gave no batch: is the data set smaller than a batch with drop_last=True?")
+
+
+class _GradientWatch:
+    """Gradient statistics and clipping of one epoch, between backward and the optimizers' step."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self._config: GradConfig = config.grad
+        self._kernel = config.kernel
+        self._batch = 0
+        self._stats: GradStats | None = None
+        self._nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # NaN, Inf
+
+    def after_backward(self, parameters: Mapping[str, list[Tensor]]) -> None:
+        every, clip = self._config.every, self._config.clip_norm
+        measure = every > 0 and self._batch % every == 0
+        self._batch += 1
+        if measure:
+            self._stats = grad_stats(
+                {group: [p.grad for p in members] for group, members in parameters.items()},
+                vanishing=self._config.vanishing,
+                exploding=self._config.exploding,
+                config=self._kernel,
+                out=self._stats,
+            )
+            self._nonfinite[0] += self._stats.nans.sum()
+            self._nonfinite[1] += self._stats.infs.sum()
+        if clip is not None:
+            flat = [p for members in parameters.values() for p in members]
+            clip_grad_norm_(flat, clip, stats=self._stats if measure else None, config=self._kernel)
+
+    def read(self, meter: Meter) -> tuple[MeterResult, GradHealth | None]:
+        """The epoch's one host sync."""
+        if self._stats is None:
+            return meter.compute(), None
+        result, health, (nans, infs) = compute_all(meter, self._stats, self._nonfinite)
+        spoilt = {"gradient_health": 0.0} if nans or infs else {}
+        return result, replace(health, nan_count=nans, inf_count=infs, **spoilt)
+
+
+def _measures(result: MeterResult) -> dict[str, Any]:
+    return {
+        "loss": result.loss,
+        "mean_batch_loss": result.mean_batch_loss,
+        "accuracy": 100.0 * result.accuracy,
+        "correct": result.correct,
+        "valid": result.valid,
+        "nonfinite": result.nonfinite,
+        "batches": result.batches,
+    }
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("the model has no parameters, so there is nothing to train and no device to measure on")
+    return parameter.device

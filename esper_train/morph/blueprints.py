@@ -1,0 +1,174 @@
+"""Blueprints: the small modules a seed can be, by topology of the host.
+
+Every blueprint is the identity at birth, so that seating a seed changes nothing, and alive at birth: some
+parameter has a non-zero gradient, so that it can learn. Both are checked when it is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from esper_train.names import unknown_name
+
+Topology = Literal["cnn", "transformer"]
+PROBE_CHANNELS = 8
+# a feature map [N, C, H, W] or a sequence [N, T, C] of random numbers stands for a host's features
+PROBE_SHAPES = {"cnn": (2, PROBE_CHANNELS, 4, 4), "transformer": (2, 5, PROBE_CHANNELS)}
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A named recipe: `build(channels)` makes a module that maps features to features of the same shape."""
+
+    name: str
+    topology: Topology
+    build: Callable[[int], nn.Module]
+
+
+class BlueprintRegistry:
+    """The blueprints a run may use, in order of preference. Owned by the run."""
+
+    def __init__(self, blueprints: Iterable[Blueprint] = ()) -> None:
+        self._blueprints: dict[tuple[str, str], Blueprint] = {}
+        for blueprint in blueprints:
+            self.register(blueprint)
+
+    def register(self, blueprint: Blueprint) -> None:
+        """Add a blueprint; `ValueError` if its name is taken, or if it is not an identity or not alive at birth."""
+        key = (blueprint.topology, blueprint.name)
+        if key in self._blueprints:
+            raise ValueError(f"blueprint {blueprint.name!r} is already registered for {blueprint.topology}")
+        _check_birth(blueprint)
+        self._blueprints[key] = blueprint
+
+    def names(self, topology: str) -> tuple[str, ...]:
+        """Names for one topology, in the order of registration."""
+        return tuple(name for known, name in self._blueprints if known == topology)
+
+    def require(self, topology: str, name: str) -> Blueprint:
+        """Look a blueprint up; `ValueError` names those that exist."""
+        if (topology, name) not in self._blueprints:
+            raise unknown_name(f"{topology} blueprint", name, self.names(topology))
+        return self._blueprints[topology, name]
+
+
+class Residual(nn.Module):
+    """x + f(x), the identity as long as the last layer of f is zero."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*layers)
+        last = layers[-1]
+        assert isinstance(last, (nn.Conv2d, nn.Linear))
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class GatedNorm(nn.Module):
+    """x + g (norm(x) - x) with one learned g, 0 at birth."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, self.norm(x), self.gain.to(x.dtype))
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze and excitation (Hu et al., 2018), x * 2 sigmoid(f(mean(x))) with the last layer of f 0 at birth."""
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(channels, max(1, channels // reduction))
+        self.excite = nn.Linear(self.squeeze.out_features, channels)
+        nn.init.zeros_(self.excite.weight)
+        nn.init.zeros_(self.excite.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = 2 * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
+        return x * gate[:, :, None, None]
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with the most groups (32 at most) that leave each at least 16 channels; else one group."""
+    groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 16), 1)
+    return nn.GroupNorm(groups, channels)
+
+
+def conv_expand(channels: int) -> nn.Module:
+    """3x3 convolution to four times the channels and back by a 1x1: the most capacity for a narrow host."""
+    hidden = 4 * channels
+    return Residual(
+        nn.Conv2d(channels, hidden, 3, padding=1, bias=False),
+        group_norm(hidden),
+        nn.ReLU(),
+        nn.Conv2d(hidden, channels, 1),
+    )
+
+
+def conv_light(channels: int) -> nn.Module:
+    """3x3 convolution at the host's width, then a 1x1."""
+    return Residual(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        group_norm(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 1),
+    )
+
+
+def mlp(channels: int) -> nn.Module:
+    """Pre-norm position-wise network with four times the width."""
+    return Residual(
+        nn.LayerNorm(channels),
+        nn.Linear(channels, 4 * channels),
+        nn.GELU(),
+        nn.Linear(4 * channels, channels),
+    )
+
+
+def default_registry() -> BlueprintRegistry:
+    """The blueprints that come with the package, most capable first."""
+    return BlueprintRegistry(
+        [
+            Blueprint("conv_expand", "cnn", conv_expand),
+            Blueprint("conv_light", "cnn", conv_light),
+            Blueprint("attention", "cnn", ChannelAttention),
+            Blueprint("norm", "cnn", lambda channels: GatedNorm(group_norm(channels))),
+            Blueprint("mlp", "transformer", mlp),
+            Blueprint("norm", "transformer", lambda channels: GatedNorm(nn.LayerNorm(channels))),
+        ]
+    )
+
+
+def _check_birth(blueprint: Blueprint) -> None:
+    """Build once on random features: the output must equal the input, and some parameter must have a gradient."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        module = blueprint.build(PROBE_CHANNELS)
+        x = torch.randn(PROBE_SHAPES[blueprint.topology])
+        y = module(x)
+        if y.shape != x.shape or not torch.equal(y, x):
+            raise ValueError(
+                f"blueprint {blueprint.name!r} is not the identity at birth: expected its output to equal its "
+                f"input of shape {tuple(x.shape)}, got shape {tuple(y.shape)}. Zero its last layer and add the input."
+            )
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if not parameters:
+            return
+        y.backward(torch.randn_like(y))
+        if not any(p.grad is not None and p.grad.count_nonzero() for p in parameters):
+            raise ValueError(
+                f"blueprint {blueprint.name!r} is dead at birth: none of its parameters has a non-zero gradient, "
+                "so it can never learn. Zero only the last layer, with nothing that saturates behind it."
+            )

@@ -1,0 +1,99 @@
+"""Quality gates: what a seed must show before it enters a stage. Pure functions of a slot's state.
+
+A measurement that was not made fails its check by name; it is never read as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from esper_kernels import GradHealth
+from esper_train.config import GrowthConfig
+from esper_train.morph.lifecycle import SeedStage, SlotState
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """Verdict of a gate; `failures` says in words what was missing."""
+
+    gate: str
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+def germination_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
+    """G0: the seed has a name and a blueprint."""
+    return _gate("G0", (bool(state.seed_id and state.blueprint), "a seed needs an id and a blueprint"))
+
+
+def training_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
+    """G1: a germinated seed may train at once."""
+    return _gate("G1")
+
+
+def blending_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
+    """G2: long enough in TRAINING, accuracy rose meanwhile, and the seed's gradients are alive."""
+    epochs = max(growth.blending_min_epochs, growth.training_dwell(max_epochs))
+    checks = [
+        _at_least("epochs in TRAINING", state.epochs_in_stage, epochs),
+        _at_least("improvement", state.improvement, growth.blending_improvement),
+    ]
+    if state.seed_parameters > 0:  # without parameters there is no gradient to measure
+        checks.append(_at_least("gradient ratio", state.gradient_ratio, growth.blending_gradient_ratio))
+    return _gate("G2", *checks)
+
+
+def probation_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
+    """G3: long enough in BLENDING, and the seed carries the slot."""
+    return _gate(
+        "G3",
+        _at_least("epochs in BLENDING", state.epochs_in_stage, growth.probation_min_epochs),
+        _at_least("alpha", state.alpha, growth.probation_alpha),
+    )
+
+
+def fossil_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
+    """G5: the contribution at full alpha was measured and is worth a permanent place."""
+    return _gate("G5", _at_least("contribution", state.contribution, growth.fossilize_contribution))
+
+
+GATES: Mapping[SeedStage, Callable[[SlotState, GrowthConfig, int], GateResult]] = MappingProxyType(
+    {
+        SeedStage.GERMINATED: germination_gate,
+        SeedStage.TRAINING: training_gate,
+        SeedStage.BLENDING: blending_gate,
+        SeedStage.PROBATIONARY: probation_gate,
+        SeedStage.FOSSILIZED: fossil_gate,
+    }
+)
+"""The gate in front of each stage; other stages are entered freely."""
+
+
+def gradient_ratio(grad: GradHealth | None, slot: str) -> float | None:
+    """Gradient norm of a slot's seed over that of the host, as if both had as many parameters; at most 10.
+
+    None where either was not measured, or where the host has no gradient to compare with.
+    """
+    if grad is None or slot not in grad.groups or "host" not in grad.groups:
+        return None
+    seed, host = grad.groups[slot], grad.groups["host"]
+    if seed.elements == 0 or not host.gradient_norm >= 1e-8:
+        return None
+    ratio = seed.gradient_norm / host.gradient_norm * math.sqrt(host.elements / seed.elements)
+    return None if math.isnan(ratio) else min(10.0, ratio)
+
+
+def _gate(name: str, *checks: tuple[bool, str]) -> GateResult:
+    return GateResult(gate=name, failures=tuple(message for passed, message in checks if not passed))
+
+
+def _at_least(what: str, value: float | None, least: float) -> tuple[bool, str]:
+    if value is None:
+        return False, f"{what} was not measured"
+    return value >= least, f"{what} {value:.4g} is below {least:.4g}"

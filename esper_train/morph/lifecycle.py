@@ -1,0 +1,93 @@
+"""The life of a seed as data: stages, the legal transitions between them, and a slot's state.
+
+`slot` moves along this table, `gates` judge the moves, `control` reads the state; nothing here has effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from types import MappingProxyType
+
+
+class SeedStage(IntEnum):
+    """Where a slot stands. Numbers are those of the audited system, so that records stay comparable."""
+
+    DORMANT = 1
+    """Empty and open."""
+    GERMINATED = 2
+    """A seed is seated and does nothing yet."""
+    TRAINING = 3
+    """The seed learns; the slot's output is still its input."""
+    BLENDING = 4
+    """Alpha rises from 0 to 1."""
+    PROBATIONARY = 6
+    """Alpha is 1; the seed is judged by its contribution."""
+    FOSSILIZED = 7
+    """A permanent part of the network."""
+    CULLED = 8
+    """The seed was removed."""
+    EMBARGOED = 9
+    """Empty and closed for some epochs after a cull."""
+
+
+TRANSITIONS: Mapping[SeedStage, frozenset[SeedStage]] = MappingProxyType(
+    {
+        SeedStage.DORMANT: frozenset({SeedStage.GERMINATED}),
+        SeedStage.GERMINATED: frozenset({SeedStage.TRAINING, SeedStage.CULLED}),
+        SeedStage.TRAINING: frozenset({SeedStage.BLENDING, SeedStage.CULLED}),
+        SeedStage.BLENDING: frozenset({SeedStage.PROBATIONARY, SeedStage.CULLED}),
+        SeedStage.PROBATIONARY: frozenset({SeedStage.FOSSILIZED, SeedStage.CULLED}),
+        SeedStage.FOSSILIZED: frozenset(),
+        SeedStage.CULLED: frozenset({SeedStage.EMBARGOED}),
+        SeedStage.EMBARGOED: frozenset({SeedStage.DORMANT}),
+    }
+)
+LIVE = frozenset({SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
+"""Stages of a seed whose fate is open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotState:
+    """A slot and its seed at the end of an epoch. Accuracies in percentage points; None is "not measured"."""
+
+    slot: str
+    stage: SeedStage = SeedStage.DORMANT
+    seed_id: str | None = None
+    blueprint: str | None = None
+    blend: str | None = None
+    alpha: float = 0.0
+    epochs_in_stage: int = 0
+    epochs_alive: int = 0
+    seed_parameters: int = 0
+    accuracy: float | None = None
+    accuracy_at_germination: float | None = None
+    accuracy_at_stage_start: float | None = None
+    contribution: float | None = None
+    """Validation accuracy minus that with this slot's alpha at 0, measured in the present stage."""
+    gradient_ratio: float | None = None
+    """Gradient norm of the seed over that of the host, corrected for their sizes."""
+
+    @property
+    def improvement(self) -> float | None:
+        """Accuracy gained since the present stage began."""
+        return _difference(self.accuracy, self.accuracy_at_stage_start)
+
+    @property
+    def total_improvement(self) -> float | None:
+        """Accuracy gained since germination."""
+        return _difference(self.accuracy, self.accuracy_at_germination)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageChange:
+    """One move of a slot: the state it left, the stage it entered, and why."""
+
+    before: SlotState
+    stage: SeedStage
+    reason: str
+
+
+def _difference(now: float | None, then: float | None) -> float | None:
+    return None if now is None or then is None else now - then

@@ -1,0 +1,180 @@
+"""A slot: the place after a host segment where a seed is seated, trained, blended in, kept or removed.
+
+`model` calls `forward`; `episode` calls `germinate`, `observe`, `step_epoch`, `fossilize` and `cull`. Each of these
+returns the `StageChange`s it made, so that whoever called can attach optimizers and write events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from esper_train.config import GrowthConfig
+from esper_train.morph.blending import get_blend
+from esper_train.morph.blueprints import Blueprint
+from esper_train.morph.gates import GATES, GateResult
+from esper_train.morph.lifecycle import LIVE, TRANSITIONS, SeedStage, SlotState, StageChange
+
+
+class SeedSlot(nn.Module):
+    """Holds at most one seed. All it knows of the seed's life is `state`, a frozen record replaced on change."""
+
+    def __init__(self, slot: str, channels: int, growth: GrowthConfig, max_epochs: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.growth = growth
+        self.max_epochs = max_epochs
+        self.seed: nn.Module | None = None
+        self.state = SlotState(slot=slot)
+        # what forward reads: a tensor, so that a new value is no new program for torch.compile
+        self.register_buffer("alpha", torch.zeros(()))
+        self.alpha: Tensor
+
+    def forward(self, x: Tensor, alpha: float | None = None) -> Tensor:
+        """Features in, features out, same shape. `alpha` overrides the slot's own for this call; 0 is "no seed".
+
+        In TRAINING the value is x, while the seed receives the full gradient of the slot's output
+        (straight-through); with `isolate_training` the seed sends none into the host.
+        """
+        stage = self.state.stage
+        if self.seed is None or alpha == 0.0 or stage is SeedStage.GERMINATED:
+            return x
+        if stage is SeedStage.TRAINING:
+            if not torch.is_grad_enabled():
+                return x
+            # contiguous: group norm's backward crashes on a detached channels-last input on the CPU
+            seen = x.detach().contiguous() if self.growth.isolate_training else x
+            z = self.seed(seen)
+            return x + (z - z.detach())
+        z = self.seed(x)
+        if alpha is None and stage is not SeedStage.BLENDING:
+            return z
+        weight = self.alpha if alpha is None else x.new_tensor(alpha)
+        return torch.lerp(x, z, weight.to(x.dtype))
+
+    def germinate(self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid") -> list[StageChange]:
+        """Seat a new seed and let it train from the next batch on. `ValueError` unless the slot is DORMANT."""
+        self._require_legal(SeedStage.GERMINATED)
+        get_blend(blend)
+        seed = blueprint.build(self.channels).to(self.alpha.device)
+        parameters = sum(p.numel() for p in seed.parameters() if p.requires_grad)
+        self.seed = seed
+        self.state = replace(
+            SlotState(slot=self.state.slot, accuracy=self.state.accuracy),
+            seed_id=seed_id,
+            blueprint=blueprint.name,
+            blend=blend,
+            seed_parameters=parameters,
+            accuracy_at_germination=self.state.accuracy,
+        )
+        reason = f"{blueprint.name} seated"
+        return [self._enter(SeedStage.GERMINATED, reason), self._enter(SeedStage.TRAINING, "training begins")]
+
+    def observe(self, accuracy: float, contribution: float | None = None, gradient_ratio: float | None = None) -> None:
+        """Record one epoch: validation accuracy and contribution in percentage points, None where not measured."""
+        state = self.state
+        seated = self.seed is not None
+        self.state = replace(
+            state,
+            accuracy=accuracy,
+            accuracy_at_germination=_first(state.accuracy_at_germination, accuracy) if seated else None,
+            accuracy_at_stage_start=_first(state.accuracy_at_stage_start, accuracy),
+            contribution=contribution,
+            gradient_ratio=gradient_ratio,
+            epochs_in_stage=state.epochs_in_stage + 1,
+            epochs_alive=state.epochs_alive + 1 if seated else 0,
+        )
+
+    def step_epoch(self) -> list[StageChange]:
+        """Make the moves that need no controller: gates passed, blending advanced, time over. Once an epoch."""
+        state, growth = self.state, self.growth
+        if state.stage is SeedStage.TRAINING:
+            if self.gate(SeedStage.BLENDING).passed:
+                change = self._enter(SeedStage.BLENDING, "G2 passed")
+                self._raise_alpha()  # at once: an epoch at alpha 0 would give the seed no gradient
+                return [change]
+            if state.epochs_in_stage >= growth.training_timeout:
+                return self.cull("training_timeout")
+        elif state.stage is SeedStage.BLENDING:
+            if state.epochs_in_stage >= growth.blending_epochs and self.gate(SeedStage.PROBATIONARY).passed:
+                return [self._enter(SeedStage.PROBATIONARY, "G3 passed")]
+            self._raise_alpha()
+        elif state.stage is SeedStage.PROBATIONARY:
+            if state.contribution is not None and state.contribution <= 0:
+                return self.cull("no_positive_contribution")
+            if state.epochs_in_stage >= growth.probation_timeout(self.max_epochs):
+                return self.cull("probation_timeout")
+        elif state.stage is SeedStage.EMBARGOED and state.epochs_in_stage >= growth.embargo_epochs:
+            return [self._enter(SeedStage.DORMANT, "embargo over")]
+        return []
+
+    def gate(self, stage: SeedStage) -> GateResult:
+        """The verdict on entering `stage` now."""
+        return GATES[stage](self.state, self.growth, self.max_epochs)
+
+    def fossilize(self) -> list[StageChange]:
+        """Make the seed permanent. `ValueError` with the gate's reasons where it may not be."""
+        self._require_legal(SeedStage.FOSSILIZED)
+        verdict = self.gate(SeedStage.FOSSILIZED)
+        if not verdict.passed:
+            raise ValueError(f"slot {self.state.slot!r}: {verdict.gate} refuses: {'; '.join(verdict.failures)}")
+        assert self.seed is not None
+        if self.growth.on_fossilize == "freeze":
+            self.seed.requires_grad_(False)
+        return [self._enter(SeedStage.FOSSILIZED, "G5 passed")]
+
+    def cull(self, reason: str) -> list[StageChange]:
+        """Remove a live seed and close the slot for the embargo. `ValueError` if there is none."""
+        self._require_legal(SeedStage.CULLED)
+        culled = self._enter(SeedStage.CULLED, reason)
+        self.seed = None
+        self._set_alpha(0.0)
+        embargoed = self._enter(SeedStage.EMBARGOED, f"closed for {self.growth.embargo_epochs} epochs")
+        self.state = SlotState(slot=self.state.slot, stage=SeedStage.EMBARGOED, accuracy=self.state.accuracy)
+        return [culled, embargoed]
+
+    def restore(self, state: SlotState, blueprint: Blueprint | None) -> None:
+        """Rebuild a saved slot; the seed's weights follow through `load_state_dict`."""
+        self.seed = None if blueprint is None else blueprint.build(self.channels).to(self.alpha.device)
+        self.state = state
+        self._set_alpha(state.alpha)
+
+    def _enter(self, stage: SeedStage, reason: str) -> StageChange:
+        """Move to `stage`. Measurements belong to the stage they were made in, so a contribution is dropped."""
+        self._require_legal(stage)
+        before = self.state
+        self.state = replace(
+            before,
+            stage=stage,
+            epochs_in_stage=0,
+            accuracy_at_stage_start=before.accuracy,
+            contribution=before.contribution if stage is SeedStage.FOSSILIZED else None,
+        )
+        return StageChange(before=before, stage=stage, reason=reason)
+
+    def _require_legal(self, stage: SeedStage) -> None:
+        now = self.state.stage
+        if stage not in TRANSITIONS[now]:
+            legal = ", ".join(s.name for s in sorted(TRANSITIONS[now])) or "none"
+            raise ValueError(f"slot {self.state.slot!r} cannot go from {now.name} to {stage.name}; legal: {legal}")
+
+    def _raise_alpha(self) -> None:
+        """Set the alpha of the blending epoch that comes next; the last one is trained at 1."""
+        epoch, epochs = self.state.epochs_in_stage + 1, self.growth.blending_epochs
+        schedule = get_blend(self.state.blend or "")
+        self._set_alpha(1.0 if epoch >= epochs else schedule(epoch / epochs))
+
+    def _set_alpha(self, alpha: float) -> None:
+        self.alpha.fill_(alpha)
+        self.state = replace(self.state, alpha=alpha)
+
+    @property
+    def live(self) -> bool:
+        """Whether a seed is seated whose fate is open."""
+        return self.state.stage in LIVE
+
+
+def _first(known: float | None, now: float) -> float:
+    return now if known is None else known

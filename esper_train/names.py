@@ -1,0 +1,14 @@
+"""The one way to refuse a name that nobody knows."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error to raise for an unknown name: it says the nearest known one and lists them all."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    hint = f"; perhaps {near[0]!r}?" if near else "."
+    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")

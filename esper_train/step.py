@@ -1,0 +1,122 @@
+"""What happens to one batch: forward, loss, counts and the gradient. `loop` calls it; nothing here loops.
+
+Only the model's forward (and with it its backward) is compiled; loss and metrics are `esper_kernels` ops on its
+output, outside the compiled region. There is one step object a task type, made by the run, so nothing about
+compilation is decided at import or shared between runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from esper_kernels import Meter, cross_entropy, cross_entropy_step, record_loss, select_backend
+from esper_train.config import TrainConfig
+from esper_train.names import unknown_name
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+LOGITS_DIMS: Mapping[str, tuple[int, str]] = MappingProxyType({"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")})
+"""Task type to the rank and shape of its logits."""
+
+
+def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
+    """The step of a task type.
+
+    Args:
+        task_type: "classification" (logits [N, V], targets [N]) or "lm" (logits [N, T, V], targets [N, T]).
+        config: kernel and compile settings.
+        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options; any other
+            callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
+
+    Raises:
+        ValueError: unknown task type, or an `nn.CrossEntropyLoss` that does not reduce to one number.
+    """
+    if task_type not in LOGITS_DIMS:
+        raise unknown_name("task type", task_type, LOGITS_DIMS)
+    if not isinstance(criterion, nn.CrossEntropyLoss):
+        return TrainStep(task_type, config, criterion, {})
+    if criterion.reduction == "none":
+        raise ValueError("expected a criterion with reduction 'mean' or 'sum', got 'none': a step needs one loss")
+    names = ("weight", "ignore_index", "label_smoothing", "reduction")
+    return TrainStep(task_type, config, None, {name: getattr(criterion, name) for name in names})
+
+
+class TrainStep:
+    """Forward and loss of a batch, with or without backward. Made by `build_train_step`, owned by one run.
+
+    Without a `criterion`, loss, counts and the logits' gradient are one fused op and no loss tensor exists.
+    """
+
+    def __init__(
+        self, task_type: str, config: TrainConfig, criterion: Criterion | None, options: Mapping[str, Any]
+    ) -> None:
+        self._task_type = task_type
+        self._config = config
+        self._criterion = criterion
+        self._options = options
+        self.compile_failure: str | None = None
+        """Why the step runs uncompiled although the config asked for it."""
+        self._compiled: Callable[..., Tensor] | None = None
+        if config.compile.enabled:
+            c = config.compile
+            self._compiled = torch.compile(
+                _call, mode=c.mode, fullgraph=c.fullgraph, dynamic=c.dynamic, backend=c.backend
+            )
+
+    def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter) -> None:
+        """Forward and backward: parameters receive their gradients, the meter the batch."""
+        logits = self._forward(model, inputs)
+        if self._criterion is None:
+            grad = cross_entropy_step(logits, targets, meter, config=self._config.kernel, **self._options)
+            logits.backward(grad)
+        else:
+            loss = self._criterion(logits, targets)
+            loss.backward()
+            record_loss(loss.detach(), logits.detach(), targets, meter)
+
+    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter, **arguments: Any) -> None:
+        """Forward alone, under the caller's `no_grad`; `arguments` go to the model."""
+        logits = self._forward(model, inputs, **arguments)
+        if self._criterion is None:
+            cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self._options)
+        else:
+            record_loss(self._criterion(logits, targets), logits, targets, meter)
+
+    def backend(self, device: torch.device) -> str:
+        """Name of the kernel backend that serves float32 logits on `device`; `ValueError` where none can."""
+        if self._criterion is not None:
+            return "eager criterion"
+        return select_backend("cross_entropy", device.type, torch.float32, self._config.kernel).name
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the forward runs compiled."""
+        return self._compiled is not None
+
+    def _forward(self, model: nn.Module, inputs: Tensor, **arguments: Any) -> Tensor:
+        logits = self._try_compiled(model, inputs, arguments)
+        dims, shape = LOGITS_DIMS[self._task_type]
+        if logits.dim() != dims:
+            got = tuple(logits.shape)
+            raise ValueError(f"task type {self._task_type!r} expects logits {shape}, got {got} from the model")
+        return logits
+
+    def _try_compiled(self, model: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
+        if self._compiled is not None:
+            try:
+                return self._compiled(model, inputs, arguments)
+            except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
+                if self._config.compile.on_failure == "raise":
+                    raise
+                self._compiled = None
+                self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return _call(model, inputs, arguments)
+
+
+def _call(model: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
+    return model(inputs, **arguments)

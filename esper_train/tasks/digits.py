@@ -1,0 +1,49 @@
+"""The handwritten digits that come with scikit-learn: 1,797 real 8x8 images in 10 classes, no download."""
+
+from __future__ import annotations
+
+import torch
+
+from esper_train.config import HostConfig
+from esper_train.morph.host import Host, cnn_host
+from esper_train.tasks.task import Split, Splits, Task
+
+SAMPLES, CLASSES, IMAGE_SIZE, BRIGHTEST = 1797, 10, 8, 16.0
+SPLIT_SEED = 0
+"""The split is the same for every run: 60 % train, 20 % validation, 20 % test."""
+
+
+def digits() -> Task:
+    """The task `digits`."""
+    return Task(name="digits", task_type="classification", num_classes=CLASSES, load=_load, build_host=_host)
+
+
+def _host(config: HostConfig) -> Host:
+    return cnn_host(
+        image_size=IMAGE_SIZE,
+        in_channels=1,
+        num_classes=CLASSES,
+        width=config.width or 3,
+        depth=config.depth or 3,
+    )
+
+
+def _load() -> Splits:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("task 'digits' needs scikit-learn: pip install 'esper-kernels[train]'") from error
+    bunch = load_digits()
+    images = torch.as_tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / BRIGHTEST
+    targets = torch.as_tensor(bunch.target, dtype=torch.int64)
+    if images.shape != (SAMPLES, 1, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"digits: expected {SAMPLES} images of 8x8, got {tuple(images.shape)}: is scikit-learn whole?")
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    train, validation, test = order.split([1078, 359, 360])
+    mean, std = images[train].mean(), images[train].std()
+    images = (images - mean) / std
+
+    def part(rows: torch.Tensor) -> Split:
+        return images[rows], targets[rows]
+
+    return Splits(train=part(train), validation=part(validation), test=part(test))

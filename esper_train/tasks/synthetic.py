@@ -1,0 +1,75 @@
+"""Seeded data made on the spot, for tests and for trying things out: noisy patterns, and a Markov chain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from esper_train.config import HostConfig
+from esper_train.morph.host import Host, cnn_host, cut
+from esper_train.tasks.task import Split, Splits, Task
+
+DATA_SEED = 0
+CLASSES, IMAGE_SIZE, NOISE = 10, 8, 1.5
+VOCABULARY, SEQUENCE = 32, 16
+
+
+def synthetic() -> Task:
+    """The task `synthetic`: one random 8x8 pattern a class, under Gaussian noise."""
+
+    def host(config: HostConfig) -> Host:
+        width, depth = config.width or 3, config.depth or 3
+        return cnn_host(image_size=IMAGE_SIZE, in_channels=1, num_classes=CLASSES, width=width, depth=depth)
+
+    return Task(
+        name="synthetic",
+        task_type="classification",
+        num_classes=CLASSES,
+        load=_load_patterns,
+        build_host=host,
+    )
+
+
+def synthetic_lm() -> Task:
+    """The task `synthetic-lm`: sequences of a random Markov chain, whose next token follows from the last."""
+    return Task(
+        name="synthetic-lm",
+        task_type="lm",
+        num_classes=VOCABULARY,
+        load=_load_chain,
+        build_host=lambda config: token_host(config.width or 16, config.depth or 3),
+    )
+
+
+def token_host(width: int, depth: int) -> Host:
+    """Position-wise language model: tokens [N, T] to logits [N, T, V] from an embedding and `depth` layers."""
+    layers = [nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(depth)]
+    layers[0] = nn.Sequential(nn.Embedding(VOCABULARY, width), *layers[0])
+    segments = cut(layers)
+    return Host("transformer", segments, nn.Linear(width, VOCABULARY), dict.fromkeys(segments, width))
+
+
+def _load_patterns() -> Splits:
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    patterns = torch.randn(CLASSES, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+    def part(count: int) -> Split:
+        targets = torch.randint(CLASSES, (count,), generator=generator)
+        noise = torch.randn(count, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        return patterns[targets] + NOISE * noise, targets
+
+    return Splits(train=part(1024), validation=part(256), test=part(256))
+
+
+def _load_chain() -> Splits:
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    chances = torch.softmax(3 * torch.randn(VOCABULARY, VOCABULARY, generator=generator), dim=1)
+
+    def part(count: int) -> Split:
+        tokens: list[Tensor] = [torch.randint(VOCABULARY, (count,), generator=generator)]
+        for _ in range(SEQUENCE):
+            tokens.append(torch.multinomial(chances[tokens[-1]], 1, generator=generator).squeeze(1))
+        sequences = torch.stack(tokens, dim=1)
+        return sequences[:, :-1], sequences[:, 1:]
+
+    return Splits(train=part(512), validation=part(128), test=part(128))

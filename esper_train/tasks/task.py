@@ -1,0 +1,79 @@
+"""A task: data, its kind, and the host to learn it with. Write one for your own data and pass it to `episode`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+)
+
+from esper_train.config import HostConfig
+from esper_train.morph.host import Host
+
+Split = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Inputs [N, ...] and targets [N] or [N, T] of each part."""
+
+    train: Split
+    validation: Split
+    """For gates and controllers, which therefore see it."""
+    test: Split
+    """For reports only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to learn and with what.
+
+    `load` returns the data or raises; it never makes any up. `build_host` makes a fresh host from torch's
+    global random state.
+    """
+
+    name: str
+    task_type: str
+    """"classification" or "lm"."""
+    num_classes: int
+    """Classes, or entries of the vocabulary."""
+    load: Callable[[], Splits]
+    build_host: Callable[[HostConfig], Host]
+
+
+def load_splits(task: Task) -> Splits:
+    """A task's data, checked: sizes that fit, finite inputs, targets within the classes."""
+    splits = task.load()
+    for name in ("train", "validation", "test"):
+        inputs, targets = getattr(splits, name)
+        where = f"task {task.name!r}, {name} data"
+        if len(inputs) == 0 or len(inputs) != len(targets):
+            raise ValueError(f"{where}: expected as many inputs as targets, got {len(inputs)} and {len(targets)}")
+        if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+            raise ValueError(f"{where}: the inputs have NaN or infinite values")
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= task.num_classes:
+            raise ValueError(f"{where}: expected targets in [0, {task.num_classes}), got {low} to {high}")
+    return splits
+
+
+def make_loader(split: Split, batch_size: int, *, shuffle_seed: int | None = None) -> DataLoader[Any]:
+    """Batches of a split, the ragged last one included; shuffled anew each epoch from `shuffle_seed`, if given."""
+    data = TensorDataset(*split)
+    order: Sampler[int]
+    if shuffle_seed is None:
+        order = SequentialSampler(data)
+    else:
+        order = RandomSampler(data, generator=torch.Generator().manual_seed(shuffle_seed))
+    # the sampler gives whole batches of indices: one indexing operation a batch, not one a sample
+    return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)

@@ -1,0 +1,40 @@
+"""Live progress on a terminal, by rich: a bar with losses, accuracies, slots and the time left."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from esper_train.telemetry.events import Event, EventType
+from esper_train.telemetry.sinks import describe
+
+
+class ProgressSink:
+    """Shows epochs as one line that changes, and everything else as lines above it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._progress = Progress(
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def write(self, event: Event) -> None:
+        """Show the event."""
+        if event.type is EventType.EPOCH and self._task is not None:
+            text = describe(event).split("  ", 1)[1]  # the bar itself counts the epochs
+            self._progress.update(self._task, completed=event.epoch, description=escape(text))
+            return
+        if event.type is EventType.RUN_STARTED:
+            self._task = self._progress.add_task("", total=event.data["max_epochs"])
+            self._progress.start()
+        self._progress.console.print(escape(describe(event)), highlight=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()

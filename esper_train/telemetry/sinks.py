@@ -1,0 +1,83 @@
+"""Where events go: nowhere, a terminal line, a JSONL file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from esper_train.telemetry.events import Event, EventType
+
+
+class Sink(Protocol):
+    """Takes events one by one."""
+
+    def write(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NullSink:
+    """Drops everything."""
+
+    def write(self, event: Event) -> None:
+        """Drop the event."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class JsonlSink:
+    """A line of JSON an event, flushed at once, so that a killed run loses nothing it reported."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115, closed by close()
+
+    def write(self, event: Event) -> None:
+        """Append the event."""
+        self._file.write(event.to_json() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class ConsoleSink:
+    """A plain line an event, for logs."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    def write(self, event: Event) -> None:
+        """Print the event."""
+        print(describe(event), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """The stream is not ours to close."""
+
+
+def describe(event: Event) -> str:
+    """One event in words."""
+    data, epoch = event.data, event.epoch
+    match event.type:
+        case EventType.RUN_STARTED:
+            where = f"{data['max_epochs']} epochs on {data['device']} ({data['backend']})"
+            run = f"{data['mode']}: task {data['task']}, seed {data['seed']}"
+            return f"{run}, {where}, {data['host_parameters']} parameters"
+        case EventType.EPOCH:
+            train, val = (
+                f"loss {data[k]['loss']:.4f} acc {data[k]['accuracy']:5.2f}%" for k in ("train", "validation")
+            )
+            slots = " ".join(f"{s['slot']}:{s['stage'].lower()}" for s in data["slots"])
+            return f"epoch {epoch:3d}/{data['max_epochs']}  train {train}  validation {val}  {slots}".rstrip()
+        case EventType.SEED_STAGE:
+            gain = "" if data["contribution"] is None else f", contribution {data['contribution']:+.2f} points"
+            move = f"{data['from']} -> {data['stage']} ({data['reason']}{gain})"
+            return f"  {data['slot']}: {data['seed_id'] or 'slot'} {move}"
+        case EventType.NONFINITE:
+            return f"  not finite in epoch {epoch}: {data['logits']} rows, {data['gradients']} gradient entries"
+        case EventType.RUN_FINISHED:
+            accuracy = "" if data["test"] is None else f", test accuracy {data['test']['accuracy']:.2f}%"
+            counts = f"{data['fossils']} fossilized, {data['parameters']} parameters"
+            return f"{data['status']}: {counts}{accuracy}, {data['seconds']:.1f} s"

@@ -1,0 +1,103 @@
+"""The loss inside torch.compile(fullgraph=True), autocast, no_grad and inference_mode."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, record_loss
+
+LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.tensor([0, 4, -100, 2, 3, 1])
+
+COMPILERS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("error:.*lru_cache")
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiled_loss_equals_eager_and_schedules_do_not_recompile(config: KernelConfig, compiler: str) -> None:
+    def loss_of(logits: Tensor, smoothing: Tensor, meter: Meter) -> Tensor:
+        return cross_entropy(
+            logits, TARGETS, label_smoothing=smoothing, z_loss=0.1, softcap=4.0, meter=meter, config=config
+        )
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend=compiler)
+    meters = Meter("cpu", topk=(3,)), Meter("cpu", topk=(3,))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for smoothing in (0.1, 0.2, 0.0):
+            results = []
+            for function, meter in zip((loss_of, compiled), meters, strict=True):
+                leaf = LOGITS.clone().requires_grad_()
+                loss = function(leaf, torch.tensor(smoothing), meter)
+                loss.backward()
+                results.append((loss, leaf.grad))
+            torch.testing.assert_close(results[1], results[0])
+    expected, actual = (meter.compute() for meter in meters)
+    assert actual.loss == pytest.approx(expected.loss)
+    assert (actual.correct, actual.valid, actual.batches) == (expected.correct, 15, 3)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiled_step_and_record_equal_eager(config: KernelConfig, compiler: str) -> None:
+    def step(logits: Tensor, meter: Meter) -> Tensor:
+        record_loss(torch.tensor(1.5), logits, TARGETS, meter)
+        return cross_entropy_step(logits, TARGETS, meter, grad_scale=8.0, config=config)
+
+    meters = Meter("cpu"), Meter("cpu")
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    torch.testing.assert_close(compiled(LOGITS, meters[0]), step(LOGITS, meters[1]))
+    torch.testing.assert_close(meters[0].sums, meters[1].sums)
+    assert torch.equal(meters[0].counts, meters[1].counts)
+
+
+def test_compiled_bad_target_raises_and_leaves_the_meter(config: KernelConfig) -> None:
+    meter = Meter("cpu")
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises((RuntimeError, IndexError), match="outside"):
+        compiled(LOGITS, TARGETS + 3, meter=meter, config=config)
+    assert meter.counts.eq(0).all()
+
+
+def test_sizes_may_be_dynamic(config: KernelConfig) -> None:
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (6, 3, 5):
+            logits, targets = LOGITS[:rows].clone(), TARGETS[:rows].clone()
+            expected = cross_entropy(logits, targets, config=config)
+            torch.testing.assert_close(compiled(logits, targets, config=config), expected)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_without_grad_the_loss_is_the_same_and_detached(config: KernelConfig, guard: type) -> None:
+    leaf = LOGITS.clone().requires_grad_()
+    expected = cross_entropy(leaf, TARGETS, config=config)
+    with guard():
+        meter = Meter("cpu")
+        loss = cross_entropy(leaf, TARGETS, meter=meter, config=config)
+        grad = cross_entropy_step(leaf.clone(), TARGETS, meter, inplace=True, config=config)
+    assert torch.equal(loss, expected)
+    assert not loss.requires_grad
+    expected.backward()
+    assert torch.equal(grad, leaf.grad)
+    cross_entropy(leaf, TARGETS, meter=meter, config=config)  # the meter works outside of the guard too
+    assert meter.compute().batches == 3
+
+
+def test_autocast_gives_float32_arithmetic(config: KernelConfig) -> None:
+    weight = torch.eye(5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = LOGITS @ weight
+        loss = cross_entropy(logits, TARGETS, config=config)
+    assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(loss, cross_entropy(logits.float(), TARGETS, config=config))
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()

@@ -1,0 +1,293 @@
+"""`Meter` and `compute_all`: what is counted, how exactly, and how often the host waits."""
+
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from esper_kernels import (
+    KernelConfig,
+    Meter,
+    clip_grad_norm_,
+    compute_all,
+    cross_entropy,
+    cross_entropy_step,
+    grad_stats,
+    record_loss,
+)
+from esper_kernels.testing import SyncCounter
+
+LN2 = 0.6931471805599453
+
+
+def test_two_batches_by_hand(config: KernelConfig, device: str) -> None:
+    """Two equal logits cost ln 2, and the first class wins the tie; [ln 3, 0] costs ln(4/3) or ln 4."""
+    meter = Meter(device, topk=(2,))
+    even, uneven = [0.0, 0.0], [math.log(3), 0.0]
+    batches = [([even, even, uneven], [0, 1, 0]), ([uneven, even], [1, -100])]
+    for rows, targets in batches:
+        cross_entropy_step(
+            torch.tensor(rows, device=device), torch.tensor(targets, device=device), meter, config=config
+        )
+    result = meter.compute()
+    first, second = 2 * LN2 + math.log(4 / 3), math.log(4)
+    assert result.loss_sum == pytest.approx(first + second, rel=1e-6)
+    assert result.loss == pytest.approx((first + second) / 4, rel=1e-6)
+    assert result.mean_batch_loss == pytest.approx((first / 3 + second) / 2, rel=1e-6)
+    assert result.correct == {1: 2, 2: 4}
+    assert result.accuracy == 0.5
+    assert (result.valid, result.ignored, result.nonfinite, result.bad_targets) == (4, 1, 0, 0)
+    assert result.batches == 2
+
+
+def test_class_weights_weigh_the_loss_but_not_the_counts(config: KernelConfig) -> None:
+    meter, weight = Meter("cpu"), torch.tensor([1.0, 3.0])
+    cross_entropy(
+        torch.tensor([[0.0, 0], [math.log(3), 0]]),
+        torch.tensor([0, 1]),
+        weight=weight,
+        meter=meter,
+        config=config,
+    )
+    result = meter.compute()
+    assert result.loss_sum == pytest.approx(LN2 + 3 * math.log(4), rel=1e-6)
+    assert result.loss == pytest.approx((LN2 + 3 * math.log(4)) / 4, rel=1e-6)
+    assert (result.valid, result.accuracy) == (2, 0.5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reduction_does_not_enter_the_meter(config: KernelConfig, reduction: str) -> None:
+    meter = Meter("cpu")
+    cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, -100]), reduction=reduction, meter=meter, config=config)
+    assert meter.compute().loss_sum == pytest.approx(2 * LN2)
+
+
+def test_mean_over_nothing_is_nan() -> None:
+    empty = Meter("cpu").compute()
+    assert math.isnan(empty.loss)
+    assert math.isnan(empty.mean_batch_loss)
+    assert math.isnan(empty.accuracy)
+    assert (empty.loss_sum, empty.valid, empty.batches, empty.correct) == (0, 0, 0, {1: 0})
+
+
+def test_batches_without_a_valid_row_do_not_enter_the_mean(config: KernelConfig) -> None:
+    meter = Meter("cpu")
+    cross_entropy(torch.zeros(2, 2), torch.tensor([0, 1]), meter=meter, config=config)
+    cross_entropy(torch.zeros(2, 2), torch.tensor([-100, -100]), meter=meter, config=config)
+    cross_entropy(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), meter=meter, config=config)
+    result = meter.compute()
+    assert result.mean_batch_loss == pytest.approx(LN2)
+    assert (result.batches, result.ignored) == (3, 2)
+
+
+def test_counts_are_exact_past_2_to_the_31(config: KernelConfig) -> None:
+    meter = Meter("cpu")
+    meter.counts.fill_(2**40)
+    meter.sums[1] = 2.0**40
+    cross_entropy(torch.zeros(3, 2), torch.tensor([0, 0, 1]), meter=meter, config=config)
+    result = meter.compute(strict=False)
+    assert (result.valid, result.correct[1], result.batches) == (2**40 + 3, 2**40 + 2, 2**40 + 1)
+
+
+def test_splitting_a_batch_changes_no_count(config: KernelConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(64, 10, generator=generator), torch.randint(10, (64,), generator=generator)
+    whole, parts = Meter("cpu", topk=(5,)), Meter("cpu", topk=(5,))
+    cross_entropy_step(logits, targets, whole, config=config)
+    for part in range(0, 64, 7):
+        cross_entropy_step(logits[part : part + 7], targets[part : part + 7], parts, config=config)
+    assert parts.compute().correct == whole.compute().correct
+    assert parts.compute().loss == pytest.approx(whole.compute().loss, rel=1e-12)
+
+
+def test_reset_forgets(config: KernelConfig) -> None:
+    meter = Meter("cpu")
+    cross_entropy_step(torch.zeros(3, 2), torch.tensor([0, 0, 1]), meter, config=config)
+    meter.reset()
+    assert meter.compute().batches == 0
+    assert meter.sums.eq(0).all()
+
+
+def test_topk_is_sorted_and_holds_1() -> None:
+    assert Meter("cpu", topk=(5, 3, 5)).topk == (1, 3, 5)
+    assert Meter("cpu", topk=()).topk == (1,)
+    for topk in ((0,), (-1,), (2.5,)):
+        with pytest.raises(ValueError, match="topk must hold positive integers"):
+            Meter("cpu", topk=topk)  # type: ignore[arg-type]
+
+
+def test_device_without_float64_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"float64, which 'mps' lacks"):
+        Meter("mps")
+
+
+# --- record_loss ---
+
+
+def test_record_loss_counts_as_cross_entropy_does(config: KernelConfig) -> None:
+    logits = torch.tensor([[2.0, 0], [0, 2], [torch.nan, 0], [5, 5], [0, 0]])
+    targets = torch.tensor([0, 0, 1, -100, 1])
+    recorded, own = Meter("cpu", topk=(2,)), Meter("cpu", topk=(2,))
+    record_loss(torch.tensor(0.5), logits, targets, recorded)
+    cross_entropy(logits, targets, meter=own, config=config)
+    assert torch.equal(recorded.counts, own.counts)
+    assert recorded.sums.tolist() == [2.0, 4.0, 0.5]  # 0.5 * 4 valid rows; 4 rows; one batch of mean 0.5
+
+
+def test_record_loss_of_nothing_valid_adds_nothing() -> None:
+    meter = Meter("cpu")
+    record_loss(torch.tensor(torch.nan), torch.zeros(2, 3), torch.tensor([-100, -100]), meter)
+    assert meter.sums.tolist() == [0, 0, 0]
+    assert (meter.compute().ignored, meter.compute().batches) == (2, 1)
+
+
+def test_record_loss_takes_a_loss_that_requires_grad() -> None:
+    meter = Meter("cpu")
+    loss = torch.tensor(2.0, requires_grad=True)
+    record_loss(loss, torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1]), meter, ignore_index=1)
+    assert not meter.sums.requires_grad
+    assert meter.compute().loss == 2
+
+
+def test_record_loss_refuses_what_is_no_mean_loss() -> None:
+    meter = Meter("cpu")
+    for loss in (torch.zeros(2), torch.tensor(1), 1.0):
+        with pytest.raises(TypeError, match="loss must be a 0-d floating tensor"):
+            record_loss(loss, torch.zeros(2, 3), torch.tensor([0, 1]), meter)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loss must be on the logits' device cpu, got meta"):
+        record_loss(torch.zeros((), device="meta"), torch.zeros(2, 3), torch.tensor([0, 1]), meter)
+    assert meter.counts.eq(0).all()
+
+
+# --- reading ---
+
+
+def test_an_epoch_waits_for_the_device_once(config: KernelConfig, device: str) -> None:
+    meter, model = Meter(device, topk=(5,)), torch.nn.Linear(8, 10).to(device)
+    inputs, targets = torch.randn(16, 8, device=device), torch.zeros(16, dtype=torch.int64, device=device)
+    optimizer, stats = torch.optim.SGD(model.parameters(), lr=0.1), None
+    extra = torch.tensor([1.5, 2.5], dtype=torch.float64, device=device)
+    with SyncCounter() as syncs:
+        for batch in range(4):
+            optimizer.zero_grad()
+            logits = model(inputs)
+            if batch % 2:
+                cross_entropy(logits, targets, meter=meter, config=config).backward()
+            else:
+                logits.backward(cross_entropy_step(logits, targets, meter, inplace=True, config=config))
+            grads = [parameter.grad for parameter in model.parameters()]
+            stats = grad_stats({"all": grads}, out=stats, config=config)
+            clip_grad_norm_(model.parameters(), 1.0, stats=stats, config=config)
+            optimizer.step()
+        assert syncs.count == 0
+        assert stats is not None
+        result, health, numbers, ints = compute_all(meter, stats, extra, torch.arange(4, device=device).view(2, 2))
+        assert syncs.count == 1
+    assert result == meter.compute()
+    assert health == stats.compute()
+    assert (numbers, ints) == ([1.5, 2.5], [0, 1, 2, 3])
+
+
+def test_the_sync_counter_sees_every_way_to_read() -> None:
+    x = torch.ones(3)
+    reads = [x.tolist, x[0].item, x[0].tolist, lambda: bool(x[0]), lambda: float(x[0]), x.numpy]
+    for number, read in enumerate(reads):
+        with SyncCounter() as syncs:
+            read()
+            (x + 1).sum()
+        assert syncs.count == 1, number
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_the_sync_counter_sees_copies_and_value_dependent_sizes() -> None:
+    x = torch.ones(3, device="cuda")
+    for read in (x.cpu, x.nonzero, lambda: x[x > 0], lambda: torch.zeros(3).copy_(x)):
+        with SyncCounter() as syncs:
+            read()
+        assert syncs.count >= 1
+
+
+def test_compute_all_keeps_every_bit() -> None:
+    floats = torch.tensor([0.1, -0.0, 1e-310, torch.inf, 2.0**60 + 256], dtype=torch.float64)
+    ints = torch.tensor([2**62 + 1, -1])
+    read_floats, read_ints = compute_all(floats, ints)
+    assert (read_floats, read_ints) == (floats.tolist(), ints.tolist())
+    assert math.copysign(1, read_floats[1]) == -1
+    assert math.isnan(compute_all(torch.tensor(torch.nan, dtype=torch.float64))[0][0])
+    assert compute_all() == ()
+
+
+def test_compute_all_refuses_other_dtypes_and_mixed_devices() -> None:
+    with pytest.raises(TypeError, match=r"int64 and float64 tensors, got torch\.float32"):
+        compute_all(torch.ones(2))
+    with pytest.raises(ValueError, match=r"one device at a time.*'cpu', 'meta'"):
+        compute_all(Meter("cpu"), Meter("meta"))
+
+
+# --- state and ranks ---
+
+
+def filled() -> Meter:
+    meter = Meter("cpu", topk=(2,))
+    cross_entropy_step(torch.tensor([[0.1, 0.7, 0.2]]), torch.tensor([2]), meter)
+    return meter
+
+
+def test_state_survives_saving_with_weights_only() -> None:
+    meter, file = filled(), io.BytesIO()
+    torch.save(meter.state_dict(), file)
+    file.seek(0)
+    loaded = Meter("cpu", topk=(2,))
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert loaded.compute() == meter.compute()
+
+
+def test_state_is_a_copy() -> None:
+    meter = filled()
+    state = meter.state_dict()
+    meter.reset()
+    meter.load_state_dict(state)
+    assert meter.compute() == filled().compute()
+
+
+def test_state_of_another_topk_is_refused() -> None:
+    meter = Meter("cpu", topk=(3,))
+    with pytest.raises(ValueError, match=r"topk \(1, 3\), got topk \(1, 2\)"):
+        meter.load_state_dict(filled().state_dict())
+    assert meter.counts.eq(0).all()
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from esper_kernels import Meter, cross_entropy_step
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
+meter = Meter("cpu")
+cross_entropy_step(torch.zeros(1 + rank, 2), torch.full((1 + rank,), rank), meter)
+meter.all_reduce()
+result = meter.compute()
+print(result.valid, result.correct[1], result.batches, round(result.loss_sum, 6))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
+@pytest.mark.timeout(60)
+def test_all_reduce_adds_up_two_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RANK]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=50)[0].strip() for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()  # one that waits for a dead peer would wait for ever
+    assert outputs == ["3 1 2 2.079442"] * 2  # 3 ln 2; rank 0's one row is correct, rank 1's two are not

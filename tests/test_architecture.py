@@ -1,0 +1,161 @@
+"""The shape of the tree: who may import whom, where loops over batches may stand, what is public."""
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import esper_kernels
+import esper_train
+
+ROOT = Path(__file__).parent.parent
+
+# A module may import from its own group, and from the groups named beside it. Data flows one way:
+# cli -> episode -> loop -> step -> op -> backend.
+KERNEL_ARROWS = {
+    "version": set(),
+    "config": {"version"},
+    "sums": set(),
+    "backends": {"config", "version"},
+    "readback": set(),
+    "meter": {"backends", "readback"},
+    "cross_entropy": {"backends", "config", "meter", "sums"},
+    "grad_stats": {"backends", "config", "readback", "sums"},
+    "info": {"backends", "config", "version"},
+    "testing": {"cross_entropy", "grad_stats", "meter", "config"},
+}
+TRAIN_ARROWS = {
+    "names": set(),
+    "config": {"names"},
+    "morph": {"config", "names"},
+    "control": {"config", "morph"},
+    "tasks": {"config", "morph", "names"},
+    "optimizers": set(),
+    "step": {"config", "names"},
+    "loop": {"config", "optimizers", "step"},
+    "run_directory": {"config", "morph", "tasks"},
+    "telemetry": {"config", "run_directory", "morph"},
+    "episode": {"config", "control", "loop", "morph", "optimizers", "step", "tasks", "telemetry"},
+    "cli": {"config", "control", "episode", "run_directory", "telemetry"},
+}
+
+
+def modules(package: str) -> list[tuple[str, ast.Module]]:
+    """(group, syntax tree) of each module; the group is the first name below the package, "" for its __init__."""
+    found = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT / package).with_suffix("").parts
+        found.append(("" if parts == ("__init__",) else parts[0], ast.parse(path.read_text(encoding="utf-8"))))
+    return found
+
+
+def imported(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def groups_imported(tree: ast.Module, package: str) -> set[str]:
+    known = KERNEL_ARROWS if package == "esper_kernels" else TRAIN_ARROWS
+    parts = [name.split(".") for name in imported(tree)]
+    return {p[1] for p in parts if p[0] == package and len(p) > 1 and p[1] in known}
+
+
+@pytest.mark.parametrize(("package", "arrows"), [("esper_kernels", KERNEL_ARROWS), ("esper_train", TRAIN_ARROWS)])
+def test_imports_follow_the_arrows(package: str, arrows: dict[str, set[str]]) -> None:
+    for group, tree in modules(package):
+        if group == "":
+            continue  # the package's own __init__ only gathers public names
+        assert group in arrows, f"{package}.{group} is new: say in this test what it may import"
+        wrong = groups_imported(tree, package) - arrows[group] - {group}
+        assert not wrong, f"{package}.{group} must not import {sorted(wrong)}"
+
+
+def test_kernels_never_import_the_training_package() -> None:
+    for group, tree in modules("esper_kernels"):
+        assert not [name for name in imported(tree) if name.startswith("esper_train")], group
+
+
+def test_training_uses_only_public_names_of_the_kernels() -> None:
+    public = {f"esper_kernels.{name}" for name in esper_kernels.__all__} | {"esper_kernels"}
+    for group, tree in modules("esper_train"):
+        used = {name for name in imported(tree) if name.split(".")[0] == "esper_kernels"}
+        assert used <= public, f"esper_train.{group} uses {sorted(used - public)}"
+
+
+def batch_loops(tree: ast.Module) -> list[str]:
+    """What the tree's loops run over, where it looks like batches."""
+    places = [node.iter for node in ast.walk(tree) if isinstance(node, (ast.For, ast.comprehension))]
+    texts = [ast.unparse(place) for place in places]
+    words = ("loader", "batches", "episode.train", "episode.validation", "episode.test")
+    return [text for text in texts if any(word in text for word in words)]
+
+
+def test_loop_holds_the_only_loops_over_batches() -> None:
+    for group, tree in modules("esper_train"):
+        if group == "loop":
+            assert len(batch_loops(tree)) == 3  # train_one_epoch, evaluate, and the generator both draw from
+        else:
+            assert batch_loops(tree) == [], group
+
+
+def test_only_loop_and_step_call_the_loss() -> None:
+    for group, tree in modules("esper_train"):
+        if group not in ("step", "loop", ""):
+            assert not {n for n in imported(tree) if "cross_entropy" in n or "grad_stats" in n}, group
+
+
+@pytest.mark.parametrize("package", [esper_kernels, esper_train])
+def test_all_lists_exactly_the_public_names(package: object) -> None:
+    names = package.__all__  # type: ignore[attr-defined]
+    assert len(set(names)) == len(names)
+    submodules = {m.name for m in pkgutil.iter_modules(package.__path__)}  # type: ignore[attr-defined]
+    present = {name for name in vars(package) if not name.startswith("_") and name not in submodules} | {
+        name for name in names if name in submodules or name == "__version__"
+    }
+    assert set(names) == present
+
+
+@pytest.mark.parametrize("package", ["esper_kernels", "esper_train"])
+def test_every_module_says_what_it_is_for(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not text or ast.get_docstring(ast.parse(text)), path.name
+
+
+@pytest.mark.parametrize("package", ["esper_kernels", "esper_train"])
+def test_no_module_level_mutable_state(package: str) -> None:
+    """Module-level names are constants: no list, dict or set that code could change, no `global`."""
+    for group, tree in modules(package):
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.Global)], group
+        for node in tree.body:
+            value = getattr(node, "value", None)
+            if not isinstance(node, (ast.Assign, ast.AnnAssign)) or value is None:
+                continue
+            target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            if isinstance(value, (ast.List, ast.Set, ast.ListComp, ast.DictComp, ast.Dict)):
+                assert target == "__all__" or target.strip("_").isupper(), f"{group}: {target}"
+
+
+def test_importing_the_training_package_loads_no_extra() -> None:
+    """tyro, rich, matplotlib and scikit-learn are loaded by those who use them."""
+    import subprocess
+    import sys
+
+    code = "import sys, esper_train; print([m for m in ('tyro', 'rich', 'matplotlib', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_module_imports() -> None:
+    for package in (esper_kernels, esper_train):
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)

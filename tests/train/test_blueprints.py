@@ -1,0 +1,233 @@
+"""Blueprints: what comes with the package is the identity and alive at birth, and nothing else gets in."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, Residual, default_registry, group_norm
+
+DEFAULTS = [
+    ("cnn", "conv_expand"),
+    ("cnn", "conv_light"),
+    ("cnn", "attention"),
+    ("cnn", "norm"),
+    ("transformer", "mlp"),
+    ("transformer", "norm"),
+]
+
+
+def built(topology: str, name: str, channels: int) -> nn.Module:
+    torch.manual_seed(channels)
+    return default_registry().require(topology, name).build(channels)
+
+
+def features(topology: str, channels: int, size: tuple[int, int]) -> Tensor:
+    """[N, C, H, W], or the same positions as a sequence [N, H * W, C]."""
+    x = torch.randn(3, channels, *size, generator=torch.Generator().manual_seed(1))
+    return x if topology == "cnn" else x.flatten(2).transpose(1, 2)
+
+
+def test_default_registry_lists_the_blueprints_in_order_of_preference() -> None:
+    registry = default_registry()
+    assert registry.names("cnn") == ("conv_expand", "conv_light", "attention", "norm")
+    assert registry.names("transformer") == ("mlp", "norm")
+    assert registry.names("graph") == ()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 5)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 8, 48])
+@pytest.mark.parametrize(("topology", "name"), DEFAULTS)
+def test_default_blueprints_are_the_identity_and_alive_at_birth(
+    topology: str, name: str, channels: int, size: tuple[int, int]
+) -> None:
+    """The output is the input exactly, every gradient is finite, and one step of SGD moves the output."""
+    module = built(topology, name, channels)
+    x = features(topology, channels, size)
+    y = module(x)
+    assert torch.equal(y, x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+    gradients = [p.grad for p in module.parameters()]
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    moved = module(x)
+    assert not torch.equal(moved, x)
+    assert bool(moved.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("topology", "name", "parameters"),
+    [
+        ("cnn", "conv_expand", 8 * 32 * 9 + 2 * 32 + 32 * 8 + 8),
+        ("cnn", "conv_light", 8 * 8 * 9 + 2 * 8 + 8 * 8 + 8),
+        ("cnn", "attention", (8 * 2 + 2) + (2 * 8 + 8)),
+        ("cnn", "norm", 2 * 8 + 1),
+        ("transformer", "mlp", 2 * 8 + (8 * 32 + 32) + (32 * 8 + 8)),
+        ("transformer", "norm", 2 * 8 + 1),
+    ],
+)
+def test_default_blueprints_have_the_parameters_counted_by_hand(topology: str, name: str, parameters: int) -> None:
+    assert sum(p.numel() for p in built(topology, name, 8).parameters()) == parameters
+
+
+def test_default_blueprints_equal_their_formulas_once_trained() -> None:
+    """Written out in torch's own functions, with every parameter moved off its first value."""
+    x = features("cnn", 8, (3, 5))
+
+    def trained(topology: str, name: str) -> list[Tensor]:
+        modules[topology, name] = built(topology, name, 8)
+        with torch.no_grad():
+            for p in modules[topology, name].parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        return [p.detach() for p in modules[topology, name].parameters()]
+
+    modules: dict[tuple[str, str], nn.Module] = {}
+    f = nn.functional
+
+    conv, gain, shift, out, bias = trained("cnn", "conv_light")
+    hidden = f.relu(f.group_norm(f.conv2d(x, conv, padding=1), 1, gain, shift))
+    torch.testing.assert_close(modules["cnn", "conv_light"](x), x + f.conv2d(hidden, out, bias))
+
+    w1, b1, w2, b2 = trained("cnn", "attention")
+    gate = 2 * torch.sigmoid(f.linear(f.relu(f.linear(x.flatten(2).mean(2), w1, b1)), w2, b2))
+    torch.testing.assert_close(modules["cnn", "attention"](x), torch.einsum("nchw,nc->nchw", x, gate))
+
+    named = dict(zip(("gain", "weight", "bias"), trained("cnn", "norm"), strict=True))
+    norm = f.group_norm(x, 1, named["weight"], named["bias"])
+    torch.testing.assert_close(modules["cnn", "norm"](x), x + named["gain"] * (norm - x))
+
+    sequence = features("transformer", 8, (3, 5))
+    g, s, w1, b1, w2, b2 = trained("transformer", "mlp")
+    inner = f.linear(f.gelu(f.linear(f.layer_norm(sequence, (8,), g, s), w1, b1)), w2, b2)
+    torch.testing.assert_close(modules["transformer", "mlp"](sequence), sequence + inner)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(1, 1), (8, 1), (16, 1), (32, 2), (33, 1), (48, 2), (64, 4), (512, 32), (1024, 32)]
+)
+def test_group_norm_keeps_16_channels_a_group_at_least(channels: int, groups: int) -> None:
+    assert group_norm(channels).num_groups == groups
+
+
+class NotIdentity(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class SlightlyOff(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.0 + 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x
+
+
+class Wider(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * torch.cat([x, x], dim=1)
+
+
+class DeadBranch(nn.Module):
+    """x + ReLU(GroupNorm(x)) with the norm's gain 0: the identity, but ReLU passes no gradient at 0."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.norm(x))
+
+
+def pool(channels: int) -> nn.Module:
+    return nn.AvgPool2d(2)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (NotIdentity, r"blueprint 'new' is not the identity at birth: .*of shape \(2, 8, 4, 4\), got shape \(2, 8"),
+        (SlightlyOff, r"blueprint 'new' is not the identity at birth"),
+        (Wider, r"is not the identity at birth: .*shape \(2, 8, 4, 4\), got shape \(2, 16, 4, 4\)"),
+        (pool, r"is not the identity at birth: .*shape \(2, 8, 4, 4\), got shape \(2, 8, 2, 2\)"),
+        (DeadBranch, r"blueprint 'new' is dead at birth: none of its parameters has a non-zero gradient"),
+    ],
+)
+def test_register_refuses_what_is_not_identity_or_dead_and_stays_as_it_was(build: type, message: str) -> None:
+    registry = default_registry()
+    before = registry.names("cnn")
+    with pytest.raises(ValueError, match=message):
+        registry.register(Blueprint("new", "cnn", build))
+    assert registry.names("cnn") == before
+    with pytest.raises(ValueError, match="unknown cnn blueprint 'new'"):
+        registry.require("cnn", "new")
+
+
+def test_register_refuses_a_taken_name_and_keeps_the_first() -> None:
+    registry = default_registry()
+    first = registry.require("cnn", "norm")
+    with pytest.raises(ValueError, match=r"blueprint 'norm' is already registered for cnn"):
+        registry.register(Blueprint("norm", "cnn", lambda channels: nn.Identity()))
+    assert registry.require("cnn", "norm") is first
+    assert registry.names("cnn").count("norm") == 1
+
+
+def test_register_takes_the_same_name_for_another_topology() -> None:
+    registry = default_registry()
+    registry.register(Blueprint("mlp", "cnn", lambda channels: Residual(nn.Conv2d(channels, channels, 1))))
+    assert registry.require("cnn", "mlp") is not registry.require("transformer", "mlp")
+    assert registry.names("cnn")[-1] == "mlp"
+    assert registry.names("transformer") == ("mlp", "norm")
+
+
+@pytest.mark.parametrize("topology", ["cnn", "transformer"])
+def test_register_takes_a_blueprint_without_parameters(topology: str) -> None:
+    registry = BlueprintRegistry([Blueprint("nothing", topology, lambda channels: nn.Identity())])
+    assert registry.names(topology) == ("nothing",)
+
+
+def test_register_works_where_gradients_are_switched_off() -> None:
+    with torch.no_grad():
+        assert default_registry().names("cnn")[0] == "conv_expand"
+        with pytest.raises(ValueError, match="dead at birth"):
+            BlueprintRegistry([Blueprint("dead", "cnn", DeadBranch)])
+
+
+@pytest.mark.parametrize("build", [NotIdentity, DeadBranch, lambda c: Residual(nn.Conv2d(c, c, 1))])
+def test_register_leaves_torchs_random_state_alone(build: type) -> None:
+    """Also where it refuses: a run must draw the same numbers whatever was registered before it."""
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    registry = BlueprintRegistry()
+    try:
+        registry.register(Blueprint("new", "cnn", build))
+        registered = True
+    except ValueError:
+        registered = False
+    assert registered is (build not in (NotIdentity, DeadBranch))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_require_names_the_nearest_and_lists_those_of_the_topology_only() -> None:
+    with pytest.raises(ValueError, match="unknown cnn blueprint") as caught:
+        default_registry().require("cnn", "conv_lite")
+    assert str(caught.value) == (
+        "unknown cnn blueprint 'conv_lite'; perhaps 'conv_light'? Known: conv_expand, conv_light, attention, norm"
+    )
+    with pytest.raises(ValueError, match=r"unknown transformer blueprint 'conv_light'.* Known: mlp, norm"):
+        default_registry().require("transformer", "conv_light")
+
+
+def test_registries_do_not_share_what_is_registered() -> None:
+    mine = default_registry()
+    mine.register(Blueprint("nothing", "cnn", lambda channels: nn.Identity()))
+    assert "nothing" in mine.names("cnn")
+    assert "nothing" not in default_registry().names("cnn")

@@ -1,0 +1,189 @@
+"""The command as a user meets it: run directories, exit codes, messages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from esper_train import cli, load_run
+from esper_train.run_directory import read_metrics
+
+QUICK = ["--task", "synthetic", "--max-epochs", "3", "--max-batches", "2"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and what was printed, for a call that cannot work."""
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as stop:  # the option parser's way to leave
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    return code, " ".join((printed.err + printed.out).replace("│", " ").split())
+
+
+def test_heuristic_leaves_a_whole_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["heuristic", *QUICK, "--out", str(out)]) == 0
+    names = {"config.json", "environment.json", "metrics.jsonl", "network.pt", "report.html"}
+    assert {p.name for p in out.iterdir()} == names | {"baseline"}
+    assert {p.name for p in (out / "baseline").iterdir()} == names
+    events = read_metrics(out)
+    assert [e["event"] for e in events] == ["run_started", "epoch", "epoch", "epoch", "run_finished"]
+    assert events[-1]["status"] == "completed"
+    assert read_metrics(out / "baseline")[0]["mode"] == "fit"
+    model = load_run(out)
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    printed = capsys.readouterr().out
+    assert "epoch   3/3" in printed
+    assert f"report: {out / 'report.html'}" in printed
+
+
+def test_fit_has_no_slots_and_no_baseline(tmp_path: Path) -> None:
+    assert cli.main(["fit", *QUICK, "--out", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "baseline").exists()
+    assert read_metrics(tmp_path / "run")[0]["slots"] == []
+
+
+def test_episodes_get_a_directory_each(tmp_path: Path) -> None:
+    arguments = ["heuristic", *QUICK, "--episodes", "2", "--seed", "5", "--no-baseline", "--out", str(tmp_path / "run")]
+    assert cli.main(arguments) == 0
+    seeds = [read_metrics(tmp_path / "run" / f"episode-{i}")[0]["seed"] for i in (1, 2)]
+    assert seeds == [5, 1005]
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('task = "synthetic"\nmax_epochs = 2\nmax_batches = 1\nseed = 9\n[optim]\nhost_lr = 0.5\n')
+    out = tmp_path / "run"
+    assert cli.main(["fit", "--config", str(file), "--seed", "3", "--backend", "eager", "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["max_epochs"], config["seed"], config["optim"]["host_lr"]) == (2, 3, 0.5)
+    assert config["train"]["kernel"]["backend"] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["grow"], "unknown command 'grow'"),
+        (["fit", "--task", "digit"], "unknown task 'digit'; perhaps 'digits'?"),
+        (["heuristic", *QUICK, "--slots", "early", "middle"], "'middle'"),
+        (["heuristic", *QUICK, "--slots"], "no slots"),
+        (["heuristic", *QUICK, "--policy.blueprints", "conv_lite"], "'conv_lite'"),
+        (["heuristic", *QUICK, "--policy.blend", "sigmoidal"], "perhaps 'sigmoid'"),
+        (["fit", *QUICK, "--device", "cuda:42"], "device 'cuda:42' is not there; usable here: cpu"),
+        (["fit", *QUICK, "--backend", "cuda"], "cuda"),
+        (["fit", *QUICK, "--sed", "3"], "--seed"),
+        (["fit", "--max-batches", "0"], "max_batches must be at least 1"),
+        (["fit", "--config", "no-such-file.toml"], "no-such-file.toml"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_way_out(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text = fails(capsys, *arguments)
+    assert code == 2
+    assert message in text
+    assert list(tmp_path.iterdir()) == []  # nothing half-made is left behind
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("max_epoch = 3", "unknown config key 'max_epoch'; perhaps 'max_epochs'?"),
+        ("[train.grad]\nevry = 2", "'train.grad.evry'; perhaps 'train.grad.every'?"),
+        ("max_epochs = 'many'", "'max_epochs' takes int, got 'many'"),
+        ("max_epochs = ", "not valid TOML"),
+    ],
+)
+def test_bad_config_files_are_refused(
+    toml: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(toml)
+    code, text = fails(capsys, "fit", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    code, text = fails(capsys, "fit", *QUICK, "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert "not empty" in text
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_diverging_run_ends_with_its_own_code_and_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fit", "--task", "synthetic", "--optim.host-lr", "1e30", "--out", str(tmp_path / "run")]
+    code, text = fails(capsys, *arguments)
+    assert code == 3
+    assert "the loss is not finite in epoch" in text
+    events = read_metrics(tmp_path / "run")
+    assert [e["event"] for e in events][-2:] == ["nonfinite", "run_finished"]
+    assert "nonfinite" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "cross_entropy" in printed
+    assert "eager" in printed
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("heuristic", "fit", "info"))
+
+
+def test_ctrl_c_leaves_a_readable_directory_and_130(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code = "import sys; from esper_train.cli import main; sys.exit(main())"
+    arguments = ["heuristic", "--task", "synthetic", "--max-epochs", "100000", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stderr = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert read_metrics(out)[-1]["status"] == "interrupted"
+    assert "interrupted" in (out / "report.html").read_text()
+    assert load_run(out)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.slow
+def test_the_main_job_fossilizes_a_seed_and_the_report_shows_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["heuristic", "--out", str(out)]) == 0
+    kept = [e for e in read_metrics(out) if e["event"] == "seed_stage" and e["stage"] == "FOSSILIZED"]
+    assert kept
+    assert all(e["contribution"] >= 1.0 for e in kept)
+    page = (out / "report.html").read_text()
+    assert all(e["seed_id"] in page and f"{e['contribution']:+.2f}" in page for e in kept)

@@ -1,0 +1,292 @@
+"""Configuration from TOML and JSON: what is read, what is refused and with which words."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError, asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esper_kernels import KernelConfig
+from esper_train.config import (
+    CompileConfig,
+    GradConfig,
+    GrowthConfig,
+    HeuristicConfig,
+    HostConfig,
+    OptimConfig,
+    RunConfig,
+    TelemetryConfig,
+    TrainConfig,
+    from_dict,
+    load_toml,
+)
+from esper_train.names import unknown_name
+
+
+def written(directory: Path, text: str) -> Path:
+    path = directory / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_load_toml_reads_nested_keys_and_keeps_the_other_defaults(tmp_path: Path) -> None:
+    config = load_toml(
+        written(
+            tmp_path,
+            """
+            task = "synthetic"
+            slots = ["late", "early"]
+            max_batches = 7
+            [train]
+            topk = [1, 5]
+            [train.kernel]
+            backend = "eager"
+            [train.compile]
+            dynamic = true
+            [train.grad]
+            clip_norm = 0.25
+            [policy]
+            blueprints = ["norm"]
+            [growth]
+            on_fossilize = "freeze"
+            """,
+        )
+    )
+    assert config == RunConfig(
+        task="synthetic",
+        slots=("late", "early"),
+        max_batches=7,
+        train=TrainConfig(
+            kernel=KernelConfig(backend="eager"),
+            compile=CompileConfig(dynamic=True),
+            grad=GradConfig(clip_norm=0.25),
+            topk=(1, 5),
+        ),
+        policy=HeuristicConfig(blueprints=("norm",)),
+        growth=GrowthConfig(on_fossilize="freeze"),
+    )
+    assert isinstance(config.slots, tuple)
+    assert isinstance(config.train.topk, tuple)
+
+
+def test_load_toml_of_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_toml(written(tmp_path, "")) == RunConfig()
+
+
+def test_load_toml_turns_whole_numbers_into_floats(tmp_path: Path) -> None:
+    config = load_toml(written(tmp_path, "optim.host_lr = 1\ntrain.grad.clip_norm = 2\n"))
+    assert type(config.optim.host_lr) is float
+    assert config.optim.host_lr == 1.0
+    assert type(config.train.grad.clip_norm) is float
+    assert config.train.grad.clip_norm == 2.0
+
+
+def test_load_toml_names_the_file_that_is_not_toml(tmp_path: Path) -> None:
+    path = written(tmp_path, "task = digits\n")
+    with pytest.raises(ValueError, match=r"run\.toml is not valid TOML: .*line 1"):
+        load_toml(path)
+
+
+def test_load_toml_reports_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_toml(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"episodes": "3"}, r"config key 'episodes' takes int, got '3'"),
+        ({"episodes": 3.0}, r"config key 'episodes' takes int, got 3\.0"),
+        ({"episodes": True}, r"config key 'episodes' takes int, got True"),
+        ({"task": 5}, r"config key 'task' takes str, got 5"),
+        ({"max_batches": "all"}, r"config key 'max_batches' takes int or NoneType, got 'all'"),
+        ({"slots": "early"}, r"config key 'slots' takes a list, got 'early'"),
+        ({"slots": ["early", 2]}, r"config key 'slots' takes str, got 2"),
+        ({"optim": 0.1}, r"config key 'optim' is a table of settings, got 0\.1"),
+        ({"optim": {"momentum": True}}, r"config key 'optim\.momentum' takes float, got True"),
+        ({"growth": {"isolate_training": 1}}, r"config key 'growth\.isolate_training' takes bool, got 1"),
+        ({"train": {"topk": [1, 2.5]}}, r"config key 'train\.topk' takes int, got 2\.5"),
+        ({"train": {"kernel": "eager"}}, r"config key 'train\.kernel' is a table of settings, got 'eager'"),
+        ({"train": {"kernel": {"backend": 1}}}, r"config key 'train\.kernel\.backend' takes str, got 1"),
+        ({"train": {"grad": {"every": "1"}}}, r"config key 'train\.grad\.every' takes int, got '1'"),
+    ],
+)
+def test_from_dict_refuses_a_value_of_another_type(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        from_dict(RunConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "nearest"),
+    [
+        ({"max_epoch": 3}, "max_epoch", "max_epochs"),
+        ({"optim": {"hostlr": 0.1}}, "optim.hostlr", "optim.host_lr"),
+        ({"train": {"grad": {"evry": 2}}}, "train.grad.evry", "train.grad.every"),
+        ({"train": {"kernel": {"back_end": "eager"}}}, "train.kernel.back_end", "train.kernel.backend"),
+        ({"growth": {"blend_epochs": 2}}, "growth.blend_epochs", "growth.blending_epochs"),
+        ({"policy": {"penalty-limit": 2.0}}, "policy.penalty-limit", "policy.penalty_limit"),
+        ({"telemetry": {"levels": "off"}}, "telemetry.levels", "telemetry.level"),
+    ],
+)
+def test_from_dict_refuses_an_unknown_key_and_names_the_nearest(values: dict[str, Any], key: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match="unknown config key") as caught:
+        from_dict(RunConfig, values)
+    assert str(caught.value).startswith(f"unknown config key '{key}'; perhaps '{nearest}'? Known: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"episodes": 0}, r"episodes must be at least 1, got 0"),
+        ({"max_epochs": -2}, r"max_epochs must be at least 1, got -2"),
+        ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
+        ({"max_batches": 0}, r"max_batches must be at least 1, or left out for all batches, got 0"),
+        ({"train": {"grad": {"every": -1}}}, r"grad\.every must be 0 \(never\) or a number .* got -1"),
+        ({"train": {"grad": {"clip_norm": 0.0}}}, r"grad\.clip_norm must be positive or left out, got 0\.0"),
+        ({"train": {"grad": {"clip_norm": math.nan}}}, r"grad\.clip_norm must be positive .* got nan"),
+        ({"train": {"compile": {"on_failure": "warn"}}}, r"on_failure must be .*'eager', got 'warn'"),
+        ({"train": {"compile": {"on_failure": 3}}}, r"compile\.on_failure must be 'raise' or 'eager', got 3"),
+        ({"train": {"kernel": {"backend": "fast"}}}, r"backend must be one of .*'eager'.* got 'fast'"),
+        ({"optim": {"host_lr": 0}}, r"optim\.host_lr and optim\.seed_lr must be positive"),
+        ({"optim": {"seed_lr": -0.1}}, r"optim\.host_lr and optim\.seed_lr must be positive"),
+        ({"optim": {"momentum": 1.0}}, r"optim\.momentum must be in \[0, 1\), got 1\.0"),
+        ({"optim": {"momentum": -0.5}}, r"optim\.momentum must be in \[0, 1\), got -0\.5"),
+        ({"host": {"width": 0}}, r"host\.width must be at least 1, got 0"),
+        ({"host": {"depth": -1}}, r"host\.depth must be at least 1, got -1"),
+        ({"growth": {"on_fossilize": "drop"}}, r"on_fossilize must be 'keep' or 'freeze', got 'drop'"),
+        ({"growth": {"blending_epochs": 0}}, r"growth\.blending_epochs must be >= 1, got 0"),
+        ({"policy": {"penalty_decay": 1.0}}, r"policy\.penalty_decay must be in \[0, 1\), got 1\.0"),
+        ({"policy": {"penalty_decay": -0.1}}, r"policy\.penalty_decay must be in \[0, 1\), got -0\.1"),
+        ({"telemetry": {"level": "loud"}}, r"telemetry\.level must be 'off' or 'normal', got 'loud'"),
+    ],
+)
+def test_from_dict_refuses_a_value_out_of_range(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_dict(RunConfig, values)
+
+
+def test_from_dict_accepts_the_values_at_the_edge_of_a_range() -> None:
+    config = from_dict(
+        RunConfig,
+        {
+            "max_batches": 1,
+            "max_epochs": 1,
+            "train": {"grad": {"every": 0, "clip_norm": 1e-6}},
+            "optim": {"momentum": 0.0},
+            "host": {"width": 1, "depth": 1},
+            "policy": {"penalty_decay": 0.0},
+        },
+    )
+    assert (config.max_batches, config.max_epochs, config.train.grad.every) == (1, 1, 0)
+    assert (config.host.width, config.host.depth) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(),
+        RunConfig(
+            task="synthetic-lm",
+            slots=("mid",),
+            max_batches=3,
+            train=TrainConfig(
+                compile=CompileConfig(enabled=True, dynamic=False, on_failure="eager"),
+                grad=GradConfig(clip_norm=1.5, every=4),
+                topk=(1, 3, 5),
+            ),
+            optim=OptimConfig(host_lr=0.5, weight_decay=0.0),
+            host=HostConfig(width=5, depth=None),
+            growth=GrowthConfig(isolate_training=False, embargo_epochs=0),
+            policy=HeuristicConfig(blueprints=("norm", "attention"), blend="linear"),
+            telemetry=TelemetryConfig(level="off"),
+        ),
+    ],
+    ids=["defaults", "everything changed"],
+)
+def test_from_dict_restores_a_config_that_went_through_json(config: RunConfig) -> None:
+    assert from_dict(RunConfig, json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(),
+        TrainConfig(),
+        CompileConfig(),
+        GradConfig(),
+        OptimConfig(),
+        HostConfig(),
+        GrowthConfig(),
+        HeuristicConfig(),
+        TelemetryConfig(),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_configs_are_frozen(config: Any) -> None:
+    name = next(iter(asdict(config)))
+    before = getattr(config, name)
+    with pytest.raises(FrozenInstanceError):
+        setattr(config, name, "changed")
+    assert getattr(config, name) == before
+
+
+def test_from_dict_leaves_other_configs_and_the_given_values_alone() -> None:
+    values = {"train": {"grad": {"every": 9}}, "slots": ["mid"]}
+    first = from_dict(RunConfig, values)
+    second = from_dict(RunConfig, {"train": {"grad": {"clip_norm": 3.0}}})
+    assert (first.train.grad.every, first.train.grad.clip_norm) == (9, None)
+    assert (second.train.grad.every, second.train.grad.clip_norm) == (1, 3.0)
+    assert RunConfig().train.grad == GradConfig()
+    assert values == {"train": {"grad": {"every": 9}}, "slots": ["mid"]}
+
+
+def test_growth_config_defaults_are_the_audited_thresholds() -> None:
+    growth = GrowthConfig()
+    assert (growth.blending_improvement, growth.blending_min_epochs) == (0.5, 3)
+    assert growth.blending_gradient_ratio == 0.05
+    assert (growth.probation_min_epochs, growth.probation_alpha) == (3, 0.95)
+    assert growth.fossilize_contribution == 1.0
+    assert (growth.training_dwell_fraction, growth.probation_timeout_fraction) == (0.1, 0.1)
+    assert (growth.blending_epochs, growth.embargo_epochs) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "dwell", "life"),
+    [
+        (75, 7, 13),  # int(7.5) in TRAINING, 5 in BLENDING, 1 to measure
+        (29, 2, 9),  # the gate's 3 epochs are longer than the dwell of 2
+        (5, 1, 9),  # the dwell is at least one epoch
+        (200, 20, 26),
+    ],
+)
+def test_growth_config_dwell_and_life_of_a_seed(max_epochs: int, dwell: int, life: int) -> None:
+    assert GrowthConfig().training_dwell(max_epochs) == dwell
+    assert GrowthConfig().seed_life(max_epochs) == life
+
+
+def test_growth_config_life_counts_the_longer_of_blending_and_its_gate() -> None:
+    assert GrowthConfig(blending_epochs=1, probation_min_epochs=4).seed_life(75) == 7 + 4 + 1
+    assert GrowthConfig(blending_epochs=9, probation_min_epochs=4).seed_life(75) == 7 + 9 + 1
+
+
+def test_growth_config_life_and_margin_of_the_default_run_are_20_epochs() -> None:
+    assert GrowthConfig().seed_life(RunConfig().max_epochs) + HeuristicConfig().life_margin == 20
+
+
+@pytest.mark.parametrize(("max_epochs", "timeout"), [(75, 7), (49, 5), (1, 5), (60, 6), (100, 10)])
+def test_growth_config_probation_timeout_is_a_tenth_of_the_run_but_5_epochs_at_least(
+    max_epochs: int, timeout: int
+) -> None:
+    assert GrowthConfig().probation_timeout(max_epochs) == timeout
+
+
+def test_unknown_name_lists_what_is_known_and_the_nearest() -> None:
+    error = unknown_name("colour", "gren", ["red", "green"])
+    assert isinstance(error, ValueError)
+    assert str(error) == "unknown colour 'gren'; perhaps 'green'? Known: red, green"
+
+
+def test_unknown_name_says_so_when_nothing_is_known() -> None:
+    assert str(unknown_name("colour", "red", [])) == "unknown colour 'red'. Known: none"

@@ -1,0 +1,173 @@
+"""The step of one batch: task types, criteria, and compilation that belongs to one run only."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esper_kernels import Meter
+from esper_train import CompileConfig, TrainConfig, build_train_step, evaluate, train_one_epoch
+
+INPUTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.tensor([0, 2, -100, 1, 1, 0])
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        None,
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.5, 2.0, 1.0])),
+        nn.CrossEntropyLoss(ignore_index=1),
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        nn.CrossEntropyLoss(reduction="sum"),
+        nn.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0]), ignore_index=0, label_smoothing=0.1),
+    ],
+    ids=str,
+)
+def test_cross_entropy_criterion_gives_torchs_gradient(criterion: nn.CrossEntropyLoss | None) -> None:
+    ours, plain = linear(), linear()
+    targets = TARGETS if criterion is None or criterion.ignore_index == -100 else TARGETS.clamp(min=0)
+    step = build_train_step("classification", TrainConfig(), criterion)
+    step(ours, INPUTS, targets, Meter("cpu"))
+    (criterion or nn.CrossEntropyLoss())(plain(INPUTS), targets).backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+
+
+def test_any_other_criterion_runs_eagerly_and_says_so() -> None:
+    def focal(logits: Tensor, targets: Tensor) -> Tensor:
+        chance = logits.softmax(1).gather(1, targets[:, None]).squeeze(1)
+        return (-((1 - chance) ** 2) * chance.log()).mean()
+
+    ours, plain = linear(), linear()
+    targets = TARGETS.clamp(min=0)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+    result = train_one_epoch(
+        ours, [(INPUTS, targets)], optimizer, TrainConfig(), task_type="classification", criterion=focal
+    )
+    loss = focal(plain(INPUTS), targets)
+    loss.backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert result.correct[1] == int((plain(INPUTS).argmax(1) == targets).sum())
+    assert result.backend == "eager criterion"
+    again = evaluate(ours, [(INPUTS, targets)], TrainConfig(), task_type="classification", criterion=focal)
+    assert again.loss == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_criterion_without_reduction_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mean' or 'sum'"):
+        build_train_step("classification", TrainConfig(), nn.CrossEntropyLoss(reduction="none"))
+
+
+def test_unknown_task_type_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'classifcation'.*'classification'"):
+        build_train_step("classifcation", TrainConfig())
+
+
+def test_logits_of_another_rank_are_refused() -> None:
+    step = build_train_step("lm", TrainConfig())
+    with pytest.raises(ValueError, match=r"'lm' expects logits \[N, T, V\], got \(6, 3\)"):
+        step(linear(), INPUTS, TARGETS, Meter("cpu"))
+
+
+def test_logits_and_meter_on_different_devices_are_refused() -> None:
+    """The audited loop added counts on one device to an accumulator on another."""
+    step = build_train_step("classification", TrainConfig())
+    with pytest.raises(ValueError, match=r"cpu.*meta"):
+        step(linear(), INPUTS, TARGETS, Meter("meta"))
+
+
+class Counting:
+    """A compiler backend that counts graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        self.graphs += 1
+        return graph.forward
+
+
+def compiled_config(backend: object, **options: object) -> TrainConfig:
+    return TrainConfig(compile=CompileConfig(enabled=True, backend=backend, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_two_configs_in_one_process_do_not_see_each_other(compiled_first: bool) -> None:
+    """One run compiles, the other does not, in either order; both train the same weights."""
+    torch._dynamo.reset()
+    counting = Counting()
+    configs = {"compiled": compiled_config(counting), "eager": TrainConfig()}
+    results, weights = {}, {}
+    for name in ("compiled", "eager") if compiled_first else ("eager", "compiled"):
+        model = linear()
+        graphs = counting.graphs
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        results[name] = train_one_epoch(
+            model, [(INPUTS, TARGETS)] * 3, optimizer, configs[name], task_type="classification"
+        )
+        weights[name] = copy.deepcopy(model.state_dict())
+        assert (counting.graphs > graphs) is (name == "compiled")
+    assert (results["compiled"].compiled, results["eager"].compiled) == (True, False)
+    torch.testing.assert_close(weights["compiled"], weights["eager"])
+    assert results["compiled"].loss == pytest.approx(results["eager"].loss, rel=1e-6)
+
+
+def broken_backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+    raise RuntimeError("this compiler is broken")
+
+
+def test_compile_failure_raises_by_default() -> None:
+    torch._dynamo.reset()
+    step = build_train_step("classification", compiled_config(broken_backend))
+    with pytest.raises(Exception, match="this compiler is broken"):
+        step(linear(), INPUTS, TARGETS, Meter("cpu"))
+    assert step.compiled
+
+
+def test_compile_failure_falls_back_with_the_reason_in_the_result() -> None:
+    torch._dynamo.reset()
+    config = compiled_config(broken_backend, on_failure="eager")
+    model, plain = linear(), linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = train_one_epoch(model, [(INPUTS, TARGETS)], optimizer, config, task_type="classification")
+    assert not result.compiled
+    assert "this compiler is broken" in (result.compile_failure or "")
+    F.cross_entropy(plain(INPUTS), TARGETS).backward()
+    torch.testing.assert_close(model.weight.grad, plain.weight.grad)
+
+
+def test_a_models_own_error_is_not_taken_for_a_compile_failure() -> None:
+    torch._dynamo.reset()
+    step = build_train_step("classification", compiled_config("eager", on_failure="eager"))
+    with pytest.raises(Exception, match=r"shapes cannot be multiplied|must match"):
+        step(linear(), INPUTS[:, :2], TARGETS, Meter("cpu"))
+
+
+@pytest.mark.slow
+def test_inductor_trains_the_same_weights() -> None:
+    torch._dynamo.reset()
+    compiled, plain = linear(), linear()
+    for model, config in (
+        (compiled, TrainConfig(compile=CompileConfig(enabled=True))),
+        (plain, TrainConfig()),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_one_epoch(model, [(INPUTS, TARGETS)] * 3, optimizer, config, task_type="classification")
+    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_logits_on_the_gpu_and_meter_on_the_cpu_are_refused() -> None:
+    step = build_train_step("classification", TrainConfig())
+    with pytest.raises(ValueError, match=r"cuda.*cpu"):
+        step(linear().cuda(), INPUTS.cuda(), TARGETS.cuda(), Meter("cpu"))
