@@ -669,6 +669,19 @@ class SlotMachine(RuleBasedStateMachine):
         for _ in range(epochs):
             self.epoch(1.0, 5.0, 1.0)
 
+    @precondition(lambda self: self.slot.live)
+    @rule()
+    def good_life(self) -> None:
+        """To the end: 2 epochs in TRAINING and 2 in BLENDING at most, then a contribution."""
+        for _ in range(4):
+            if self.slot.state.stage is not SeedStage.PROBATIONARY:
+                self.epoch(10.0, 5.0, 1.0)
+        assert self.slot.state.stage is SeedStage.PROBATIONARY
+        self.epoch(10.0, 5.0, 1.0)
+        if self.slot.state.stage is SeedStage.PROBATIONARY:  # else its time was over
+            self.request("fossilize", self.slot.fossilize)
+            assert self.slot.state.stage is SeedStage.FOSSILIZED
+
     @precondition(lambda self: self.slot.seed is not None)
     @rule(alpha=st.sampled_from([None, 0.0, 0.5, 1.0]))
     def forward(self, alpha: float | None) -> None:
