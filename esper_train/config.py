@@ -7,6 +7,7 @@ has code that obeys it; unknown keys are refused with the nearest known name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -126,7 +127,7 @@ class GrowthConfig:
     training_dwell_fraction: float = 0.1
     """Share of the run a seed stays in TRAINING at least."""
     training_timeout: int = 15
-    """A seed that has not reached BLENDING after this many epochs is culled."""
+    """A seed that has not reached BLENDING after this many epochs, or twice the dwell, is culled."""
     blending_epochs: int = 5
     """Epochs over which alpha rises from 0 to 1."""
     probation_timeout_fraction: float = 0.1
@@ -143,11 +144,26 @@ class GrowthConfig:
             self.on_fossilize in ("keep", "freeze"),
             f"growth.on_fossilize must be 'keep' or 'freeze', got {self.on_fossilize!r}",
         )
-        _require(self.blending_epochs >= 1, f"growth.blending_epochs must be >= 1, got {self.blending_epochs}")
+        for name, low, high in (
+            ("blending_min_epochs", 0, math.inf),
+            ("probation_min_epochs", 0, math.inf),
+            ("probation_alpha", 0, 1),
+            ("training_dwell_fraction", 0, 1),
+            ("training_timeout", 1, math.inf),
+            ("blending_epochs", 1, math.inf),
+            ("probation_timeout_fraction", 0, 1),
+            ("embargo_epochs", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            _require(low <= value <= high, f"growth.{name} must be in [{low}, {high}], got {value}")
 
     def training_dwell(self, max_epochs: int) -> int:
         """Epochs a seed spends in TRAINING at least, in a run of `max_epochs`."""
         return max(1, int(max_epochs * self.training_dwell_fraction))
+
+    def training_limit(self, max_epochs: int) -> int:
+        """Epochs in TRAINING after which a seed is culled, in a run of `max_epochs`."""
+        return max(self.training_timeout, 2 * self.training_dwell(max_epochs))
 
     def probation_timeout(self, max_epochs: int) -> int:
         """Epochs after which a seed on probation is culled, in a run of `max_epochs`."""
@@ -171,7 +187,7 @@ class HeuristicConfig:
     """No germination before this epoch."""
     life_margin: int = 7
     """No germination when fewer epochs than a whole seed life plus this many are left."""
-    cull_after_epochs: int = 5
+    cull_after_epochs: int = 3
     """A live seed younger than this in its stage is not culled for lost accuracy."""
     cull_accuracy_drop: float = 2.0
     """Percentage points lost since the stage began that get a seed with alpha above 0 culled."""
@@ -186,6 +202,8 @@ class HeuristicConfig:
     """A blueprint with at least this penalty is passed over while another is below it."""
 
     def __post_init__(self) -> None:
+        repeated = len(set(self.blueprints)) < len(self.blueprints)
+        _require(not repeated, f"policy.blueprints names one more than once: {', '.join(self.blueprints)}")
         _require(0 <= self.penalty_decay < 1, f"policy.penalty_decay must be in [0, 1), got {self.penalty_decay}")
 
 

@@ -40,6 +40,8 @@ class BlueprintRegistry:
 
     def register(self, blueprint: Blueprint) -> None:
         """Add a blueprint; `ValueError` if its name is taken, or if it is not an identity or not alive at birth."""
+        if blueprint.topology not in PROBE_SHAPES:
+            raise unknown_name("topology", blueprint.topology, PROBE_SHAPES)
         key = (blueprint.topology, blueprint.name)
         if key in self._blueprints:
             raise ValueError(f"blueprint {blueprint.name!r} is already registered for {blueprint.topology}")
@@ -166,7 +168,8 @@ def _check_birth(blueprint: Blueprint) -> None:
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
             return
-        y.backward(torch.randn_like(y))
+        if y.requires_grad:
+            y.backward(torch.randn_like(y))
         if not any(p.grad is not None and p.grad.count_nonzero() for p in parameters):
             raise ValueError(
                 f"blueprint {blueprint.name!r} is dead at birth: none of its parameters has a non-zero gradient, "

@@ -78,15 +78,16 @@ GATES: Mapping[SeedStage, Callable[[SlotState, GrowthConfig, int], GateResult]] 
 def gradient_ratio(grad: GradHealth | None, slot: str) -> float | None:
     """Gradient norm of a slot's seed over that of the host, as if both had as many parameters; at most 10.
 
-    None where either was not measured, or where the host has no gradient to compare with.
+    None where either was not measured or is not finite, or where the host has no gradient to compare with.
     """
     if grad is None or slot not in grad.groups or "host" not in grad.groups:
         return None
     seed, host = grad.groups[slot], grad.groups["host"]
     if seed.elements == 0 or not host.gradient_norm >= 1e-8:
         return None
-    ratio = seed.gradient_norm / host.gradient_norm * math.sqrt(host.elements / seed.elements)
-    return None if math.isnan(ratio) else min(10.0, ratio)
+    if not (math.isfinite(seed.gradient_norm) and math.isfinite(host.gradient_norm)):
+        return None
+    return min(10.0, seed.gradient_norm / host.gradient_norm * math.sqrt(host.elements / seed.elements))
 
 
 def _gate(name: str, *checks: tuple[bool, str]) -> GateResult:

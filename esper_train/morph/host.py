@@ -49,6 +49,8 @@ def cut(blocks: Sequence[nn.Module]) -> dict[str, nn.Sequential]:
 
     5 blocks make early = blocks 1 and 2, mid = 3 and 4, late = 5; 2 blocks have no late.
     """
+    if not blocks:
+        raise ValueError("expected at least one block, got none: a host needs a depth of 1 or more")
     count = min(len(blocks), len(SLOT_NAMES))
     ends = [math.ceil(len(blocks) * i / count) for i in range(count + 1)]
     return {SLOT_NAMES[i]: nn.Sequential(*blocks[ends[i] : ends[i + 1]]) for i in range(count)}

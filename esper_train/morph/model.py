@@ -50,6 +50,8 @@ class MorphModel(nn.Module):
     def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None) -> Tensor:
         """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed out."""
         override = alpha or {}
+        for name in override:
+            self.slot(name)  # a misspelt one would measure the whole network unnoticed
         for name, segment in self.host.segments.items():
             x = segment(x)
             if name in self.seed_slots:

@@ -7,6 +7,7 @@ returns the `StageChange`s it made, so that whoever called can attach optimizers
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,11 @@ class SeedSlot(nn.Module):
         stage = self.state.stage
         if self.seed is None or alpha == 0.0 or stage is SeedStage.GERMINATED:
             return x
-        if stage is SeedStage.TRAINING:
+        if alpha is None and stage is SeedStage.TRAINING:
             if not torch.is_grad_enabled():
                 return x
-            # contiguous: group norm's backward crashes on a detached channels-last input on the CPU
-            seen = x.detach().contiguous() if self.growth.isolate_training else x
-            z = self.seed(seen)
-            return x + (z - z.detach())
-        z = self.seed(x)
+            return _StraightThrough.apply(x, self.seed(_plain(x.detach() if self.growth.isolate_training else x)))
+        z = self.seed(_plain(x))
         if alpha is None and stage is not SeedStage.BLENDING:
             return z
         weight = self.alpha if alpha is None else x.new_tensor(alpha)
@@ -58,7 +56,7 @@ class SeedSlot(nn.Module):
         """Seat a new seed and let it train from the next batch on. `ValueError` unless the slot is DORMANT."""
         self._require_legal(SeedStage.GERMINATED)
         get_blend(blend)
-        seed = blueprint.build(self.channels).to(self.alpha.device)
+        seed = blueprint.build(self.channels).to(self.alpha)
         parameters = sum(p.numel() for p in seed.parameters() if p.requires_grad)
         self.seed = seed
         self.state = replace(
@@ -95,7 +93,7 @@ class SeedSlot(nn.Module):
                 change = self._enter(SeedStage.BLENDING, "G2 passed")
                 self._raise_alpha()  # at once: an epoch at alpha 0 would give the seed no gradient
                 return [change]
-            if state.epochs_in_stage >= growth.training_timeout:
+            if state.epochs_in_stage >= growth.training_limit(self.max_epochs):
                 return self.cull("training_timeout")
         elif state.stage is SeedStage.BLENDING:
             if state.epochs_in_stage >= growth.blending_epochs and self.gate(SeedStage.PROBATIONARY).passed:
@@ -120,10 +118,9 @@ class SeedSlot(nn.Module):
         verdict = self.gate(SeedStage.FOSSILIZED)
         if not verdict.passed:
             raise ValueError(f"slot {self.state.slot!r}: {verdict.gate} refuses: {'; '.join(verdict.failures)}")
-        assert self.seed is not None
-        if self.growth.on_fossilize == "freeze":
-            self.seed.requires_grad_(False)
-        return [self._enter(SeedStage.FOSSILIZED, "G5 passed")]
+        change = self._enter(SeedStage.FOSSILIZED, "G5 passed")
+        self._freeze_fossil()
+        return [change]
 
     def cull(self, reason: str) -> list[StageChange]:
         """Remove a live seed and close the slot for the embargo. `ValueError` if there is none."""
@@ -137,9 +134,10 @@ class SeedSlot(nn.Module):
 
     def restore(self, state: SlotState, blueprint: Blueprint | None) -> None:
         """Rebuild a saved slot; the seed's weights follow through `load_state_dict`."""
-        self.seed = None if blueprint is None else blueprint.build(self.channels).to(self.alpha.device)
+        self.seed = None if blueprint is None else blueprint.build(self.channels).to(self.alpha)
         self.state = state
         self._set_alpha(state.alpha)
+        self._freeze_fossil()
 
     def _enter(self, stage: SeedStage, reason: str) -> StageChange:
         """Move to `stage`. Measurements belong to the stage they were made in, so a contribution is dropped."""
@@ -160,6 +158,11 @@ class SeedSlot(nn.Module):
             legal = ", ".join(s.name for s in sorted(TRANSITIONS[now])) or "none"
             raise ValueError(f"slot {self.state.slot!r} cannot go from {now.name} to {stage.name}; legal: {legal}")
 
+    def _freeze_fossil(self) -> None:
+        fossil = self.state.stage is SeedStage.FOSSILIZED and self.growth.on_fossilize == "freeze"
+        if fossil and self.seed is not None:
+            self.seed.requires_grad_(False)
+
     def _raise_alpha(self) -> None:
         """Set the alpha of the blending epoch that comes next; the last one is trained at 1."""
         epoch, epochs = self.state.epochs_in_stage + 1, self.growth.blending_epochs
@@ -174,6 +177,24 @@ class SeedSlot(nn.Module):
     def live(self) -> bool:
         """Whether a seed is seated whose fate is open."""
         return self.state.stage in LIVE
+
+
+class _StraightThrough(torch.autograd.Function):
+    """x in value, with the gradient of the output for x and for z alike, whatever z is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x with row-major strides where it needs no gradient: on the CPU, group norm's backward crashes the process
+    on such an input in channels-last layout, and a 1x1 map's strides say so even after `contiguous`."""
+    return x if x.requires_grad else x.contiguous().view(-1).view(x.shape)
 
 
 def _first(known: float | None, now: float) -> float:

@@ -21,6 +21,8 @@ from esper_train.config import HostConfig
 from esper_train.morph.host import Host
 
 Split = tuple[Tensor, Tensor]
+IGNORED = -100
+"""A target that has no part in loss or counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,10 @@ def load_splits(task: Task) -> Splits:
             raise ValueError(f"{where}: expected as many inputs as targets, got {len(inputs)} and {len(targets)}")
         if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
             raise ValueError(f"{where}: the inputs have NaN or infinite values")
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= task.num_classes:
-            raise ValueError(f"{where}: expected targets in [0, {task.num_classes}), got {low} to {high}")
+        bad = targets[((targets < 0) | (targets >= task.num_classes)) & (targets != IGNORED)]
+        if len(bad):
+            expected = f"targets in [0, {task.num_classes}), or {IGNORED} to be ignored"
+            raise ValueError(f"{where}: expected {expected}, got {len(bad)} others, the first {int(bad[0])}")
     return splits
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 
 from esper_train.config import TelemetryConfig
 from esper_train.telemetry.events import Event
@@ -19,16 +21,21 @@ class TelemetryHub:
 
     def emit(self, event: Event) -> None:
         """Write the event to every sink, unless the level is off."""
-        if not self._enabled:
-            return
-        for sink in tuple(self._sinks):
-            try:
-                sink.write(event)
-            except Exception as error:  # any fault of a sink must not end the training it reports on
-                self._sinks.remove(sink)
-                print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
+        if self._enabled:
+            for sink in tuple(self._sinks):
+                self._attempt(sink, partial(sink.write, event))
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
+        for sink in tuple(self._sinks):
+            self._attempt(sink, sink.close)
+        self._sinks.clear()
+
+    def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # any fault of a sink must not end the training it reports on
+            print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
+            self._sinks.remove(sink)
+            with suppress(Exception):  # it has been reported
+                sink.close()

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from esper_train.telemetry.events import Event, EventType
-from esper_train.telemetry.sinks import describe
+from esper_train.telemetry.sinks import describe, describe_epoch
 
 
 class ProgressSink:
@@ -27,8 +27,7 @@ class ProgressSink:
     def write(self, event: Event) -> None:
         """Show the event."""
         if event.type is EventType.EPOCH and self._task is not None:
-            text = describe(event).split("  ", 1)[1]  # the bar itself counts the epochs
-            self._progress.update(self._task, completed=event.epoch, description=escape(text))
+            self._progress.update(self._task, completed=event.epoch, description=escape(describe_epoch(event.data)))
             return
         if event.type is EventType.RUN_STARTED:
             self._task = self._progress.add_task("", total=event.data["max_epochs"])

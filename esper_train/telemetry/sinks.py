@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from esper_train.telemetry.events import Event, EventType
 
@@ -57,6 +58,15 @@ class ConsoleSink:
         """The stream is not ours to close."""
 
 
+def describe_epoch(data: Mapping[str, Any]) -> str:
+    """What an epoch came to, without its number."""
+    train, val = (
+        f"loss {part['loss']:.4f} acc {part['accuracy']:5.2f}%" for part in (data["train"], data["validation"])
+    )
+    slots = " ".join(f"{s['slot']}:{s['stage'].lower()}" for s in data["slots"])
+    return f"train {train}  validation {val}  {slots}".rstrip()
+
+
 def describe(event: Event) -> str:
     """One event in words."""
     data, epoch = event.data, event.epoch
@@ -66,11 +76,7 @@ def describe(event: Event) -> str:
             run = f"{data['mode']}: task {data['task']}, seed {data['seed']}"
             return f"{run}, {where}, {data['host_parameters']} parameters"
         case EventType.EPOCH:
-            train, val = (
-                f"loss {data[k]['loss']:.4f} acc {data[k]['accuracy']:5.2f}%" for k in ("train", "validation")
-            )
-            slots = " ".join(f"{s['slot']}:{s['stage'].lower()}" for s in data["slots"])
-            return f"epoch {epoch:3d}/{data['max_epochs']}  train {train}  validation {val}  {slots}".rstrip()
+            return f"epoch {epoch:3d}/{data['max_epochs']}  {describe_epoch(data)}"
         case EventType.SEED_STAGE:
             gain = "" if data["contribution"] is None else f", contribution {data['contribution']:+.2f} points"
             move = f"{data['from']} -> {data['stage']} ({data['reason']}{gain})"

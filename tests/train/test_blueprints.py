@@ -231,3 +231,21 @@ def test_registries_do_not_share_what_is_registered() -> None:
     mine.register(Blueprint("nothing", "cnn", lambda channels: nn.Identity()))
     assert "nothing" in mine.names("cnn")
     assert "nothing" not in default_registry().names("cnn")
+
+
+def test_register_refuses_a_topology_nobody_knows() -> None:
+    with pytest.raises(ValueError, match="unknown topology 'rnn'"):
+        BlueprintRegistry([Blueprint("x", "rnn", lambda channels: nn.Identity())])  # type: ignore[arg-type]
+
+
+def test_register_refuses_a_parameter_that_is_never_used() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ValueError, match="dead at birth"):
+        BlueprintRegistry([Blueprint("x", "cnn", lambda channels: Unused())])

@@ -156,7 +156,7 @@ def test_from_dict_refuses_an_unknown_key_and_names_the_nearest(values: dict[str
         ({"host": {"width": 0}}, r"host\.width must be at least 1, got 0"),
         ({"host": {"depth": -1}}, r"host\.depth must be at least 1, got -1"),
         ({"growth": {"on_fossilize": "drop"}}, r"on_fossilize must be 'keep' or 'freeze', got 'drop'"),
-        ({"growth": {"blending_epochs": 0}}, r"growth\.blending_epochs must be >= 1, got 0"),
+        ({"growth": {"blending_epochs": 0}}, r"growth\.blending_epochs must be in \[1, inf\], got 0"),
         ({"policy": {"penalty_decay": 1.0}}, r"policy\.penalty_decay must be in \[0, 1\), got 1\.0"),
         ({"policy": {"penalty_decay": -0.1}}, r"policy\.penalty_decay must be in \[0, 1\), got -0\.1"),
         ({"telemetry": {"level": "loud"}}, r"telemetry\.level must be 'off' or 'normal', got 'loud'"),
@@ -290,3 +290,8 @@ def test_unknown_name_lists_what_is_known_and_the_nearest() -> None:
 
 def test_unknown_name_says_so_when_nothing_is_known() -> None:
     assert str(unknown_name("colour", "red", [])) == "unknown colour 'red'. Known: none"
+
+
+def test_policy_refuses_a_blueprint_named_twice() -> None:
+    with pytest.raises(ValueError, match="more than once: a, a, b"):
+        HeuristicConfig(blueprints=("a", "a", "b"))

@@ -302,3 +302,9 @@ def test_blends_rise_from_near_0_to_near_1(name: str) -> None:
 def test_get_blend_refuses_an_unknown_name_and_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"blend 'sigmod'; perhaps 'sigmoid'\? Known: linear, sigmoid"):
         get_blend("sigmod")
+
+
+@pytest.mark.parametrize(("seed", "host"), [(math.inf, 1.0), (1.0, math.inf), (math.nan, 1.0)])
+def test_gradient_ratio_of_norms_that_are_not_finite_is_not_measured(seed: float, host: float) -> None:
+    """An infinite norm must not count as a lively seed, nor as a ratio of 0."""
+    assert gradient_ratio(measured((seed, 100), (host, 100)), "mid") is None

@@ -380,3 +380,14 @@ def test_morph_models_do_not_share_slots() -> None:
     first.germinate_seed("norm", "s0", slot="mid")
     assert not second.has_active_seed_in_slot("mid")
     assert second.slot("mid").state == SlotState(slot="mid")
+
+
+def test_forward_refuses_an_alpha_for_a_slot_that_is_not_there() -> None:
+    model = MorphModel(cnn_host(image_size=8, in_channels=1, num_classes=10), ("early",))
+    with pytest.raises(ValueError, match=r"'earyl'; perhaps 'early'"):
+        model(torch.zeros(1, 1, 8, 8), alpha={"earyl": 0.0})
+
+
+def test_cnn_host_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one block"):
+        cnn_host(image_size=8, in_channels=1, num_classes=10, depth=0)

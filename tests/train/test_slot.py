@@ -221,6 +221,66 @@ def test_forward_in_isolated_training_takes_channels_last_features(blueprint: st
         torch.testing.assert_close(default, last, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(4, 16, 5, 3), (4, 12, 1, 1), (4, 1, 5, 3)])
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("stage", SEATED[1:])
+def test_forward_takes_channels_last_features_without_gradient(
+    shape: tuple[int, ...], isolate: bool, stage: SeedStage
+) -> None:
+    """Behind a frozen host, in every stage, also where a 1x1 map's strides leave the layout open: no crash."""
+    registry = default_registry()
+    slot = SeedSlot("mid", shape[1], GrowthConfig(isolate_training=isolate), MAX_EPOCHS)
+    state = SlotState(slot="mid", stage=stage, blueprint="norm", blend="linear", alpha=0.5, accuracy=1.0)
+    slot.restore(state, registry.require("cnn", "norm"))
+    with torch.no_grad():
+        for p in slot.parameters():
+            p.add_(0.5)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
+    slot(x).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in slot.parameters())
+
+
+def test_forward_in_training_keeps_its_value_when_the_seed_diverges() -> None:
+    slot = slot_in(SeedStage.TRAINING)
+    with torch.no_grad():
+        affine(slot).shift.fill_(torch.inf)
+    x = features().requires_grad_()
+    y = slot(x)
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_forward_override_blends_in_training_too() -> None:
+    """z = 2 x + 1, so a quarter of it gives 1.25 x + 0.25."""
+    x = features()
+    torch.testing.assert_close(slot_in(SeedStage.TRAINING)(x, 0.25), 1.25 * x + 0.25)
+
+
+def test_germinate_makes_a_seed_of_the_slots_dtype() -> None:
+    slot = empty_slot().double()
+    slot.germinate(AFFINE, "s0")
+    assert slot(features().double()).dtype == torch.float64
+
+
+def test_restore_freezes_a_fossil_where_fossils_are_frozen() -> None:
+    frozen, kept = (slot_in(SeedStage.FOSSILIZED, on_fossilize=how) for how in ("freeze", "keep"))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in kept.parameters())
+
+
+def test_a_long_run_leaves_training_time_beyond_the_dwell() -> None:
+    """In 160 epochs the dwell is 16, longer than the timeout of 15: it is waited for twice before a cull."""
+    slot = SeedSlot("early", 3, GrowthConfig(), 160)
+    slot.observe(10.0)
+    slot.germinate(AFFINE, "s0")
+    for epoch in range(16):
+        assert slot.state.stage is SeedStage.TRAINING
+        slot.observe(11.0 + epoch, None, 1.0)
+        slot.step_epoch()
+    assert slot.state.stage is SeedStage.BLENDING
+
+
 # the life of a seed
 
 

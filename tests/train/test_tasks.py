@@ -209,8 +209,14 @@ BAD: dict[str, tuple[Callable[[], Split], str]] = {
     "empty": (lambda: (torch.ones(0, 2), TARGETS[:0]), r"as many inputs as targets, got 0 and 0"),
     "NaN": (lambda: (torch.tensor([1.0, torch.nan, 0.0]), TARGETS), r"the inputs have NaN or infinite values"),
     "inf": (lambda: (torch.tensor([1.0, 0.0, -torch.inf]), TARGETS), r"the inputs have NaN or infinite values"),
-    "class too large": (lambda: (torch.ones(3), TARGETS + 1), r"expected targets in \[0, 3\), got 1 to 3"),
-    "class negative": (lambda: (torch.ones(3), TARGETS - 1), r"expected targets in \[0, 3\), got -1 to 1"),
+    "class too large": (
+        lambda: (torch.ones(3), TARGETS + 1),
+        r"expected targets in \[0, 3\), or -100 to be ignored, got 1 others, the first 3",
+    ),
+    "class negative": (
+        lambda: (torch.ones(3), TARGETS - 1),
+        r"expected targets in \[0, 3\), or -100 to be ignored, got 1 others, the first -1",
+    ),
 }
 
 
@@ -276,3 +282,8 @@ def test_make_loader_keeps_dtypes_and_shapes() -> None:
     assert inputs.dtype is targets.dtype is torch.int64
     assert torch.equal(inputs, tokens[:2])
     assert torch.equal(targets, tokens[:2] + 1)
+
+
+def test_load_splits_takes_targets_that_are_to_be_ignored() -> None:
+    tokens = torch.tensor([[0, 1, -100, 1]])
+    assert load_splits(own_task(test=(tokens, tokens))).test[1].shape == (1, 4)

@@ -498,3 +498,42 @@ def test_progress_sink_restores_the_cursor_of_a_terminal(run: list[Event]) -> No
     assert stream.getvalue().rfind("\x1b[?25l") > stream.getvalue().rfind("\x1b[?25h")
     sink.close()
     assert stream.getvalue().rfind("\x1b[?25h") > stream.getvalue().rfind("\x1b[?25l")
+
+
+def test_progress_sink_shows_the_number_of_an_epoch_once(run: list[Event]) -> None:
+    stream = io.StringIO()
+    sink = ProgressSink(Console(file=stream, width=200, force_terminal=False))
+    for event in run[
+        : 1 + next(i for i, event in enumerate(run) if event.epoch == 7 and event.type is EventType.EPOCH)
+    ]:
+        sink.write(event)
+    sink.close()
+    (bar,) = [line for line in stream.getvalue().splitlines() if line.startswith("epoch")]
+    assert bar.count("7/12") == 1
+
+
+class Broken(Recorder):
+    """Fails at whatever it is asked, and counts how often it was closed."""
+
+    def write(self, event: Event) -> None:
+        raise OSError("no space left")
+
+    def close(self) -> None:
+        super().close()
+        raise OSError("no space left")
+
+
+def test_a_sink_that_is_left_out_is_closed() -> None:
+    broken = Broken()
+    hub = TelemetryHub([broken])
+    hub.emit(some_events()[0])
+    assert broken.closed == 1
+    hub.close()
+    assert broken.closed == 1
+
+
+def test_close_goes_on_past_a_sink_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    other = Recorder()
+    TelemetryHub([Broken(), other]).close()
+    assert other.closed == 1
+    assert capsys.readouterr().err.count("Broken failed") == 1
