@@ -320,7 +320,7 @@ def test_decide_is_more_confident_the_more_a_seed_contributes(contribution: floa
         (SeedStage.BLENDING, {"accuracy": 57.5}, Op.CULL),
         (SeedStage.BLENDING, {"accuracy": 58.0}, Op.WAIT),  # exactly the tolerated 2 points
         (SeedStage.BLENDING, {"accuracy": 64.0}, Op.WAIT),
-        (SeedStage.BLENDING, {"accuracy": 57.5, "epochs_in_stage": 2}, Op.WAIT),
+        (SeedStage.BLENDING, {"accuracy": 57.5, "epochs_in_stage": 4}, Op.WAIT),
         (SeedStage.BLENDING, {"accuracy": 57.5, "alpha": 0.0}, Op.WAIT),
         (SeedStage.BLENDING, {"accuracy": 57.5, "accuracy_at_stage_start": None}, Op.WAIT),
         (SeedStage.TRAINING, {"accuracy": 10.0}, Op.WAIT),
