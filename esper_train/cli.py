@@ -26,6 +26,7 @@ from esper_train.episode import (
     require_slots,
     run_episode,
 )
+from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
 from esper_train.telemetry.report import write_report
@@ -100,8 +101,10 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
         raise ImportError("this command needs tyro: pip install 'esper-kernels[train]'") from error
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
-    file = finder.parse_known_args(arguments)[0].config
-    run = RunConfig() if file is None else load_toml(file)
+    finder.add_argument("--task")
+    given = finder.parse_known_args(arguments)[0]
+    task = given.task or (load_toml(given.config).task if given.config else RunConfig().task)
+    run = preset(task) if given.config is None else load_toml(given.config, base=preset(task))
     default = _Options(**{f.name: getattr(run, f.name) for f in fields(RunConfig)})
     return tyro.cli(_Options, prog=f"esper-train {command}", args=arguments, default=default)
 

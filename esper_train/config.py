@@ -80,15 +80,18 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum for the host and, with its own learning rate and state, for each seed."""
+    """One optimizer for the host and, with its own learning rate and state, one for each seed."""
 
+    kind: Literal["sgd", "adamw"] = "sgd"
     host_lr: float = 0.01
     seed_lr: float = 0.03
     momentum: float = 0.9
+    """Of SGD; AdamW keeps torch's own betas."""
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
         _require(self.host_lr > 0 and self.seed_lr > 0, "optim.host_lr and optim.seed_lr must be positive")
+        _require(self.kind in ("sgd", "adamw"), f"optim.kind must be 'sgd' or 'adamw', got {self.kind!r}")
         _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
 
 
@@ -222,6 +225,10 @@ class RunConfig:
     """One run of `esper-train`, whole."""
 
     task: str = "digits"
+    data: str | None = None
+    """Directory of the task's data, where it needs one."""
+    vocab: int = 256
+    """Size of a language task's vocabulary: 256 is bytes, more is a trained byte-pair encoding."""
     device: str = "cpu"
     slots: tuple[str, ...] = ("early", "mid", "late")
     """Slots open for seeds, of those that the host's depth allows."""
@@ -248,11 +255,12 @@ class RunConfig:
         )
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
     """Build a config dataclass from plain values, as TOML and JSON give them.
 
-    Raises `ValueError` for an unknown key (naming the nearest known one) and `TypeError` for a value of the
-    wrong type; `where` is the dotted path to `values`, for the message.
+    Keys left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key (naming the
+    nearest known one) and `TypeError` for a value of the wrong type; `where` is the dotted path to `values`, for
+    the message.
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -260,24 +268,24 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
     for key, value in values.items():
         if key not in names:
             raise unknown_name("config key", where + key, [where + name for name in names])
-        arguments[key] = _convert(hints[key], value, where + key)
-    return cls(**arguments)
+        arguments[key] = _convert(hints[key], value, where + key, getattr(base, key, None))
+    return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)  # type: ignore[type-var]
 
 
-def load_toml(path: str | Path) -> RunConfig:
-    """Read a `RunConfig` from a TOML file; keys left out keep their defaults."""
+def load_toml(path: str | Path, base: RunConfig | None = None) -> RunConfig:
+    """Read a `RunConfig` from a TOML file; keys left out keep the value of `base`, or their default."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    return from_dict(RunConfig, values)
+    return from_dict(RunConfig, values, base=base)
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
             raise TypeError(f"config key {path!r} is a table of settings, got {value!r}")
-        return from_dict(hint, value, where=path + ".")
+        return from_dict(hint, value, base=base, where=path + ".")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
             raise TypeError(f"config key {path!r} takes a list, got {value!r}")

@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch.optim import SGD
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from esper_train.config import RunConfig
+from esper_train.config import OptimConfig, RunConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
 from esper_train.control.signals import SignalTracker
@@ -54,6 +55,7 @@ class Episode:
     train: DataLoader[Any]
     validation: DataLoader[Any]
     test: DataLoader[Any]
+    data_record: Mapping[str, Any]
     seeds_germinated: int = 0
 
 
@@ -132,13 +134,13 @@ def build_episode(
     registry: BlueprintRegistry | None = None,
 ) -> Episode:
     """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
-    task = task or get_task(config.task)
+    task = task or get_task(config.task, config)
     device = resolve_device(config.device)
     splits = load_splits(task)
     with _random_state(config.seed, device):
         host = task.build_host(config.host).to(device)
     optim = config.optim
-    host_optimizer = SGD(host.parameters(), lr=optim.host_lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    host_optimizer = make_optimizer(host.parameters(), optim.host_lr, optim)
     step = build_train_step(task.task_type, config.train)
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
     return Episode(
@@ -159,7 +161,15 @@ def build_episode(
         train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed),
         validation=make_loader(splits.validation, EVALUATION_BATCH),
         test=make_loader(splits.test, EVALUATION_BATCH),
+        data_record=splits.record,
     )
+
+
+def make_optimizer(parameters: Iterable[Tensor], lr: float, config: OptimConfig) -> Optimizer:
+    """The optimizer of the host or of one seed."""
+    if config.kind == "adamw":
+        return AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
+    return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 EVALUATION_BATCH = 512
@@ -302,11 +312,7 @@ def _follow(episode: Episode, change: StageChange) -> None:
     optim, slot = episode.config.optim, change.before.slot
     if change.stage is SeedStage.TRAINING:
         parameters = [p for p in episode.model.get_seed_parameters(slot) if p.requires_grad]
-        optimizer = (
-            SGD(parameters, lr=optim.seed_lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-            if parameters
-            else None
-        )
+        optimizer = make_optimizer(parameters, optim.seed_lr, optim) if parameters else None
         episode.optimizers.attach(slot, optimizer)
     elif change.stage is SeedStage.CULLED or (
         change.stage is SeedStage.FOSSILIZED and episode.config.growth.on_fossilize == "freeze"
@@ -360,6 +366,7 @@ def _run_started(episode: Episode, mode: str) -> Event:
         "device": str(device),
         "backend": episode.step.backend(device),
         "slots": [slot.state.slot for slot in model.slots],
+        "data": dict(episode.data_record),
         "host_parameters": sum(p.numel() for p in model.get_host_parameters()),
     }
     return Event(EventType.RUN_STARTED, 0, data)

@@ -73,7 +73,7 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
     saved: Mapping[str, Any] = torch.load(path / NETWORK, map_location="cpu", weights_only=True)
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
-    host = (task or get_task(config.task)).build_host(config.host)
+    host = (task or get_task(config.task, config)).build_host(config.host)
     states = [SlotState(**{**s, "stage": SeedStage[s["stage"]]}) for s in saved["slots"]]
     model = MorphModel(
         host,

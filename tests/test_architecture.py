@@ -38,7 +38,7 @@ TRAIN_ARROWS = {
     "run_directory": {"config", "morph", "tasks"},
     "telemetry": {"config", "run_directory", "morph"},
     "episode": {"config", "control", "loop", "morph", "optimizers", "step", "tasks", "telemetry"},
-    "cli": {"config", "control", "episode", "run_directory", "telemetry"},
+    "cli": {"config", "control", "episode", "run_directory", "tasks", "telemetry"},
 }
 
 

@@ -5,21 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from esper_train.config import RunConfig
 from esper_train.names import unknown_name
 from esper_train.tasks.digits import digits
 from esper_train.tasks.synthetic import synthetic, synthetic_lm
 from esper_train.tasks.task import Split, Splits, Task, load_splits, make_loader
 
-TASKS: Mapping[str, Callable[[], Task]] = MappingProxyType(
+TASKS: Mapping[str, Callable[[RunConfig], Task]] = MappingProxyType(
     {"digits": digits, "synthetic": synthetic, "synthetic-lm": synthetic_lm}
 )
 
 
-def get_task(name: str) -> Task:
-    """A task by name; `ValueError` names the known ones."""
+PRESETS: Mapping[str, RunConfig] = MappingProxyType({})
+
+
+def get_task(name: str, config: RunConfig | None = None) -> Task:
+    """A task by name, with what the config says of its data; `ValueError` names the known ones."""
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
-    return TASKS[name]()
+    return TASKS[name](config or RunConfig(task=name))
 
 
-__all__ = ["TASKS", "Split", "Splits", "Task", "get_task", "load_splits", "make_loader"]
+def preset(name: str) -> RunConfig:
+    """Settings that suit a task, to start from; a task without any gets the defaults."""
+    return PRESETS.get(name, RunConfig(task=name))
+
+
+__all__ = ["PRESETS", "TASKS", "Split", "Splits", "Task", "get_task", "load_splits", "make_loader", "preset"]

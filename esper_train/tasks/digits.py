@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from esper_train.config import HostConfig
+from esper_train.config import HostConfig, RunConfig
 from esper_train.morph.host import Host, cnn_host
 from esper_train.tasks.task import Split, Splits, Task
 
@@ -13,7 +13,7 @@ SPLIT_SEED = 0
 """The split is the same for every run: 60 % train, 20 % validation, 20 % test."""
 
 
-def digits() -> Task:
+def digits(config: RunConfig) -> Task:
     """The task `digits`."""
     return Task(name="digits", task_type="classification", num_classes=CLASSES, load=_load, build_host=_host)
 

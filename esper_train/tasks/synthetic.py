@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from esper_train.config import HostConfig
+from esper_train.config import HostConfig, RunConfig
 from esper_train.morph.host import Host, cnn_host, cut
 from esper_train.tasks.task import Split, Splits, Task
 
@@ -14,11 +14,11 @@ CLASSES, IMAGE_SIZE, NOISE = 10, 8, 1.5
 VOCABULARY, SEQUENCE = 32, 16
 
 
-def synthetic() -> Task:
+def synthetic(config: RunConfig) -> Task:
     """The task `synthetic`: one random 8x8 pattern a class, under Gaussian noise."""
 
-    def host(config: HostConfig) -> Host:
-        width, depth = config.width or 3, config.depth or 3
+    def host(size: HostConfig) -> Host:
+        width, depth = size.width or 3, size.depth or 3
         return cnn_host(image_size=IMAGE_SIZE, in_channels=1, num_classes=CLASSES, width=width, depth=depth)
 
     return Task(
@@ -30,7 +30,7 @@ def synthetic() -> Task:
     )
 
 
-def synthetic_lm() -> Task:
+def synthetic_lm(config: RunConfig) -> Task:
     """The task `synthetic-lm`: sequences of a random Markov chain, whose next token follows from the last."""
     return Task(
         name="synthetic-lm",

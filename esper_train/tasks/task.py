@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Splits:
     """For gates and controllers, which therefore see it."""
     test: Split
     """For reports only."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What identifies the data, as plain values; the run reports it."""
 
 
 @dataclass(frozen=True, kw_only=True)
