@@ -37,7 +37,9 @@ table: $(READY)
 
 size:
 	@for package in esper_kernels esper_train; do \
-		printf '%-14s %5d lines\n' $$package $$(find $$package -name '*.py' -exec cat {} + | wc -l); done
+		printf '%-14s %5d lines, %5d without blank lines and comments\n' $$package \
+			$$(find $$package -name '*.py' -exec cat {} + | wc -l) \
+			$$(find $$package -name '*.py' -exec cat {} + | grep -cv '^ *\(#.*\)\?$$'); done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
@@ -53,6 +55,6 @@ $(READY): pyproject.toml setup.py constraints.txt
 		$(BIN)/python -m pip install -c constraints.txt torch; \
 	fi
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,dev]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,text,dev]'
 	@echo '$(PYTHON)' > $(VENV)/.python
 	@touch $@

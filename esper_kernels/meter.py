@@ -80,6 +80,11 @@ class Meter:
         result: MeterResult = compute_all(self, strict=strict)[0]
         return result
 
+    def on_device(self) -> dict[str, Tensor]:
+        """Each count as an int64 [] view on the device, without a sync: "valid", "ignored", ..., "correct@1", ..."""
+        names = (*COUNTS, *(f"correct@{k}" for k in self.topk))
+        return dict(zip(names, self.counts.unbind(), strict=True))
+
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up the meters of all ranks, in place on each: once, before `compute`."""
         dist.all_reduce(self.sums, group=group)

@@ -25,9 +25,11 @@ from esper_train.episode import (
 )
 from esper_train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
 from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, default_registry
+from esper_train.morph.export import export, fold
 from esper_train.morph.host import Host, cnn_host
 from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.morph.model import MorphModel
+from esper_train.morph.transformer import transformer_host
 from esper_train.optimizers import OptimizerRegistry
 from esper_train.run_directory import load_run
 from esper_train.step import TrainStep, build_train_step
@@ -44,7 +46,7 @@ __all__ = [
     "NonFiniteLossError", "NullSink", "Op", "OptimConfig", "OptimizerRegistry", "Policy", "RunConfig",
     "SeedStage", "SignalTracker", "Signals", "Sink", "SlotState", "Splits", "Task", "TelemetryConfig",
     "TelemetryHub", "TrainConfig", "TrainStep", "build_train_step", "cnn_host", "default_registry", "evaluate",
-    "from_dict", "get_task", "load_run", "load_toml", "run_fit", "run_heuristic_episode", "train_heuristic",
-    "train_one_epoch",
+    "export", "fold", "from_dict", "get_task", "load_run", "load_toml", "run_fit", "run_heuristic_episode",
+    "train_heuristic", "train_one_epoch", "transformer_host",
 ]
 # fmt: on

@@ -16,11 +16,11 @@ from pathlib import Path
 from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
 from esper_train import run_directory
+from esper_train.build import build_episode
 from esper_train.config import RunConfig, load_toml
 from esper_train.control.policy import Idle
 from esper_train.episode import (
     NonFiniteLossError,
-    build_episode,
     episode_configs,
     heuristic_policy,
     require_slots,

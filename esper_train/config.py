@@ -20,6 +20,7 @@ from esper_kernels import KernelConfig
 from esper_train.names import unknown_name
 
 T = TypeVar("T")
+TELEMETRY_LEVELS = ("off", "minimal", "normal", "debug")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -137,6 +138,10 @@ class GrowthConfig:
     """Share of the run (5 epochs at least) after which a seed on probation is culled."""
     embargo_epochs: int = 5
     """Epochs for which the slot of a culled seed stays closed."""
+    max_seeds: int | None = None
+    """Seeds seated at most at a time, fossilized ones included; None allows one in each slot."""
+    fossil_check_epochs: int = 5
+    """A fossilized seed's contribution is measured again every so many epochs."""
     isolate_training: bool = True
     """In TRAINING the seed learns without sending gradients into the host."""
     on_fossilize: Literal["keep", "freeze"] = "keep"
@@ -156,6 +161,7 @@ class GrowthConfig:
             ("blending_epochs", 1, math.inf),
             ("probation_timeout_fraction", 0, 1),
             ("embargo_epochs", 0, math.inf),
+            ("fossil_check_epochs", 1, math.inf),
         ):
             value = getattr(self, name)
             _require(low <= value <= high, f"growth.{name} must be in [{low}, {high}], got {value}")
@@ -186,6 +192,8 @@ class HeuristicConfig:
     """Percentage points by which validation accuracy must beat its last best to end a plateau."""
     plateau_epochs: int = 3
     """Length of a plateau after which a seed is germinated."""
+    max_live_seeds: int = 1
+    """Seeds whose fate is open at most at a time."""
     min_epochs: int = 5
     """No germination before this epoch."""
     life_margin: int = 7
@@ -205,6 +213,7 @@ class HeuristicConfig:
     """A blueprint with at least this penalty is passed over while another is below it."""
 
     def __post_init__(self) -> None:
+        _require(self.max_live_seeds >= 1, f"policy.max_live_seeds must be at least 1, got {self.max_live_seeds}")
         repeated = len(set(self.blueprints)) < len(self.blueprints)
         _require(not repeated, f"policy.blueprints names one more than once: {', '.join(self.blueprints)}")
         _require(0 <= self.penalty_decay < 1, f"policy.penalty_decay must be in [0, 1), got {self.penalty_decay}")
@@ -214,10 +223,17 @@ class HeuristicConfig:
 class TelemetryConfig:
     """What a run reports. Telemetry never changes what is trained."""
 
-    level: Literal["off", "normal"] = "normal"
+    level: Literal["off", "minimal", "normal", "debug"] = "normal"
+    """minimal: the run, the seeds' lives, bad numbers. normal: each epoch too. debug: each parameter's gradient too."""
+    lifecycle_only: bool = False
+    """Nothing but the run's start and end and the seeds' lives."""
+    escalation_epochs: int = 5
+    """After NaN, infinite or exploding gradients, report at debug level for so many epochs; 0 never does."""
 
     def __post_init__(self) -> None:
-        _require(self.level in ("off", "normal"), f"telemetry.level must be 'off' or 'normal', got {self.level!r}")
+        known = ", ".join(TELEMETRY_LEVELS)
+        _require(self.level in TELEMETRY_LEVELS, f"telemetry.level must be one of {known}, got {self.level!r}")
+        _require(self.escalation_epochs >= 0, f"telemetry.escalation_epochs must be >= 0, got {self.escalation_epochs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +255,8 @@ class RunConfig:
     """Batches of an epoch at most; None takes all."""
     batch_size: int = 64
     seed: int = 42
+    reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
+    """How decisions are rewarded; see `control/rewards.py`."""
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     host: HostConfig = field(default_factory=HostConfig)
@@ -249,6 +267,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("episodes", "max_epochs", "batch_size"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        kinds = ("shaped", "sparse", "minimal", "loss")
+        _require(self.reward in kinds, f"reward must be one of {', '.join(kinds)}, got {self.reward!r}")
         _require(
             self.max_batches is None or self.max_batches >= 1,
             f"max_batches must be at least 1, or left out for all batches, got {self.max_batches}",

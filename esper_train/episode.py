@@ -9,54 +9,33 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import DataLoader
-
-from esper_train.config import OptimConfig, RunConfig
+from esper_kernels import compute_all, grad_stats
+from esper_train.build import Episode, build_episode, device_of, make_optimizer, random_state
+from esper_train.config import RunConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
-from esper_train.control.signals import SignalTracker
+from esper_train.control.rewards import REWARDS
+from esper_train.control.signals import Signals
 from esper_train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
-from esper_train.morph.blueprints import BlueprintRegistry, default_registry
+from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.gates import gradient_ratio
-from esper_train.morph.lifecycle import SeedStage, SlotState, StageChange
+from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState, StageChange
 from esper_train.morph.model import MorphModel
-from esper_train.optimizers import OptimizerRegistry
-from esper_train.step import TrainStep, build_train_step
-from esper_train.tasks import Task, get_task, load_splits, make_loader
-from esper_train.telemetry.events import Event, EventType
+from esper_train.tasks import Task
+from esper_train.telemetry.events import Event, EventType, epoch_event, plain, stage_event
 from esper_train.telemetry.hub import TelemetryHub
 
 EPISODE_SEED_STEP = 1000
 """Distance between the seeds of successive episodes."""
+JOINT = "+"
+"""The variant without any of the seeds measured in an epoch; no slot has this name."""
 
 
 class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the run cannot go on."""
-
-
-@dataclass(kw_only=True)
-class Episode:
-    """Everything one run changes, and nothing another run can see."""
-
-    config: RunConfig
-    task: Task
-    model: MorphModel
-    optimizers: OptimizerRegistry
-    tracker: SignalTracker
-    step: TrainStep
-    train: DataLoader[Any]
-    validation: DataLoader[Any]
-    test: DataLoader[Any]
-    data_record: Mapping[str, Any]
-    seeds_germinated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +51,14 @@ class EpisodeResult:
     contributions: tuple[float, ...]
     """Measured contribution of each fossilized seed when it was kept, in percentage points."""
     action_counts: dict[str, int]
+    rewards: tuple[float, ...]
+    """Reward of each epoch's decision, of the kind that `config.reward` names."""
     seconds: float
     model: MorphModel
+
+    def as_audited(self) -> tuple[float, dict[str, int], list[float]]:
+        """What the audited `run_heuristic_episode` returned: accuracy, action counts, rewards."""
+        return self.accuracy, self.action_counts, list(self.rewards)
 
 
 def run_heuristic_episode(
@@ -126,56 +111,6 @@ def heuristic_policy(episode: Episode) -> HeuristicTamiyo:
     return HeuristicTamiyo(episode.config.policy, episode.config.growth, names)
 
 
-def build_episode(
-    config: RunConfig,
-    *,
-    task: Task | None = None,
-    slots: Sequence[str],
-    registry: BlueprintRegistry | None = None,
-) -> Episode:
-    """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
-    task = task or get_task(config.task, config)
-    device = resolve_device(config.device)
-    splits = load_splits(task)
-    with _random_state(config.seed, device):
-        host = task.build_host(config.host).to(device)
-    optim = config.optim
-    host_optimizer = make_optimizer(host.parameters(), optim.host_lr, optim)
-    step = build_train_step(task.task_type, config.train)
-    step.backend(device)  # refuses here, not at the first batch, what cannot serve
-    return Episode(
-        config=config,
-        task=task,
-        model=MorphModel(
-            host,
-            slots,
-            growth=config.growth,
-            max_epochs=config.max_epochs,
-            registry=registry or default_registry(),
-        ),
-        optimizers=OptimizerRegistry(host=host_optimizer),
-        tracker=SignalTracker(
-            plateau_threshold=config.policy.plateau_threshold, plateau_epochs=config.policy.plateau_epochs
-        ),
-        step=step,
-        train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed),
-        validation=make_loader(splits.validation, EVALUATION_BATCH),
-        test=make_loader(splits.test, EVALUATION_BATCH),
-        data_record=splits.record,
-    )
-
-
-def make_optimizer(parameters: Iterable[Tensor], lr: float, config: OptimConfig) -> Optimizer:
-    """The optimizer of the host or of one seed."""
-    if config.kind == "adamw":
-        return AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
-    return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-EVALUATION_BATCH = 512
-"""Rows a batch where nothing is trained, so memory is all that limits it."""
-
-
 def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = None, *, mode: str) -> EpisodeResult:
     """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
 
@@ -186,15 +121,16 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
     hub = hub or TelemetryHub()
     started = time.perf_counter()
     policy.reset()
-    actions: Counter[str] = Counter({op.name: 0 for op in Op})
+    actions = Counter({op.name: 0 for op in Op})
+    rewards: list[float] = []
     contributions: list[float] = []
     accuracy, test, status, epoch = math.nan, None, "failed", 0
     outcome: dict[str, Any] = {}
     hub.emit(_run_started(episode, mode))
     try:
-        with _random_state(config.seed + 1, next(model.parameters()).device):
+        with random_state(config.seed + 1, device_of(model)):
             for epoch in range(1, config.max_epochs + 1):
-                train, validation = _train_and_evaluate(episode)
+                train, validation = _train_and_evaluate(episode, epoch)
                 accuracy = validation.accuracy
                 _observe(model, train, validation)
                 signals = episode.tracker.update(
@@ -207,21 +143,24 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
                     slots=_states(model),
                 )
                 changes = [change for slot in model.slots for change in slot.step_epoch()]
-                decision = policy.decide(replace(signals, slots=_states(model)))
+                stepped = replace(signals, slots=_states(model))
+                decision = policy.decide(stepped)
+                reward = _reward(episode, stepped, decision)
                 made, refusal = _execute(episode, decision)
                 changes += made
                 actions[decision.op.name] += 1
-                contributions += [
-                    c.before.contribution
-                    for c in changes
-                    if c.stage is SeedStage.FOSSILIZED and c.before.contribution is not None
-                ]
+                rewards.append(reward)
                 for change in changes:
                     _follow(episode, change)
-                hub.emit(_epoch_event(signals.slots, train, validation, decision, refusal, epoch, config))
+                    if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
+                        contributions.append(change.before.contribution)
+                more = {"max_epochs": config.max_epochs, "reward": reward, "refused": refusal}
+                joint = _joint_contribution(validation)
+                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, joint=joint, **more))
                 for change in changes:
-                    hub.emit(_stage_event(change, epoch))
-                _check_finite(train, validation, epoch, hub)
+                    hub.emit(stage_event(epoch, change))
+                _report_gradients(model, train, validation, epoch, hub)
+                _require_finite(train, validation, epoch)
             test = evaluate(model, episode.test, config.train, task_type=episode.task.task_type, step=episode.step)
             status = "completed"
     except KeyboardInterrupt:
@@ -237,28 +176,14 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
             "fossils": model.fossils,
             "contributions": tuple(contributions),
             "action_counts": dict(actions),
+            "rewards": tuple(rewards),
             "seconds": time.perf_counter() - started,
         }
-        hub.emit(Event(EventType.RUN_FINISHED, epoch, {"status": status, "test": test and _plain(test), **outcome}))
+        hub.emit(Event(EventType.RUN_FINISHED, epoch, {"status": status, "test": test and plain(test), **outcome}))
     return EpisodeResult(model=model, test=test, **outcome)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of this name; `ValueError` if it is none or cannot be used here."""
-    usable = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        usable += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{name!r} names no device; usable here: {', '.join(usable)}") from error
-    if f"{device.type}:{device.index or 0}" not in (f"{u}:0" if ":" not in u else u for u in usable):
-        raise ValueError(f"device {name!r} is not there; usable here: {', '.join(usable)}")
-    return device
-
-
-def _train_and_evaluate(episode: Episode) -> tuple[EpochResult, EvalResult]:
+def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
     config, model, task_type = episode.config, episode.model, episode.task.task_type
     train = train_one_epoch(
         model,
@@ -269,9 +194,13 @@ def _train_and_evaluate(episode: Episode) -> tuple[EpochResult, EvalResult]:
         max_batches=config.max_batches,
         step=episode.step,
     )
-    ablations = {state.slot: {state.slot: 0.0} for state in _states(model) if state.alpha > 0}
+    check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
+    ablated = [s.slot for s in _states(model) if s.alpha > 0 and (s.stage is not SeedStage.FOSSILIZED or check_fossils)]
+    variants = {slot: {slot: 0.0} for slot in ablated}
+    if len(ablated) > 1:
+        variants[JOINT] = dict.fromkeys(ablated, 0.0)
     validation = evaluate(
-        model, episode.validation, config.train, task_type=task_type, variants=ablations, step=episode.step
+        model, episode.validation, config.train, task_type=task_type, variants=variants, step=episode.step
     )
     return train, validation
 
@@ -280,9 +209,29 @@ def _observe(model: MorphModel, train: EpochResult, validation: EvalResult) -> N
     """Give each slot the epoch's measurements; a slot without alpha has no contribution to measure."""
     for slot in model.slots:
         name = slot.state.slot
-        without = validation.variants.get(name)
-        contribution = None if without is None else validation.accuracy - without.accuracy
-        slot.observe(validation.accuracy, contribution, gradient_ratio(train.grad, name))
+        slot.observe(validation.accuracy, _contribution(validation, name), gradient_ratio(train.grad, name))
+
+
+def _contribution(validation: EvalResult, variant: str) -> float | None:
+    """Percentage points of accuracy that the variant lacks; None where it was not measured."""
+    without = validation.variants.get(variant)
+    return None if without is None else validation.accuracy - without.accuracy
+
+
+def _joint_contribution(validation: EvalResult) -> dict[str, Any] | None:
+    """What the seeds measured in this epoch contribute together, where there were several."""
+    contribution = _contribution(validation, JOINT)
+    if contribution is None:
+        return None
+    return {"slots": [name for name in validation.variants if name != JOINT], "contribution": contribution}
+
+
+def _reward(episode: Episode, signals: Signals, decision: Decision) -> float:
+    """What a decision earns, before it is executed: on the slot it names, or that of the first live seed."""
+    named = [s for s in signals.slots if s.slot == decision.slot or (decision.slot is None and s.stage in LIVE)]
+    state = named[0] if named else SlotState(slot="none")
+    host_parameters = sum(p.numel() for p in episode.model.get_host_parameters())
+    return REWARDS[episode.config.reward](decision.op, state, signals, host_parameters)
 
 
 def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], str | None]:
@@ -309,55 +258,55 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
 
 def _follow(episode: Episode, change: StageChange) -> None:
     """Keep the optimizers in step with the seeds."""
-    optim, slot = episode.config.optim, change.before.slot
+    slot, optimizers = change.before.slot, episode.optimizers
+    gate = f"{slot}.gate"
     if change.stage is SeedStage.TRAINING:
-        parameters = [p for p in episode.model.get_seed_parameters(slot) if p.requires_grad]
-        optimizer = make_optimizer(parameters, optim.seed_lr, optim) if parameters else None
-        episode.optimizers.attach(slot, optimizer)
+        seated, optim = episode.model.slot(slot), episode.config.optim
+        for group, module in ((slot, seated.seed), (gate, seated.gate)):
+            if module is not None:
+                parameters = [p for p in module.parameters() if p.requires_grad]
+                optimizers.attach(group, make_optimizer(parameters, optim.seed_lr, optim) if parameters else None)
     elif change.stage is SeedStage.CULLED or (
         change.stage is SeedStage.FOSSILIZED and episode.config.growth.on_fossilize == "freeze"
     ):
-        episode.optimizers.detach(slot)
+        optimizers.detach(slot)
+    if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):
+        optimizers.detach(gate)
 
 
-def _check_finite(train: EpochResult, validation: EvalResult, epoch: int, hub: TelemetryHub) -> None:
-    """Report non-finite numbers; a loss that is one ends the run."""
-    gradients = 0 if train.grad is None else train.grad.nan_count + train.grad.inf_count
+def _report_gradients(
+    model: MorphModel, train: EpochResult, validation: EvalResult, epoch: int, hub: TelemetryHub
+) -> None:
+    """Report bad numbers, and each parameter's gradient where the level asks for it."""
+    grad = train.grad
+    gradients = 0 if grad is None else grad.nan_count + grad.inf_count
     logits = train.nonfinite + validation.nonfinite
+    hub.tick()
     if logits or gradients:
         hub.emit(Event(EventType.NONFINITE, epoch, {"logits": logits, "gradients": gradients}))
+    if logits or gradients or (grad is not None and grad.has_exploding):
+        hub.escalate()
+    if hub.collects(EventType.LAYER_GRADIENTS):
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        (norms,) = compute_all(grad_stats([p.grad for p in parameters]).norms)  # a host sync
+        hub.emit(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": dict(zip(names, norms, strict=True))}))
+
+
+def _require_finite(train: EpochResult, validation: EvalResult, epoch: int) -> None:
     if not (math.isfinite(train.loss) and math.isfinite(validation.loss)):
         raise NonFiniteLossError(
             f"the loss is not finite in epoch {epoch}: training {train.loss}, validation {validation.loss} "
-            f"({logits} rows of logits and {gradients} gradient entries were NaN or infinite); "
+            f"({train.nonfinite + validation.nonfinite} rows of logits were NaN or infinite); "
             "try a smaller learning rate, or train.grad.clip_norm"
         )
-
-
-@contextmanager
-def _random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded inside, and as they were afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _states(model: MorphModel) -> tuple[SlotState, ...]:
     return tuple(slot.state for slot in model.slots)
 
 
-def _plain(measures: Measures) -> dict[str, object]:
-    return {
-        "loss": measures.loss,
-        "accuracy": measures.accuracy,
-        "correct": measures.correct,
-        "valid": measures.valid,
-    }
-
-
 def _run_started(episode: Episode, mode: str) -> Event:
-    config, model = episode.config, episode.model
-    device = next(model.parameters()).device
+    config, model, device = episode.config, episode.model, device_of(episode.model)
     data = {
         "mode": mode,
         "task": episode.task.name,
@@ -370,37 +319,3 @@ def _run_started(episode: Episode, mode: str) -> Event:
         "host_parameters": sum(p.numel() for p in model.get_host_parameters()),
     }
     return Event(EventType.RUN_STARTED, 0, data)
-
-
-def _epoch_event(
-    slots: Sequence[SlotState],
-    train: EpochResult,
-    validation: EvalResult,
-    decision: Decision,
-    refusal: str | None,
-    epoch: int,
-    config: RunConfig,
-) -> Event:
-    """The epoch's line; slots are as they were while it was trained and measured."""
-    data = {
-        "max_epochs": config.max_epochs,
-        "train": _plain(train) | {"compiled": train.compiled, "compile_failure": train.compile_failure},
-        "validation": _plain(validation),
-        "grad": train.grad and asdict(train.grad),
-        "slots": [asdict(state) | {"stage": state.stage.name} for state in slots],
-        "decision": asdict(decision) | {"op": decision.op.name, "refused": refusal},
-        "seconds": train.seconds + validation.seconds,
-    }
-    return Event(EventType.EPOCH, epoch, data)
-
-
-def _stage_event(change: StageChange, epoch: int) -> Event:
-    before = change.before
-    data = asdict(before) | {
-        "from": before.stage.name,
-        "stage": change.stage.name,
-        "reason": change.reason,
-        "improvement": before.improvement,
-        "total_improvement": before.total_improvement,
-    }
-    return Event(EventType.SEED_STAGE, epoch, data)

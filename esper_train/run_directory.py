@@ -15,7 +15,7 @@ from torch import nn
 import esper_kernels
 from esper_train.config import RunConfig, from_dict
 from esper_train.morph.blueprints import BlueprintRegistry
-from esper_train.morph.lifecycle import SeedStage, SlotState
+from esper_train.morph.lifecycle import SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.tasks import Task, get_task
 
@@ -55,7 +55,7 @@ def create(path: Path, config: RunConfig) -> Path:
 
 def save_network(path: Path, model: MorphModel) -> None:
     """Write the weights and the state of every slot to `network.pt`, as tensors and plain values only."""
-    slots = [asdict(slot.state) | {"stage": slot.state.stage.name} for slot in model.slots]
+    slots = [slot.state.to_plain() for slot in model.slots]
     torch.save({"format": FORMAT, "slots": slots, "weights": model.state_dict()}, path / NETWORK)
 
 
@@ -74,7 +74,7 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
     host = (task or get_task(config.task, config)).build_host(config.host)
-    states = [SlotState(**{**s, "stage": SeedStage[s["stage"]]}) for s in saved["slots"]]
+    states = [SlotState.from_plain(values) for values in saved["slots"]]
     model = MorphModel(
         host,
         [state.slot for state in states],

@@ -38,12 +38,19 @@ def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion |
     """
     if task_type not in LOGITS_DIMS:
         raise unknown_name("task type", task_type, LOGITS_DIMS)
+    options = criterion_options(criterion)
+    return TrainStep(task_type, config, criterion if options is None else None, options or {})
+
+
+def criterion_options(criterion: Criterion | None) -> dict[str, Any] | None:
+    """The options of the fused op that do what the criterion does; None where it cannot."""
+    if criterion is None:
+        return {}
     if not isinstance(criterion, nn.CrossEntropyLoss):
-        return TrainStep(task_type, config, criterion, {})
+        return None
     if criterion.reduction == "none":
         raise ValueError("expected a criterion with reduction 'mean' or 'sum', got 'none': a step needs one loss")
-    names = ("weight", "ignore_index", "label_smoothing", "reduction")
-    return TrainStep(task_type, config, None, {name: getattr(criterion, name) for name in names})
+    return {name: getattr(criterion, name) for name in ("weight", "ignore_index", "label_smoothing", "reduction")}
 
 
 class TrainStep:

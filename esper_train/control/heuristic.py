@@ -1,4 +1,4 @@
-"""The heuristic controller: a few readable rules, one open seed at a time."""
+"""The heuristic controller: a few readable rules, one decision an epoch."""
 
 from __future__ import annotations
 
@@ -47,8 +47,12 @@ class HeuristicTamiyo:
         self._penalties = {name: p * self._config.penalty_decay for name, p in self._penalties.items()}
         for state in signals.slots:
             self._notice_cull(state)
-        live = next((state for state in signals.slots if state.stage in LIVE), None)
-        return self._judge(live) if live is not None else self._consider_germination(signals)
+        live = [state for state in signals.slots if state.stage in LIVE]
+        judged = [self._judge(state) for state in live]
+        action = next((decision for decision in judged if decision.op is not Op.WAIT), None)
+        if action is not None or len(live) >= self._config.max_live_seeds:
+            return action or judged[0]
+        return self._consider_germination(signals)
 
     def _notice_cull(self, state: SlotState) -> None:
         if state.blueprint is not None:
@@ -80,8 +84,9 @@ class HeuristicTamiyo:
         needed = self._growth.seed_life(signals.max_epochs) + config.life_margin
         left = signals.max_epochs - signals.epoch
         slot = next((s.slot for s in signals.slots if s.stage is SeedStage.DORMANT), None)
-        if slot is None:
-            return Decision(op=Op.WAIT, reason="no slot is open")
+        most, seated = self._growth.max_seeds, sum(s.seed_id is not None for s in signals.slots)
+        if slot is None or (most is not None and seated >= most):
+            return Decision(op=Op.WAIT, reason="no slot is open" if slot is None else f"{seated} seeds are the most")
         if signals.epoch < config.min_epochs:
             return Decision(op=Op.WAIT, reason=f"before epoch {config.min_epochs}")
         if left < needed:

@@ -1,10 +1,13 @@
-"""How alpha rises while a seed is blended in: pure functions from progress in [0, 1] to alpha."""
+"""How alpha rises while a seed is blended in: schedules from progress to alpha, and a learned gate on top of one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
 
 from esper_train.names import unknown_name
 
@@ -19,7 +22,10 @@ def sigmoid(progress: float) -> float:
     return 1.0 / (1.0 + math.exp(-12.0 * (progress - 0.5)))
 
 
-BLENDS: Mapping[str, Callable[[float], float]] = MappingProxyType({"linear": linear, "sigmoid": sigmoid})
+BLENDS: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {"linear": linear, "sigmoid": sigmoid, "gated": linear}
+)
+"""Name to schedule. "gated" has a `Gate` too, which bends its schedule for each sample."""
 
 
 def get_blend(name: str) -> Callable[[float], float]:
@@ -27,3 +33,25 @@ def get_blend(name: str) -> Callable[[float], float]:
     if name not in BLENDS:
         raise unknown_name("blend", name, BLENDS)
     return BLENDS[name]
+
+
+class Gate(nn.Module):
+    """A learned preference g in (0, 1) for the seed, one a sample (feature maps) or a token (sequences).
+
+    `forward(x, alpha)` bends the scheduled alpha to alpha (alpha + 2 g (1 - alpha)): 0 at 0, 1 at 1, alpha itself
+    at g = 1/2, which is what the gate says at birth. A token's gate looks at that token alone, so causality holds.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // 4)
+        last = nn.Linear(hidden, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.score = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), last)
+
+    def forward(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """x [N, C, H, W] gives [N, 1, 1, 1], x [N, T, C] gives [N, T, 1]."""
+        is_map = x.dim() == 4
+        g = torch.sigmoid(self.score(x.mean((2, 3)) if is_map else x))
+        return alpha * (alpha + 2 * (g[:, :, None, None] if is_map else g) * (1 - alpha))

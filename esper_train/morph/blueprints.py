@@ -17,6 +17,7 @@ from esper_train.names import unknown_name
 
 Topology = Literal["cnn", "transformer"]
 PROBE_CHANNELS = 8
+LORA_RANK = 8
 # a feature map [N, C, H, W] or a sequence [N, T, C] of random numbers stands for a host's features
 PROBE_SHAPES = {"cnn": (2, PROBE_CHANNELS, 4, 4), "transformer": (2, 5, PROBE_CHANNELS)}
 
@@ -102,6 +103,25 @@ class ChannelAttention(nn.Module):
         return x * gate[:, :, None, None]
 
 
+class CausalAttention(nn.Module):
+    """What each position gathers from itself and those before it, all heads side by side: [N, T, C] to [N, T, C].
+
+    Without the output projection. `heads` is 4, or the largest divisor of the channels below; `ValueError` if it
+    does not divide them.
+    """
+
+    def __init__(self, channels: int, heads: int | None = None) -> None:
+        super().__init__()
+        self.heads = next(h for h in (4, 3, 2, 1) if channels % h == 0) if heads is None else heads
+        if self.heads < 1 or channels % self.heads:
+            raise ValueError(f"expected a number of heads that divides the width {channels}, got {heads}")
+        self.qkv = nn.Linear(channels, 3 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm with the most groups (32 at most) that leave each at least 16 channels; else one group."""
     groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 16), 1)
@@ -129,6 +149,26 @@ def conv_light(channels: int) -> nn.Module:
     )
 
 
+def depthwise(channels: int) -> nn.Module:
+    """3x3 convolution of each channel by itself, then a 1x1: few parameters for its reach."""
+    return Residual(
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+        group_norm(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 1),
+    )
+
+
+def conv_heavy(channels: int) -> nn.Module:
+    """Two 3x3 convolutions at the host's width."""
+    return Residual(
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        group_norm(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+    )
+
+
 def mlp(channels: int) -> nn.Module:
     """Pre-norm position-wise network with four times the width."""
     return Residual(
@@ -136,6 +176,19 @@ def mlp(channels: int) -> nn.Module:
         nn.Linear(channels, 4 * channels),
         nn.GELU(),
         nn.Linear(4 * channels, channels),
+    )
+
+
+def attention(channels: int) -> nn.Module:
+    """Pre-norm causal self-attention."""
+    return Residual(nn.LayerNorm(channels), CausalAttention(channels), nn.Linear(channels, channels))
+
+
+def lora(channels: int) -> nn.Module:
+    """Linear map of low rank (Hu et al., 2021)."""
+    return Residual(
+        nn.Linear(channels, LORA_RANK, bias=False),
+        nn.Linear(LORA_RANK, channels, bias=False),
     )
 
 
@@ -147,7 +200,11 @@ def default_registry() -> BlueprintRegistry:
             Blueprint("conv_light", "cnn", conv_light),
             Blueprint("attention", "cnn", ChannelAttention),
             Blueprint("norm", "cnn", lambda channels: GatedNorm(group_norm(channels))),
+            Blueprint("depthwise", "cnn", depthwise),
+            Blueprint("conv_heavy", "cnn", conv_heavy),
             Blueprint("mlp", "transformer", mlp),
+            Blueprint("attention", "transformer", attention),
+            Blueprint("lora", "transformer", lora),
             Blueprint("norm", "transformer", lambda channels: GatedNorm(nn.LayerNorm(channels))),
         ]
     )

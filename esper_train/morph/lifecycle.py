@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from types import MappingProxyType
+from typing import Any
 
 
 class SeedStage(IntEnum):
@@ -59,6 +60,8 @@ class SlotState:
     blend: str | None = None
     alpha: float = 0.0
     epochs_in_stage: int = 0
+    previous_stage: SeedStage | None = None
+    previous_epochs_in_stage: int = 0
     epochs_alive: int = 0
     seed_parameters: int = 0
     accuracy: float | None = None
@@ -78,6 +81,16 @@ class SlotState:
     def total_improvement(self) -> float | None:
         """Accuracy gained since germination."""
         return _difference(self.accuracy, self.accuracy_at_germination)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values, stages by name, for JSON and for files without objects of ours."""
+        return {key: value.name if isinstance(value, SeedStage) else value for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_plain(values: Mapping[str, Any]) -> SlotState:
+        """The state that `to_plain` wrote."""
+        stages = {key: SeedStage[values[key]] for key in ("stage", "previous_stage") if values[key] is not None}
+        return SlotState(**{**values, **stages})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,9 @@ class MorphModel(nn.Module):
         """Seat a new seed. `ValueError` for an unknown slot, blueprint or blend or a slot that is not open;
         `RuntimeError` if a seed of this id is already seated."""
         target = self.slot(slot)
+        seated = sum(other.seed is not None for other in self.slots)
+        if target.growth.max_seeds is not None and seated >= target.growth.max_seeds:
+            raise ValueError(f"{seated} seeds are seated and growth.max_seeds is {target.growth.max_seeds}")
         if any(seed_id == other.state.seed_id for other in self.slots):
             raise RuntimeError(f"a seed with the id {seed_id!r} is already seated; ids must differ")
         return target.germinate(self.registry.require(self.host.topology, blueprint), seed_id, blend)
@@ -94,7 +97,8 @@ class MorphModel(nn.Module):
     def get_seed_parameters(self, slot: str | None = None) -> Iterator[nn.Parameter]:
         """Parameters of the seed in one slot, or of all seeds."""
         for seated in self.slots if slot is None else (self.slot(slot),):
-            yield from seated.parameters()
+            if seated.seed is not None:
+                yield from seated.seed.parameters()
 
     def get_host_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the host, none of a seed."""

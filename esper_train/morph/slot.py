@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_train.config import GrowthConfig
-from esper_train.morph.blending import get_blend
+from esper_train.morph.blending import Gate, get_blend
 from esper_train.morph.blueprints import Blueprint
 from esper_train.morph.gates import GATES, GateResult
 from esper_train.morph.lifecycle import LIVE, TRANSITIONS, SeedStage, SlotState, StageChange
@@ -28,6 +28,8 @@ class SeedSlot(nn.Module):
         self.growth = growth
         self.max_epochs = max_epochs
         self.seed: nn.Module | None = None
+        self.gate: Gate | None = None
+        """Of a seed with the blend "gated", until alpha is 1."""
         self.state = SlotState(slot=slot)
         # what forward reads: a tensor, so that a new value is no new program for torch.compile
         self.register_buffer("alpha", torch.zeros(()))
@@ -49,7 +51,10 @@ class SeedSlot(nn.Module):
         z = self.seed(_plain(x))
         if alpha is None and stage is not SeedStage.BLENDING:
             return z
-        weight = self.alpha if alpha is None else x.new_tensor(alpha)
+        if alpha is not None:
+            weight = x.new_tensor(alpha)
+        else:
+            weight = self.alpha if self.gate is None else self.gate(x, self.alpha)
         return torch.lerp(x, z, weight.to(x.dtype))
 
     def germinate(self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid") -> list[StageChange]:
@@ -59,6 +64,7 @@ class SeedSlot(nn.Module):
         seed = blueprint.build(self.channels).to(self.alpha)
         parameters = sum(p.numel() for p in seed.parameters() if p.requires_grad)
         self.seed = seed
+        self.gate = self._new_gate(blend)
         self.state = replace(
             SlotState(slot=self.state.slot, accuracy=self.state.accuracy),
             seed_id=seed_id,
@@ -89,14 +95,15 @@ class SeedSlot(nn.Module):
         """Make the moves that need no controller: gates passed, blending advanced, time over. Once an epoch."""
         state, growth = self.state, self.growth
         if state.stage is SeedStage.TRAINING:
-            if self.gate(SeedStage.BLENDING).passed:
+            if self.verdict(SeedStage.BLENDING).passed:
                 change = self._enter(SeedStage.BLENDING, "G2 passed")
                 self._raise_alpha()  # at once: an epoch at alpha 0 would give the seed no gradient
                 return [change]
             if state.epochs_in_stage >= growth.training_limit(self.max_epochs):
                 return self.cull("training_timeout")
         elif state.stage is SeedStage.BLENDING:
-            if state.epochs_in_stage >= growth.blending_epochs and self.gate(SeedStage.PROBATIONARY).passed:
+            if state.epochs_in_stage >= growth.blending_epochs and self.verdict(SeedStage.PROBATIONARY).passed:
+                self.gate = None
                 return [self._enter(SeedStage.PROBATIONARY, "G3 passed")]
             self._raise_alpha()
         elif state.stage is SeedStage.PROBATIONARY:
@@ -108,14 +115,14 @@ class SeedSlot(nn.Module):
             return [self._enter(SeedStage.DORMANT, "embargo over")]
         return []
 
-    def gate(self, stage: SeedStage) -> GateResult:
-        """The verdict on entering `stage` now."""
+    def verdict(self, stage: SeedStage) -> GateResult:
+        """What the gate in front of `stage` says now."""
         return GATES[stage](self.state, self.growth, self.max_epochs)
 
     def fossilize(self) -> list[StageChange]:
         """Make the seed permanent. `ValueError` with the gate's reasons where it may not be."""
         self._require_legal(SeedStage.FOSSILIZED)
-        verdict = self.gate(SeedStage.FOSSILIZED)
+        verdict = self.verdict(SeedStage.FOSSILIZED)
         if not verdict.passed:
             raise ValueError(f"slot {self.state.slot!r}: {verdict.gate} refuses: {'; '.join(verdict.failures)}")
         change = self._enter(SeedStage.FOSSILIZED, "G5 passed")
@@ -126,7 +133,7 @@ class SeedSlot(nn.Module):
         """Remove a live seed and close the slot for the embargo. `ValueError` if there is none."""
         self._require_legal(SeedStage.CULLED)
         culled = self._enter(SeedStage.CULLED, reason)
-        self.seed = None
+        self.seed = self.gate = None
         self._set_alpha(0.0)
         embargoed = self._enter(SeedStage.EMBARGOED, f"closed for {self.growth.embargo_epochs} epochs")
         self.state = SlotState(slot=self.state.slot, stage=SeedStage.EMBARGOED, accuracy=self.state.accuracy)
@@ -135,6 +142,8 @@ class SeedSlot(nn.Module):
     def restore(self, state: SlotState, blueprint: Blueprint | None) -> None:
         """Rebuild a saved slot; the seed's weights follow through `load_state_dict`."""
         self.seed = None if blueprint is None else blueprint.build(self.channels).to(self.alpha)
+        blending = state.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
+        self.gate = self._new_gate(state.blend) if blending else None
         self.state = state
         self._set_alpha(state.alpha)
         self._freeze_fossil()
@@ -147,6 +156,8 @@ class SeedSlot(nn.Module):
             before,
             stage=stage,
             epochs_in_stage=0,
+            previous_stage=before.stage,
+            previous_epochs_in_stage=before.epochs_in_stage,
             accuracy_at_stage_start=before.accuracy,
             contribution=before.contribution if stage is SeedStage.FOSSILIZED else None,
         )
@@ -157,6 +168,9 @@ class SeedSlot(nn.Module):
         if stage not in TRANSITIONS[now]:
             legal = ", ".join(s.name for s in sorted(TRANSITIONS[now])) or "none"
             raise ValueError(f"slot {self.state.slot!r} cannot go from {now.name} to {stage.name}; legal: {legal}")
+
+    def _new_gate(self, blend: str | None) -> Gate | None:
+        return Gate(self.channels).to(self.alpha) if blend == "gated" else None
 
     def _freeze_fossil(self) -> None:
         fossil = self.state.stage is SeedStage.FOSSILIZED and self.growth.on_fossilize == "freeze"

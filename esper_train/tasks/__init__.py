@@ -7,16 +7,20 @@ from types import MappingProxyType
 
 from esper_train.config import RunConfig
 from esper_train.names import unknown_name
+from esper_train.tasks.cifar10 import cifar10
 from esper_train.tasks.digits import digits
+from esper_train.tasks.pysource import PRESET as PYSOURCE_PRESET
+from esper_train.tasks.pysource import pysource
 from esper_train.tasks.synthetic import synthetic, synthetic_lm
 from esper_train.tasks.task import Split, Splits, Task, load_splits, make_loader
 
 TASKS: Mapping[str, Callable[[RunConfig], Task]] = MappingProxyType(
-    {"digits": digits, "synthetic": synthetic, "synthetic-lm": synthetic_lm}
+    {"digits": digits, "pysource": pysource, "cifar10": cifar10, "synthetic": synthetic, "synthetic-lm": synthetic_lm}
 )
 
 
-PRESETS: Mapping[str, RunConfig] = MappingProxyType({})
+PRESETS: Mapping[str, RunConfig] = MappingProxyType({"pysource": PYSOURCE_PRESET})
+"""Settings that suit a task, to start from; the other tasks take the defaults."""
 
 
 def get_task(name: str, config: RunConfig | None = None) -> Task:
@@ -27,7 +31,7 @@ def get_task(name: str, config: RunConfig | None = None) -> Task:
 
 
 def preset(name: str) -> RunConfig:
-    """Settings that suit a task, to start from; a task without any gets the defaults."""
+    """The settings that a task's runs start from."""
     return PRESETS.get(name, RunConfig(task=name))
 
 

@@ -1,17 +1,22 @@
-"""What a run reports: a few kinds of event, each a flat record that JSON can hold."""
+"""What a run reports: a few kinds of event, each a flat record that JSON can hold. `episode` makes them all."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
+
+from esper_train.control.policy import Decision
+from esper_train.loop import EpochResult, EvalResult, Measures
+from esper_train.morph.lifecycle import SlotState, StageChange
 
 
 class EventType(StrEnum):
-    """Kinds of event. Each is emitted by `episode`."""
+    """Kinds of event."""
 
     RUN_STARTED = "run_started"
     EPOCH = "epoch"
@@ -19,7 +24,23 @@ class EventType(StrEnum):
     """A slot entered a stage."""
     NONFINITE = "nonfinite"
     """NaN or infinity in logits or gradients."""
+    LAYER_GRADIENTS = "layer_gradients"
+    """Gradient norm of each parameter in the epoch's last batch."""
     RUN_FINISHED = "run_finished"
+
+
+LIFECYCLE = frozenset({EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED})
+LEVEL_OF: Mapping[EventType, str] = MappingProxyType(
+    {
+        EventType.RUN_STARTED: "minimal",
+        EventType.SEED_STAGE: "minimal",
+        EventType.NONFINITE: "minimal",
+        EventType.RUN_FINISHED: "minimal",
+        EventType.EPOCH: "normal",
+        EventType.LAYER_GRADIENTS: "debug",
+    }
+)
+"""The lowest level at which an event is written."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,44 @@ class Event:
     def to_json(self) -> str:
         """One line of JSON. JSON has no NaN and no infinity: both become null."""
         return json.dumps(_finite({"event": self.type.value, "epoch": self.epoch, **self.data}))
+
+
+def epoch_event(
+    epoch: int,
+    slots: Sequence[SlotState],
+    train: EpochResult,
+    validation: EvalResult,
+    decision: Decision,
+    **more: Any,
+) -> Event:
+    """The epoch's line; slots are as they were while it was trained and measured."""
+    data = {
+        "train": plain(train) | {"compiled": train.compiled, "compile_failure": train.compile_failure},
+        "validation": plain(validation),
+        "grad": train.grad and asdict(train.grad),
+        "slots": [state.to_plain() for state in slots],
+        "decision": asdict(decision) | {"op": decision.op.name},
+        "seconds": train.seconds + validation.seconds,
+    }
+    return Event(EventType.EPOCH, epoch, data | more)
+
+
+def stage_event(epoch: int, change: StageChange) -> Event:
+    """A slot's move; the other numbers are those of the stage it left."""
+    before = change.before
+    data = before.to_plain() | {
+        "from": before.stage.name,
+        "stage": change.stage.name,
+        "reason": change.reason,
+        "improvement": before.improvement,
+        "total_improvement": before.total_improvement,
+    }
+    return Event(EventType.SEED_STAGE, epoch, data)
+
+
+def plain(measures: Measures) -> dict[str, Any]:
+    """Loss and counts as plain values."""
+    return {key: getattr(measures, key) for key in ("loss", "accuracy", "correct", "valid")}
 
 
 def _finite(value: Any) -> Any:

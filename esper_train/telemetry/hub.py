@@ -7,23 +7,41 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
-from esper_train.config import TelemetryConfig
-from esper_train.telemetry.events import Event
+from esper_train.config import TELEMETRY_LEVELS, TelemetryConfig
+from esper_train.telemetry.events import LEVEL_OF, LIFECYCLE, Event, EventType
 from esper_train.telemetry.sinks import Sink
 
 
 class TelemetryHub:
-    """Fans events out. A sink that fails is reported on stderr once and left out from then on."""
+    """Fans events out. A sink that fails is reported on stderr once, closed, and left out from then on."""
 
     def __init__(self, sinks: Iterable[Sink] = (), config: TelemetryConfig | None = None) -> None:
         self._sinks = list(sinks)
-        self._enabled = (config or TelemetryConfig()).level != "off"
+        self._config = config or TelemetryConfig()
+        self._escalated_epochs = 0
+
+    def collects(self, kind: EventType) -> bool:
+        """Whether an event of this kind would be written now, so that what only it needs need not be measured."""
+        if self._config.level == "off" or not self._sinks:
+            return False
+        if self._config.lifecycle_only:
+            return kind in LIFECYCLE
+        level = "debug" if self._escalated_epochs > 0 else self._config.level
+        return TELEMETRY_LEVELS.index(LEVEL_OF[kind]) <= TELEMETRY_LEVELS.index(level)
 
     def emit(self, event: Event) -> None:
-        """Write the event to every sink, unless the level is off."""
-        if self._enabled:
+        """Write the event to every sink, if the level takes it."""
+        if self.collects(event.type):
             for sink in tuple(self._sinks):
                 self._attempt(sink, partial(sink.write, event))
+
+    def escalate(self, epochs: int | None = None) -> None:
+        """Write everything for some epochs (the config's number if none is given), from the next event on."""
+        self._escalated_epochs = self._config.escalation_epochs if epochs is None else epochs
+
+    def tick(self) -> None:
+        """An epoch is over."""
+        self._escalated_epochs = max(0, self._escalated_epochs - 1)
 
     def close(self) -> None:
         """Close every sink."""

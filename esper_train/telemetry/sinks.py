@@ -81,6 +81,9 @@ def describe(event: Event) -> str:
             gain = "" if data["contribution"] is None else f", contribution {data['contribution']:+.2f} points"
             move = f"{data['from']} -> {data['stage']} ({data['reason']}{gain})"
             return f"  {data['slot']}: {data['seed_id'] or 'slot'} {move}"
+        case EventType.LAYER_GRADIENTS:
+            largest = max(data["norms"], key=data["norms"].__getitem__)
+            return f"  largest gradient of {len(data['norms'])} parameters: {largest} {data['norms'][largest]:.3g}"
         case EventType.NONFINITE:
             return f"  not finite in epoch {epoch}: {data['logits']} rows, {data['gradients']} gradient entries"
         case EventType.RUN_FINISHED:

@@ -4,14 +4,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, Residual, default_registry, group_norm
+from esper_train.morph.blueprints import (
+    Blueprint,
+    BlueprintRegistry,
+    CausalAttention,
+    Residual,
+    default_registry,
+    group_norm,
+)
 
 DEFAULTS = [
     ("cnn", "conv_expand"),
     ("cnn", "conv_light"),
     ("cnn", "attention"),
     ("cnn", "norm"),
+    ("cnn", "depthwise"),
+    ("cnn", "conv_heavy"),
     ("transformer", "mlp"),
+    ("transformer", "attention"),
+    ("transformer", "lora"),
     ("transformer", "norm"),
 ]
 
@@ -29,8 +40,8 @@ def features(topology: str, channels: int, size: tuple[int, int]) -> Tensor:
 
 def test_default_registry_lists_the_blueprints_in_order_of_preference() -> None:
     registry = default_registry()
-    assert registry.names("cnn") == ("conv_expand", "conv_light", "attention", "norm")
-    assert registry.names("transformer") == ("mlp", "norm")
+    assert registry.names("cnn") == ("conv_expand", "conv_light", "attention", "norm", "depthwise", "conv_heavy")
+    assert registry.names("transformer") == ("mlp", "attention", "lora", "norm")
     assert registry.names("graph") == ()
 
 
@@ -61,7 +72,11 @@ def test_default_blueprints_are_the_identity_and_alive_at_birth(
         ("cnn", "conv_light", 8 * 8 * 9 + 2 * 8 + 8 * 8 + 8),
         ("cnn", "attention", (8 * 2 + 2) + (2 * 8 + 8)),
         ("cnn", "norm", 2 * 8 + 1),
+        ("cnn", "depthwise", 8 * 9 + 2 * 8 + 8 * 8 + 8),
+        ("cnn", "conv_heavy", 8 * 8 * 9 + 2 * 8 + 8 * 8 * 9 + 8),
         ("transformer", "mlp", 2 * 8 + (8 * 32 + 32) + (32 * 8 + 8)),
+        ("transformer", "attention", 2 * 8 + (8 * 24 + 24) + (8 * 8 + 8)),
+        ("transformer", "lora", 8 * 8 + 8 * 8),
         ("transformer", "norm", 2 * 8 + 1),
     ],
 )
@@ -95,10 +110,63 @@ def test_default_blueprints_equal_their_formulas_once_trained() -> None:
     norm = f.group_norm(x, 1, named["weight"], named["bias"])
     torch.testing.assert_close(modules["cnn", "norm"](x), x + named["gain"] * (norm - x))
 
+    conv, gain, shift, out, bias = trained("cnn", "depthwise")
+    hidden = f.relu(f.group_norm(f.conv2d(x, conv, padding=1, groups=8), 1, gain, shift))
+    torch.testing.assert_close(modules["cnn", "depthwise"](x), x + f.conv2d(hidden, out, bias))
+
+    conv, gain, shift, out, bias = trained("cnn", "conv_heavy")
+    hidden = f.relu(f.group_norm(f.conv2d(x, conv, padding=1), 1, gain, shift))
+    torch.testing.assert_close(modules["cnn", "conv_heavy"](x), x + f.conv2d(hidden, out, bias, padding=1))
+
     sequence = features("transformer", 8, (3, 5))
     g, s, w1, b1, w2, b2 = trained("transformer", "mlp")
     inner = f.linear(f.gelu(f.linear(f.layer_norm(sequence, (8,), g, s), w1, b1)), w2, b2)
     torch.testing.assert_close(modules["transformer", "mlp"](sequence), sequence + inner)
+
+    g, s, qkv, qkv_bias, out, bias = trained("transformer", "attention")
+    gathered = attention_by_hand(f.linear(f.layer_norm(sequence, (8,), g, s), qkv, qkv_bias), heads=4)
+    torch.testing.assert_close(modules["transformer", "attention"](sequence), sequence + f.linear(gathered, out, bias))
+
+    down, up = trained("transformer", "lora")
+    torch.testing.assert_close(modules["transformer", "lora"](sequence), sequence + sequence @ down.T @ up.T)
+
+
+def attention_by_hand(qkv: Tensor, heads: int) -> Tensor:
+    """Causal attention of [N, T, 3 C], one head and one position after the other; [N, T, C]."""
+    channels = qkv.shape[2] // 3
+    size = channels // heads
+    out = torch.empty(*qkv.shape[:2], channels)
+    for head in range(heads):
+        q, k, v = (qkv[:, :, i * channels + head * size :][:, :, :size] for i in range(3))
+        for t in range(qkv.shape[1]):
+            weights = torch.softmax((q[:, t : t + 1] * k[:, : t + 1]).sum(2) / size**0.5, dim=1)
+            out[:, t, head * size : (head + 1) * size] = (weights[:, :, None] * v[:, : t + 1]).sum(1)
+    return out
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(1, 1), (2, 2), (3, 3), (5, 1), (8, 4), (9, 3), (10, 2), (384, 4)])
+def test_causal_attention_has_4_heads_or_the_largest_divisor_below(channels: int, heads: int) -> None:
+    assert CausalAttention(channels).heads == heads
+
+
+@pytest.mark.parametrize("heads", [3, 0, -2, 16])
+def test_causal_attention_refuses_heads_that_do_not_divide_the_width(heads: int) -> None:
+    with pytest.raises(ValueError, match=rf"number of heads that divides the width 8, got {heads}"):
+        CausalAttention(8, heads)
+
+
+@pytest.mark.parametrize("name", default_registry().names("transformer"))
+def test_transformer_blueprints_let_no_position_see_a_later_one(name: str) -> None:
+    module = built("transformer", name, 8)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape))
+    x = features("transformer", 8, (1, 7))
+    later = x.clone()
+    later[:, 4:] += 1
+    before, after = module(x), module(later)
+    torch.testing.assert_close(after[:, :4], before[:, :4])
+    assert not torch.allclose(after[:, 4:], before[:, 4:])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +253,7 @@ def test_register_takes_the_same_name_for_another_topology() -> None:
     registry.register(Blueprint("mlp", "cnn", lambda channels: Residual(nn.Conv2d(channels, channels, 1))))
     assert registry.require("cnn", "mlp") is not registry.require("transformer", "mlp")
     assert registry.names("cnn")[-1] == "mlp"
-    assert registry.names("transformer") == ("mlp", "norm")
+    assert "mlp" in registry.names("transformer")
 
 
 @pytest.mark.parametrize("topology", ["cnn", "transformer"])
@@ -220,9 +288,12 @@ def test_require_names_the_nearest_and_lists_those_of_the_topology_only() -> Non
     with pytest.raises(ValueError, match="unknown cnn blueprint") as caught:
         default_registry().require("cnn", "conv_lite")
     assert str(caught.value) == (
-        "unknown cnn blueprint 'conv_lite'; perhaps 'conv_light'? Known: conv_expand, conv_light, attention, norm"
+        "unknown cnn blueprint 'conv_lite'; perhaps 'conv_light'? "
+        "Known: conv_expand, conv_light, attention, norm, depthwise, conv_heavy"
     )
-    with pytest.raises(ValueError, match=r"unknown transformer blueprint 'conv_light'.* Known: mlp, norm"):
+    with pytest.raises(
+        ValueError, match=r"unknown transformer blueprint 'conv_light'.* Known: mlp, attention, lora, norm"
+    ):
         default_registry().require("transformer", "conv_light")
 
 

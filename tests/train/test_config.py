@@ -159,7 +159,7 @@ def test_from_dict_refuses_an_unknown_key_and_names_the_nearest(values: dict[str
         ({"growth": {"blending_epochs": 0}}, r"growth\.blending_epochs must be in \[1, inf\], got 0"),
         ({"policy": {"penalty_decay": 1.0}}, r"policy\.penalty_decay must be in \[0, 1\), got 1\.0"),
         ({"policy": {"penalty_decay": -0.1}}, r"policy\.penalty_decay must be in \[0, 1\), got -0\.1"),
-        ({"telemetry": {"level": "loud"}}, r"telemetry\.level must be 'off' or 'normal', got 'loud'"),
+        ({"telemetry": {"level": "loud"}}, r"telemetry\.level must be one of off, minimal, normal, debug, got 'loud'"),
     ],
 )
 def test_from_dict_refuses_a_value_out_of_range(values: dict[str, Any], message: str) -> None:

@@ -430,5 +430,5 @@ def test_heuristic_tamiyo_refuses_a_topology_without_blueprints() -> None:
 
 
 def test_heuristic_tamiyo_refuses_an_unknown_blend() -> None:
-    with pytest.raises(ValueError, match=r"unknown blend 'gated'.* Known: linear, sigmoid"):
-        policy(blend="gated")
+    with pytest.raises(ValueError, match=r"unknown blend 'gatd'.* Known: linear, sigmoid, gated"):
+        policy(blend="gatd")

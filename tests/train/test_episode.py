@@ -34,7 +34,8 @@ from esper_train import (
     train_heuristic,
 )
 from esper_train import episode as episode_module
-from esper_train.episode import build_episode, resolve_device, run_episode
+from esper_train.build import build_episode, resolve_device
+from esper_train.episode import run_episode
 from esper_train.morph.blueprints import conv_light
 
 SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4)
@@ -236,7 +237,7 @@ def test_refused_request_is_reported_and_changes_nothing() -> None:
     )
     result, recorder = scripted(SHORT, policy)
     assert recorder.stages() == []
-    refusals = [e.data["decision"]["refused"] for e in recorder.of(EventType.EPOCH)]
+    refusals = [e.data["refused"] for e in recorder.of(EventType.EPOCH)]
     assert "cannot go from DORMANT to FOSSILIZED" in refusals[0]
     assert "'conv_light'" in refusals[1]
     assert "'nowhere'" in refusals[2]

@@ -246,8 +246,8 @@ def test_germinate_seed_is_refused_and_changes_nothing(
 def test_germinate_seed_refuses_an_unknown_blend_and_changes_nothing() -> None:
     grown = model()
     before = snapshot(grown)
-    with pytest.raises(ValueError, match=r"unknown blend 'gated'.* Known: linear, sigmoid"):
-        grown.germinate_seed("norm", "s0", slot="mid", blend="gated")
+    with pytest.raises(ValueError, match=r"unknown blend 'gatd'.* Known: linear, sigmoid, gated"):
+        grown.germinate_seed("norm", "s0", slot="mid", blend="gatd")
     assert snapshot(grown) == before
 
 
@@ -371,8 +371,8 @@ def test_morph_model_grows_a_sequence_host() -> None:
     grown.germinate_seed("mlp", "s0", slot="early")
     grown.germinate_seed("norm", "s1", slot="late")
     assert torch.equal(grown(tokens), before)
-    with pytest.raises(ValueError, match=r"unknown transformer blueprint 'attention'.* Known: mlp, norm"):
-        MorphModel(host, ("mid",)).germinate_seed("attention", "s0", slot="mid")
+    with pytest.raises(ValueError, match=r"unknown transformer blueprint 'conv_light'.* Known: mlp"):
+        MorphModel(host, ("mid",)).germinate_seed("conv_light", "s0", slot="mid")
 
 
 def test_morph_models_do_not_share_slots() -> None:
@@ -391,3 +391,39 @@ def test_forward_refuses_an_alpha_for_a_slot_that_is_not_there() -> None:
 def test_cnn_host_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one block"):
         cnn_host(image_size=8, in_channels=1, num_classes=10, depth=0)
+
+
+def test_an_incubating_seed_leaves_the_hosts_gradients_as_they_are_bit_for_bit() -> None:
+    """With isolation, whatever the seed has learned; the seed itself does receive gradients."""
+    images, targets = torch.randn(6, 1, 8, 8), torch.arange(6)
+    gradients = []
+    for blueprint in (None, *default_registry().names("cnn")):
+        torch.manual_seed(0)
+        grown = MorphModel(cnn_host(image_size=8, in_channels=1, num_classes=10), ("early", "mid", "late"))
+        if blueprint is not None:
+            for slot in grown.slots:
+                grown.germinate_seed(blueprint, f"seed in {slot.state.slot}", slot=slot.state.slot)
+            for p in grown.get_seed_parameters():
+                nn.init.normal_(p)
+        nn.functional.cross_entropy(grown(images), targets).backward()
+        gradients.append([p.grad for p in grown.get_host_parameters()])
+        assert all(p.grad is not None for p in grown.get_seed_parameters())
+    for others in gradients[1:]:
+        assert all(torch.equal(ours, bare) for ours, bare in zip(others, gradients[0], strict=True))
+
+
+@pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED])
+def test_alpha_0_is_the_absent_seed_and_alpha_1_the_seed_alone(stage: SeedStage) -> None:
+    torch.manual_seed(0)
+    grown = MorphModel(cnn_host(image_size=8, in_channels=1, num_classes=10), ("mid",)).eval()
+    slot = grown.slot("mid")
+    state = SlotState(slot="mid", stage=stage, blueprint="conv_light", blend="linear", alpha=1.0)
+    slot.restore(state, grown.registry.require("cnn", "conv_light"))
+    assert slot.seed is not None
+    for p in slot.seed.parameters():
+        nn.init.normal_(p)
+    images = torch.randn(6, 1, 8, 8)
+    assert torch.equal(grown(images, alpha={"mid": 0.0}), grown.host(images))
+    early, mid, late = grown.host.segments.values()
+    by_hand = grown.host.head(late(slot.seed(mid(early(images)))))
+    assert torch.equal(grown(images), by_hand)

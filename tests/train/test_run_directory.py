@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esper_train import RunConfig, SeedStage, load_run, run_directory
-from esper_train.episode import build_episode
+from esper_train.build import build_episode
 
 CONFIG = RunConfig(task="synthetic", max_epochs=12, max_batches=2)
 

@@ -309,6 +309,7 @@ def test_germinate_starts_training_at_once() -> None:
         accuracy=40.0,
         accuracy_at_germination=40.0,
         accuracy_at_stage_start=40.0,
+        previous_stage=SeedStage.GERMINATED,
     )
     slot(features().requires_grad_()).sum().backward()
     assert affine(slot).gain.grad is not None

@@ -25,10 +25,12 @@ def same(a: Splits, b: Splits) -> bool:
     return all(torch.equal(s, t) for x, y in zip(parts(a), parts(b), strict=True) for s, t in zip(x, y, strict=True))
 
 
-# what every task must hold
+# what every task must hold; cifar10 needs files, which test_cifar10.py makes
+
+OWN_DATA = [name for name in TASKS if name != "cifar10"]
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", OWN_DATA)
 def test_load_is_the_same_each_time_and_leaves_torchs_random_state_alone(name: str) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -38,17 +40,20 @@ def test_load_is_the_same_each_time_and_leaves_torchs_random_state_alone(name: s
     assert same(get_task(name).load(), first)
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", OWN_DATA)
 def test_load_splits_accepts_every_task_of_the_package(name: str) -> None:
     task = get_task(name)
     assert same(load_splits(task), task.load())
     for inputs, targets in parts(task.load()):
         assert targets.dtype is torch.int64
-        assert len(targets.unique()) == task.num_classes
+        classes = targets.unique()
+        assert len(classes) == task.num_classes or (name == "pysource" and len(classes) > 90)  # not every byte occurs
+        assert int(classes[0]) >= 0
+        assert int(classes[-1]) < task.num_classes
         assert inputs.dtype is (torch.int64 if task.task_type == "lm" else torch.float32)
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", OWN_DATA)
 def test_build_host_maps_the_tasks_inputs_to_logits(name: str) -> None:
     task = get_task(name)
     assert task.name == name
@@ -85,7 +90,7 @@ def test_build_host_draws_from_torchs_global_random_state() -> None:
 def test_get_task_refuses_an_unknown_name_and_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match="unknown task") as caught:
         get_task(name)
-    assert str(caught.value) == (f"unknown task '{name}'; perhaps '{nearest}'? Known: digits, synthetic, synthetic-lm")
+    assert str(caught.value) == (f"unknown task '{name}'; perhaps '{nearest}'? Known: {', '.join(TASKS)}")
 
 
 # digits

@@ -156,6 +156,7 @@ def test_event_types_are_the_words_in_the_files() -> None:
         "epoch",
         "seed_stage",
         "nonfinite",
+        "layer_gradients",
         "run_finished",
     ]
 
@@ -298,6 +299,7 @@ LINES = {
     r"early:[a-z]+ mid:[a-z]+ late:[a-z]+",
     EventType.SEED_STAGE: r"  (early|mid): (seed_[01]|slot) [A-Z]+ -> [A-Z]+ \(.+\)",
     EventType.NONFINITE: r"  not finite in epoch 1: \d+ rows, \d+ gradient entries",
+    EventType.LAYER_GRADIENTS: r"  largest gradient of 11 parameters: host\.[\w.]+ (nan|inf|[\d.e+-]+)",
     EventType.RUN_FINISHED: r"(completed|nonfinite): [01] fossilized, \d+ parameters, .*\d s",
 }
 
@@ -328,7 +330,7 @@ def test_run_events_tell_the_life_that_the_controller_asked_for(run: list[Event]
         (2, "early", "BLENDING"),
     ]
     assert [move for move in moves if move[1] == "late"] == []
-    refused = {e.epoch: e.data["decision"]["refused"] for e in run if e.type is EventType.EPOCH}
+    refused = {e.epoch: e.data["refused"] for e in run if e.type is EventType.EPOCH}
     assert refused[3] is None
     assert refused[4] == "slot 'late' cannot go from DORMANT to FOSSILIZED; legal: GERMINATED"
 

@@ -1,0 +1,100 @@
+"""Names that the audited training module made public, kept with their meaning over our kernels.
+
+For code that moves over; new code uses what `docs/audited-names.md` names beside each. Nothing of ours calls this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esper_kernels import GradHealth, GradStats, Meter, cross_entropy, grad_stats
+from esper_train.names import unknown_name
+from esper_train.step import LOGITS_DIMS, Criterion, criterion_options
+
+
+def collect_seed_gradients_async(
+    parameters: Iterable[Tensor], vanishing_threshold: float = 1e-7, exploding_threshold: float = 100.0
+) -> GradStats:
+    """Gradient statistics on the device, without a host sync; parameters without a gradient are left out."""
+    grads = [p.grad for p in parameters]
+    return grad_stats(grads, vanishing=vanishing_threshold, exploding=exploding_threshold)
+
+
+def materialize_grad_stats(stats: GradStats) -> dict[str, float | bool]:
+    """The four audited numbers of `collect_seed_gradients_async`; the host sync."""
+    return _four(stats.compute())
+
+
+def collect_seed_gradients(
+    parameters: Iterable[Tensor],
+    vanishing_threshold: float = 1e-7,
+    exploding_threshold: float = 100.0,
+    return_enhanced: bool = False,
+) -> dict[str, float | bool] | GradHealth:
+    """Gradient statistics at once: the four audited numbers, or with `return_enhanced` all of `GradHealth`."""
+    health = collect_seed_gradients_async(parameters, vanishing_threshold, exploding_threshold).compute()
+    return health if return_enhanced else _four(health)
+
+
+class DualGradientStats(NamedTuple):
+    """Gradient norms and parameter counts of the host and of a seed."""
+
+    host_norm: float
+    host_params: int
+    seed_norm: float
+    seed_params: int
+
+    @property
+    def normalized_ratio(self) -> float:
+        """(seed norm / sqrt(seed parameters)) / (host norm / sqrt(host parameters) + 1e-8); 0 without either."""
+        counts = min(self.host_params, self.seed_params)
+        if counts == 0 or not (self.host_norm >= 1e-8 and self.seed_norm >= 1e-8):
+            return 0.0
+        host = self.host_norm / math.sqrt(self.host_params)
+        return self.seed_norm / math.sqrt(self.seed_params) / (host + 1e-8)
+
+
+def collect_dual_gradients(host: Iterable[Tensor], seed: Iterable[Tensor]) -> DualGradientStats:
+    """Both norms from one pass over the gradients and one host sync."""
+    stats = grad_stats({"host": [p.grad for p in host], "seed": [p.grad for p in seed]})
+    groups = stats.compute().groups
+    h, s = groups["host"], groups["seed"]
+    return DualGradientStats(h.gradient_norm, h.elements, s.gradient_norm, s.elements)
+
+
+def compute_task_loss(outputs: Tensor, targets: Tensor, criterion: Criterion | None, task_type: str) -> Tensor:
+    """The mean loss of a batch; see `compute_task_loss_with_metrics`."""
+    return compute_task_loss_with_metrics(outputs, targets, criterion, task_type)[0]
+
+
+def compute_task_loss_with_metrics(
+    outputs: Tensor, targets: Tensor, criterion: Criterion | None, task_type: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, correct count and valid count (int64 [], on the device) of logits [N, V] or, for "lm", [N, T, V].
+
+    An `nn.CrossEntropyLoss`, or None, runs as the fused op; any other criterion gets rows [M, V] and targets [M].
+    `ValueError` for an unknown task type.
+    """
+    if task_type not in LOGITS_DIMS:
+        raise unknown_name("task type", task_type, LOGITS_DIMS)
+    meter = Meter(outputs.device)
+    options = criterion_options(criterion)
+    if options is not None:
+        loss = cross_entropy(outputs, targets, meter=meter, **options)
+    else:
+        assert criterion is not None
+        loss = criterion(outputs.flatten(0, -2), targets.flatten())
+        with torch.no_grad():
+            cross_entropy(outputs, targets, meter=meter)
+    counts = meter.on_device()
+    return loss, counts["correct@1"], counts["valid"]
+
+
+def _four(health: GradHealth) -> dict[str, float | bool]:
+    names = ("gradient_norm", "gradient_health", "has_vanishing", "has_exploding")
+    return {name: getattr(health, name) for name in names}

@@ -1,0 +1,115 @@
+"""Makes everything a run owns, and refuses here whatever could not work later. `episode` and `cli` call it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader
+
+from esper_train.config import OptimConfig, RunConfig
+from esper_train.control.signals import SignalTracker
+from esper_train.morph.blueprints import BlueprintRegistry, default_registry
+from esper_train.morph.model import MorphModel
+from esper_train.optimizers import OptimizerRegistry
+from esper_train.step import TrainStep, build_train_step
+from esper_train.tasks import Task, get_task, load_splits, make_loader
+
+EVALUATION_BATCH = 512
+"""Rows a batch where nothing is trained, so memory is all that limits it."""
+
+
+@dataclass(kw_only=True)
+class Episode:
+    """Everything one run changes, and nothing another run can see."""
+
+    config: RunConfig
+    task: Task
+    model: MorphModel
+    optimizers: OptimizerRegistry
+    tracker: SignalTracker
+    step: TrainStep
+    train: DataLoader[Any]
+    validation: DataLoader[Any]
+    test: DataLoader[Any]
+    data_record: Mapping[str, Any]
+    seeds_germinated: int = 0
+
+
+def build_episode(
+    config: RunConfig,
+    *,
+    task: Task | None = None,
+    slots: Sequence[str],
+    registry: BlueprintRegistry | None = None,
+) -> Episode:
+    """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
+    task = task or get_task(config.task, config)
+    device = resolve_device(config.device)
+    splits = load_splits(task)
+    with random_state(config.seed, device):
+        host = task.build_host(config.host).to(device)
+    optim = config.optim
+    host_optimizer = make_optimizer(host.parameters(), optim.host_lr, optim)
+    step = build_train_step(task.task_type, config.train)
+    step.backend(device)  # refuses here, not at the first batch, what cannot serve
+    return Episode(
+        config=config,
+        task=task,
+        model=MorphModel(
+            host,
+            slots,
+            growth=config.growth,
+            max_epochs=config.max_epochs,
+            registry=registry or default_registry(),
+        ),
+        optimizers=OptimizerRegistry(host=host_optimizer),
+        tracker=SignalTracker(
+            plateau_threshold=config.policy.plateau_threshold, plateau_epochs=config.policy.plateau_epochs
+        ),
+        step=step,
+        train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed),
+        validation=make_loader(splits.validation, EVALUATION_BATCH),
+        test=make_loader(splits.test, EVALUATION_BATCH),
+        data_record=splits.record,
+    )
+
+
+def make_optimizer(parameters: Iterable[Tensor], lr: float, config: OptimConfig) -> Optimizer:
+    """The optimizer of the host or of one seed."""
+    if config.kind == "adamw":
+        return AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
+    return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of this name; `ValueError` if it is none or cannot be used here."""
+    usable = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        usable += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} names no device; usable here: {', '.join(usable)}") from error
+    if f"{device.type}:{device.index or 0}" not in (f"{u}:0" if ":" not in u else u for u in usable):
+        raise ValueError(f"device {name!r} is not there; usable here: {', '.join(usable)}")
+    return device
+
+
+def device_of(model: MorphModel) -> torch.device:
+    """Where the model lives."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators seeded inside, and as they were afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
+        torch.manual_seed(seed)
+        yield

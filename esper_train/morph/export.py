@@ -1,0 +1,43 @@
+"""Turns a grown model into a plain network: fossilized seeds folded in, no slots, nothing of ours needed to load it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from esper_train.morph.lifecycle import SeedStage
+from esper_train.morph.model import MorphModel
+
+
+def fold(model: MorphModel) -> nn.Sequential:
+    """A copy of the network as a plain chain: each segment, the fossilized seed behind it if any, the head.
+
+    The outputs are the model's, bit for bit. A seed that is still in TRAINING has no part in them and is left out;
+    one that is being blended in or on probation is a `ValueError`, because its fate is open.
+    """
+    chain: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, segment in model.host.segments.items():
+        chain[name] = segment
+        slot = model.slot(name) if name in model.seed_slots else None
+        if slot is None or slot.seed is None or slot.state.stage is SeedStage.TRAINING:
+            continue
+        if slot.state.stage is not SeedStage.FOSSILIZED:
+            stage = slot.state.stage.name
+            raise ValueError(f"slot {name!r} has a seed in {stage}: fossilize or cull it before the network is folded")
+        chain[f"{name}_seed"] = slot.seed
+    chain["head"] = model.host.head
+    return copy.deepcopy(nn.Sequential(chain))
+
+
+def export(model: MorphModel, example: Tensor) -> ExportedProgram:
+    """The folded network in eval mode as a program that torch alone can load and run, with any batch size.
+
+    `example` is an input [N, ...] with N of at least 2. Write the program with `torch.export.save(program, path)`
+    and get a module back with `torch.export.load(path).module()`.
+    """
+    folded = fold(model).eval()
+    return torch.export.export(folded, (example,), dynamic_shapes=({0: Dim.DYNAMIC},))

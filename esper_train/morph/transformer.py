@@ -1,0 +1,77 @@
+"""The decoder-only transformer that grows: pre-norm, causal, with tied embeddings."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from esper_train.morph.blueprints import CausalAttention
+from esper_train.morph.host import Host, cut
+
+INITIAL_STD = 0.02
+"""Standard deviation of the initial weights, after GPT-2 (Radford et al., 2019)."""
+
+
+class Embedding(nn.Module):
+    """Token plus learned position embedding: tokens [N, T], int64, to features [N, T, width].
+
+    `ValueError` where T exceeds the context.
+    """
+
+    def __init__(self, vocab_size: int, context: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, width)
+        self.position = nn.Embedding(context, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length, context = tokens.shape[1], self.position.num_embeddings
+        if length > context:
+            raise ValueError(
+                f"expected at most {context} tokens, the host's context, got {length}: "
+                "cut the sequences, or build the host with a longer context"
+            )
+        return self.dropout(self.token(tokens) + self.position.weight[:length])
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then the same with a position-wise network of four times the width; [N, T, C]."""
+
+    def __init__(self, width: int, heads: int | None, dropout: float) -> None:
+        super().__init__()
+        mix = CausalAttention(width, heads)
+        self.attention = nn.Sequential(nn.LayerNorm(width), mix, nn.Linear(width, width), nn.Dropout(dropout))
+        wide = nn.Linear(width, 4 * width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), wide, nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+def transformer_host(
+    *, vocab_size: int, context: int, width: int = 64, depth: int = 3, heads: int | None = None, dropout: float = 0.0
+) -> Host:
+    """Language model over tokens [N, T], int64, T at most `context`; logits [N, T, vocab_size].
+
+    `depth` blocks, cut into segments of about equal depth; the head's weight is the token embedding. `heads` is 4,
+    or the largest divisor of the width below; `ValueError` if it does not divide the width. Dropout acts on the
+    embedding and on what each branch adds. The first loss is near ln(vocab_size).
+    """
+    segments = cut([Block(width, heads, dropout) for _ in range(depth)])
+    embedding = Embedding(vocab_size, context, width, dropout)
+    segments["early"].insert(0, embedding)
+    unembedding = nn.Linear(width, vocab_size, bias=False)
+    unembedding.weight = embedding.token.weight
+    head = nn.Sequential(nn.LayerNorm(width), unembedding)
+    host = Host("transformer", segments, head, dict.fromkeys(segments, width))
+    for module in host.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=INITIAL_STD)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for name, parameter in host.named_parameters():
+        if name.endswith(("attention.2.weight", "mlp.3.weight")):  # what each of 2 * depth branches adds
+            nn.init.normal_(parameter, std=INITIAL_STD / math.sqrt(2 * depth))
+    return host

@@ -1,0 +1,130 @@
+"""Python's own standard library as text: a language model over its sources, as bytes or as trained byte pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_train.config import GrowthConfig, HeuristicConfig, HostConfig, OptimConfig, RunConfig
+from esper_train.morph.host import Host
+from esper_train.morph.transformer import transformer_host
+from esper_train.tasks.task import Split, Splits, Task
+
+CONTEXT = 64
+"""Tokens a model sees at once."""
+TRAIN_WINDOWS, HELD_OUT_WINDOWS, WINDOW_SEED = 16_384, 512, 0
+"""Sequences to train with, and to validate and to test with each, at most; the seed they are drawn with."""
+SEPARATOR = b"\0"  # ends each file; no source has one of its own
+EXCLUDED = r"(^|/)((site-packages|dist-packages|tests?|idle_test|lib2to3|_bundled)/|_sysconfigdata|config-)"
+"""Paths of tests, of what others wrote, and of what differs with the machine Python was built on."""
+
+
+def pysource(config: RunConfig) -> Task:
+    """The task `pysource`: the next byte (vocab 256) or byte pair (more) in the standard library's sources.
+
+    Inputs and targets are [N, 64], int64. Each file is in one part: about 90 % train, 5 % validate, 5 % test.
+    Tokenizers are kept in `config.data`, or else in the user's cache directory.
+
+    Raises:
+        ValueError: a vocab below 256; on loading, too few sources or a directory that cannot be written.
+        ImportError: on loading, a vocab above 256 without the `tokenizers` package.
+    """
+    vocab, caches = config.vocab, os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    if vocab < 256:
+        raise ValueError(f"task 'pysource' needs a vocab of 256 (bytes) or more (byte pairs), got {vocab}")
+
+    def load() -> Splits:
+        return load_sources(Path(sysconfig.get_path("stdlib")), vocab, Path(config.data or Path(caches, "esper")))
+
+    def host(size: HostConfig) -> Host:
+        return transformer_host(vocab_size=vocab, context=CONTEXT, width=size.width or 64, depth=size.depth or 3)
+
+    return Task(name="pysource", task_type="lm", num_classes=vocab, load=load, build_host=host)
+
+
+def load_sources(root: Path, vocab: int, cache: Path) -> Splits:
+    """The sources under `root`; `ValueError` if a part has none. `cache` is where a tokenizer is kept."""
+    files = read_sources(root)
+    texts = [[text + SEPARATOR for name, text in files.items() if part_of(name) == part] for part in range(3)]
+    if not all(texts):
+        expected = f"Python sources under {root} to train, to validate and to test"
+        raise ValueError(f"expected {expected}, got {[len(part) for part in texts]} files: is Python installed whole?")
+    named = hashlib.sha256(b"".join(f"{name}\0{len(text)}\0".encode() + text for name, text in files.items()))
+    record = {"files": len(files), "bytes": sum(map(len, files.values())), "sha256": named.hexdigest()}
+    if vocab == 256:
+        encoded = [torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in texts]
+    else:
+        strings = [[text.decode("utf-8", errors="replace") for text in part] for part in texts]
+        tokenizer = load_tokenizer(strings[0], vocab, cache)
+        record["tokenizer_sha256"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        encoded = [torch.cat([torch.tensor(tokenizer.encode(text).ids) for text in part]) for part in strings]
+    train, validation, test = map(windows, encoded, (TRAIN_WINDOWS, HELD_OUT_WINDOWS, HELD_OUT_WINDOWS))
+    return Splits(train=train, validation=validation, test=test, record=record | {"python": platform.python_version()})
+
+
+def read_sources(root: Path) -> dict[str, bytes]:
+    """Relative path to contents, sorted by path."""
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    return {name: (root / name).read_bytes() for name in names if not re.search(EXCLUDED, name)}
+
+
+def part_of(name: str) -> int:
+    """0 training, 1 validation, 2 test: by name alone, so the same on every machine."""
+    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 100
+    return (share >= 90) + (share >= 95)
+
+
+def windows(tokens: Tensor, most: int) -> Split:
+    """Tokens [L] cut into runs of 65, `most` of them drawn at random but always the same: inputs and targets."""
+    rows = tokens[: len(tokens) - len(tokens) % (CONTEXT + 1)].view(-1, CONTEXT + 1)
+    drawn = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(WINDOW_SEED))[:most]].long()
+    return drawn[:, :-1], drawn[:, 1:]
+
+
+def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
+    """A byte-level BPE (`tokenizers.Tokenizer`) trained on these texts, now or the last time it was needed."""
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ImportError("a vocab above 256 needs tokenizers: pip install 'esper-kernels[text]'") from error
+    path = cache / f"bpe-{vocab}-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:16]}.json"
+    with suppress(Exception):  # none kept yet, or a damaged one: the package has no narrower error
+        return Tokenizer.from_file(str(path))
+    level, tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False), Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=level.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            tokenizer.save(str(Path(scratch, "whole")))
+            os.replace(Path(scratch, "whole"), path)  # so that nobody ever reads half a file
+    except OSError as error:
+        raise ValueError(f"cannot keep a tokenizer in {cache}: {error}; name another directory as data") from error
+    return tokenizer
+
+
+PRESET = RunConfig(
+    task="pysource",
+    max_epochs=60,
+    max_batches=64,
+    batch_size=32,
+    host=HostConfig(width=24),
+    optim=OptimConfig(kind="adamw", host_lr=3e-3, seed_lr=3e-3, weight_decay=0.01),
+    growth=GrowthConfig(
+        training_dwell_fraction=0.05, blending_improvement=0.1, blending_epochs=3, fossilize_contribution=0.2
+    ),
+    policy=HeuristicConfig(plateau_threshold=1.5, plateau_epochs=2, life_margin=2, blueprints=("mlp", "attention")),
+)
+"""Seeds of either blueprint live whole lives with these; a minute or two on one core."""
