@@ -1,6 +1,7 @@
-"""Does growing pay? Test accuracy on digits of three networks over several seeds, as the README's table.
+"""Does growing pay? Test accuracy of three networks over several seeds, as the README's tables.
 
-    python -m benchmarks.growth            # 10 seeds, about three minutes on two cores
+    python -m benchmarks.growth                             # digits, 10 seeds, about three minutes on two cores
+    python -m benchmarks.growth --task pysource --seeds 2   # a quarter of an hour
 
 grown: `esper-train heuristic`; fit: the same host, epochs and data without slots; static: a host of the width whose
 parameter count is nearest to the grown network's, trained like fit.
@@ -14,21 +15,22 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import record
-from esper_train import HostConfig, RunConfig, get_task, run_fit, run_heuristic_episode
+from esper_train import HostConfig, get_task, run_fit, run_heuristic_episode
+from esper_train.tasks import preset
 
 
-def parameters(width: int) -> int:
-    """Parameters of the digits host of this width."""
-    host = get_task("digits").build_host(HostConfig(width=width))
+def parameters(task: str, width: int) -> int:
+    """Parameters of the task's host of this width."""
+    host = get_task(task).build_host(HostConfig(width=width))
     return sum(p.numel() for p in host.parameters())
 
 
-def measure(seed: int) -> dict[str, Any]:
+def measure(task: str, seed: int) -> dict[str, Any]:
     """One seed's row: accuracies on the test split in percent, parameters, fossils."""
-    config = RunConfig(seed=seed)
+    config = replace(preset(task), seed=seed)
     grown = run_heuristic_episode(config)
     fit = run_fit(config)
-    width = min(range(1, 17), key=lambda w: abs(parameters(w) - grown.parameters))
+    width = min(range(1, 65), key=lambda w: abs(parameters(task, w) - grown.parameters))
     static = run_fit(replace(config, host=HostConfig(width=width)))
     return {
         "seed": seed,
@@ -62,15 +64,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, print the table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="digits")
     parser.add_argument("--seeds", type=int, default=10)
+    options = parser.parse_args()
     rows = []
-    for seed in range(parser.parse_args().seeds):
-        rows.append(measure(seed))
+    for seed in range(options.seeds):
+        rows.append(measure(options.task, seed))
         print(
             f"seed {seed}: " + ", ".join(f"{k} {rows[-1][k]:.2f}" for k in ("grown", "fit", "static")),
             flush=True,
         )
-    print(f"\n{table(rows)}\n\n{record.write('growth', rows)}")
+    print(f"\n{table(rows)}\n\n{record.write(f'growth-{options.task}', rows)}")
 
 
 if __name__ == "__main__":

@@ -127,4 +127,4 @@ PRESET = RunConfig(
     ),
     policy=HeuristicConfig(plateau_threshold=1.5, plateau_epochs=2, life_margin=2, blueprints=("mlp", "attention")),
 )
-"""Seeds of either blueprint live whole lives with these; a minute or two on one core."""
+"""Seeds of either blueprint live whole lives with these, in two to three minutes of one core."""

@@ -85,9 +85,12 @@ def test_reward_is_that_of_the_audited_system(expected: float, got: float) -> No
         (2.0, 57.0, 0.2, 2.0 - 0.1),  # 10 times the improvement: -.1 * (10 - 5) / 5
         (2.0, 57.0, 0.125, 2.0 - 0.22),  # 16 times: -.1 * 11/5
         (3.0, 57.0, 0.11, 3.0 - 0.3),  # 27 times: the most
-        (0.9, 57.0, 0.1, 0.9),  # too little to be suspicious
+        (2.0, 57.0, 0.0, 2.0 - 0.06),
+        (1.2, 57.0, 0.1, 1.2 - 0.036),
+        (1.0, 57.0, 0.1, 1.0),  # too little to be suspicious
         (2.0, 57.0, 0.4, 2.0),  # exactly 5 times is not yet
         (2.0, 57.0, None, 2.0),
+        (0.5, 60.0, 3.0, 0.0),
     ],
 )
 def test_attribution_by_hand(
@@ -106,15 +109,21 @@ def test_attribution_by_hand(
         (Op.FOSSILIZE, BLENDING, 2.0, -1.01),
         (Op.FOSSILIZE, PROBATION, 0.9, -0.21),
         (Op.FOSSILIZE, PROBATION, None, -0.21),
+        (Op.FOSSILIZE, PROBATION, 1.0, 0.47),  # (.5 + .1) * 4/5 - .01
+        (Op.FOSSILIZE, PROBATION._replace(total_improvement=0.0), 1.0, 0.47),
         (Op.FOSSILIZE, PROBATION._replace(epochs_in_stage=5), 3.0, 0.79),
         (Op.FOSSILIZE, PROBATION._replace(epochs_in_stage=9), 3.0, 0.79),
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-0.1), 2.0, -0.53),  # -.5 - .02 - .01
+        (Op.FOSSILIZE, PROBATION._replace(total_improvement=-0.2), 2.0, -0.55),
+        (Op.FOSSILIZE, PROBATION._replace(total_improvement=-0.3), 2.0, -0.87),
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-1.0), 2.0, -1.01),  # -.5 - .2 - .3 - .01
+        (Op.FOSSILIZE, PROBATION._replace(total_improvement=-1.0), 0.15, -1.01),
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-1.0), 0.1, -0.71),
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-9.0), 0.1, -1.51),
         (Op.CULL, None, None, -0.205),
         (Op.CULL, FOSSIL, 2.0, -1.005),
         (Op.CULL, BLENDING._replace(seed_age_epochs=0), -2.0, -0.305),
+        (Op.CULL, BLENDING._replace(seed_age_epochs=1), -2.0, 0.295),
         (Op.CULL, BLENDING, None, -0.005),
         (Op.CULL, BLENDING, -0.5, 0.095),
         (Op.CULL, BLENDING, -0.6, 0.295),
@@ -131,9 +140,12 @@ def test_operation_by_hand(action: Op, seed: SeedInfo | None, contribution: floa
     [
         (BLENDING._replace(total_improvement=-1.0, epochs_in_stage=1), 2.0, -0.15),
         (BLENDING._replace(total_improvement=-1.0, epochs_in_stage=9), 2.0, -0.4),
-        (BLENDING, 2.0, 0.0),
+        (BLENDING._replace(total_improvement=0.5), 2.0, 0.0),
+        (BLENDING._replace(total_improvement=0.0), 2.0, 0.0),
         (PROBATION._replace(epochs_in_stage=1), 2.0, 0.0),
         (PROBATION._replace(epochs_in_stage=2), 2.0, -1.0),
+        (PROBATION._replace(epochs_in_stage=2), 0.5, -1.0),
+        (PROBATION._replace(epochs_in_stage=2), 0.0, 0.0),
         (PROBATION._replace(epochs_in_stage=3), 2.0, -3.0),
         (PROBATION._replace(epochs_in_stage=5), 2.0, -10.0),
         (PROBATION._replace(epochs_in_stage=5), -2.0, 0.0),  # nobody would want to wait with this one
@@ -141,6 +153,17 @@ def test_operation_by_hand(action: Op, seed: SeedInfo | None, contribution: floa
 )
 def test_warning_by_hand(seed: SeedInfo, contribution: float, expected: float) -> None:
     assert parts(Op.WAIT, seed, contribution).warning == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("improvement", [0.0, 0.5])
+def test_fossilizing_what_made_nothing_worse_keeps_its_attribution(improvement: float) -> None:
+    assert parts(Op.FOSSILIZE, PROBATION._replace(total_improvement=improvement), 0.5).attribution == 0.5
+
+
+def test_without_parameters_there_is_no_rent_and_a_host_of_unknown_size_has_one() -> None:
+    """.5 * ln(1 + 1/1)."""
+    assert compute_contribution_reward(Op.WAIT, None, 60.0, None, 5, 25) == 0.0
+    assert compute_contribution_reward(Op.WAIT, None, 60.0, None, 5, 25, 1) == pytest.approx(-0.3465736, abs=1e-7)
 
 
 def test_a_stage_just_entered_is_worth_more_than_the_one_left() -> None:
@@ -312,9 +335,11 @@ def test_shaped_is_the_contribution_reward_of_the_slot() -> None:
 
 
 def test_shaped_counts_only_fossils_that_improved_by_a_point() -> None:
-    little = replace(KEPT, accuracy_at_germination=59.1)
-    bonus = REWARDS["shaped"](Op.WAIT, STATE, LAST, HOST)
-    none = REWARDS["shaped"](Op.WAIT, STATE, replace(LAST, slots=(little, STATE, EMPTY)), HOST)
+    enough, little = (replace(KEPT, accuracy_at_germination=start) for start in (59.0, 59.1))
+    bonus, none = (
+        REWARDS["shaped"](Op.WAIT, STATE, replace(LAST, slots=(fossil, STATE, EMPTY)), HOST)
+        for fossil in (enough, little)
+    )
     assert bonus - none == pytest.approx(3.0)
 
 
@@ -356,7 +381,11 @@ def test_loss_reward_takes_rent_and_shapes_by_stages() -> None:
     flat = replace(SIGNALS, loss_delta=None)
     assert loss_reward(Op.WAIT, STATE, flat, HOST) == pytest.approx(-0.00175 - 0.0209285, abs=1e-6)
     assert loss_reward(Op.WAIT, replace(STATE, epochs_alive=2), flat, HOST) == pytest.approx(-0.00175, abs=1e-6)
+    at_three = loss_reward(Op.WAIT, replace(STATE, epochs_alive=3), flat, HOST)
+    assert at_three == pytest.approx(-0.00175 - 0.0209285, abs=1e-6)
     assert loss_reward(Op.WAIT, EMPTY, flat, HOST) == pytest.approx(-0.0209285, abs=1e-6)
+    huge = replace(flat, slots=(replace(KEPT, seed_parameters=10**60),))
+    assert loss_reward(Op.WAIT, EMPTY, huge, HOST) == -5.0
     entered = replace(STATE, epochs_in_stage=0, epochs_alive=0)  # .1 * (.995 * 3.5 - 2)
     assert loss_reward(Op.WAIT, entered, flat, HOST) == pytest.approx(0.14825, abs=1e-6)
 
