@@ -5,12 +5,13 @@ ESPER_NO_EXT=1 leaves them out; MAX_JOBS limits the compilers that run at once.
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12 says so of its own AVX-512 header
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own AVX-512 header
 KERNELS = ["csrc/cpu/dispatch.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/baseline.cpp"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # every torch from 2.10 on
 HEADERS = ["kernels.h", "simd.h", "cross_entropy.h", "grad_stats.h"]
@@ -31,6 +32,7 @@ def compiled() -> dict[str, Any]:
         )
     import pybind11
 
+    Path("esper_kernels/lib").mkdir(exist_ok=True)  # where an editable build copies the library of ops to
     depends = [f"csrc/cpu/{name}" for name in HEADERS]
     ops = CppExtension(
         "esper_kernels.lib.esper_cpu",  # in a folder of its own: it is no Python module
