@@ -21,8 +21,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Below this many elements one thread is done before others would have woken up.
 constexpr int64_t kSerial = 65536;
-// Outputs larger than this leave the second-level cache before they are read again.
-constexpr int64_t kStreamBytes = 4 << 20;
+// Outputs larger than this are stored past the caches: they would have left them before they are read again.
+constexpr int64_t kStreamBytes = 16 << 20;
 constexpr const char* kSets[] = {"auto", "avx512", "avx2", "baseline"};
 
 const esper::Kernels& kernels_of(int64_t instruction_set) {

@@ -102,11 +102,10 @@ def cross_entropy_step(
     elif out is not None:
         _check_out(out, logits)
     backend, options = _choose(logits, targets, options, config)
-    with torch.no_grad():
-        written = logits.detach() if inplace else out
-        grad = _MODULES[backend].step(logits.detach(), targets, options, meter, grad_scale, written)
-        if written is not None and not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(written)
+    written = logits.detach() if inplace else out
+    grad = _MODULES[backend].step(logits.detach(), targets, options, meter, grad_scale, written)
+    if written is not None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(written)
     return grad
 
 
@@ -123,8 +122,7 @@ def record_loss(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, *, 
     if loss.device != logits.device:
         raise ValueError(f"loss must be on the logits' device {logits.device}, got {loss.device}")
     backend, options = _choose(logits, targets, options, None)
-    with torch.no_grad():
-        _MODULES[backend].record(loss, logits.detach(), targets, meter, options)
+    _MODULES[backend].record(loss.detach(), logits.detach(), targets, meter, options)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -169,7 +167,9 @@ def _choose(logits: Tensor, targets: Tensor, options: Options, config: KernelCon
     """The backend and what it is given, once the targets are known to be good."""
     choice = select_backend("cross_entropy", logits.device.type, logits.dtype, config)
     if choice.name == "cpp":  # looks at the targets itself, before anything is written
-        return "cpp", options._replace(instruction_set=choice.instruction_set)
+        if choice.instruction_set != "auto":
+            options = options._replace(instruction_set=choice.instruction_set)
+        return "cpp", options
     reference.refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
     return choice.name, options
 
@@ -240,7 +240,8 @@ def _check_out(out: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"out must be like the logits ({_describe(logits)}) and not require grad, got {_describe(out)}"
         )
-    _check_writable("out", out)
+    if not out.is_contiguous():
+        _check_writable("out", out)
     if not torch.compiler.is_compiling() and out.device.type != "meta":  # there tensors have no address
         (start, end), (logits_start, logits_end) = _address_range(out), _address_range(logits)
         if start < logits_end and logits_start < end:
@@ -258,6 +259,8 @@ def _check_writable(name: str, x: Tensor) -> None:
 
 
 def _address_range(x: Tensor) -> tuple[int, int]:
+    if x.is_contiguous():
+        return x.data_ptr(), x.data_ptr() + x.nbytes
     last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1 if x.numel() else 0) * x.element_size()
 

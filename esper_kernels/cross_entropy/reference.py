@@ -146,6 +146,7 @@ def backward(
     return grad.masked_fill_(~counts[..., None], 0.0).to(logits.dtype)
 
 
+@torch.no_grad()
 def step(
     logits: Tensor,
     targets: Tensor,
@@ -163,6 +164,7 @@ def step(
     return grad if out is None else out.copy_(grad)
 
 
+@torch.no_grad()
 def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
     """Add a batch whose mean loss over valid rows is `loss` []."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
