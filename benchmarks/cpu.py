@@ -123,7 +123,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = (*head, "loss only / read", "avx2 / best")
     lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for row in rows:
-        t, tuned = row["default"]["microseconds"], row["tuned"]["microseconds"]
+        t, best = row["default"]["microseconds"], row["tuned"]["microseconds"]
         mark = " (busy)" if row["default"]["busy"] or row["tuned"]["busy"] else ""
         if "grad_stats" in t:
             ratios = (
@@ -131,7 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             lines.append(f"| {row['shape']}{mark} | {ratios} |" + " |" * (len(head) - 1))
             continue
-        cells = [t["eager"] / t["out"], tuned["eager"] / tuned["out"], t["compile"] / t["out"], t["out"] / t["copy_"]]
+        cells = [t["eager"] / t["out"], best["eager"] / best["out"], t["compile"] / t["out"], t["out"] / t["copy_"]]
         cells += [
             t["inplace"] / t["mul_"],
             t["eager"] / t["autograd"],

@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "kernels.h"
 
 #if defined(__x86_64__)

@@ -1,7 +1,14 @@
 // Gradient statistics of a chunk. Included inside each instruction set's namespace, after simd.h.
 
 typedef double DVec __attribute__((vector_size(kBytes)));
-typedef float FHalf __attribute__((vector_size(kBytes / 2)));
+template <int n>
+using Indices = std::make_integer_sequence<int, n>;  // types only: no code of the library
+
+// kLanes / 2 lanes of x from `first` on, in double.
+template <int first, int... i>
+INLINE DVec half(Vec x, std::integer_sequence<int, i...>) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, (first + i)...), DVec);
+}
 
 // One value at a time: for scales that are 0 or not finite, and to count what is not finite.
 template <class T>
@@ -22,25 +29,27 @@ GradChunk slow_chunk(const typename T::Raw* p, int64_t n, double inv_scale) {
 template <class T>
 GradChunk chunk_of(const typename T::Raw* p, int64_t n, double inv_scale) {
   if (!(inv_scale > 0 && inv_scale < 1e300 && inv_scale > 1e-200)) return slow_chunk<T>(p, n, inv_scale);
-  DVec low{}, high{};  // float32 squares neither overflow nor underflow in double
+  DVec squares[4] =
+      {};  // float32 squares neither overflow nor underflow in double; four chains hide the latency
   UVec top{};
   IVec zeros{};
-  const auto add = [&](Vec x) __attribute__((always_inline)) {
+  const auto add = [&](Vec x, DVec* sums) __attribute__((always_inline)) {
     const UVec magnitude = (UVec)x & 0x7fffffff;
     top = magnitude > top ? magnitude : top;
     zeros -= magnitude == 0;
-    FHalf halves[2];
-    __builtin_memcpy(halves, &x, sizeof x);
-    const DVec a = __builtin_convertvector(halves[0], DVec), b = __builtin_convertvector(halves[1], DVec);
-    low += a * a;
-    high += b * b;
+    const DVec low = half<0>(x, Indices<kLanes / 2>{}), high = half<kLanes / 2>(x, Indices<kLanes / 2>{});
+    sums[0] += low * low;
+    sums[1] += high * high;
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(T::widen(load<typename T::Lanes>(p + i)));
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    add(T::widen(load<typename T::Lanes>(p + i)), squares);
+    add(T::widen(load<typename T::Lanes>(p + i + kLanes)), squares + 2);
+  }
   GradChunk result{};
-  if (i < n) {
-    add(load_some<T>(p + i, n - i, 0));
-    result.zeros -= kLanes - (n - i);  // the padding
+  for (; i < n; i += kLanes) {
+    add(load_at<T>(p, i, n, 0), squares);
+    if (n - i < kLanes) result.zeros -= kLanes - (n - i);  // the padding
   }
   uint32_t largest = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -48,7 +57,7 @@ GradChunk chunk_of(const typename T::Raw* p, int64_t n, double inv_scale) {
     result.zeros += zeros[lane];
   }
   if (largest >= 0x7f800000) return slow_chunk<T>(p, n, inv_scale);  // Inf or NaN: seldom
-  low += high;
+  const DVec low = (squares[0] + squares[1]) + (squares[2] + squares[3]);
   for (int lane = 0; lane < kLanes / 2; ++lane) result.sum_of_squares += low[lane];
   result.sum_of_squares *= inv_scale * inv_scale;
   float max_abs;
