@@ -23,6 +23,12 @@ INLINE Vec slope(Vec x, float softcap) {  // of softcap, where it gives x
   return 1.0f - (x / softcap) * (x / softcap);
 }
 
+INLINE IVec lanes_below(int32_t n) {
+  IVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < n;
+}
+
 INLINE bool is_finite(float x) { return x - x == 0; }
 
 // --- few classes: a lane a row, so that no lane idles and nothing is summed across lanes ---
@@ -39,11 +45,20 @@ void few_classes(const CrossEntropy& p, int64_t begin, int64_t end, double* loss
     const int rows = end - first < kLanes ? end - first : kLanes;
     IVec target = splat(-1);
     Vec weight{}, scale{};
+    // Where each lane's row begins after the first one: gathered and scattered from there if that fits 32
+    // bits.
+    const Raw* const in = (const Raw*)p.logits + p.logits_at.offset(first);
+    Raw* const out = p.out ? (Raw*)p.out + p.out_at.offset(first) : nullptr;
+    IVec places{}, out_places{};
+    bool gathers = kGathers && sizeof(Raw) == sizeof(float);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i =
           first + (lane < rows ? lane : 0);  // lanes past the end repeat a row, as an ignored one
-      const Raw* row = (const Raw*)p.logits + p.logits_at.offset(i);
-      for (int c = 0; c < n; ++c) raw[c][lane] = row[c];
+      const int64_t place = p.logits_at.offset(i) - p.logits_at.offset(first);
+      const int64_t out_place = p.out ? p.out_at.offset(i) - p.out_at.offset(first) : 0;
+      places[lane] = place;
+      out_places[lane] = out_place;
+      gathers = gathers && places[lane] == place && out_places[lane] == out_place;
       const int64_t t = target_of(p, i);
       if (lane >= rows || !is_valid(p, t)) continue;
       target[lane] = t;
@@ -51,11 +66,16 @@ void few_classes(const CrossEntropy& p, int64_t begin, int64_t end, double* loss
       scale[lane] = scale_of(p, i);
     }
     const IVec valid = target >= 0;
+    if (!gathers)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const Raw* row = (const Raw*)p.logits + p.logits_at.offset(first + (lane < rows ? lane : 0));
+        for (int c = 0; c < n; ++c) raw[c][lane] = row[c];
+      }
 
     Vec top = splat(-__builtin_inff()), at_target{}, sum{}, smooth{};
     IVec ahead{};
     for (int c = 0; c < n; ++c) {
-      x[c] = T::widen(load<typename T::Lanes>(raw[c]));
+      x[c] = gathers ? gather((const float*)in + c, places) : T::widen(load<typename T::Lanes>(raw[c]));
       top = max(x[c], top);
       at_target = target == c ? x[c] : at_target;
     }
@@ -79,14 +99,20 @@ void few_classes(const CrossEntropy& p, int64_t begin, int64_t end, double* loss
       if (p.smoothing > 0) loss += p.smoothing / n * (p.weight_sum * log_sum - smooth);
       if (p.z_loss != 0) loss += p.z_loss * lse * lse;
       loss = valid ? (finite ? loss : splat(__builtin_nanf(""))) : Vec{};
-      for (int lane = 0; lane < rows; ++lane) {
-        *loss_sum += loss[lane];
-        if (p.row_loss) p.row_loss[first + lane] = loss[lane];
-        if (p.saved_max) p.saved_max[first + lane] = finite[lane] ? top[lane] : __builtin_nanf("");
-        if (p.saved_max) p.saved_sum[first + lane] = sum[lane];
-        if (!counts || !valid[lane]) continue;
-        counts[0] += !finite[lane];
-        for (int k = 0; k < p.num_topk; ++k) counts[1 + k] += finite[lane] && ahead[lane] < p.topk[k];
+      *loss_sum += sum_lanes(loss);
+      if (p.row_loss)
+        for (int lane = 0; lane < rows; ++lane) p.row_loss[first + lane] = loss[lane];
+      if (p.saved_max)
+        for (int lane = 0; lane < rows; ++lane) {
+          p.saved_max[first + lane] = finite[lane] ? top[lane] : __builtin_nanf("");
+          p.saved_sum[first + lane] = sum[lane];
+        }
+      if (counts) {
+        counts[0] += count_lanes(valid & ~finite);
+        for (int k = 0; k < p.num_topk; ++k) {
+          const int32_t bound = p.topk[k] < n ? p.topk[k] : n;
+          counts[1 + k] += count_lanes(valid & finite & (ahead < bound));
+        }
       }
     }
     if (!p.out) continue;
@@ -101,9 +127,13 @@ void few_classes(const CrossEntropy& p, int64_t begin, int64_t end, double* loss
       Vec g = e[c] * of_softmax - (target == c ? on_target : Vec{});
       if (p.smoothing > 0) g -= everywhere * (p.weight ? p.weight[c] : 1.0f);
       if (kCap) g *= slope(x[c], p.softcap);
-      store(raw[c], T::narrow(counted ? g : Vec{}));
+      g = counted ? g : Vec{};
+      if (gathers)
+        scatter((float*)out + c, out_places, g, lanes_below(rows));
+      else
+        store(raw[c], T::narrow(g));
     }
-    for (int lane = 0; lane < rows; ++lane) {
+    for (int lane = 0; lane < rows && !gathers; ++lane) {
       Raw* row = (Raw*)p.out + p.out_at.offset(first + lane);
       for (int c = 0; c < n; ++c) row[c] = raw[c][lane];
     }
@@ -118,11 +148,7 @@ constexpr int64_t kChunk = 256 * kLanes;
 static_assert(kChunk >= kSmallestChunk && kKept % kChunk == 0);
 
 // Lanes 0 to n of x; the others 0.
-INLINE Vec first(Vec x, int64_t n) {
-  IVec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < (int32_t)n ? x : Vec{};
-}
+INLINE Vec first(Vec x, int64_t n) { return lanes_below(n) ? x : Vec{}; }
 
 template <class T>
 float largest(const typename T::Raw* p, int64_t n) {

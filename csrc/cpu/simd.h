@@ -75,6 +75,12 @@ INLINE double sum_lanes(Vec x) {
   return sums[0];
 }
 
+INLINE int32_t count_lanes(IVec mask) {
+  int32_t count = 0;
+  for (int i = 0; i < kLanes; ++i) count -= mask[i];
+  return count;
+}
+
 // --- element types: from stored lanes to float32 and back, rounding to nearest even ---
 
 struct Float32 {
@@ -141,6 +147,22 @@ template <class T>
 INLINE Vec load_at(const typename T::Raw* p, int64_t c, int64_t n, float rest) {
   return n - c >= kLanes ? T::widen(load<typename T::Lanes>(p + c)) : load_some<T>(p + c, n - c, rest);
 }
+
+// Lane i at p + places[i]; whether there are instructions for it. Scattering leaves out lanes outside of
+// `to`.
+#if ESPER_LEVEL == 4
+constexpr bool kGathers = true;
+INLINE Vec gather(const float* p, IVec places) {
+  return (Vec)_mm512_mask_i32gather_ps((__m512)Vec{}, 0xffff, (__m512i)places, p, 4);
+}
+INLINE void scatter(float* p, IVec places, Vec x, IVec to) {
+  _mm512_mask_i32scatter_ps(p, _mm512_movepi32_mask((__m512i)to), (__m512i)places, (__m512)x, 4);
+}
+#else
+constexpr bool kGathers = false;
+INLINE Vec gather(const float*, IVec) { return Vec{}; }
+INLINE void scatter(float*, IVec, Vec, IVec) {}
+#endif
 
 // --- functions ---
 
