@@ -27,25 +27,28 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files csrc)
 
 table: $(READY)
 	$(BIN)/python -m benchmarks.growth
 
 size:
+	@printf '%-14s %5d lines\n' csrc $$(find csrc -type f -exec cat {} + | wc -l)
 	@for package in esper_kernels esper_train; do \
 		printf '%-14s %5d lines, %5d without blank lines and comments\n' $$package \
 			$$(find $$package -name '*.py' -exec cat {} + | wc -l) \
 			$$(find $$package -name '*.py' -exec cat {} + | grep -cv '^ *\(#.*\)\?$$'); done
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
 
 # An interpreter that already has torch lends it; otherwise the pinned torch is installed.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \
 		$(PYTHON) -m venv $(CLEAR) --system-site-packages $(VENV); \
@@ -54,7 +57,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 		$(PYTHON) -m venv $(CLEAR) $(VENV) && cp constraints.txt $(VENV)/constraints.txt && \
 		$(BIN)/python -m pip install -c constraints.txt torch; \
 	fi
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools ninja pybind11
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,text,dev]'
 	@echo '$(PYTHON)' > $(VENV)/.python
 	@touch $@

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from esper_kernels import native
 from esper_kernels.config import KernelConfig
 from esper_kernels.version import __version__
 
@@ -25,26 +26,36 @@ class BackendChoice(NamedTuple):
 
     name: str
     refused: tuple[tuple[str, str], ...]
+    instruction_set: str = "auto"  # what the config asked for; `cpp` runs it
 
 
-def refusal(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot serve on `device_type`; None where it can."""
-    if backend != "eager":
+def refusal(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot serve tensors of this device type and dtype; None where it can."""
+    if backend == "eager":
+        if device_type in DEVICES_WITHOUT_FLOAT64:
+            return f"sums are float64, which device type {device_type!r} lacks"
+        return None
+    if backend != "cpp":
         return f"not part of esper-kernels {__version__}"
-    if device_type in DEVICES_WITHOUT_FLOAT64:
-        return f"sums are float64, which device type {device_type!r} lacks"
-    return None
+    if device_type != "cpu":
+        return f"runs on the CPU only, not on {device_type}"
+    if dtype == torch.float64:
+        return "float64 is served by eager only"
+    return native.UNAVAILABLE
 
 
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:
     if op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
     order = _ORDER.get(device_type, _ORDER_ELSEWHERE) if config.backend == "auto" else (config.backend,)
+    if config.instruction_set not in ("auto", *native.INSTRUCTION_SETS):
+        had = ", ".join(native.INSTRUCTION_SETS) or native.UNAVAILABLE
+        raise ValueError(f"instruction_set={config.instruction_set!r} cannot run here; there are: {had}")
     refused: tuple[tuple[str, str], ...] = ()
     for backend in order:
-        reason = refusal(backend, device_type)
+        reason = refusal(backend, device_type, dtype)
         if reason is None:
-            return BackendChoice(backend, refused)
+            return BackendChoice(backend, refused, config.instruction_set)
         refused += ((backend, reason),)
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in refused)
     raise ValueError(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
+INSTRUCTION_SETS = ("auto", "avx512", "avx2", "baseline")  # in the order of csrc/ops_cpu.cpp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,10 +12,15 @@ class KernelConfig:
 
     backend: "auto" takes the first of the device's backends that can serve the call; a name takes that one or
         raises ValueError with the reason. Unknown names raise ValueError here.
+    instruction_set: of the `cpp` backend: "auto" takes the best this machine has; "avx512", "avx2" or "baseline"
+        takes that one, or raises ValueError where the machine or the build lacks it.
     """
 
     backend: str = "auto"
+    instruction_set: str = "auto"
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
+        if self.instruction_set not in INSTRUCTION_SETS:
+            raise ValueError(f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}")

@@ -22,6 +22,9 @@ from esper_train.names import unknown_name
 Criterion = Callable[[Tensor, Tensor], Tensor]
 LOGITS_DIMS: Mapping[str, tuple[int, str]] = MappingProxyType({"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")})
 """Task type to the rank and shape of its logits."""
+# Autograd nodes, by the name they give themselves.
+_PRODUCTS = ("AddmmBackward0", "MmBackward0", "LinearBackward0", "BmmBackward0", "BaddbmmBackward0")
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 
 
 def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
@@ -66,6 +69,7 @@ class TrainStep:
         self._config = config
         self._criterion = criterion
         self._options = options
+        self._workspace: Tensor | None = None
         self.compile_failure: str | None = None
         """Why the step runs uncompiled although the config asked for it."""
         self._compiled: Callable[..., Tensor] | None = None
@@ -79,12 +83,32 @@ class TrainStep:
         """Forward and backward: parameters receive their gradients, the meter the batch."""
         logits = self._forward(model, inputs)
         if self._criterion is None:
-            grad = cross_entropy_step(logits, targets, meter, config=self._config.kernel, **self._options)
+            memory = self._memory_of_gradient(logits)
+            grad = cross_entropy_step(logits, targets, meter, config=self._config.kernel, **memory, **self._options)
             logits.backward(grad)
         else:
             loss = self._criterion(logits, targets)
             loss.backward()
             record_loss(loss.detach(), logits.detach(), targets, meter)
+
+    def _memory_of_gradient(self, logits: Tensor) -> dict[str, Any]:
+        """Where the gradient goes: fresh memory of its size costs more than computing it.
+
+        Over the logits themselves where nothing has saved them: a matrix product keeps its factors, not its
+        result, and no other op has seen it (a model that returns it for something else too would make autograd
+        raise, not compute with it). Otherwise into memory that the step keeps.
+        """
+        node = logits.grad_fn
+        while node is not None and node.name() in _VIEWS:
+            node = node.next_functions[0][0]
+        if logits.device.type != "cpu" or node is None or self._compiled is not None:
+            return {}
+        if node.name() in _PRODUCTS and logits.is_contiguous():
+            return {"inplace": True}
+        kept = self._workspace
+        if kept is None or (kept.shape, kept.dtype) != (logits.shape, logits.dtype):
+            self._workspace = kept = torch.empty_like(logits, requires_grad=False)
+        return {"out": kept} if kept.is_contiguous() else {}
 
     def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter, **arguments: Any) -> None:
         """Forward alone, under the caller's `no_grad`; `arguments` go to the model."""

@@ -18,12 +18,13 @@ KERNEL_ARROWS = {
     "version": set(),
     "config": {"version"},
     "sums": set(),
-    "backends": {"config", "version"},
+    "native": set(),
+    "backends": {"config", "native", "version"},
     "readback": set(),
     "meter": {"backends", "readback"},
     "cross_entropy": {"backends", "config", "meter", "sums"},
     "grad_stats": {"backends", "config", "readback", "sums"},
-    "info": {"backends", "config", "version"},
+    "info": {"backends", "config", "native", "version"},
     "testing": {"cross_entropy", "grad_stats", "meter", "config"},
 }
 TRAIN_ARROWS = {

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from esper_kernels.backends import select_backend
 from esper_kernels.config import KernelConfig
-from esper_kernels.cross_entropy import reference
+from esper_kernels.cross_entropy import cpp, reference
 from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.meter import Meter
 
-_MODULES = {"eager": reference}
+_MODULES = {"eager": reference, "cpp": cpp}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
@@ -55,8 +55,9 @@ def cross_entropy(
     """
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
     _check(logits, targets, meter, options)
-    backend = select_backend("cross_entropy", logits.device.type, logits.dtype, config).name
-    _refuse_bad_targets(targets, logits.shape[-1], ignore_index)
+    backend, options = _choose(logits, targets, options, config)
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return _MODULES[backend].forward(logits, targets, options, meter, keep=False)[0]
     loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *options)
     return loss
 
@@ -100,13 +101,11 @@ def cross_entropy_step(
         _check_writable("logits with inplace=True", logits)
     elif out is not None:
         _check_out(out, logits)
-    backend = select_backend("cross_entropy", logits.device.type, logits.dtype, config).name
-    _refuse_bad_targets(targets, logits.shape[-1], ignore_index)
-    with torch.no_grad():
-        written = logits.detach() if inplace else out
-        grad = _MODULES[backend].step(logits.detach(), targets, options, meter, grad_scale, written)
-        if written is not None and not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(written)
+    backend, options = _choose(logits, targets, options, config)
+    written = logits.detach() if inplace else out
+    grad = _MODULES[backend].step(logits.detach(), targets, options, meter, grad_scale, written)
+    if written is not None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(written)
     return grad
 
 
@@ -116,35 +115,34 @@ def record_loss(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, *, 
     loss: [] floating, the mean over the valid rows; loss * valid rows enters the sums, with weight 1 a row.
     logits [..., V] and targets [...] as for `cross_entropy`; they give the counts, by the same rules.
     """
-    _check(logits, targets, meter, Options(None, ignore_index, 0.0, 0.0, None, "mean", None))
+    options = Options(None, ignore_index, 0.0, 0.0, None, "mean", None)
+    _check(logits, targets, meter, options)
     if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() != 0:
         raise TypeError(f"loss must be a 0-d floating tensor, the mean over the batch, got {_describe(loss)}")
     if loss.device != logits.device:
         raise ValueError(f"loss must be on the logits' device {logits.device}, got {loss.device}")
-    backend = select_backend("cross_entropy", logits.device.type, logits.dtype).name
-    _refuse_bad_targets(targets, logits.shape[-1], ignore_index)
-    with torch.no_grad():
-        _MODULES[backend].record(loss, logits, targets, meter, ignore_index)
+    backend, options = _choose(logits, targets, options, None)
+    _MODULES[backend].record(loss.detach(), logits.detach(), targets, meter, options)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, meter: Meter | None, backend: str, *options: Any) -> Tensor:
-        loss, *rows = _MODULES[backend].forward(logits, targets, Options(*options), meter)
+        loss, *state = _MODULES[backend].forward(logits, targets, Options(*options), meter, keep=True)
         # Tensors go through save_for_backward, which notices a later change of their values.
         tensors = [x if isinstance(x, Tensor) else None for x in options]
-        ctx.save_for_backward(logits, targets, *rows, *tensors)
+        ctx.save_for_backward(logits, targets, *tensors, *state)
         ctx.options = [None if isinstance(x, Tensor) else x for x in options]
         ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, row_max, row_log_sum, denominator, *tensors = ctx.saved_tensors
-        options = Options(*(y if x is None else x for x, y in zip(tensors, ctx.options, strict=True)))
-        rows = (row_max, row_log_sum, denominator)
+        logits, targets, *rest = ctx.saved_tensors
+        n = len(ctx.options)
+        options = Options(*(y if x is None else x for x, y in zip(rest[:n], ctx.options, strict=True)))
         with torch.no_grad():
-            grad = _MODULES[ctx.backend].backward(grad_output, logits, targets, *rows, options)
+            grad = _MODULES[ctx.backend].backward(grad_output, logits, targets, *rest[n:], options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grad = _DifferentiableOnce.apply(grad, logits, grad_output)
         return (grad, None, None, None, *(None for _ in options))
@@ -163,6 +161,17 @@ class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> None:
         raise RuntimeError("cross_entropy is differentiable once; for second derivatives use torch's own op")
+
+
+def _choose(logits: Tensor, targets: Tensor, options: Options, config: KernelConfig | None) -> tuple[str, Options]:
+    """The backend and what it is given, once the targets are known to be good."""
+    choice = select_backend("cross_entropy", logits.device.type, logits.dtype, config)
+    if choice.name == "cpp":  # looks at the targets itself, before anything is written
+        if choice.instruction_set != "auto":
+            options = options._replace(instruction_set=choice.instruction_set)
+        return "cpp", options
+    reference.refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
+    return choice.name, options
 
 
 def _check(logits: Tensor, targets: Tensor, meter: Meter | None, options: Options) -> None:
@@ -231,7 +240,8 @@ def _check_out(out: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"out must be like the logits ({_describe(logits)}) and not require grad, got {_describe(out)}"
         )
-    _check_writable("out", out)
+    if not out.is_contiguous():
+        _check_writable("out", out)
     if not torch.compiler.is_compiling() and out.device.type != "meta":  # there tensors have no address
         (start, end), (logits_start, logits_end) = _address_range(out), _address_range(logits)
         if start < logits_end and logits_start < end:
@@ -249,6 +259,8 @@ def _check_writable(name: str, x: Tensor) -> None:
 
 
 def _address_range(x: Tensor) -> tuple[int, int]:
+    if x.is_contiguous():
+        return x.data_ptr(), x.data_ptr() + x.nbytes
     last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1 if x.numel() else 0) * x.element_size()
 
@@ -257,20 +269,3 @@ def _describe(x: object) -> str:
     if not isinstance(x, Tensor):
         return f"{type(x).__name__} {x!r:.60}"
     return f"{type(x).__name__} {tuple(x.shape)} {x.dtype} {x.layout} on {x.device}"
-
-
-def _refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> None:
-    """On the CPU only: elsewhere looking would mean waiting for the device."""
-    if targets.device.type != "cpu":
-        return
-    bad = reference.classify(targets, num_classes, ignore_index).bad
-    if torch.compiler.is_compiling():
-        torch._assert_async(~bad.any(), "a target is outside [0, number of classes) and not ignore_index")
-        return
-    places = bad.nonzero()
-    if len(places):
-        row = tuple(places[0].tolist())
-        raise IndexError(
-            f"target {int(targets[row])} of row {row} is outside [0, {num_classes}) and not ignore_index "
-            f"{ignore_index}; {len(places)} such rows"
-        )

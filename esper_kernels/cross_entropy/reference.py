@@ -1,8 +1,9 @@
 """The definition of cross entropy and its metrics, in eager torch on any device.
 
-A backend is a module with these functions: `forward`, `backward`, `step`, `record`. They trust their
-arguments, which `esper_kernels.cross_entropy` has checked, and never wait for the device. A target outside
-[0, V) is not valid, has zero gradient and is counted; on CPU tensors the caller has refused it already.
+A backend is a module with these functions: `forward` (gives the loss, then what its own `backward` needs),
+`backward`, `step`, `record`. They trust their arguments, which `esper_kernels.cross_entropy` has checked, and
+never wait for the device. A target outside [0, V) is not valid, has zero gradient and is counted; on CPU tensors
+it is refused before.
 
 With x the logits after softcap c*tanh(x/c), e the label smoothing, z the z-loss factor, a row's loss is
     w_t (1-e) (lse - x_t)  +  (e/V) sum_c w_c (lse - x_c)  +  z lse^2.
@@ -27,6 +28,7 @@ class Options(NamedTuple):
     softcap: float | None
     reduction: str
     normalizer: float | Tensor | None
+    instruction_set: str = "auto"  # for `cpp`
 
 
 class Forward(NamedTuple):
@@ -55,8 +57,25 @@ def classify(targets: Tensor, num_classes: int, ignore_index: int) -> Rows:
     return Rows(torch.where(valid, targets, 0), valid, ignored, bad)
 
 
-def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None) -> Forward:
-    """logits [..., V], targets [...]; adds the batch to `meter`."""
+def refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> None:
+    """On the CPU only: elsewhere looking would mean waiting for the device."""
+    if targets.device.type != "cpu":
+        return
+    bad = classify(targets, num_classes, ignore_index).bad
+    if torch.compiler.is_compiling():
+        torch._assert_async(~bad.any(), "a target is outside [0, number of classes) and not ignore_index")
+        return
+    places = bad.nonzero()
+    if len(places):
+        row = tuple(places[0].tolist())
+        raise IndexError(
+            f"target {int(targets[row])} of row {row} is outside [0, {num_classes}) and not ignore_index "
+            f"{ignore_index}; {len(places)} such rows"
+        )
+
+
+def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool = True) -> Forward:
+    """logits [..., V], targets [...]; adds the batch to `meter`. keep: `backward` will follow."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
     x = _capped(logits, options.softcap)
     e, z = _factor(options.label_smoothing, x), _factor(options.z_loss, x)
@@ -127,6 +146,7 @@ def backward(
     return grad.masked_fill_(~counts[..., None], 0.0).to(logits.dtype)
 
 
+@torch.no_grad()
 def step(
     logits: Tensor,
     targets: Tensor,
@@ -144,9 +164,10 @@ def step(
     return grad if out is None else out.copy_(grad)
 
 
-def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, ignore_index: int) -> None:
+@torch.no_grad()
+def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
     """Add a batch whose mean loss over valid rows is `loss` []."""
-    rows = classify(targets, logits.shape[-1], ignore_index)
+    rows = classify(targets, logits.shape[-1], options.ignore_index)
     valid = rows.valid.sum().double()
     loss_sum = torch.where(valid > 0, loss.double() * valid, 0.0)
     _add_to_meter(meter, logits, rows, logits.amax(-1), loss_sum, valid)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from esper_kernels.backends import select_backend
 from esper_kernels.config import KernelConfig
-from esper_kernels.grad_stats import reference
+from esper_kernels.grad_stats import cpp, reference
 from esper_kernels.grad_stats.stats import GradHealth, GradStats
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
-_MODULES = {"eager": reference}
+_MODULES = {"eager": reference, "cpp": cpp}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Grads = Sequence[Tensor | None]
 
@@ -50,7 +50,7 @@ def grad_stats(
     else:
         tensors = list(grads)
     device, dtype = _check(tensors, inv_scale, out)
-    backend = select_backend("grad_stats", device.type, dtype, config).name
+    choice = select_backend("grad_stats", device.type, dtype, config)
     stats = replace(
         _allocate(len(tensors), device) if out is None else out,
         numels=tuple(0 if tensor is None else tensor.numel() for tensor in tensors),
@@ -59,7 +59,7 @@ def grad_stats(
         exploding=exploding,
     )
     with torch.no_grad():
-        _MODULES[backend].fill(tensors, inv_scale, stats)
+        _MODULES[choice.name].fill(tensors, inv_scale, stats, choice.instruction_set)
     return stats
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from esper_kernels import native
 from esper_kernels.backends import OPS, select_backend
 from esper_kernels.version import __version__
 
@@ -25,15 +26,20 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Versions and choices; `str()` is a readable table, dtypes with the same answer on one line."""
+    """Versions and choices; `str()` is a readable table, dtypes with the same answer on one line.
+
+    instruction_sets: those of the compiled CPU kernels that this machine can run; the first is the default.
+    """
 
     versions: dict[str, str]
+    instruction_sets: tuple[str, ...]
     cuda_available: bool
     choices: tuple[Choice, ...]
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
         lines.append(f"CUDA device: {'yes' if self.cuda_available else 'no'}")
+        lines.append(f"CPU kernels: {', '.join(self.instruction_sets) or native.UNAVAILABLE}")
         dtypes: dict[tuple[str, str, str, str], list[str]] = {}
         for row in self.choices:
             dtypes.setdefault((row.op, row.device_type, row.backend or "none", row.why), []).append(row.dtype)
@@ -45,8 +51,14 @@ class Info:
 def info() -> Info:
     """Versions, and a choice for each op, device type and dtype."""
     versions = {"esper_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions["compiler"] = native.COMPILER
     choices = tuple(_choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in _DTYPES)
-    return Info(versions=versions, cuda_available=torch.cuda.is_available(), choices=choices)
+    return Info(
+        versions=versions,
+        instruction_sets=native.INSTRUCTION_SETS,
+        cuda_available=torch.cuda.is_available(),
+        choices=choices,
+    )
 
 
 def _choice(op: str, device_type: str, dtype: torch.dtype) -> Choice:

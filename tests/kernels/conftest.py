@@ -3,14 +3,29 @@
 import pytest
 import torch
 
-from esper_kernels import KernelConfig
+from esper_kernels import KernelConfig, select_backend
+from esper_kernels.native import INSTRUCTION_SETS
 
-BACKENDS = ("eager",)
+# What a set other than the machine's best adds is arithmetic; the slow tests run everything on it again.
+BACKENDS = (
+    "eager",
+    "cpp",
+    pytest.param("cpp-avx2", marks=pytest.mark.slow),
+    pytest.param("cpp-baseline", marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture(params=BACKENDS)
 def config(request: pytest.FixtureRequest) -> KernelConfig:
-    return KernelConfig(backend=request.param)
+    name, _, instruction_set = request.param.partition("-")
+    if name != "cpp":
+        return KernelConfig(backend=name)
+    if instruction_set not in ("", *INSTRUCTION_SETS):
+        pytest.skip(f"this machine has no {instruction_set}")
+    # By default cpp serves all but float64; asked for by name it would refuse that.
+    config = KernelConfig(instruction_set=instruction_set or "auto")
+    assert select_backend("cross_entropy", "cpu", torch.float32, config).name == "cpp"
+    return config
 
 
 @pytest.fixture(

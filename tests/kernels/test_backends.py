@@ -1,38 +1,76 @@
 """The choice of a backend: pure, in the open, and never swapped silently."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import esper_kernels
-from esper_kernels import KernelConfig, cross_entropy, info, select_backend
+from esper_kernels import KernelConfig, cross_entropy, info, native, select_backend
 from esper_kernels.backends import OPS
+
+NOT_YET = "not part of esper-kernels 0.1.0"
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(
-    ("device_type", "refused"), [("cpu", ("cpp",)), ("cuda", ("cuda", "triton")), ("xpu", ("triton",))]
-)
+def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert select_backend(op, "cpu", dtype) == ("cpp", (), "auto")
+    reason = "float64 is served by eager only"
+    assert select_backend(op, "cpu", torch.float64) == ("eager", (("cpp", reason),), "auto")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("device_type", "refused"), [("cuda", ("cuda", "triton")), ("xpu", ("triton",))])
 def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(
     op: str, device_type: str, refused: tuple[str, ...]
 ) -> None:
     choice = select_backend(op, device_type, torch.float32)
     assert choice.name == "eager"
-    assert choice.refused == tuple((name, "not part of esper-kernels 0.1.0") for name in refused)
+    assert choice.refused == tuple((name, NOT_YET) for name in refused)
 
 
 def test_by_name_is_served_or_raises_with_the_reason() -> None:
     eager = KernelConfig(backend="eager")
     assert select_backend("cross_entropy", "cpu", torch.float64, eager).refused == ()
-    for name in ("cpp", "triton", "cuda"):
+    for name in ("triton", "cuda"):
         config = KernelConfig(backend=name)
-        with pytest.raises(ValueError, match=f"backend='{name}': {name}: not part of esper-kernels"):
+        with pytest.raises(ValueError, match=f"backend='{name}': {name}: {NOT_YET}"):
             select_backend("grad_stats", "cpu", torch.float32, config)
-        with pytest.raises(ValueError, match="not part of esper-kernels"):
+        with pytest.raises(ValueError, match=NOT_YET):
             cross_entropy(torch.zeros(1, 2), torch.tensor([0]), config=config)
+    cpp = KernelConfig(backend="cpp")
+    assert select_backend("cross_entropy", "cpu", torch.float32, cpp).name == "cpp"
+    with pytest.raises(ValueError, match="cpp: float64 is served by eager only"):
+        select_backend("cross_entropy", "cpu", torch.float64, cpp)
+    with pytest.raises(ValueError, match="cpp: runs on the CPU only, not on cuda"):
+        select_backend("cross_entropy", "cuda", torch.float32, cpp)
+
+
+def test_instruction_set_is_one_of_the_machine_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'auto', 'avx512', 'avx2', 'baseline'.*got 'sse'"):
+        KernelConfig(instruction_set="sse")
+    assert "baseline" in native.INSTRUCTION_SETS
+    monkeypatch.setattr(native, "INSTRUCTION_SETS", ("baseline",))
+    with pytest.raises(ValueError, match="instruction_set='avx2' cannot run here; there are: baseline"):
+        select_backend("cross_entropy", "cpu", torch.float32, KernelConfig(instruction_set="avx2"))
+
+
+def test_without_the_library_eager_serves_and_says_why(tmp_path: Path) -> None:
+    shutil.copytree(Path(esper_kernels.__file__).parent, tmp_path / "esper_kernels", ignore=lambda *_: ["lib"])
+    code = "import esper_kernels as k, torch; print(k.select_backend('cross_entropy', 'cpu', torch.float32))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "name='eager'" in done.stdout
+    assert "the CPU kernels are not built" in done.stdout
+    (tmp_path / "esper_kernels" / "lib").mkdir()
+    (tmp_path / "esper_kernels" / "lib" / "esper_cpu.so").write_bytes(b"no library")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "name='eager'" in done.stdout
+    assert "the CPU kernels do not load" in done.stdout
 
 
 def test_device_without_float64_is_refused() -> None:
@@ -66,7 +104,8 @@ def test_info_has_a_row_for_every_op_device_and_dtype() -> None:
     assert facts.versions["torch"] == torch.__version__
     rows = {(row.op, row.device_type, row.dtype): row for row in facts.choices}
     assert len(rows) == len(facts.choices) == len(OPS) * 4 * 4
-    assert rows["cross_entropy", "cpu", "float32"].backend == "eager"
+    assert rows["cross_entropy", "cpu", "float32"].backend == "cpp"
+    assert rows["cross_entropy", "cpu", "float64"].backend == "eager"
     assert rows["grad_stats", "mps", "float32"].backend is None
 
 
@@ -76,7 +115,7 @@ def test_info_is_printed_without_a_warning() -> None:
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[0].startswith("esper_kernels 0.1.0  torch ")
-    assert any(line.split()[:3] == ["cross_entropy", "cpu", "eager"] for line in lines)
+    assert any(line.split()[:3] == ["cross_entropy", "cpu", "cpp"] for line in lines)
 
 
 def test_info_stays_a_function_when_its_module_is_imported() -> None:

@@ -73,7 +73,7 @@ def test_train_one_epoch_trains_and_measures_as_plain_torch_does() -> None:
     assert result.accuracy == pytest.approx(100 * correct / 19)
     assert (result.correct, result.valid, result.batches, result.nonfinite) == ({1: correct}, 19, 3, 0)
     assert not result.compiled
-    assert result.backend == "eager"
+    assert result.backend == "cpp"
 
 
 def test_short_last_batch_is_weighted_by_its_rows() -> None:

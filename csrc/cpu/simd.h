@@ -1,0 +1,205 @@
+// Vectors of the widest registers of the instruction set this is compiled for, by the compiler's vector
+// extensions. Included inside each instruction set's namespace, after that set was switched on: nothing
+// inline of the standard library may be used below, or the linker could keep a copy that other machines
+// cannot run.
+
+#if ESPER_LEVEL == 4
+constexpr int kBytes = 64;
+#elif ESPER_LEVEL == 3
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kLanes = kBytes / 4;
+
+typedef float Vec __attribute__((vector_size(kBytes)));
+typedef int32_t IVec __attribute__((vector_size(kBytes)));
+typedef uint32_t UVec __attribute__((vector_size(kBytes)));
+typedef uint16_t HVec __attribute__((vector_size(kBytes / 2)));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE Vec splat(float x) { return x - Vec{}; }
+INLINE IVec splat(int32_t x) { return x - IVec{}; }
+
+template <class V, class T>
+INLINE V load(const T* p) {
+  V x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class V, class T>
+INLINE void store(T* p, V x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+// Past the caches; p is aligned to the vector.
+template <class V, class T>
+INLINE void stream(T* p, V x) {
+#if ESPER_LEVEL == 4
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)x);
+#endif
+#if ESPER_LEVEL >= 3
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)x);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)x);
+#endif
+  store(p, x);
+}
+
+// a > b ? a : b, so b where either is NaN.
+INLINE Vec max(Vec a, Vec b) {
+#if ESPER_LEVEL == 4
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ESPER_LEVEL == 3
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Over the lanes, halves first: a fixed order and a short chain.
+INLINE float max_lane(Vec x) {
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  return x[0];
+}
+
+INLINE double sum_lanes(Vec x) {
+  double sums[kLanes];
+  for (int i = 0; i < kLanes; ++i) sums[i] = x[i];
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+INLINE int32_t count_lanes(IVec mask) {
+  int32_t count = 0;
+  for (int i = 0; i < kLanes; ++i) count -= mask[i];
+  return count;
+}
+
+// --- element types: from stored lanes to float32 and back, rounding to nearest even ---
+
+struct Float32 {
+  typedef float Raw;
+  typedef Vec Lanes;
+  static INLINE Vec widen(Lanes x) { return x; }
+  static INLINE Lanes narrow(Vec x) { return x; }
+};
+
+struct BFloat16 {
+  typedef uint16_t Raw;
+  typedef HVec Lanes;
+  static INLINE Vec widen(Lanes x) { return (Vec)(__builtin_convertvector(x, UVec) << 16); }
+  static INLINE Lanes narrow(Vec x) {
+    const UVec bits = (UVec)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(x != x ? (UVec)splat(0x7fc0) : rounded, HVec);
+  }
+};
+
+struct Float16 {
+  typedef uint16_t Raw;
+  typedef HVec Lanes;
+#if ESPER_LEVEL == 4
+  static INLINE Vec widen(Lanes x) { return (Vec)_mm512_cvtph_ps((__m256i)x); }
+  static INLINE Lanes narrow(Vec x) { return (HVec)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif ESPER_LEVEL == 3
+  static INLINE Vec widen(Lanes x) { return (Vec)_mm256_cvtph_ps((__m128i)x); }
+  static INLINE Lanes narrow(Vec x) { return (HVec)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else  // in integers: the exponent is moved by 112; 2^-14 and 2^16 bound float16's normal numbers
+  static INLINE Vec widen(Lanes x) {
+    const UVec wide = __builtin_convertvector(x, UVec), magnitude = (wide & 0x7fff) << 13;
+    const UVec normal = magnitude + (112u << 23);
+    const UVec small = (UVec)((Vec)(normal + (1u << 23)) - (Vec)(UVec)splat(113 << 23));
+    const UVec number = magnitude < (1u << 23) ? small : normal;
+    return (Vec)((wide & 0x8000) << 16 | (magnitude >= (31u << 23) ? normal + (112u << 23) : number));
+  }
+  static INLINE Lanes narrow(Vec x) {
+    const UVec bits = (UVec)x & 0x7fffffff, half = (UVec)splat(0x3f000000);
+    const UVec small = (UVec)((Vec)bits + (Vec)half) - half;  // adding 0.5 rounds to multiples of 2^-24
+    const UVec normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+    const UVec special = bits > 0x7f800000 ? (UVec)splat(0x7e00) : (UVec)splat(0x7c00);
+    const UVec number = bits < (113u << 23) ? small : bits >= (143u << 23) ? special : normal;
+    return __builtin_convertvector((((UVec)x >> 16) & 0x8000) | number, HVec);
+  }
+#endif
+};
+
+// The first n lanes; the others are `rest`.
+template <class T>
+INLINE Vec load_some(const typename T::Raw* p, int64_t n, float rest) {
+  typename T::Lanes x = T::narrow(splat(rest));
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return T::widen(x);
+}
+
+template <class T>
+INLINE void store_some(typename T::Raw* p, int64_t n, Vec x) {
+  const typename T::Lanes lanes = T::narrow(x);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// Lanes c to c + kLanes of n.
+template <class T>
+INLINE Vec load_at(const typename T::Raw* p, int64_t c, int64_t n, float rest) {
+  return n - c >= kLanes ? T::widen(load<typename T::Lanes>(p + c)) : load_some<T>(p + c, n - c, rest);
+}
+
+// Lane i at p + places[i]; whether there are instructions for it. Scattering leaves out lanes outside of
+// `to`.
+#if ESPER_LEVEL == 4
+constexpr bool kGathers = true;
+INLINE Vec gather(const float* p, IVec places) {
+  return (Vec)_mm512_mask_i32gather_ps((__m512)Vec{}, 0xffff, (__m512i)places, p, 4);
+}
+INLINE void scatter(float* p, IVec places, Vec x, IVec to) {
+  _mm512_mask_i32scatter_ps(p, _mm512_movepi32_mask((__m512i)to), (__m512i)places, (__m512)x, 4);
+}
+#else
+constexpr bool kGathers = false;
+INLINE Vec gather(const float*, IVec) { return Vec{}; }
+INLINE void scatter(float*, IVec, Vec, IVec) {}
+#endif
+
+// --- functions ---
+
+// exp(x) for x of at most about 0; 0 below -86; NaN for NaN. Relative error 2e-7 of exp(x rounded).
+INLINE Vec exp(Vec x) {
+  const float log2e = 1.44269504f, low = -86.0f,
+              shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
+  const Vec bounded = max(splat(low), x);
+  const Vec shifted = bounded * log2e + shift;
+  const Vec f =
+      bounded * log2e - (shifted - shift);  // in [-1/2, 1/2]; below, 2^f fitted with 2^0 = 1 exactly
+  const Vec p =
+      1.0f + f * (0.6931470036506653f +
+                  f * (0.24022242426872253f +
+                       f * (0.05550733581185341f + f * (0.009671512991189957f + f * 0.001326472731307149f))));
+  const IVec scaled = (IVec)p + ((IVec)shifted << 23);
+  return x < low ? Vec{} : (Vec)scaled;
+}
+
+// log(x) for normal x >= 1/2; NaN for NaN. The mantissa in [sqrt(1/2), sqrt(2)) by a polynomial.
+INLINE Vec log(Vec x) {
+  const IVec bits = (IVec)x - 0x3f3504f3;  // sqrt(1/2)
+  const Vec e = __builtin_convertvector(bits >> 23, Vec);
+  const Vec f = (Vec)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f, z = f * f;
+  Vec p = splat(7.0376836292e-2f);
+  const float c[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                     -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  for (float k : c) p = p * f + k;
+  const Vec result = (p * f * z + e * -2.12194440e-4f - 0.5f * z) + f + e * 0.693359375f;
+  return x == x ? result : x;
+}
+
+INLINE Vec tanh(Vec x) {
+  const Vec magnitude = (Vec)((IVec)x & 0x7fffffff), s = exp(-2.0f * magnitude), z = x * x;
+  const Vec large = (1.0f - s) / (1.0f + s);
+  Vec p = splat(-5.70498872745e-3f);
+  const float c[] = {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
+  for (float k : c) p = p * z + k;
+  return magnitude < 0.625f ? p * z * x + x : (Vec)((IVec)large | ((IVec)x & (int32_t)0x80000000));
+}

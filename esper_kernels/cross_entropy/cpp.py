@@ -1,0 +1,139 @@
+"""Cross entropy on the CPU by the compiled ops of `csrc/ops_cpu.cpp`: one op a call.
+
+The op looks at the targets before it writes anything. Where it finds a bad one, the reference names it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_kernels.config import INSTRUCTION_SETS
+from esper_kernels.cross_entropy.reference import Options, refuse_bad_targets
+from esper_kernels.meter import Meter
+
+_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/ops_cpu.cpp
+
+
+def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
+    """The loss and, to keep for `backward`, float32 [2 N + 1]: maximum and sum of a row, then the denominator."""
+    loss = logits.new_empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
+    rows = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
+    _call(logits, targets, options, meter, loss=loss, rows=rows)
+    return (loss,) if rows is None else (loss, rows)
+
+
+def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, rows: Tensor, options: Options) -> Tensor:
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    ignore_index, numbers = options.ignore_index, _numbers(options, None)
+    torch.ops.esper.cross_entropy_backward.default(
+        grad_output.float().contiguous(),
+        _rows(logits),
+        targets.contiguous(),
+        _weight(options),
+        ignore_index,
+        *_floats(options),
+        numbers,
+        INSTRUCTION_SETS.index(options.instruction_set),
+        rows,
+        grad,
+    )
+    return grad
+
+
+def step(
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    meter: Meter | None,
+    grad_scale: float | Tensor | None,
+    out: Tensor | None,  # may be the logits
+) -> Tensor:
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    written = _rows(grad)
+    if written is not grad:  # more leading dimensions than the op follows
+        _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
+        return grad.copy_(written)
+    _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
+    return grad
+
+
+def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
+    seen = Meter(meter.device, topk=meter.topk)
+    _call(logits, targets, options, seen)
+    meter.counts.add_(seen.counts)
+    valid = seen.counts[0].double()
+    mean = torch.where(valid > 0, loss.double(), 0.0)
+    meter.sums.add_(torch.stack([mean * valid, valid, mean]))
+
+
+def _call(
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    meter: Meter | None,
+    *,
+    grad_scale: float | Tensor | None = None,
+    loss: Tensor | None = None,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
+    normalizer = options.normalizer
+    try:
+        torch.ops.esper.cross_entropy.default(
+            _rows(logits),
+            targets if targets.is_contiguous() else targets.contiguous(),
+            _weight(options),
+            options.ignore_index,
+            *_floats(options),
+            -1.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
+            1.0 if grad_scale is None or isinstance(grad_scale, Tensor) else float(grad_scale),
+            _numbers(options, grad_scale),
+            _REDUCTIONS.index(options.reduction),
+            INSTRUCTION_SETS.index(options.instruction_set),
+            None if meter is None else meter.sums,
+            None if meter is None else meter.counts,
+            (1,) if meter is None else meter.topk,
+            loss,
+            rows,
+            out,
+        )
+    except RuntimeError:
+        if not torch.compiler.is_compiling():
+            refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
+        raise
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., V] itself where the op can follow its strides, else a copy.
+
+    A copy of logits whose classes lie apart costs one more read and write of them: the rows are then read three
+    times from the cache, and a strided row would not stay there.
+    """
+    if x.is_contiguous() or (x.dim() <= 3 and (x.stride(-1) == 1 or x.shape[-1] == 1)):
+        return x
+    return x.contiguous()
+
+
+def _weight(options: Options) -> Tensor | None:
+    return None if options.weight is None else options.weight.detach().float().contiguous()
+
+
+def _floats(options: Options) -> tuple[float, float, float]:
+    """Label smoothing, z-loss and softcap; 0 where a tensor stands instead."""
+    smoothing, z_loss = options.label_smoothing, options.z_loss
+    return (
+        0.0 if isinstance(smoothing, Tensor) else float(smoothing),
+        0.0 if isinstance(z_loss, Tensor) else float(z_loss),
+        float(options.softcap or 0.0),
+    )
+
+
+def _numbers(options: Options, grad_scale: float | Tensor | None) -> Tensor | None:
+    """float64 [4]: the options that are tensors, NaN for the others, so that a schedule does not recompile."""
+    given: tuple[Any, ...] = (options.label_smoothing, options.z_loss, options.normalizer, grad_scale)
+    if not any(isinstance(x, Tensor) for x in given):
+        return None
+    unset = torch.tensor(math.nan, dtype=torch.float64)
+    return torch.stack([x.detach().to(unset) if isinstance(x, Tensor) else unset for x in given])

@@ -1,0 +1,28 @@
+"""Gradient statistics on the CPU by the compiled op of `csrc/ops_cpu.cpp`: one read of all tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esper_kernels.config import INSTRUCTION_SETS
+from esper_kernels.grad_stats.stats import GradStats
+
+
+def fill(
+    tensors: Sequence[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str = "auto"
+) -> None:
+    """Write the statistics of `tensors`, each value multiplied by inv_scale, into the tensors of `stats`."""
+    nothing = torch.empty(0)
+    torch.ops.esper.grad_stats.default(
+        [nothing if x is None else x for x in tensors],
+        None if inv_scale is None else inv_scale.double(),
+        INSTRUCTION_SETS.index(instruction_set),
+        stats.norms,
+        stats.max_abs,
+        stats.zeros,
+        stats.nans,
+        stats.infs,
+        stats.total_norm,
+        stats.found_inf,
+    )
