@@ -3,12 +3,9 @@
 // type.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
-#include <memory>
-#include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"
