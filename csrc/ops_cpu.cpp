@@ -7,8 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
-#include <memory>
-#include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"

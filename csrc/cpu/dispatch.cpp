@@ -17,21 +17,19 @@ extern const Kernels kernels;
 
 const Kernels* const* available_kernels() {
   static const Kernels* sets[4] = {};
-  static const bool filled = [] {
+  [[maybe_unused]] static const bool filled = [] {
     const Kernels** next = sets;
 #if defined(__x86_64__)
-    const auto can = [](bool a, bool b, bool c, bool d) { return a && b && c && d; };
-    const bool v3 = can(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"),
-                        __builtin_cpu_supports("bmi2"), __builtin_cpu_supports("f16c"));
-    const bool v4 = can(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
-                        __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (v3 && v4) *next++ = &avx512::kernels;
     if (v3) *next++ = &avx2::kernels;
 #endif
     *next = &baseline::kernels;
     return true;
   }();
-  (void)filled;
   return sets;
 }
 
