@@ -41,6 +41,7 @@ def test_every_file_the_index_names_exists() -> None:
             assert (ROOT / path).exists(), path
 
 
-def test_the_table_is_the_measured_one() -> None:
-    figures = json.loads((ROOT / "benchmarks/results/growth-digits.json").read_text())["figures"]
+@pytest.mark.parametrize("task", ["digits", "pysource"])
+def test_the_tables_are_the_measured_ones(task: str) -> None:
+    figures = json.loads((ROOT / f"benchmarks/results/growth-{task}.json").read_text())["figures"]
     assert growth.table(figures) in README
