@@ -15,7 +15,6 @@ from esper_train import (
     Event,
     EventType,
     GradConfig,
-    GrowthConfig,
     HostConfig,
     NonFiniteLossError,
     Op,
@@ -37,51 +36,9 @@ from esper_train import episode as episode_module
 from esper_train.build import build_episode, resolve_device
 from esper_train.episode import run_episode
 from esper_train.morph.blueprints import conv_light
+from tests.train.scripted import EASY, Recorder, Script, germinate
 
 SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4)
-# a seed's whole life in few epochs: every threshold that asks for a gain is taken away
-EASY = GrowthConfig(
-    blending_improvement=-100.0,
-    blending_gradient_ratio=0.0,
-    fossilize_contribution=-100.0,
-    blending_epochs=3,
-    training_dwell_fraction=0.0,
-    embargo_epochs=1,
-)
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def write(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None: ...
-
-    def of(self, kind: EventType) -> list[Event]:
-        return [event for event in self.events if event.type is kind]
-
-    def stages(self) -> list[tuple[int, str, str]]:
-        return [(e.epoch, e.data["slot"], e.data["stage"]) for e in self.of(EventType.SEED_STAGE)]
-
-
-class Script:
-    """A controller that asks for given operations at given epochs, and keeps the signals it saw."""
-
-    def __init__(self, **by_epoch: Decision) -> None:
-        self.by_epoch = {int(key[1:]): decision for key, decision in by_epoch.items()}
-        self.seen: list[Signals] = []
-
-    def decide(self, signals: Signals) -> Decision:
-        self.seen.append(signals)
-        return self.by_epoch.get(signals.epoch, Decision(op=Op.WAIT))
-
-    def reset(self) -> None: ...
-
-
-def germinate(slot: str = "early", blueprint: str = "conv_light") -> Decision:
-    return Decision(op=Op.GERMINATE, slot=slot, blueprint=blueprint, blend="linear")
 
 
 def scripted(config: RunConfig, policy: Script, **kwargs: object) -> tuple[object, Recorder]:

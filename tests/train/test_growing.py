@@ -11,9 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from esper_train import (
     Decision,
-    Event,
     EventType,
-    GrowthConfig,
     Op,
     RunConfig,
     SeedStage,
@@ -25,43 +23,9 @@ from esper_train import (
 )
 from esper_train.build import Episode, build_episode
 from esper_train.episode import _execute, _follow, run_episode
+from tests.train.scripted import EASY, Recorder, Script, germinate
 
-EASY = GrowthConfig(
-    blending_improvement=-100.0,
-    blending_gradient_ratio=0.0,
-    fossilize_contribution=-100.0,
-    blending_epochs=3,
-    training_dwell_fraction=0.0,
-    embargo_epochs=1,
-)
 SHORT = RunConfig(task="synthetic", max_epochs=12, max_batches=3, growth=EASY)
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def write(self, event: Event) -> None:
-        self.events.append(event)
-
-    def close(self) -> None: ...
-
-    def of(self, kind: EventType) -> list[Event]:
-        return [event for event in self.events if event.type is kind]
-
-
-class Script:
-    def __init__(self, **by_epoch: Decision) -> None:
-        self.by_epoch = {int(key[1:]): decision for key, decision in by_epoch.items()}
-
-    def decide(self, signals: Signals) -> Decision:
-        return self.by_epoch.get(signals.epoch, Decision(op=Op.WAIT))
-
-    def reset(self) -> None: ...
-
-
-def germinate(slot: str, blueprint: str = "conv_light", blend: str = "linear") -> Decision:
-    return Decision(op=Op.GERMINATE, slot=slot, blueprint=blueprint, blend=blend)
 
 
 def keep(slot: str) -> Decision:
