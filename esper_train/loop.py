@@ -4,11 +4,9 @@
 gradient statistics stay on the device; each call reads them once, at its end, which is its only host sync.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -64,6 +62,11 @@ class EvalResult(Measures):
     backend: str
     variants: dict[str, Measures] = field(default_factory=dict)
     """The same data under each variant's alpha."""
+
+    def contribution(self, variant: str) -> float | None:
+        """Percentage points of accuracy that the variant lacks; None where it was not measured."""
+        without = self.variants.get(variant)
+        return None if without is None else self.accuracy - without.accuracy
 
 
 def train_one_epoch(
@@ -185,13 +188,9 @@ class _GradientWatch:
         measure = every > 0 and self._batch % every == 0
         self._batch += 1
         if measure:
-            self._stats = grad_stats(
-                {group: [p.grad for p in members] for group, members in parameters.items()},
-                vanishing=self._config.vanishing,
-                exploding=self._config.exploding,
-                config=self._kernel,
-                out=self._stats,
-            )
+            grads = {group: [p.grad for p in members] for group, members in parameters.items()}
+            limits: dict[str, Any] = {"vanishing": self._config.vanishing, "exploding": self._config.exploding}
+            self._stats = grad_stats(grads, **limits, config=self._kernel, out=self._stats)
             self._nonfinite[0] += self._stats.nans.sum()
             self._nonfinite[1] += self._stats.infs.sum()
         if clip is not None:
@@ -208,15 +207,8 @@ class _GradientWatch:
 
 
 def _measures(result: MeterResult) -> dict[str, Any]:
-    return {
-        "loss": result.loss,
-        "mean_batch_loss": result.mean_batch_loss,
-        "accuracy": 100.0 * result.accuracy,
-        "correct": result.correct,
-        "valid": result.valid,
-        "nonfinite": result.nonfinite,
-        "batches": result.batches,
-    }
+    """The fields of `Measures`, with the accuracy in percent."""
+    return {f.name: getattr(result, f.name) for f in fields(Measures)} | {"accuracy": 100.0 * result.accuracy}
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,7 +1,5 @@
 """The directory of a run: what it was asked, where it ran, what it reported, and the network it trained."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Mapping
@@ -76,11 +74,7 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
     host = (task or get_task(config.task, config)).build_host(config.host)
     states = [SlotState.from_plain(values) for values in saved["slots"]]
     model = MorphModel(
-        host,
-        [state.slot for state in states],
-        growth=config.growth,
-        max_epochs=config.max_epochs,
-        registry=registry,
+        host, [state.slot for state in states], growth=config.growth, max_epochs=config.max_epochs, registry=registry
     )
     for state in states:
         seated = state.blueprint and model.registry.require(host.topology, state.blueprint)

@@ -5,8 +5,6 @@ output, outside the compiled region. There is one step object a task type, made 
 compilation is decided at import or shared between runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -25,24 +23,6 @@ LOGITS_DIMS: Mapping[str, tuple[int, str]] = MappingProxyType({"classification":
 # Autograd nodes, by the name they give themselves.
 _PRODUCTS = ("AddmmBackward0", "MmBackward0", "LinearBackward0", "BmmBackward0", "BaddbmmBackward0")
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
-
-
-def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
-    """The step of a task type.
-
-    Args:
-        task_type: "classification" (logits [N, V], targets [N]) or "lm" (logits [N, T, V], targets [N, T]).
-        config: kernel and compile settings.
-        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options; any other
-            callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
-
-    Raises:
-        ValueError: unknown task type, or an `nn.CrossEntropyLoss` that does not reduce to one number.
-    """
-    if task_type not in LOGITS_DIMS:
-        raise unknown_name("task type", task_type, LOGITS_DIMS)
-    options = criterion_options(criterion)
-    return TrainStep(task_type, config, criterion if options is None else None, options or {})
 
 
 def criterion_options(criterion: Criterion | None) -> dict[str, Any] | None:
@@ -147,6 +127,24 @@ class TrainStep:
                 self._compiled = None
                 self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return _call(model, inputs, arguments)
+
+
+def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
+    """The step of a task type.
+
+    Args:
+        task_type: "classification" (logits [N, V], targets [N]) or "lm" (logits [N, T, V], targets [N, T]).
+        config: kernel and compile settings.
+        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options; any other
+            callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
+
+    Raises:
+        ValueError: unknown task type, or an `nn.CrossEntropyLoss` that does not reduce to one number.
+    """
+    if task_type not in LOGITS_DIMS:
+        raise unknown_name("task type", task_type, LOGITS_DIMS)
+    options = criterion_options(criterion)
+    return TrainStep(task_type, config, criterion if options is None else None, options or {})
 
 
 def _call(model: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:

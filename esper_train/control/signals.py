@@ -1,7 +1,5 @@
 """What a controller sees: the epoch's measurements, their recent course, and the state of every slot."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

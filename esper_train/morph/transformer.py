@@ -1,7 +1,5 @@
 """The decoder-only transformer that grows: pre-norm, causal, with tied embeddings."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The tasks that `esper-train --task` knows by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 

@@ -730,7 +730,7 @@ class SlotMachine(RuleBasedStateMachine):
         for _ in range(epochs):
             self.epoch(1.0, 5.0, 1.0)
 
-    @precondition(lambda self: self.slot.live)
+    @precondition(lambda self: self.slot.state.stage in LIVE)
     @rule()
     def good_life(self) -> None:
         """To the end: 2 epochs in TRAINING and 2 in BLENDING at most, then a contribution."""
@@ -757,7 +757,6 @@ class SlotMachine(RuleBasedStateMachine):
         state = self.slot.state
         assert (self.slot.seed is not None) == (state.blueprint is not None) == (state.seed_id is not None)
         assert (self.slot.seed is not None) == (state.stage in SEATED)
-        assert self.slot.live == (state.stage in LIVE)
 
     @invariant()
     def alpha_is_the_states_and_0_without_a_working_seed(self) -> None:
