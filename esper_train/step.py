@@ -6,7 +6,6 @@ compilation is decided at import or shared between runs.
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from esper_train.config import TrainConfig
 from esper_train.names import unknown_name
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-LOGITS_DIMS: Mapping[str, tuple[int, str]] = MappingProxyType({"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")})
+LOGITS_DIMS: Mapping[str, tuple[int, str]] = {"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")}
 """Task type to the rank and shape of its logits."""
 # Autograd nodes, by the name they give themselves.
 _PRODUCTS = ("AddmmBackward0", "MmBackward0", "LinearBackward0", "BmmBackward0", "BaddbmmBackward0")

@@ -6,7 +6,6 @@ Accuracies, contributions and improvements are percentage points, losses nats; N
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 from esper_train.control.policy import Op
@@ -15,10 +14,10 @@ from esper_train.morph.lifecycle import SeedStage, SlotState
 
 GAMMA = 0.995
 """Discount of the next epoch; unless a learner uses the same, shaping changes which policy is best."""
-POTENTIALS: Mapping[int, float] = MappingProxyType({2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5, 7: 6.0})
+POTENTIALS: Mapping[int, float] = {2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5, 7: 6.0}
 """What having come to a stage is worth, by its number; the others are worth nothing."""
 MAX_EPOCH_POTENTIAL = 2.0
-COSTS: Mapping[Op, float] = MappingProxyType({Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.01, Op.CULL: 0.005})
+COSTS: Mapping[Op, float] = {Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.01, Op.CULL: 0.005}
 WORTH_KEEPING = 1.0
 """Least contribution that fossilizing is rewarded for, least improvement that a fossil is."""
 Scale = tuple[float, float, float]
@@ -214,7 +213,10 @@ def _seed_parameters(signals: Signals) -> int:
     return sum(state.seed_parameters for state in signals.slots)
 
 
-REWARDS: Mapping[str, Callable[[Op, SlotState, Signals, int], float]] = MappingProxyType(
-    {"shaped": shaped_reward, "sparse": sparse_reward, "minimal": minimal_reward, "loss": loss_reward}
-)
+REWARDS: Mapping[str, Callable[[Op, SlotState, Signals, int], float]] = {
+    "shaped": shaped_reward,
+    "sparse": sparse_reward,
+    "minimal": minimal_reward,
+    "loss": loss_reward,
+}
 """Each takes an operation, the slot it is about, the epoch as the controller saw it, and the host's parameters."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,7 @@ def sigmoid(progress: float) -> float:
     return 1.0 / (1.0 + math.exp(-12.0 * (progress - 0.5)))
 
 
-BLENDS: Mapping[str, Callable[[float], float]] = MappingProxyType(
-    {"linear": linear, "sigmoid": sigmoid, "gated": linear}
-)
+BLENDS: Mapping[str, Callable[[float], float]] = {"linear": linear, "sigmoid": sigmoid, "gated": linear}
 """Name to schedule. "gated" has a `Gate` too, which bends its schedule for each sample."""
 
 

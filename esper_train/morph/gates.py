@@ -6,7 +6,6 @@ A measurement that was not made fails its check by name; it is never read as 0.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from esper_kernels import GradHealth
 from esper_train.config import GrowthConfig
@@ -62,15 +61,13 @@ def fossil_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> Gate
     return _gate("G5", _at_least("contribution", state.contribution, growth.fossilize_contribution))
 
 
-GATES: Mapping[SeedStage, Callable[[SlotState, GrowthConfig, int], GateResult]] = MappingProxyType(
-    {
-        SeedStage.GERMINATED: germination_gate,
-        SeedStage.TRAINING: training_gate,
-        SeedStage.BLENDING: blending_gate,
-        SeedStage.PROBATIONARY: probation_gate,
-        SeedStage.FOSSILIZED: fossil_gate,
-    }
-)
+GATES: Mapping[SeedStage, Callable[[SlotState, GrowthConfig, int], GateResult]] = {
+    SeedStage.GERMINATED: germination_gate,
+    SeedStage.TRAINING: training_gate,
+    SeedStage.BLENDING: blending_gate,
+    SeedStage.PROBATIONARY: probation_gate,
+    SeedStage.FOSSILIZED: fossil_gate,
+}
 """The gate in front of each stage; other stages are entered freely."""
 
 

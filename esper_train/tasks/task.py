@@ -66,10 +66,8 @@ def load_splits(task: Task) -> Splits:
 def make_loader(split: Split, batch_size: int, *, shuffle_seed: int | None = None) -> DataLoader[Any]:
     """Batches of a split, the ragged last one included; shuffled anew each epoch from `shuffle_seed`, if given."""
     data = TensorDataset(*split)
-    order: Sampler[int]
-    if shuffle_seed is None:
-        order = SequentialSampler(data)
-    else:
+    order: Sampler[int] = SequentialSampler(data)
+    if shuffle_seed is not None:
         order = RandomSampler(data, generator=torch.Generator().manual_seed(shuffle_seed))
     # the sampler gives whole batches of indices: one indexing operation a batch, not one a sample
     return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Any
 
 from esper_train.control.policy import Decision
@@ -28,7 +27,7 @@ class EventType(StrEnum):
 
 
 LIFECYCLE = frozenset({EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED})
-LEVELS: Mapping[EventType, str] = MappingProxyType({EventType.EPOCH: "normal", EventType.LAYER_GRADIENTS: "debug"})
+LEVELS: Mapping[EventType, str] = {EventType.EPOCH: "normal", EventType.LAYER_GRADIENTS: "debug"}
 """The lowest level at which an event is written, where that is not "minimal"."""
 
 

@@ -15,7 +15,6 @@ from html import escape
 from itertools import cycle, groupby
 from operator import getitem
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from esper_train.config import GrowthConfig
@@ -32,16 +31,14 @@ Panel = Callable[["Axes"], None]
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 STAGES = ("#e8e8e8", "#f0e442", "#56b4e9", "#e69f00", "#cc79a7", "#2e9e5b", "#d55e00", "#9a9a9a")
-STAGE_COLORS = MappingProxyType(dict(zip(SeedStage.__members__, STAGES, strict=True)))  # DORMANT is first
-STYLE: Mapping[str, Any] = MappingProxyType(
-    {
-        "font.size": 9,
-        "legend.fontsize": 8,
-        "text.parse_math": False,  # a name may hold dollar signs
-        "svg.fonttype": "none",
-        "svg.hashsalt": "esper",  # without it the ids are random
-    }
-)
+STAGE_COLORS: Mapping[str, str] = dict(zip(SeedStage.__members__, STAGES, strict=True))  # DORMANT is first
+STYLE: Mapping[str, Any] = {
+    "font.size": 9,
+    "legend.fontsize": 8,
+    "text.parse_math": False,  # a name may hold dollar signs
+    "svg.fonttype": "none",
+    "svg.hashsalt": "esper",  # without it the ids are random
+}
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
