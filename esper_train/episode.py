@@ -144,9 +144,8 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
                 made, refused = _execute(episode, decision)
                 changes += made
                 decided.append((decision.op.name, reward))
-                more: dict[str, Any] = {"joint": _joint(validation), "max_epochs": config.max_epochs}
-                more |= {"reward": reward, "refused": refused}
-                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
+                more = {"joint": _joint(validation), "max_epochs": config.max_epochs, "reward": reward}
+                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more, refused=refused))
                 for change in changes:
                     _follow(episode, change)
                     hub.emit(stage_event(epoch, change))
