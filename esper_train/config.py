@@ -264,8 +264,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
     """Build a config dataclass from plain values, as TOML and JSON give them.
 
     Keys left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key (naming the
-    nearest known one) and `TypeError` for a value of the wrong type; `where` is the dotted path to `values`, for
-    the message.
+    nearest known one) and `TypeError` for a value of the wrong type; messages put `where` before the key.
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]

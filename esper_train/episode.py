@@ -115,7 +115,8 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
     or "failed"; what ended it is raised again.
     """
     config, model, hub = episode.config, episode.model, hub or TelemetryHub()
-    started, status, epoch, accuracy, test = time.perf_counter(), "failed", 0, math.nan, None
+    started, status, epoch = time.perf_counter(), "failed", 0
+    accuracy, test = math.nan, None
     decided: list[tuple[str, float]] = []  # operation and reward of each epoch
     contributions: list[float] = []
     policy.reset()

@@ -109,23 +109,19 @@ class TrainStep:
         return self._compiled is not None
 
     def _forward(self, model: nn.Module, inputs: Tensor, **arguments: Any) -> Tensor:
-        logits = self._try_compiled(model, inputs, arguments)
+        try:
+            logits = (self._compiled or _call)(model, inputs, arguments)
+        except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
+            if self._compiled is None or self._config.compile.on_failure == "raise":
+                raise
+            self._compiled = None
+            self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            logits = _call(model, inputs, arguments)
         dims, shape = LOGITS_DIMS[self._task_type]
         if logits.dim() != dims:
             got = tuple(logits.shape)
             raise ValueError(f"task type {self._task_type!r} expects logits {shape}, got {got} from the model")
         return logits
-
-    def _try_compiled(self, model: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if self._compiled is not None:
-            try:
-                return self._compiled(model, inputs, arguments)
-            except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
-                if self._config.compile.on_failure == "raise":
-                    raise
-                self._compiled = None
-                self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return _call(model, inputs, arguments)
 
 
 def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:

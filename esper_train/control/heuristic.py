@@ -10,13 +10,10 @@ from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
 
 
 class HeuristicTamiyo:
-    """Germinates on a plateau, culls what harms, fossilizes what pays.
+    """Germinates on a plateau, culls what harms, fossilizes what pays, at the gate's own threshold.
 
-    Args:
-        config: the rules' numbers.
-        growth: the gates' numbers; the controller fossilizes at the gate's own threshold.
-        blueprints: names that exist for the host's topology, in order of preference. `ValueError` if there is
-            none, or if `config.blueprints` names another.
+    `blueprints` are those for the host's topology, in order of preference. `ValueError` if there is none, or if
+    `config.blueprints` names another.
     """
 
     def __init__(self, config: HeuristicConfig, growth: GrowthConfig, blueprints: Sequence[str]) -> None:

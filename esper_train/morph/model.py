@@ -15,12 +15,8 @@ from esper_train.names import unknown_name
 class MorphModel(nn.Module):
     """A host with seed slots after some of its segments; with no slots, just the host.
 
-    Args:
-        host: the network that grows.
-        slots: names of the open slots; unknown or repeated ones are a `ValueError`.
-        growth: gate thresholds and stage lengths.
-        max_epochs: length of the run, from which some stage lengths follow.
-        registry: the blueprints seeds are made from; None takes the package's own.
+    `slots` names the open ones; unknown or repeated ones are a `ValueError`. Some stage lengths follow from
+    `max_epochs`, the length of the run. Seeds are made from `registry`; None takes the package's own.
     """
 
     def __init__(

@@ -12,10 +12,7 @@ INITIAL_STD = 0.02
 
 
 class Embedding(nn.Module):
-    """Token plus learned position embedding: tokens [N, T], int64, to features [N, T, width].
-
-    `ValueError` where T exceeds the context.
-    """
+    """Token plus learned position embedding: tokens [N, T], int64, T at most `context`, to [N, T, width]."""
 
     def __init__(self, vocab_size: int, context: int, width: int, dropout: float) -> None:
         super().__init__()

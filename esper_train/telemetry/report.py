@@ -124,8 +124,8 @@ def _read(directory: Path) -> _Run | None:
     kinds: dict[str, list[Record]] = defaultdict(list)
     for event in events[starts[-1] :]:
         kinds[event["event"]].append(event)
-    (start,), (end, *_) = kinds["run_started"], (*kinds["run_finished"], {})
-    return _Run(start, kinds["epoch"], kinds["seed_stage"], kinds["nonfinite"], end)
+    start, *ends = kinds["run_started"] + kinds["run_finished"]
+    return _Run(start, kinds["epoch"], kinds["seed_stage"], kinds["nonfinite"], ends[0] if ends else {})
 
 
 def _growth(directory: Path) -> GrowthConfig | None:
@@ -210,7 +210,8 @@ def _stages(run: _Run) -> list[str]:
             (seen["alpha"],) = axes.plot(range(1, 1 + len(alpha)), height, color="#000000")
         axes.set_yticks(range(len(slots)), slots)
         axes.set_ylim(len(slots) - 0.5, -0.5)
-        _legend(axes, {name: seen[name] for name in (*STAGE_COLORS, "alpha") if name in seen})
+        names = [name for name in (*STAGE_COLORS, "alpha") if name in seen]
+        _legend(axes, [seen[name] for name in names], names)
 
     picture = _picture("stages", "Stage of each slot over epochs", [draw], 1 + 0.4 * len(slots))
     note = "The line in a band is alpha, the seed's share of the slot's output, from 0 (bottom) to 1 (top)."
@@ -231,7 +232,8 @@ def _gradients(run: _Run) -> list[str]:
     if not panels:
         return [heading, _tag("p", "Gradients were not measured.")]
     note = "A gap is an epoch without a measurement; a line that falls out of a log scale is at 0."
-    ratios = [(run.series("slots", i, "gradient_ratio"), style) for i, (_, style) in enumerate(curves[2:])]
+    styles = [style for _, style in curves[2:]]  # of the slots
+    ratios = [(run.series("slots", i, "gradient_ratio"), style) for i, style in enumerate(styles)]
     ratio = _panel("seed / host gradient", ratios, log=True)
     if not ratio:
         note += " No seed's gradient was measured against the host's."
@@ -254,7 +256,7 @@ def _seeds(run: _Run, growth: GrowthConfig | None) -> list[str]:
         axes.set_xlabel("contribution (percentage points)")
         if growth:
             line = axes.axvline(growth.fossilize_contribution, color="#000000", ls="--")
-            _legend(axes, {f"least to be fossilized: {growth.fossilize_contribution:g}": line})
+            _legend(axes, [line], [f"least to be fossilized: {growth.fossilize_contribution:g}"])
 
     title, height = "Contribution of each seed when it was fossilized", 1 + 0.45 * len(fossils)
     parts = _picture("contributions", title, [draw], height, epochs=False) if fossils else []
@@ -314,16 +316,14 @@ def _panel(
                 heights, color = axes.get_xaxis_transform(), STAGE_COLORS[stage]
                 axes.vlines(at, 0, 1, transform=heights, color=color, lw=1, ls=ls, label=stage.lower())
         axes.set_ylabel(name)
-        handles, labels = axes.get_legend_handles_labels()
-        _legend(axes, dict(zip(labels, handles, strict=True)))
+        _legend(axes, *axes.get_legend_handles_labels())
 
     return [draw] if drawn else []
 
 
-def _legend(axes: "Axes", handles: Mapping[str, Any]) -> None:
+def _legend(axes: "Axes", handles: Sequence[Any], labels: Sequence[str]) -> None:
     """Above the panel, where it covers nothing."""
-    place: Mapping[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
-    axes.legend(handles.values(), handles.keys(), **place, ncols=4, frameon=False)
+    axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
 
 
 def _picture(
