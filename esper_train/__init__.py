@@ -1,6 +1,7 @@
 """Training on top of `esper_kernels`: one epoch loop, and networks that grow while they train."""
 
 from esper_train.config import (
+    AmpConfig,
     CompileConfig,
     GradConfig,
     GrowthConfig,
@@ -34,7 +35,7 @@ from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, NullSink, Sink
 
 # fmt: off
 __all__ = [
-    "Blueprint", "BlueprintRegistry", "CompileConfig", "ConsoleSink", "Decision", "EpisodeResult",
+    "AmpConfig", "Blueprint", "BlueprintRegistry", "CompileConfig", "ConsoleSink", "Decision", "EpisodeResult",
     "EpochResult", "EvalResult", "Event", "EventType", "GradConfig", "GrowthConfig", "HeuristicConfig",
     "HeuristicTamiyo", "Host", "HostConfig", "Idle", "JsonlSink", "Measures", "MorphModel",
     "NonFiniteLossError", "NullSink", "Op", "OptimConfig", "OptimizerRegistry", "Policy", "RunConfig",

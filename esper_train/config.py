@@ -34,7 +34,10 @@ class CompileConfig:
     mode: str = "default"
     fullgraph: bool = False
     dynamic: bool | None = None
+    """None: the batch size alone is dynamic, so that a ragged last batch is no new program."""
     backend: str = "inductor"
+    error_on_graph_break: bool = False
+    """For diagnosis: raise where the compiler would leave the graph and come back, and say where."""
     on_failure: Literal["raise", "eager"] = "raise"
     """When the first compiled call fails: raise, or go on uncompiled with the reason in the result."""
 
@@ -44,11 +47,29 @@ class CompileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AmpConfig:
+    """Mixed precision: the forward under autocast. float16 adds a loss scaler, as `torch.amp.GradScaler` scales."""
+
+    dtype: str | None = None
+    """"bfloat16" or "float16"; None computes in the model's own."""
+    init_scale: float = 65536.0
+    """Of the loss, in float16. It halves after a step with NaN or Inf gradients, which is skipped."""
+    growth_interval: int = 2000
+    """Steps without any after which the scale doubles."""
+
+    def __post_init__(self) -> None:
+        dtypes = (None, "bfloat16", "float16")
+        _require(self.dtype in dtypes, "amp.dtype must be 'bfloat16', 'float16' or left out", self.dtype)
+        _require(0 < self.init_scale < math.inf, "amp.init_scale must be positive and finite", self.init_scale)
+        _require(self.growth_interval >= 1, "amp.growth_interval must be at least 1", self.growth_interval)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GradConfig:
     """Gradient statistics and clipping."""
 
     every: int = 1
-    """Measure the gradients of every n-th batch of an epoch, the first included; 0 never measures."""
+    """Measure the gradients of every n-th step of an epoch, the first included; 0 never measures."""
     clip_norm: float | None = None
     """Clip the total gradient norm to this value before each step; None never clips."""
     vanishing: float = 1e-7
@@ -68,9 +89,16 @@ class TrainConfig:
 
     kernel: KernelConfig = field(default_factory=KernelConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    amp: AmpConfig = field(default_factory=AmpConfig)
     grad: GradConfig = field(default_factory=GradConfig)
+    accumulate: int = 1
+    """Batches a step. Their gradient is that of the mean over all their valid rows; with a criterion other than
+    cross entropy, that of the mean over the batches."""
     topk: tuple[int, ...] = (1,)
     """Ranks k for which correct@k is counted; 1 is always among them."""
+
+    def __post_init__(self) -> None:
+        _require(self.accumulate >= 1, "train.accumulate must be at least 1", self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)

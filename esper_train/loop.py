@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from esper_kernels import GradHealth, GradStats, Meter, MeterResult, clip_grad_norm_, compute_all, grad_stats
 from esper_train.config import TrainConfig
 from esper_train.optimizers import OptimizerRegistry
-from esper_train.step import Criterion, TrainStep, build_train_step
+from esper_train.step import Criterion, Span, TrainStep, build_train_step
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -46,8 +46,8 @@ class EpochResult(Measures):
     """One epoch of training."""
 
     grad: GradHealth | None
-    """Gradients of the last measured batch, by group, None if none was measured; the NaN and Inf counts (of the
-    whole, not of the groups) are sums over the measured batches, and any of them makes the health 0."""
+    """Gradients of the last measured step, by group, None if none was measured; the NaN and Inf counts (of the
+    whole, not of the groups) are sums over the measured steps, and any of them makes the health 0."""
     seconds: float
     backend: str
     compiled: bool
@@ -86,7 +86,7 @@ def train_one_epoch(
         model: maps inputs to logits; its parameters' device is where batches are copied to.
         loader: batches (inputs [N, ...], targets [N] or [N, T]).
         optimizers: a registry, whose groups the gradient statistics are reported by, or one optimizer.
-        config: kernels, compilation, gradients.
+        config: kernels, compilation, precision, gradients, batches a step.
         task_type: "classification" or "lm".
         criterion: see `build_train_step`.
         max_batches: stop after so many; None takes all.
@@ -100,30 +100,46 @@ def train_one_epoch(
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
     step = step or build_train_step(task_type, config, criterion)
-    device, grad, kernel = _device(model), config.grad, config.kernel
-    meter = Meter(device, topk=config.topk)
+    device, grad, kernel, scaler, span = _device(model), config.grad, config.kernel, step.scaler, step.span
+    meter, inv_scale = Meter(device, topk=config.topk), None
+    groups = optimizers.parameters()
+    parameters = [p for members in groups.values() for p in members]
     stats: GradStats | None = None
-    nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # NaN, Inf
+    nonfinite: tuple[Tensor, Tensor] | None = None
+    if scaler is not None:
+        scaler.to(device)
     model.train()
-    for number, (inputs, targets) in enumerate(_batches(loader, device, max_batches)):
-        optimizers.zero_grad()
-        step(model, inputs, targets, meter)
-        groups = optimizers.parameters()
-        measure = grad.every > 0 and number % grad.every == 0
+    batches = _batches(loader, device, max_batches, span)
+    for number, group in enumerate(iter(lambda: list(islice(batches, config.accumulate)), [])):
+        for p in parameters:
+            p.grad = None
+        divisor = step.divisor([targets for _, targets in group])
+        for inputs, targets in group:
+            step(model, inputs, targets, meter, divisor)
+        measure = scaler is not None or (grad.every > 0 and number % grad.every == 0)
         if measure:
-            grads = {group: [p.grad for p in members] for group, members in groups.items()}
-            stats = grad_stats(grads, vanishing=grad.vanishing, exploding=grad.exploding, config=kernel, out=stats)
-            nonfinite[0] += stats.nans.sum()
-            nonfinite[1] += stats.infs.sum()
-        if grad.clip_norm is not None:
-            flat = [p for members in groups.values() for p in members]
-            clip_grad_norm_(flat, grad.clip_norm, stats=stats if measure else None, config=kernel)
-        optimizers.step()
-    result, (nans, infs), *health = compute_all(meter, nonfinite, *([] if stats is None else [stats]))
-    spoilt = {"gradient_health": 0.0} if nans or infs else {}
+            with span("statistics"):
+                grads = {name: [p.grad for p in members] for name, members in groups.items()}
+                inv_scale = None if scaler is None else scaler.inv_scale()
+                limits = {"vanishing": grad.vanishing, "exploding": grad.exploding}
+                stats = grad_stats(grads, **limits, inv_scale=inv_scale, config=kernel, out=stats)
+                if nonfinite is None:
+                    nonfinite = stats.nans.clone(), stats.infs.clone()
+                else:
+                    nonfinite[0].add_(stats.nans)
+                    nonfinite[1].add_(stats.infs)
+        with span("optimizer"):
+            if grad.clip_norm is not None:
+                clip_grad_norm_(parameters, grad.clip_norm, stats=stats if measure else None, config=kernel)
+            if scaler is not None and stats is not None:
+                scaler.step(optimizers.present(), stats.found_inf)
+            else:
+                optimizers.step()
+    counts = [meter] if stats is None or nonfinite is None else [meter, stats, *nonfinite]
+    result, *measured = compute_all(*counts)
     return EpochResult(
         **_measures(result),
-        grad=replace(health[0], nan_count=nans, inf_count=infs, **spoilt) if health else None,
+        grad=_whole_epoch(*measured) if measured else None,
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         compiled=step.compiled,
@@ -152,18 +168,18 @@ def evaluate(
     step = step or build_train_step(task_type, config, criterion)
     device = _device(model)
     overrides = variants or {}
-    meter, *meters = (Meter(device, topk=config.topk) for _ in range(1 + len(overrides)))
+    meters = [Meter(device, topk=config.topk) for _ in range(1 + len(overrides))]
+    alphas = list(overrides.values())
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            for inputs, targets in _batches(loader, device, max_batches):
-                step.measure(model, inputs, targets, meter)
-                for alpha, other in zip(overrides.values(), meters, strict=True):
-                    step.measure(model, inputs, targets, other, alpha=alpha)
+        with torch.inference_mode(False), torch.no_grad():  # inference mode would hide what the model changes in place
+            for inputs, targets in _batches(loader, device, max_batches, step.span):
+                with step.span("evaluation"):
+                    step.measure(model, inputs, targets, meters, alphas)
     finally:
         model.train(was_training)
-    result, *others = compute_all(meter, *meters)
+    result, *others = compute_all(*meters)
     return EvalResult(
         **_measures(result),
         seconds=time.perf_counter() - started,
@@ -172,15 +188,26 @@ def evaluate(
     )
 
 
-def _batches(loader: Batches, device: torch.device, max_batches: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1, or None for all batches, got {max_batches}")
-    empty = True
-    for inputs, targets in islice(loader, max_batches):
+def _batches(loader: Batches, device: torch.device, most: int | None, span: Span) -> Iterator[tuple[Tensor, Tensor]]:
+    if most is not None and most < 1:
+        raise ValueError(f"max_batches must be at least 1, or None for all batches, got {most}")
+    drawn, empty = iter(islice(loader, most)), True
+    while True:
+        with span("data"):
+            batch = next(drawn, None)
+            if batch is None:
+                break
+            inputs, targets = (part.to(device, non_blocking=True) for part in batch)
         empty = False
-        yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        yield inputs, targets
     if empty:
         raise ValueError("the loader gave no batch: is the data set smaller than a batch with drop_last=True?")
+
+
+def _whole_epoch(last: GradHealth, nans: list[int], infs: list[int]) -> GradHealth:
+    """The last measured step's health, with the NaN and Inf counts of all of them."""
+    health = 0.0 if any(nans) or any(infs) else last.gradient_health
+    return replace(last, nan_count=sum(nans), inf_count=sum(infs), gradient_health=health)
 
 
 def _measures(result: MeterResult) -> dict[str, Any]:

@@ -39,12 +39,12 @@ class OptimizerRegistry:
 
     def zero_grad(self) -> None:
         """Drop all gradients (`set_to_none=True`)."""
-        for optimizer in self._present():
+        for optimizer in self.present():
             optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
         """One step of every optimizer."""
-        for optimizer in self._present():
+        for optimizer in self.present():
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,5 +59,6 @@ class OptimizerRegistry:
             if optimizer is not None:
                 optimizer.load_state_dict(states[group])
 
-    def _present(self) -> list[Optimizer]:
+    def present(self) -> list[Optimizer]:
+        """The optimizers there are, in the order of attachment."""
         return [optimizer for optimizer in self._optimizers.values() if optimizer is not None]

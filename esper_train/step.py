@@ -2,10 +2,13 @@
 
 Only the model's forward (and with it its backward) is compiled; loss and metrics are `esper_kernels` ops on its
 output, outside the compiled region. There is one step object a task type, made by the run, so nothing about
-compilation is decided at import or shared between runs.
+compilation is decided at import or shared between runs. A model that changes its program says so by another value of
+`structure`; each structure is compiled once for training and once for each way of measuring.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,12 +16,16 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from esper_kernels import Meter, cross_entropy, cross_entropy_step, record_loss, select_backend
+from esper_train.amp import LossScaler
 from esper_train.config import TrainConfig
 from esper_train.names import unknown_name
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Span = Callable[[str], AbstractContextManager[Any]]
 LOGITS_DIMS: Mapping[str, tuple[int, str]] = {"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")}
 """Task type to the rank and shape of its logits."""
+IGNORED = -100
+"""The `ignore_index` of the fused op, unless its options say another."""
 # Autograd nodes, by the name they give themselves.
 _PRODUCTS = ("AddmmBackward0", "MmBackward0", "LinearBackward0", "BmmBackward0", "BaddbmmBackward0")
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
@@ -48,27 +55,65 @@ class TrainStep:
         self._config = config
         self._criterion = criterion
         self._options = options
+        self._autocast = getattr(torch, config.amp.dtype) if config.amp.dtype else None
         self._workspace: Tensor | None = None
+        self._programs: dict[Hashable, Callable[..., Any]] = {}  # compiled, by use, of one structure of the model
+        self._structure: Hashable = None
+        self.scaler = LossScaler(config.amp) if config.amp.dtype == "float16" else None
+        self.span: Span = _no_span
+        """Entered around each part of the work, by its name; a profiler puts its own here."""
         self.compile_failure: str | None = None
         """Why the step runs uncompiled although the config asked for it."""
-        self._compiled: Callable[..., Tensor] | None = None
         if config.compile.enabled:
-            c = config.compile
-            self._compiled = torch.compile(
-                _call, mode=c.mode, fullgraph=c.fullgraph, dynamic=c.dynamic, backend=c.backend
-            )
+            self._compile()  # a mode or backend that torch does not know raises here
 
-    def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter) -> None:
-        """Forward and backward: parameters receive their gradients, the meter the batch."""
-        logits = self._forward(model, inputs)
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter, divisor: float | Tensor | None = None
+    ) -> None:
+        """Forward and backward: parameters receive their gradients, the meter the batch; `divisor` is of its group."""
+        with self.span("forward"):
+            logits = self._check(self._run(model, model, inputs, {}))
+        scale = None if self.scaler is None else self.scaler.scale
         if self._criterion is None:
-            memory = self._memory_of_gradient(logits)
-            grad = cross_entropy_step(logits, targets, meter, config=self._config.kernel, **memory, **self._options)
-            logits.backward(grad)
+            with self.span("loss"):
+                grad = cross_entropy_step(
+                    logits,
+                    targets,
+                    meter,
+                    normalizer=divisor,
+                    grad_scale=scale,
+                    config=self._config.kernel,
+                    **self._memory_of_gradient(logits),
+                    **self._options,
+                )
+            with self.span("backward"):
+                logits.backward(grad)
         else:
-            loss = self._criterion(logits, targets)
-            loss.backward()
-            record_loss(loss.detach(), logits.detach(), targets, meter)
+            with self.span("loss"):
+                loss = self._criterion(logits, targets)
+                record_loss(loss.detach(), logits.detach(), targets, meter)
+                for factor in (scale, None if divisor is None else 1 / divisor):
+                    loss = loss if factor is None else loss * factor
+            with self.span("backward"):
+                loss.backward()
+
+    def divisor(self, targets: Sequence[Tensor]) -> float | Tensor | None:
+        """What the loss of each of these batches is divided by, so that their gradients add up to one of them all.
+
+        The weight of all their valid rows, on their device; where the criterion is not cross entropy, their
+        number. None for a single batch, and for sums.
+        """
+        if len(targets) == 1 or self._options.get("reduction") == "sum":
+            return None
+        if self._criterion is not None:
+            return float(len(targets))
+        weight, ignored = self._options.get("weight"), self._options.get("ignore_index", IGNORED)
+        valid = [t != ignored for t in targets]
+        if weight is None:
+            return torch.stack([v.sum() for v in valid]).sum()
+        last = len(weight) - 1  # of a bad target any weight will do: the loss refuses it
+        rows = zip(targets, valid, strict=True)
+        return torch.stack([torch.where(v, weight[t.long().clamp(0, last)], 0).sum() for t, v in rows]).sum()
 
     def _memory_of_gradient(self, logits: Tensor) -> dict[str, Any]:
         """Where the gradient goes: fresh memory of its size costs more than computing it.
@@ -80,7 +125,7 @@ class TrainStep:
         node = logits.grad_fn
         while node is not None and node.name() in _VIEWS:
             node = node.next_functions[0][0]
-        if logits.device.type != "cpu" or node is None or self._compiled is not None:
+        if logits.device.type != "cpu" or node is None:
             return {}
         if node.name() in _PRODUCTS and logits.is_contiguous():
             return {"inplace": True}
@@ -89,39 +134,94 @@ class TrainStep:
             self._workspace = kept = torch.empty_like(logits, requires_grad=False)
         return {"out": kept} if kept.is_contiguous() else {}
 
-    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter, **arguments: Any) -> None:
-        """Forward alone, under the caller's `no_grad`; `arguments` go to the model."""
-        logits = self._forward(model, inputs, **arguments)
+    def measure(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        meters: Sequence[Meter],
+        alphas: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then under each alpha.
+
+        What a model keeps of the first pass (`forward_keeping`) is not computed again for the others: each begins
+        at the first slot that its alpha names.
+        """
+        keeping: Callable[..., Any] | None = getattr(model, "forward_keeping", None) if alphas else None
+        if keeping is None:
+            logits, entered = self._run(model, model, inputs, {}), {}
+        else:
+            logits, entered = self._run(model, keeping, inputs, {})
+        self._record(logits, targets, meters[0])
+        for alpha, meter in zip(alphas, meters[1:], strict=True):
+            start = next((slot for slot in entered if slot in alpha), None)
+            begin = {} if start is None else {"start": start}
+            features = inputs if start is None else entered[start]
+            self._record(self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter)
+
+    def _record(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
+        self._check(logits)
         if self._criterion is None:
             cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self._options)
         else:
             record_loss(self._criterion(logits, targets), logits, targets, meter)
 
     def backend(self, device: torch.device) -> str:
-        """Name of the kernel backend that serves float32 logits on `device`; `ValueError` where none can."""
+        """Name of the kernel backend that serves the logits on `device`; `ValueError` where none can."""
         if self._criterion is not None:
             return "eager criterion"
-        return select_backend("cross_entropy", device.type, torch.float32, self._config.kernel).name
+        dtype = self._autocast or torch.float32
+        return select_backend("cross_entropy", device.type, dtype, self._config.kernel).name
 
     @property
     def compiled(self) -> bool:
         """Whether the forward runs compiled."""
-        return self._compiled is not None
+        return self._config.compile.enabled and self.compile_failure is None
 
-    def _forward(self, model: nn.Module, inputs: Tensor, **arguments: Any) -> Tensor:
-        try:
-            logits = (self._compiled or _call)(model, inputs, arguments)
-        except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
-            if self._compiled is None or self._config.compile.on_failure == "raise":
-                raise
-            self._compiled = None
-            self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            logits = _call(model, inputs, arguments)
+    def _check(self, logits: Tensor) -> Tensor:
         dims, shape = LOGITS_DIMS[self._task_type]
         if logits.dim() != dims:
             got = tuple(logits.shape)
             raise ValueError(f"task type {self._task_type!r} expects logits {shape}, got {got} from the model")
         return logits
+
+    def _run(self, model: nn.Module, forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]) -> Any:
+        """`forward` (the model, or a method of it), in the precision and by the compiler that the config names."""
+        if self._autocast is not None:
+            with torch.autocast(inputs.device.type, self._autocast):
+                return self._run_compiled(model, forward, inputs, arguments)
+        return self._run_compiled(model, forward, inputs, arguments)
+
+    def _run_compiled(
+        self, model: nn.Module, forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]
+    ) -> Any:
+        if not self.compiled:
+            return forward(inputs, **arguments)
+        structure = getattr(model, "structure", None)
+        if structure != self._structure:
+            self._structure = structure
+            self._programs.clear()
+        use = (forward is model, torch.is_grad_enabled(), *arguments.get("alpha", ()))
+        if use not in self._programs:
+            self._programs[use] = self._compile()
+        if self._config.compile.dynamic is None:
+            torch._dynamo.maybe_mark_dynamic(inputs, 0)
+        try:
+            return self._programs[use](forward, inputs, arguments)
+        except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
+            if self._config.compile.on_failure == "raise":
+                raise
+            self._programs.clear()
+            self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return forward(inputs, **arguments)
+
+    def _compile(self) -> Callable[..., Any]:
+        """A compiled call of a forward that shares nothing with another: torch keeps what it compiled by code object,
+        limits how often, and goes on eagerly beyond."""
+        c = self._config.compile
+        call = _call_unbroken if c.error_on_graph_break else _call
+        own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__)
+        return torch.compile(own, mode=c.mode, fullgraph=c.fullgraph, dynamic=c.dynamic, backend=c.backend)
 
 
 def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
@@ -142,5 +242,14 @@ def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion |
     return TrainStep(task_type, config, criterion if options is None else None, options or {})
 
 
-def _call(model: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
-    return model(inputs, **arguments)
+def _no_span(name: str, nothing: AbstractContextManager[Any] = nullcontext()) -> AbstractContextManager[Any]:  # noqa: B008
+    return nothing
+
+
+def _call(forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]) -> Any:
+    return forward(inputs, **arguments)
+
+
+def _call_unbroken(forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]) -> Any:
+    with torch._dynamo.error_on_graph_break(True):
+        return forward(inputs, **arguments)

@@ -34,7 +34,8 @@ TRAIN_ARROWS = {
     "control": {"config", "morph"},
     "tasks": {"config", "morph", "names"},
     "optimizers": set(),
-    "step": {"config", "names"},
+    "amp": {"config"},
+    "step": {"amp", "config", "names"},
     "audited": {"names", "step"},
     "loop": {"config", "optimizers", "step"},
     "run_directory": {"config", "morph", "tasks"},
@@ -104,7 +105,7 @@ def batch_loops(tree: ast.Module) -> list[str]:
 def test_loop_holds_the_only_loops_over_batches() -> None:
     for group, tree in modules("esper_train"):
         if group == "loop":
-            assert len(batch_loops(tree)) == 3  # train_one_epoch, evaluate, and the generator both draw from
+            assert len(batch_loops(tree)) == 2  # train_one_epoch and evaluate
         else:
             assert batch_loops(tree) == [], group
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from esper_train.config import GrowthConfig
@@ -41,16 +42,45 @@ class MorphModel(nn.Module):
         self.seed_slots = nn.ModuleDict({s: SeedSlot(s, channels[s], growth, max_epochs) for s in channels})
         self.to(next(host.parameters()).device)
 
-    def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None) -> Tensor:
-        """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed out."""
+    def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None, start: str | None = None) -> Tensor:
+        """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed out.
+
+        `start` names a slot to begin at: x is then what entered it, as `forward_keeping` gave it.
+        """
         override = alpha or {}
-        for name in override:
+        for name in (*override, *([] if start is None else [start])):
             self.slot(name)  # refuses a misspelt one, which would measure the whole network unnoticed
+        return self._run(x, override, start, None)
+
+    def forward_keeping(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and what entered each slot, in order of execution, for `forward` to start from.
+
+        Nothing is kept where a segment changes its input in place. Not for inference mode, which would hide that.
+        """
+        entered: dict[str, tuple[Tensor, int]] = {}
+        logits = self._run(x, {}, None, entered)
+        intact = torch.compiler.is_compiling() or all(kept._version == v for kept, v in entered.values())
+        return logits, {name: kept for name, (kept, _) in entered.items()} if intact else {}
+
+    def _run(
+        self, x: Tensor, alpha: Mapping[str, float], start: str | None, entered: dict[str, tuple[Tensor, int]] | None
+    ) -> Tensor:
         for name, segment in self.host.segments.items():
-            x = segment(x)
+            if start is None:
+                x = segment(x)
+            elif name != start:
+                continue
+            start = None
             if name in self.seed_slots:
-                x = self.seed_slots[name](x, override.get(name))
+                if entered is not None:  # compilers know no versions
+                    entered[name] = (x.clone(), 0) if torch.compiler.is_compiling() else (x, x._version)
+                x = self.seed_slots[name](x, alpha.get(name))
         return self.host.head(x)
+
+    @property
+    def structure(self) -> tuple[tuple[str | None, str], ...]:
+        """Seed and part of each slot: as long as it is the same, so is the program that `forward` is."""
+        return tuple((slot.state.seed_id, slot.part) for slot in self.slots)
 
     def slot(self, name: str) -> SeedSlot:
         """The slot of this name; `ValueError` names those that exist."""

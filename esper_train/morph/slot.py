@@ -4,6 +4,7 @@
 returns the `StageChange`s it made, so that whoever called can attach optimizers and write events.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,14 @@ from esper_train.morph.blending import Gate, get_blend
 from esper_train.morph.blueprints import Blueprint
 from esper_train.morph.gates import GATES, GateResult
 from esper_train.morph.lifecycle import TRANSITIONS, SeedStage, SlotState, StageChange
+
+PARTS: Mapping[SeedStage, str] = {
+    SeedStage.TRAINING: "learns",
+    SeedStage.BLENDING: "blends",
+    SeedStage.PROBATIONARY: "acts",
+    SeedStage.FOSSILIZED: "acts",
+}
+"""Stage to the part the seed has in `forward`; in any other stage it has none."""
 
 
 class SeedSlot(nn.Module):
@@ -39,20 +48,30 @@ class SeedSlot(nn.Module):
         In TRAINING the value is x, while the seed receives the full gradient of the slot's output
         (straight-through); with `isolate_training` the seed sends none into the host.
         """
-        stage = self.state.stage
-        if self.seed is None or alpha == 0.0 or stage is SeedStage.GERMINATED:
+        part = self.part
+        if self.seed is None or alpha == 0.0 or part == "none":
             return x
         if alpha is not None:
             return torch.lerp(x, self.seed(_plain(x)), x.new_tensor(alpha))
-        if stage is SeedStage.TRAINING:
+        if part == "learns":
             if not torch.is_grad_enabled():
                 return x
             return _StraightThrough.apply(x, self.seed(_plain(x.detach() if self.growth.isolate_training else x)))
         z = self.seed(_plain(x))
-        if stage is not SeedStage.BLENDING:
+        if part == "acts":
             return z
         weight = self.alpha if self.gate is None else self.gate(x, self.alpha)
         return torch.lerp(x, z, weight.to(x.dtype))
+
+    @property
+    def state(self) -> SlotState:
+        """Where the seed is in its life. `forward` reads only `part`, so that a new record is no new program."""
+        return self._state
+
+    @state.setter
+    def state(self, state: SlotState) -> None:
+        self._state = state
+        self.part = PARTS.get(state.stage, "none")
 
     def germinate(self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid") -> list[StageChange]:
         """Seat a new seed and let it train from the next batch on. `ValueError` unless the slot is DORMANT."""
