@@ -1,5 +1,6 @@
 """Makes everything a run owns, and refuses here whatever could not work later. `episode` and `cli` call it."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import DataLoader
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR
 
-from esper_train.config import OptimConfig, RunConfig
+from esper_train.config import OptimConfig, RunConfig, ScheduleConfig
 from esper_train.control.signals import SignalTracker
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.optimizers import OptimizerRegistry
 from esper_train.step import TrainStep, build_train_step
-from esper_train.tasks import Task, get_task, load_splits, make_loader
+from esper_train.tasks import Loader, Task, get_task, load_splits, make_loader
 
 EVALUATION_BATCH = 512
 """Rows a batch where nothing is trained, so memory is all that limits it."""
@@ -33,9 +34,9 @@ class Episode:
     tracker: SignalTracker
     step: TrainStep
     device: torch.device
-    train: DataLoader[Any]
-    validation: DataLoader[Any]
-    test: DataLoader[Any]
+    train: Loader
+    validation: Loader
+    test: Loader
     data_record: Mapping[str, Any]
     seeds_germinated: int = 0
 
@@ -49,29 +50,65 @@ def build_episode(
     splits = load_splits(task)
     with random_state(config.seed, device):
         host = task.build_host(config.host).to(device)
-    host_optimizer = make_optimizer(host.parameters(), config.optim.host_lr, config.optim)
+    if _channels_last(config, device):
+        host.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = build_train_step(task.task_type, config.train)
+    where: dict[str, Any] = {"device": device, "workers": config.workers}
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
-    return Episode(
+    episode = Episode(
         config=config,
         task=task,
         model=MorphModel(host, slots, growth=config.growth, max_epochs=config.max_epochs, registry=registry),
-        optimizers=OptimizerRegistry(host=host_optimizer),
+        optimizers=OptimizerRegistry(schedule_each=config.optim.schedule.each),
         tracker=SignalTracker(plateau_threshold=policy.plateau_threshold, plateau_epochs=policy.plateau_epochs),
         step=step,
         device=next(host.parameters()).device,
-        train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed),
-        validation=make_loader(splits.validation, EVALUATION_BATCH),
-        test=make_loader(splits.test, EVALUATION_BATCH),
+        train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed, **where),
+        validation=make_loader(splits.validation, EVALUATION_BATCH, **where),
+        test=make_loader(splits.test, EVALUATION_BATCH, **where),
         data_record=splits.record,
     )
+    attach_optimizer(episode, "host", host.parameters(), config.optim.host_lr)
+    return episode
 
 
-def make_optimizer(parameters: Iterable[Tensor], lr: float, config: OptimConfig) -> Optimizer:
-    """The optimizer of the host or of one seed."""
+def attach_optimizer(episode: Episode, group: str, parameters: Iterable[Tensor], lr: float, epoch: int = 0) -> None:
+    """Give a group its optimizer, and a schedule of its own over what is left of the run after `epoch`."""
+    trained, optim = [p for p in parameters if p.requires_grad], episode.config.optim
+    if not trained:
+        episode.optimizers.attach(group, None)
+        return
+    optimizer = make_optimizer(trained, lr, optim)
+    batches = min(len(episode.train), episode.config.max_batches or len(episode.train))
+    steps = math.ceil(batches / episode.config.train.accumulate) if optim.schedule.each == "step" else 1
+    left = max(1, episode.config.max_epochs - epoch) * steps
+    episode.optimizers.attach(group, optimizer, make_schedule(optimizer, optim.schedule, left))
+
+
+def make_optimizer(parameters: Sequence[Tensor], lr: float, config: OptimConfig) -> Optimizer:
+    """The optimizer of the host or of one seed, fused where torch has that: a quarter of the time, on CPUs too."""
+    fused = parameters[0].device.type in ("cpu", "cuda")
     if config.kind == "adamw":
-        return AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
-    return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return AdamW(parameters, lr=lr, weight_decay=config.weight_decay, fused=fused)
+    return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+
+
+def make_schedule(optimizer: Optimizer, config: ScheduleConfig, total: int) -> LRScheduler | None:
+    """The schedule over `total` changes of the rate; None for a constant one."""
+    lr = optimizer.defaults["lr"]
+    if config.kind == "linear":
+        return LinearLR(optimizer, start_factor=1.0, end_factor=config.final, total_iters=total)
+    if config.kind == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=total, eta_min=config.final * lr)
+    if config.kind == "onecycle":
+        return OneCycleLR(optimizer, lr, total_steps=total + 1, pct_start=config.warmup, cycle_momentum=False)
+    return None
+
+
+def _channels_last(config: RunConfig, device: torch.device) -> bool:
+    if config.channels_last is not None:
+        return config.channels_last
+    return device.type == "cuda" and config.train.amp.dtype is not None
 
 
 def resolve_device(name: str) -> torch.device:

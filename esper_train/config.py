@@ -102,6 +102,27 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How learning rates change over what is left of the run when their optimizer is made."""
+
+    kind: Literal["constant", "linear", "cosine", "onecycle"] = "constant"
+    """torch's LinearLR, CosineAnnealingLR or OneCycleLR; constant is none."""
+    each: Literal["step", "epoch"] = "step"
+    """When the rate changes."""
+    final: float = 0.0
+    """linear, cosine: the share of the rate that is left at the end."""
+    warmup: float = 0.3
+    """onecycle: the share of the time in which the rate rises to its own value, before it falls."""
+
+    def __post_init__(self) -> None:
+        kinds, times = ("constant", "linear", "cosine", "onecycle"), ("step", "epoch")
+        _require(self.kind in kinds, f"schedule.kind must be one of {', '.join(kinds)}", self.kind)
+        _require(self.each in times, "schedule.each must be 'step' or 'epoch'", self.each)
+        _require(0 <= self.final <= 1, "schedule.final must be in [0, 1]", self.final)
+        _require(0 <= self.warmup <= 1, "schedule.warmup must be in [0, 1]", self.warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """One optimizer for the host and, with its own learning rate and state, one for each seed."""
 
@@ -111,6 +132,7 @@ class OptimConfig:
     momentum: float = 0.9
     """Of SGD; AdamW keeps torch's own betas."""
     weight_decay: float = 5e-4
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
         rates = (self.host_lr, self.seed_lr)
@@ -270,6 +292,11 @@ class RunConfig:
     max_batches: int | None = None
     """Batches of an epoch at most; None takes all."""
     batch_size: int = 64
+    workers: int = 0
+    """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data in place, on the
+    device where it fits, which is faster for tensors in memory."""
+    channels_last: bool | None = None
+    """Images in channels-last layout; None: on a GPU in half precision, where convolutions want it."""
     seed: int = 42
     reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
     """How decisions are rewarded; see `control/rewards.py`."""
@@ -283,6 +310,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("episodes", "max_epochs", "batch_size"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        _require(self.workers >= 0, "workers must be 0 or a number of processes", self.workers)
         most, kinds = self.max_batches, ("shaped", "sparse", "minimal", "loss")
         _require(most is None or most >= 1, "max_batches must be at least 1, or left out for all batches", most)
         _require(self.reward in kinds, f"reward must be one of {', '.join(kinds)}", self.reward)

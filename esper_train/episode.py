@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, build_episode, make_optimizer, random_state
+from esper_train.build import Episode, attach_optimizer, build_episode, random_state
 from esper_train.config import RunConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
@@ -148,7 +148,7 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
                 more = {"joint": _joint(validation), "max_epochs": config.max_epochs, "reward": reward}
                 hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more, refused=refused))
                 for change in changes:
-                    _follow(episode, change)
+                    _follow(episode, change, epoch)
                     hub.emit(stage_event(epoch, change))
                     if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
                         contributions.append(change.before.contribution)
@@ -234,7 +234,7 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
     return made, None
 
 
-def _follow(episode: Episode, change: StageChange) -> None:
+def _follow(episode: Episode, change: StageChange, epoch: int = 0) -> None:
     """Keep the optimizers in step with the seeds."""
     slot, optimizers, optim = change.before.slot, episode.optimizers, episode.config.optim
     gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
@@ -242,8 +242,7 @@ def _follow(episode: Episode, change: StageChange) -> None:
         seated = episode.model.slot(slot)
         for group, module in ((slot, seated.seed), (gate, seated.gate)):
             if module is not None:
-                parameters = [p for p in module.parameters() if p.requires_grad]
-                optimizers.attach(group, make_optimizer(parameters, optim.seed_lr, optim) if parameters else None)
+                attach_optimizer(episode, group, module.parameters(), optim.seed_lr, epoch)
     if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
         optimizers.detach(slot)
     if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):

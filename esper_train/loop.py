@@ -135,6 +135,8 @@ def train_one_epoch(
                 scaler.step(optimizers.present(), stats.found_inf)
             else:
                 optimizers.step()
+            optimizers.advance("step")
+    optimizers.advance("epoch")
     counts = [meter] if stats is None or nonfinite is None else [meter, stats, *nonfinite]
     result, *measured = compute_all(*counts)
     return EpochResult(

@@ -5,27 +5,34 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class OptimizerRegistry:
-    """Optimizers by group name. Attaching or detaching one leaves the state (momentum) of the others alone."""
+    """Optimizers by group name, each with its schedule, if any. `schedule_each` says when these step: after each
+    "step" or "epoch". Attaching or detaching one leaves the state (momentum) of the others alone."""
 
-    def __init__(self, **optimizers: Optimizer) -> None:
+    def __init__(self, *, schedule_each: str = "step", **optimizers: Optimizer) -> None:
         self._optimizers: dict[str, Optimizer | None] = {}
+        self._schedules: dict[str, LRScheduler] = {}
+        self._schedule_each = schedule_each
         for group, optimizer in optimizers.items():
             self.attach(group, optimizer)
 
-    def attach(self, group: str, optimizer: Optimizer | None) -> None:
+    def attach(self, group: str, optimizer: Optimizer | None, schedule: LRScheduler | None = None) -> None:
         """Add a group; None stands for one without parameters. `ValueError` if the name is taken."""
         if group in self._optimizers:
             raise ValueError(f"group {group!r} has an optimizer already; detach it first")
         self._optimizers[group] = optimizer
+        if schedule is not None:
+            self._schedules[group] = schedule
 
     def detach(self, group: str) -> None:
         """Forget a group. `ValueError` if there is none of this name."""
         if group not in self._optimizers:
             raise ValueError(f"no group {group!r}; attached are {', '.join(self._optimizers) or 'none'}")
         del self._optimizers[group]
+        self._schedules.pop(group, None)
 
     def __contains__(self, group: str) -> bool:
         return group in self._optimizers
@@ -37,6 +44,10 @@ class OptimizerRegistry:
             for group, optimizer in self._optimizers.items()
         }
 
+    def present(self) -> list[Optimizer]:
+        """The optimizers there are, in the order of attachment."""
+        return [optimizer for optimizer in self._optimizers.values() if optimizer is not None]
+
     def zero_grad(self) -> None:
         """Drop all gradients (`set_to_none=True`)."""
         for optimizer in self.present():
@@ -47,9 +58,18 @@ class OptimizerRegistry:
         for optimizer in self.present():
             optimizer.step()
 
+    def advance(self, each: str) -> None:
+        """Step the schedules after a "step" or an "epoch", if that is when they do."""
+        if each == self._schedule_each:
+            for schedule in self._schedules.values():
+                schedule.step()
+
     def state_dict(self) -> dict[str, Any]:
-        """State of every optimizer by group."""
-        return {group: o and o.state_dict() for group, o in self._optimizers.items()}
+        """State of every optimizer by group, that of its schedule under "schedule"."""
+        states: dict[str, Any] = {group: o and o.state_dict() for group, o in self._optimizers.items()}
+        for group, schedule in self._schedules.items():
+            states[group]["schedule"] = schedule.state_dict()
+        return states
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Restore `state_dict`; the same groups must be attached."""
@@ -58,7 +78,5 @@ class OptimizerRegistry:
         for group, optimizer in self._optimizers.items():
             if optimizer is not None:
                 optimizer.load_state_dict(states[group])
-
-    def present(self) -> list[Optimizer]:
-        """The optimizers there are, in the order of attachment."""
-        return [optimizer for optimizer in self._optimizers.values() if optimizer is not None]
+        for group, schedule in self._schedules.items():
+            schedule.load_state_dict(states[group]["schedule"])

@@ -1,12 +1,12 @@
 """A task: data, its kind, and the host to learn it with. Write one for your own data and pass it to `episode`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from esper_train.config import HostConfig
 from esper_train.morph.host import Host
@@ -63,11 +63,64 @@ def load_splits(task: Task) -> Splits:
     return splits
 
 
-def make_loader(split: Split, batch_size: int, *, shuffle_seed: int | None = None) -> DataLoader[Any]:
-    """Batches of a split, the ragged last one included; shuffled anew each epoch from `shuffle_seed`, if given."""
-    data = TensorDataset(*split)
-    order: Sampler[int] = SequentialSampler(data)
-    if shuffle_seed is not None:
-        order = RandomSampler(data, generator=torch.Generator().manual_seed(shuffle_seed))
-    # the sampler gives whole batches of indices: one indexing operation a batch, not one a sample
-    return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
+class Loader:
+    """Batches (inputs, targets) of a split, the ragged last one included; shuffled anew each epoch, if at all.
+
+    `generator` gives the order and nothing else draws from it. Without workers the tensors are indexed where they
+    are, one operation a batch; with workers a `DataLoader` does it, in the same order.
+    """
+
+    def __init__(
+        self, split: Split, batch_size: int, generator: torch.Generator | None, *, workers: int = 0, pin: bool = False
+    ) -> None:
+        self.split, self.batch_size, self.generator = split, batch_size, generator
+        self._loader: DataLoader[Any] | None = None
+        if workers or pin:
+            # the order is drawn here; the loader's own generator keeps its hands off torch's global one
+            self._order: list[list[int]] = []
+            own = torch.Generator()
+            self._loader = DataLoader(
+                TensorDataset(*split),
+                sampler=self._order,
+                batch_size=None,
+                num_workers=workers,
+                pin_memory=pin,
+                generator=own,
+                persistent_workers=workers > 0,
+            )
+
+    def __len__(self) -> int:
+        return -(-len(self.split[1]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Split]:
+        inputs, targets = self.split
+        order = None if self.generator is None else torch.randperm(len(targets), generator=self.generator)
+        if self._loader is not None:
+            rows = torch.arange(len(targets)) if order is None else order
+            self._order[:] = [part.tolist() for part in rows.split(self.batch_size)]
+            yield from self._loader
+        elif order is None:
+            yield from zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True)
+        else:
+            for part in order.to(targets.device).split(self.batch_size):
+                yield inputs.index_select(0, part), targets.index_select(0, part)
+
+
+def make_loader(
+    split: Split,
+    batch_size: int,
+    *,
+    shuffle_seed: int | None = None,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> Loader:
+    """Batches of a split for a model on `device`, shuffled from `shuffle_seed`, if given.
+
+    Without workers the data is put on a CUDA device once, unless it would take more than half of what is free there;
+    then, and with workers, batches go over in pinned memory.
+    """
+    generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+    cuda = torch.device(device).type == "cuda"
+    if cuda and not workers and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2:
+        return Loader((split[0].to(device), split[1].to(device)), batch_size, generator)
+    return Loader(split, batch_size, generator, workers=workers, pin=cuda)

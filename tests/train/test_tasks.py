@@ -292,3 +292,17 @@ def test_make_loader_keeps_dtypes_and_shapes() -> None:
 def test_load_splits_takes_targets_that_are_to_be_ignored() -> None:
     tokens = torch.tensor([[0, 1, -100, 1]])
     assert load_splits(own_task(test=(tokens, tokens))).test[1].shape == (1, 4)
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_make_loader_gives_the_same_batches_for_any_number_of_workers(shuffle_seed: int | None, workers: int) -> None:
+    """Two epochs of it, and torch's global random state is not drawn from."""
+    loaders = [make_loader(numbered(23), 5, shuffle_seed=shuffle_seed, workers=count) for count in (0, workers)]
+    before = torch.get_rng_state()
+    for _ in range(2):
+        alone, parallel = ([(x.clone(), y.clone()) for x, y in loader] for loader in loaders)
+        assert len(alone) == len(parallel) == len(loaders[1])
+        for a, b in zip(alone, parallel, strict=True):
+            assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
