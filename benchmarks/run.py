@@ -1,12 +1,12 @@
-"""`python -m benchmarks.run NAME [SHAPE...]`: one measurement by its name."""
+"""`python -m benchmarks.run NAME [CASE...]`: one measurement by its name."""
 
 import sys
 
-from benchmarks import cpu
+from benchmarks import cpu, epoch
 
-BENCHMARKS = {"cpu": cpu.main}
+BENCHMARKS = {"cpu": cpu.main, "epoch": epoch.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
-        sys.exit(f"usage: python -m benchmarks.run {{{','.join(BENCHMARKS)}}} [SHAPE...]")
+        sys.exit(f"usage: python -m benchmarks.run {{{','.join(BENCHMARKS)}}} [CASE...]")
     BENCHMARKS[sys.argv[1]](sys.argv[2:])

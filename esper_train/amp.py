@@ -13,11 +13,7 @@ GROWTH, BACKOFF = 2.0, 0.5
 
 
 class LossScaler:
-    """A scale on the device that grows and backs off there; owned by one run.
-
-    The loss is multiplied by `scale`; fused optimizers divide the gradients by it, and skip their update where
-    `found_inf` is 1, on the device too.
-    """
+    """A scale on the device that grows and backs off there; owned by one run. The loss is multiplied by `scale`."""
 
     def __init__(self, config: AmpConfig) -> None:
         self._interval = config.growth_interval
@@ -33,10 +29,8 @@ class LossScaler:
         return self.scale.reciprocal()
 
     def step(self, optimizers: Iterable[Optimizer], found_inf: Tensor) -> None:
-        """One step of each, left out where `found_inf` (float32 []) is 1, and the next scale.
-
-        `ValueError` for an optimizer that cannot leave a step out by itself.
-        """
+        """One step of each on gradients divided by the scale, left out where `found_inf` (float32 []) is 1; then the
+        next scale. `ValueError` for an optimizer that cannot leave a step out by itself."""
         for optimizer in optimizers:
             if not optimizer.defaults.get("fused") or optimizer.defaults.get("dampening"):
                 name = type(optimizer).__name__

@@ -18,6 +18,7 @@ from esper_train.build import build_episode
 from esper_train.config import RunConfig, load_toml
 from esper_train.control.policy import Idle
 from esper_train.episode import NonFiniteLossError, episode_configs, heuristic_policy, require_slots, run_episode
+from esper_train.profile import write_profile
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}")
         for number, episode_config in enumerate(episode_configs(config), start=1):
             directory = out if config.episodes == 1 else out / f"episode-{number}"
-            _run(episode_config, directory, command, baseline=options.baseline)
+            _run(episode_config, directory, command, baseline=options.baseline, profile=options.profile)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -78,6 +79,8 @@ class _Options(RunConfig):
     """Kernel backend, short for --train.kernel.backend."""
     baseline: bool = True
     """With heuristic, also train the host without slots, for the report to compare with."""
+    profile: bool = False
+    """First profile a few batches, into profile.md and profile.json; the run itself is as without."""
 
     def run_config(self) -> RunConfig:
         run = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
@@ -101,12 +104,14 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     return tyro.cli(_Options, prog=f"esper-train {command}", args=arguments, default=default)
 
 
-def _run(config: RunConfig, directory: Path, mode: str, *, baseline: bool) -> None:
+def _run(config: RunConfig, directory: Path, mode: str, *, baseline: bool, profile: bool = False) -> None:
     """One run into its own directory. Network and report are written however it ends."""
     growing = mode == "heuristic"
     episode = build_episode(config, slots=require_slots(config) if growing else ())
     policy = heuristic_policy(episode) if growing else Idle()
     run_directory.create(directory, config)
+    if profile:
+        print(write_profile(config, config.slots if growing else (), directory))
     display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
     hub = TelemetryHub([JsonlSink(directory / run_directory.METRICS), display], config.telemetry)
     try:

@@ -105,21 +105,21 @@ class TrainConfig:
 class ScheduleConfig:
     """How learning rates change over what is left of the run when their optimizer is made."""
 
-    kind: Literal["constant", "linear", "cosine", "onecycle"] = "constant"
-    """torch's LinearLR, CosineAnnealingLR or OneCycleLR; constant is none."""
+    kind: Literal["constant", "cosine", "onecycle"] = "constant"
+    """Constant, or torch's CosineAnnealingLR or OneCycleLR."""
     each: Literal["step", "epoch"] = "step"
     """When the rate changes."""
     final: float = 0.0
-    """linear, cosine: the share of the rate that is left at the end."""
+    """cosine: the share of the rate that is left at the end."""
     warmup: float = 0.3
     """onecycle: the share of the time in which the rate rises to its own value, before it falls."""
 
     def __post_init__(self) -> None:
-        kinds, times = ("constant", "linear", "cosine", "onecycle"), ("step", "epoch")
+        kinds, times = ("constant", "cosine", "onecycle"), ("step", "epoch")
         _require(self.kind in kinds, f"schedule.kind must be one of {', '.join(kinds)}", self.kind)
         _require(self.each in times, "schedule.each must be 'step' or 'epoch'", self.each)
-        _require(0 <= self.final <= 1, "schedule.final must be in [0, 1]", self.final)
-        _require(0 <= self.warmup <= 1, "schedule.warmup must be in [0, 1]", self.warmup)
+        for name in ("final", "warmup"):
+            _require(0 <= getattr(self, name) <= 1, f"schedule.{name} must be in [0, 1]", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +296,8 @@ class RunConfig:
     """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data in place, on the
     device where it fits, which is faster for tensors in memory."""
     channels_last: bool | None = None
-    """Images in channels-last layout; None: on a GPU in half precision, where convolutions want it."""
+    """Convolutions in channels-last layout; None: where it pays, that is with 16 channels or more on a CPU, and in
+    half precision on a GPU."""
     seed: int = 42
     reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
     """How decisions are rewarded; see `control/rewards.py`."""

@@ -48,11 +48,6 @@ class OptimizerRegistry:
         """The optimizers there are, in the order of attachment."""
         return [optimizer for optimizer in self._optimizers.values() if optimizer is not None]
 
-    def zero_grad(self) -> None:
-        """Drop all gradients (`set_to_none=True`)."""
-        for optimizer in self.present():
-            optimizer.zero_grad(set_to_none=True)
-
     def step(self) -> None:
         """One step of every optimizer."""
         for optimizer in self.present():

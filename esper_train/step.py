@@ -8,6 +8,7 @@ compilation is decided at import or shared between runs. A model that changes it
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -76,16 +77,8 @@ class TrainStep:
         scale = None if self.scaler is None else self.scaler.scale
         if self._criterion is None:
             with self.span("loss"):
-                grad = cross_entropy_step(
-                    logits,
-                    targets,
-                    meter,
-                    normalizer=divisor,
-                    grad_scale=scale,
-                    config=self._config.kernel,
-                    **self._memory_of_gradient(logits),
-                    **self._options,
-                )
+                how = {"normalizer": divisor, "grad_scale": scale, "config": self._config.kernel, **self._options}
+                grad = cross_entropy_step(logits, targets, meter, **self._memory_of_gradient(logits), **how)
             with self.span("backward"):
                 logits.backward(grad)
         else:
@@ -187,16 +180,15 @@ class TrainStep:
 
     def _run(self, model: nn.Module, forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]) -> Any:
         """`forward` (the model, or a method of it), in the precision and by the compiler that the config names."""
-        if self._autocast is not None:
-            with torch.autocast(inputs.device.type, self._autocast):
-                return self._run_compiled(model, forward, inputs, arguments)
-        return self._run_compiled(model, forward, inputs, arguments)
+        run = partial(self._run_compiled, model) if self.compiled else _call
+        if self._autocast is None:
+            return run(forward, inputs, arguments)
+        with torch.autocast(inputs.device.type, self._autocast):
+            return run(forward, inputs, arguments)
 
     def _run_compiled(
         self, model: nn.Module, forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]
     ) -> Any:
-        if not self.compiled:
-            return forward(inputs, **arguments)
         structure = getattr(model, "structure", None)
         if structure != self._structure:
             self._structure = structure

@@ -42,7 +42,8 @@ TRAIN_ARROWS = {
     "telemetry": {"config", "control", "loop", "morph", "run_directory"},
     "build": {"config", "control", "morph", "optimizers", "step", "tasks"},
     "episode": {"build", "config", "control", "loop", "morph", "tasks", "telemetry"},
-    "cli": {"build", "config", "control", "episode", "run_directory", "tasks", "telemetry"},
+    "profile": {"build", "config", "loop"},
+    "cli": {"build", "config", "control", "episode", "profile", "run_directory", "tasks", "telemetry"},
 }
 
 

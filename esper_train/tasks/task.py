@@ -14,6 +14,7 @@ from esper_train.morph.host import Host
 Split = tuple[Tensor, Tensor]
 IGNORED = -100
 """A target that has no part in loss or counts."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,19 +76,11 @@ class Loader:
     ) -> None:
         self.split, self.batch_size, self.generator = split, batch_size, generator
         self._loader: DataLoader[Any] | None = None
-        if workers or pin:
-            # the order is drawn here; the loader's own generator keeps its hands off torch's global one
-            self._order: list[list[int]] = []
-            own = torch.Generator()
-            self._loader = DataLoader(
-                TensorDataset(*split),
-                sampler=self._order,
-                batch_size=None,
-                num_workers=workers,
-                pin_memory=pin,
-                generator=own,
-                persistent_workers=workers > 0,
-            )
+        self._order: list[list[int]] = []
+        if workers or pin:  # its own generator, so that it does not draw from torch's global one
+            how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
+            data = TensorDataset(*split)
+            self._loader = DataLoader(data, None, sampler=self._order, generator=torch.Generator(), **how)
 
     def __len__(self) -> int:
         return -(-len(self.split[1]) // self.batch_size)
@@ -100,27 +93,22 @@ class Loader:
             self._order[:] = [part.tolist() for part in rows.split(self.batch_size)]
             yield from self._loader
         elif order is None:
-            yield from zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True)
+            yield from zip(*(part.split(self.batch_size) for part in self.split), strict=True)
         else:
             for part in order.to(targets.device).split(self.batch_size):
                 yield inputs.index_select(0, part), targets.index_select(0, part)
 
 
 def make_loader(
-    split: Split,
-    batch_size: int,
-    *,
-    shuffle_seed: int | None = None,
-    device: torch.device | str = "cpu",
-    workers: int = 0,
+    split: Split, batch_size: int, *, shuffle_seed: int | None = None, device: torch.device = CPU, workers: int = 0
 ) -> Loader:
     """Batches of a split for a model on `device`, shuffled from `shuffle_seed`, if given.
 
     Without workers the data is put on a CUDA device once, unless it would take more than half of what is free there;
     then, and with workers, batches go over in pinned memory.
     """
-    generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-    cuda = torch.device(device).type == "cuda"
+    order = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+    cuda = device.type == "cuda"
     if cuda and not workers and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2:
-        return Loader((split[0].to(device), split[1].to(device)), batch_size, generator)
-    return Loader(split, batch_size, generator, workers=workers, pin=cuda)
+        return Loader((split[0].to(device), split[1].to(device)), batch_size, order)
+    return Loader(split, batch_size, order, workers=workers, pin=cuda)

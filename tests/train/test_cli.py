@@ -51,6 +51,23 @@ def test_fit_has_no_slots_and_no_baseline(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "run")[0]["slots"] == []
 
 
+def test_profile_says_where_the_time_goes_and_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    for name, options in (("profiled", ["--profile"]), ("plain", [])):
+        arguments = ["heuristic", *QUICK, "--no-baseline", *options, "--out", str(tmp_path / name)]
+        assert cli.main(arguments) == 0
+    table = (tmp_path / "profiled" / "profile.md").read_text()
+    rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+    parts = ["data", "forward", "loss", "backward", "statistics", "optimizer", "evaluation"]
+    assert [row[0].strip() for row in rows] == parts
+    assert all(float(row[1]) > 0 for row in rows)
+    assert sum(float(row[2].strip().rstrip("%")) for row in rows) == pytest.approx(100, abs=4)
+    trace = json.loads((tmp_path / "profiled" / "profile.json").read_text())
+    assert set(parts) <= {event.get("name") for event in trace["traceEvents"]}
+    profiled, plain = (read_metrics(tmp_path / name) for name in ("profiled", "plain"))
+    assert [e["train"] for e in profiled[1:4]] == [e["train"] for e in plain[1:4]]
+    assert not (tmp_path / "plain" / "profile.md").exists()
+
+
 def test_episodes_get_a_directory_each(tmp_path: Path) -> None:
     arguments = ["heuristic", *QUICK, "--episodes", "2", "--seed", "5", "--no-baseline", "--out", str(tmp_path / "run")]
     assert cli.main(arguments) == 0

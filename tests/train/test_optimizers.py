@@ -77,14 +77,6 @@ def test_attach_of_a_detached_name_starts_without_the_old_momentum() -> None:
     torch.testing.assert_close(seed.detach().double(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_zero_grad_drops_the_gradients_of_every_group() -> None:
-    host, seed = parameter(0, 3), parameter(1, 4)
-    set_gradients(0, host, seed)
-    OptimizerRegistry(host=sgd(host), mid=sgd(seed), late=None).zero_grad()
-    assert host.grad is None
-    assert seed.grad is None
-
-
 def test_parameters_are_listed_by_group_in_the_optimizers_order() -> None:
     first, second, third, seed = (parameter(i, i + 1) for i in range(4))
     optimizer = SGD([{"params": [second, first]}, {"params": [third]}], lr=0.1)

@@ -1,0 +1,256 @@
+"""Whole epochs by our loop beside the loop that the project began from, as users would write it in plain torch.
+
+    python -m benchmarks.run epoch                  # every case
+    python -m benchmarks.run epoch digits:8x64      # one case
+    python -m benchmarks.run epoch tiny             # does it run at all
+
+An epoch is training with gradient statistics, and validation: as the network is, and once with each slot ablated.
+The plain loop is eager cross entropy, argmax and comparison, sums on the device, statistics gradient by gradient, SGD
+as torch makes it, and one pass over the validation data a variant. Model, seed, batches and learning rate are the
+same; a case is timed only after both have the same losses for two epochs. Rounds alternate, medians are reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks import record
+from esper_train import (
+    AmpConfig,
+    CompileConfig,
+    MorphModel,
+    OptimConfig,
+    SeedStage,
+    TrainConfig,
+    build_train_step,
+    cnn_host,
+    evaluate,
+    get_task,
+    train_one_epoch,
+    transformer_host,
+)
+from esper_train.build import make_optimizer
+from esper_train.tasks import make_loader
+from esper_train.tasks.task import Split
+
+LR, SLOTS = 0.01, ("early", "mid", "late")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model and its data; `classes` is the vocabulary of a language model."""
+
+    kind: str
+    width: int
+    batch: int
+    classes: int = 10
+    slots: int = 1
+    samples: int = 1024
+
+
+CASES = {
+    "tiny": Case(kind="digits", width=3, batch=16, samples=64),
+    "digits:8x64": Case(kind="digits", width=8, batch=64),
+    "digits:8x256": Case(kind="digits", width=8, batch=256),
+    "digits:32x64": Case(kind="digits", width=32, batch=64),
+    "digits:32x256": Case(kind="digits", width=32, batch=256),
+    "cifar:32x64": Case(kind="cifar", width=32, batch=64, samples=512),
+    "pysource:64x32": Case(kind="pysource", width=64, batch=32, classes=256, samples=512),
+    "lm:64x8x32768": Case(kind="lm", width=64, batch=8, classes=32768, samples=64),
+    **{f"batch:{b}": Case(kind="made", width=8, batch=b, samples=2048) for b in (16, 64, 256, 1024)},
+    **{f"classes:{c}": Case(kind="made", width=8, batch=64, classes=c) for c in (10, 100, 1000, 10000)},
+    **{f"slots:{s}": Case(kind="made", width=8, batch=64, slots=s) for s in (0, 1, 2, 3)},
+}
+
+
+def data_of(case: Case) -> Split:
+    """Inputs and targets to train with; the same are used to validate."""
+    generator = torch.Generator().manual_seed(0)
+    if case.kind in ("digits", "pysource"):
+        inputs, targets = get_task(case.kind).load().train
+        return inputs[: case.samples].contiguous(), targets[: case.samples].contiguous()
+    if case.kind == "lm":
+        tokens = torch.randint(case.classes, (case.samples, 65), generator=generator)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    shape = (3, 32, 32) if case.kind == "cifar" else (1, 8, 8)
+    targets = torch.randint(case.classes, (case.samples,), generator=generator)
+    return torch.randn(case.samples, *shape, generator=generator), targets
+
+
+def model_of(case: Case) -> MorphModel:
+    """A host with a fossil in each of the first `slots` slots."""
+    torch.manual_seed(0)
+    if case.kind in ("pysource", "lm"):
+        host, blueprint = transformer_host(vocab_size=case.classes, context=64, width=case.width), "mlp"
+    else:
+        size, channels = (32, 3) if case.kind == "cifar" else (8, 1)
+        host = cnn_host(image_size=size, in_channels=channels, num_classes=case.classes, width=case.width)
+        blueprint = "conv_light"
+    model = MorphModel(host, SLOTS)
+    for name in SLOTS[: case.slots]:
+        model.germinate_seed(blueprint, name, slot=name)
+        slot = model.slot(name)
+        fossil = replace(slot.state, stage=SeedStage.FOSSILIZED, alpha=1.0)
+        slot.restore(fossil, model.registry.require(host.topology, blueprint))
+    return model
+
+
+def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def plain_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """What `grad_stats` gives of these gradients, tensor by tensor, kept on the device until the epoch's end."""
+    grads = [p.grad.detach() for p in model.parameters() if p.grad is not None]
+    return {
+        "norms": torch.stack([g.norm() for g in grads]),
+        "max_abs": torch.stack([g.abs().max() for g in grads]),
+        "zeros": torch.stack([(g == 0).sum() for g in grads]),
+        "nans": torch.stack([g.isnan().sum() for g in grads]),
+        "infs": torch.stack([g.isinf().sum() for g in grads]),
+    }
+
+
+def plain_epoch(
+    model: MorphModel,
+    optimizer: torch.optim.Optimizer,
+    train: Iterable[Any],
+    validation: Iterable[Any],
+    slots: tuple[str, ...],
+) -> list[float]:
+    """The baseline. Losses of the training and of each validation pass."""
+    totals: list[tuple[Tensor, Tensor, int]] = []
+
+    def count(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+        loss_sum, correct, n = totals[-1]
+        loss_sum.add_(loss.detach() * targets.numel())
+        correct.add_((logits.argmax(-1) == targets).sum())
+        totals[-1] = (loss_sum, correct, n + targets.numel())
+
+    def begin() -> None:
+        totals.append((torch.zeros(()), torch.zeros((), dtype=torch.int64), 0))
+
+    begin()
+    statistics: dict[str, Tensor] = {}
+    model.train()
+    for inputs, targets in train:
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(inputs)
+        loss = plain_loss(logits, targets)
+        loss.backward()
+        statistics = plain_statistics(model)
+        optimizer.step()
+        count(logits, targets, loss)
+    model.eval()
+    with torch.no_grad():
+        for alpha in (None, *({slot: 0.0} for slot in slots)):
+            begin()
+            for inputs, targets in validation:
+                logits = model(inputs, alpha=alpha)
+                count(logits, targets, plain_loss(logits, targets))
+    for value in statistics.values():
+        value.tolist()
+    return [float(loss_sum) / n for loss_sum, _, n in totals]
+
+
+def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
+    """Each trains its own copy of the model for one more epoch and gives that epoch's losses."""
+    split, slots = data_of(case), SLOTS[: case.slots]
+    task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
+
+    def plain(own_loader: bool) -> Callable[[], list[float]]:
+        model = model_of(case)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+        validation: Iterable[Any] = make_loader(split, case.batch)
+        train: Iterable[Any] = make_loader(split, case.batch, shuffle_seed=0)
+        if own_loader:  # sample by sample, as a DataLoader comes; its order is its own
+            train = DataLoader(TensorDataset(*split), case.batch, shuffle=True)
+            validation = DataLoader(TensorDataset(*split), case.batch)
+        return lambda: plain_epoch(model, optimizer, train, validation, slots)
+
+    def ours(config: TrainConfig) -> Callable[[], list[float]]:
+        model, step = model_of(case), build_train_step(task_type, config)
+        if case.width >= 16 and case.kind in ("digits", "cifar", "made"):  # as a run does by itself
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        sgd = OptimConfig(momentum=0.9, weight_decay=0.0)
+        optimizer = make_optimizer(list(model.parameters()), LR, sgd)
+        train, validation = make_loader(split, case.batch, shuffle_seed=0), make_loader(split, case.batch)
+        shared: dict[str, Any] = {"task_type": task_type, "step": step}
+        variants = {slot: {slot: 0.0} for slot in slots}
+
+        def epoch() -> list[float]:
+            trained = train_one_epoch(model, train, optimizer, config, **shared)
+            measured = evaluate(model, validation, config, variants=variants, **shared)
+            return [trained.loss, measured.loss, *(measured.variants[slot].loss for slot in slots)]
+
+        return epoch
+
+    return {
+        "plain": plain(own_loader=False),
+        "plain, DataLoader": plain(own_loader=True),
+        "ours": ours(TrainConfig()),
+        "ours, bfloat16": ours(TrainConfig(amp=AmpConfig(dtype="bfloat16"))),
+        "ours, compiled": ours(TrainConfig(compile=CompileConfig(enabled=True))),
+    }
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Median seconds an epoch of each candidate, after two epochs in which their losses agreed."""
+    case = CASES[name]
+    runs = candidates(case)
+    curves = {label: [run(), run()] for label, run in runs.items()}
+    for label in ("ours", "ours, compiled"):
+        if not torch.allclose(torch.tensor(curves[label]), torch.tensor(curves["plain"]), rtol=2e-3):
+            raise SystemExit(f"{name}: losses differ, so nothing is timed: {curves['plain']} and {curves[label]}")
+    times: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(rounds):
+        for label, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[label].append(time.perf_counter() - started)
+    spread = median((median(t) - min(t)) / min(t) for t in times.values())
+    return {
+        "case": name,
+        "samples": case.samples,
+        "seconds": {k: median(t) for k, t in times.items()},
+        "spread": spread,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: epochs and samples a second by our loop, and how many times faster than the others it is."""
+    others = ("plain", "plain, DataLoader")
+    faster = ("ours, bfloat16", "ours, compiled")
+    heads = ["", "epochs/s", "samples/s", *(f"than {name}" for name in others), *(f"{name} / ours" for name in faster)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        t = row["seconds"]
+        cells = [f"{1 / t['ours']:.3g}", f"{row['samples'] / t['ours']:.3g}"]
+        cells += [f"{t[name] / t['ours']:.2f}x" for name in others]
+        cells += [f"{t['ours'] / t[name]:.2f}x" for name in faster]
+        busy = " (busy)" if row["spread"] > 0.3 else ""
+        lines.append("| " + " | ".join([row["case"] + busy, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main(names: list[str]) -> None:
+    """Measure the cases, print the table, write the figures."""
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise SystemExit(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")
+    rows = []
+    for name in names or [name for name in CASES if name != "tiny"]:
+        rows.append(measure(name, rounds=3 if name == "tiny" else 15))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{table(rows)}")
+    if names != ["tiny"]:
+        print(f"\n{record.write('epoch', rows)}")

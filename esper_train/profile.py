@@ -1,0 +1,40 @@
+"""Where the time of an epoch goes: a few batches under torch's profiler, as a trace and a table. `cli` calls it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import profile, record_function
+
+from esper_train.build import build_episode, random_state
+from esper_train.config import RunConfig
+from esper_train.loop import evaluate, train_one_epoch
+
+PARTS = ("data", "forward", "loss", "backward", "statistics", "optimizer", "evaluation")
+BATCHES = 8
+TABLE, TRACE = "profile.md", "profile.json"
+
+
+def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) -> str:
+    """Profile a few batches of a run like this, of which the run itself sees nothing, and return the table.
+
+    Writes it to `profile.md`, and a trace for `chrome://tracing` or Perfetto to `profile.json`.
+    """
+    episode = build_episode(config, slots=slots)
+    shared: dict[str, Any] = {"task_type": episode.task.task_type, "max_batches": BATCHES, "step": episode.step}
+
+    def epoch() -> None:
+        train_one_epoch(episode.model, episode.train, episode.optimizers, config.train, **shared)
+        evaluate(episode.model, episode.validation, config.train, **shared)
+
+    with random_state(config.seed, episode.device):
+        epoch()  # what is made or compiled once
+        episode.step.span = record_function
+        with profile() as profiler:
+            epoch()
+    profiler.export_chrome_trace(str(directory / TRACE))
+    spent = {event.key: event.cpu_time_total / 1e3 for event in profiler.key_averages() if event.key in PARTS}
+    lines = ["| part | ms | share |", "|---|---|---|"]
+    lines += [f"| {part} | {spent[part]:.3f} | {spent[part] / sum(spent.values()):.0%} |" for part in PARTS]
+    table = "\n".join(lines)
+    (directory / TABLE).write_text(table + "\n", encoding="utf-8")
+    return table
