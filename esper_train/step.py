@@ -101,12 +101,14 @@ class TrainStep:
         if self._criterion is not None:
             return float(len(targets))
         weight, ignored = self._options.get("weight"), self._options.get("ignore_index", IGNORED)
-        valid = [t != ignored for t in targets]
-        if weight is None:
-            return torch.stack([v.sum() for v in valid]).sum()
-        last = len(weight) - 1  # of a bad target any weight will do: the loss refuses it
-        rows = zip(targets, valid, strict=True)
-        return torch.stack([torch.where(v, weight[t.long().clamp(0, last)], 0).sum() for t, v in rows]).sum()
+
+        def total(t: Tensor) -> Tensor:
+            t = t.long()  # -100 is another number in uint8
+            if weight is None:
+                return (t != ignored).sum()
+            return torch.where(t != ignored, weight[t.clamp(0, len(weight) - 1)], 0).sum()  # the loss refuses bad ones
+
+        return torch.stack([total(t) for t in targets]).sum()
 
     def _memory_of_gradient(self, logits: Tensor) -> dict[str, Any]:
         """Where the gradient goes: fresh memory of its size costs more than computing it.

@@ -59,6 +59,21 @@ def test_a_step_of_several_batches_is_that_of_one_of_all_their_rows(
     assert result.batches == len(data)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_targets_of_fewer_bits_weigh_as_much(dtype: torch.dtype) -> None:
+    """Class 156 is -100 in uint8, and is not ignored."""
+    ends, generator = [], torch.Generator().manual_seed(1)
+    data = [(torch.randn(n, 6, generator=generator), torch.full((n,), 156)) for n in (4, 2)]
+    for kind in (torch.int64, dtype):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 200)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        converted = [(x, y.to(kind)) for x, y in data]
+        train_one_epoch(model, converted, optimizer, TrainConfig(accumulate=2), task_type="classification")
+        ends.append(model.weight.detach())
+    torch.testing.assert_close(ends[1], ends[0])
+
+
 def test_another_criterion_weighs_the_batches_alike() -> None:
     def squared(logits: Tensor, targets: Tensor) -> Tensor:
         return (logits - F.one_hot(targets.clamp(min=0), 5)).square().mean()
