@@ -101,7 +101,7 @@ def train_one_epoch(
         optimizers = OptimizerRegistry(host=optimizers)
     step = step or build_train_step(task_type, config, criterion)
     device, grad, kernel, scaler, span = _device(model), config.grad, config.kernel, step.scaler, step.span
-    meter, inv_scale = Meter(device, topk=config.topk), None
+    meter = Meter(device, topk=config.topk)
     groups = optimizers.parameters()
     parameters = [p for members in groups.values() for p in members]
     stats: GradStats | None = None
