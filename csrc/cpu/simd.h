@@ -179,7 +179,8 @@ INLINE Vec exp(Vec x) {
                   f * (0.24022242426872253f +
                        f * (0.05550733581185341f + f * (0.009671512991189957f + f * 0.001326472731307149f))));
   const IVec scaled = (IVec)p + ((IVec)shifted << 23);
-  return x < low ? Vec{} : (Vec)scaled;
+  const Vec number = x == x ? (Vec)scaled : x;  // the shift would make a number of a NaN with low bits set
+  return x < low ? Vec{} : number;
 }
 
 // log(x) for normal x >= 1/2; NaN for NaN. The mantissa in [sqrt(1/2), sqrt(2)) by a polynomial.
