@@ -48,6 +48,7 @@ esper::RowLayout layout_of(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t dims = sizes.size();
   STD_TORCH_CHECK(dims > 0 && (sizes[dims - 1] == 1 || strides[dims - 1] == 1), "expected class stride 1");
+  if (x.numel() == 0) return {};
   int64_t size[2] = {1, 1}, stride[2] = {0, 0};
   int level = 0;
   for (int64_t d = dims - 2; d >= 0; --d) {

@@ -243,7 +243,7 @@ def test_mean_over_nothing_is_nan_with_zero_gradient(
     assert torch.equal(logits.grad, torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 0, 0, 3), (2, 0, 2, 1)])
 def test_empty_batch_is_a_mean_over_nothing(config: KernelConfig, shape: tuple[int, ...]) -> None:
     logits, meter = torch.zeros(shape, requires_grad=True), Meter("cpu")
     targets = torch.zeros(shape[:-1], dtype=torch.int64)
