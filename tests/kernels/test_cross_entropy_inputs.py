@@ -107,7 +107,7 @@ def test_rank_uses_the_logits_before_softcap(config: KernelConfig) -> None:
 finite_or_not = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 1e4, -1e4, INF, -INF, NAN])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     rows=st.integers(0, 5),
