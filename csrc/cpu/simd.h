@@ -178,7 +178,7 @@ INLINE Vec exp(Vec x) {
       1.0f + f * (0.6931470036506653f +
                   f * (0.24022242426872253f +
                        f * (0.05550733581185341f + f * (0.009671512991189957f + f * 0.001326472731307149f))));
-  const IVec scaled = (IVec)p + ((IVec)shifted << 23);
+  const UVec scaled = (UVec)p + ((UVec)shifted << 23);
   const Vec number = x == x ? (Vec)scaled : x;  // the shift would make a number of a NaN with low bits set
   return x < low ? Vec{} : number;
 }
