@@ -182,8 +182,9 @@ int64_t count_above(const typename T::Raw* p, int64_t n, float x, bool or_equal)
 }
 
 struct RowSums {
-  float top = -__builtin_inff();  // the largest x
-  double sum = 0, smooth = 0;     // of exp(x - top); of w_c x_c, only with smoothing
+  float top = -__builtin_inff();   // the largest x
+  double sum = 0;                  // of exp(x - top)
+  double smooth = 0, weights = 0;  // of w_c (x_c - top), of w_c; with smoothing only
 };
 
 // One read of a row. Keeps exp(x - top of the chunk) of the first kKept classes for the gradient, except
@@ -217,10 +218,18 @@ RowSums read_row(const CrossEntropy& p, const typename T::Raw* row, const typena
 
     chunk_top[begin / kChunk] = top;
     const float new_top = top > result.top ? top : result.top;
-    if (new_top > result.top) result.sum *= __builtin_exp(result.top - new_top);
+    if (new_top > result.top) {
+      result.sum *= __builtin_exp(result.top - new_top);
+      if (begin && p.smoothing > 0) result.smooth += result.weights * ((double)result.top - new_top);
+    }
     result.sum += sum_lanes(sum) * (top == new_top ? 1 : __builtin_exp(shift - new_top));
     result.top = new_top;
-    if (p.smoothing > 0) result.smooth += sum_lanes(smooth) + sum_lanes(weights) * (double)shift;
+    if (p.smoothing > 0) {
+      const double chunk_weights = sum_lanes(weights);
+      const double drop = new_top == -__builtin_inff() ? 0 : (double)shift - new_top;
+      result.smooth += sum_lanes(smooth) + chunk_weights * drop;
+      result.weights += chunk_weights;
+    }
   }
   return result;
 }
@@ -300,7 +309,7 @@ void many_classes(const CrossEntropy& p, int64_t begin, int64_t end, float* scra
     if (!p.backward) {
       if (valid) {
         loss = weight * (1 - p.smoothing) * (log_sum - (target_x - sums.top));
-        if (p.smoothing > 0) loss += every * (p.weight_sum * lse - sums.smooth);
+        if (p.smoothing > 0) loss += every * (p.weight_sum * log_sum - sums.smooth);
         if (p.z_loss != 0) loss += p.z_loss * lse * lse;
         if (!finite) loss = __builtin_nan("");
       }
