@@ -67,6 +67,28 @@ def test_class_counts(v: int, dtype: torch.dtype) -> None:
             assert meter.compute().correct == {k: correct_at(k, logits, targets) for k in (1, 5)}, config
 
 
+@pytest.mark.parametrize("hidden", [slice(0, 4100), slice(4000, 8200), slice(4900, 9000)], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_chunks_of_minus_infinity(hidden: slice, smoothing: float) -> None:
+    """As a mask of the vocabulary makes them; with smoothing the loss is infinite, and its gradient finite."""
+    logits, targets = batch(5, 9000)
+    logits[1:, hidden] = -torch.inf
+    targets[1:] = logits[1].isfinite().nonzero()[[0, 1, -2, -1], 0]
+    options = {"weight": torch.linspace(0.5, 2.0, 9000), "label_smoothing": smoothing}
+    found = []
+    for x, config in [(logits.double(), KernelConfig(backend="eager")), *((logits, config) for config in CONFIGS)]:
+        leaf = x.clone().requires_grad_()
+        losses = cross_entropy(leaf, targets, **options, reduction="none", config=config)
+        losses.backward(torch.ones_like(losses))
+        assert leaf.grad is not None
+        found.append((losses.detach().double(), leaf.grad))
+    (true_losses, true_grad), *others = found
+    assert true_losses[1:].isinf().all() == (smoothing > 0)
+    for losses, grad in others:
+        torch.testing.assert_close(losses, true_losses, rtol=2e-6, atol=1e-7)
+        assert relative_error(grad, true_grad) <= 3e-6
+
+
 @pytest.mark.parametrize(
     ("v", "dtype"),
     [(1023, torch.float32), pytest.param(2048, torch.bfloat16, marks=pytest.mark.slow)],
