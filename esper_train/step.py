@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy, cross_entropy_step, record_loss, select_backend
 from esper_train.config import TrainConfig
@@ -63,8 +64,9 @@ class TrainStep:
         logits = self._forward(model, inputs)
         if self._criterion is None:
             memory = self._memory_of_gradient(logits)
+            edge = get_gradient_edge(logits)  # now: autograd would copy the gradient of a view written over
             grad = cross_entropy_step(logits, targets, meter, config=self._config.kernel, **memory, **self._options)
-            logits.backward(grad)
+            torch.autograd.backward(edge, grad)
         else:
             loss = self._criterion(logits, targets)
             loss.backward()

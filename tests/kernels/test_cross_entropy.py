@@ -243,7 +243,7 @@ def test_mean_over_nothing_is_nan_with_zero_gradient(
     assert torch.equal(logits.grad, torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 0, 0, 3), (2, 0, 2, 1)])
 def test_empty_batch_is_a_mean_over_nothing(config: KernelConfig, shape: tuple[int, ...]) -> None:
     logits, meter = torch.zeros(shape, requires_grad=True), Meter("cpu")
     targets = torch.zeros(shape[:-1], dtype=torch.int64)
@@ -256,11 +256,15 @@ def test_empty_batch_is_a_mean_over_nothing(config: KernelConfig, shape: tuple[i
     assert meter.compute().batches == 1
 
 
-def test_offset_of_1e7_changes_no_bit(config: KernelConfig) -> None:
+@pytest.mark.parametrize("classes", [9, 9000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_offset_of_1e7_changes_no_bit(config: KernelConfig, classes: int, smoothing: float) -> None:
     """Integers up to 2^24 are exact in float32, so both batches have the same differences."""
-    small = torch.arange(45.0).view(5, 9).remainder(7)
-    targets = torch.tensor([0, 1, 2, 3, 4])
-    results = [loss_and_grad(cross_entropy, x, targets, config=config) for x in (small, small + 1e7)]
+    small = torch.arange(5.0 * classes).view(5, classes).remainder(7)
+    small[:, -1] = 9.0  # a maximum that comes late
+    targets, weight = torch.tensor([0, 1, 2, 3, 4]), torch.linspace(0.5, 2.0, classes)
+    options: dict[str, Any] = {"weight": weight, "label_smoothing": smoothing, "config": config}
+    results = [loss_and_grad(cross_entropy, x, targets, **options) for x in (small, small + 1e7)]
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
 
