@@ -35,13 +35,27 @@ def refusal(backend: str, device_type: str, dtype: torch.dtype = torch.float32) 
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
         return None
-    if backend != "cpp":
+    if backend == "cuda":
         return f"not part of esper-kernels {__version__}"
-    if device_type != "cpu":
-        return f"runs on the CPU only, not on {device_type}"
     if dtype == torch.float64:
         return "float64 is served by eager only"
+    if backend == "triton":
+        return _triton_unavailable(device_type)
+    if device_type != "cpu":
+        return f"runs on the CPU only, not on {device_type}"
     return native.UNAVAILABLE
+
+
+def _triton_unavailable(device_type: str) -> str | None:
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return f"runs on GPUs that Triton compiles for, not on {device_type}"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    if device_type == "cpu" and not triton.knobs.runtime.interpret:
+        return "runs on the CPU only in Triton's interpreter, for tests (TRITON_INTERPRET=1 before Python starts)"
+    return None
 
 
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:
