@@ -29,13 +29,13 @@ class BackendChoice(NamedTuple):
     instruction_set: str = "auto"  # what the config asked for; `cpp` runs it
 
 
-def refusal(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `backend` cannot serve tensors of this device type and dtype; None where it can."""
+def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot serve `op` on tensors of this device type and dtype; None where it can."""
     if backend == "eager":
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
         return None
-    if backend == "cuda":
+    if backend == "cuda" or (op, backend) == ("grad_stats", "triton"):
         return f"not part of esper-kernels {__version__}"
     if dtype == torch.float64:
         return "float64 is served by eager only"
@@ -53,7 +53,8 @@ def _triton_unavailable(device_type: str) -> str | None:
         import triton
     except ImportError as error:
         return f"triton does not import: {error}"
-    if device_type == "cpu" and not triton.knobs.runtime.interpret:
+    # Triton decides when it is imported; `torch.compile` cannot trace the knob itself.
+    if device_type == "cpu" and isinstance(triton.language.zeros, triton.JITFunction):
         return "runs on the CPU only in Triton's interpreter, for tests (TRITON_INTERPRET=1 before Python starts)"
     return None
 
@@ -67,7 +68,7 @@ def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig)
         raise ValueError(f"instruction_set={config.instruction_set!r} cannot run here; there are: {had}")
     refused: tuple[tuple[str, str], ...] = ()
     for backend in order:
-        reason = refusal(backend, device_type, dtype)
+        reason = refusal(op, backend, device_type, dtype)
         if reason is None:
             return BackendChoice(backend, refused, config.instruction_set)
         refused += ((backend, reason),)

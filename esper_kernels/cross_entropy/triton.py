@@ -21,7 +21,7 @@ _INTERPRETED = (2, 1 << 20)  # multiprocessors and bytes of cache, as if the CPU
 
 
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
-    """The loss and, to keep for `backward`, float32 [2 N + 1]: maximum and log sum of a row, then the weights' sum."""
+    """The loss and, to keep for `backward`, float32 [2 N + 1]: maximum and sum of a row, then the weights' sum."""
     per_row = options.reduction == "none"
     loss = logits.new_empty(targets.shape if per_row else (), dtype=torch.float32)
     kept = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None

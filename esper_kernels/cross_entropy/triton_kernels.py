@@ -140,7 +140,7 @@ def batch(
     grad_scale,
     losses,  # [rows], written
     loss,  # [], written
-    kept,  # [2 rows + 1], written: maximum and log sum of each row; the rows' weights added up
+    kept,  # [2 rows + 1], written: maximum and sum of exponentials of each row; the rows' weights added up
     grad,  # like logits, written; may be the logits
     sums,  # of the meter
     counts,
@@ -261,7 +261,7 @@ def batch(
             tl.store(losses + row, row_loss, row < rows)
         if kept is not None:
             tl.store(kept + row, row_max, row < rows)
-            tl.store(kept + rows + row, log_sum, row < rows)
+            tl.store(kept + rows + row, row_sum, row < rows)
         if grad is not None:
             of_softmax, at_target, everywhere = _coefficients(
                 scale, row_weight, weight_sum, row_max + log_sum, label_smoothing, z_loss, V
@@ -365,7 +365,7 @@ def backward(
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     target, valid, _, _ = _classify(targets, row, rows, V, IGNORE)
     x_row = logits + _offset(row, inner, logits_outer, logits_inner, UNIT)
-    row_max, log_sum = tl.load(kept + row, valid, other=0.0), tl.load(kept + rows + row, valid, other=0.0)
+    row_max, row_sum = tl.load(kept + row, valid, other=0.0), tl.load(kept + rows + row, valid, other=1.0)
     row_weight, weight_sum = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], V, tl.float32)
     if weight is not None:
         row_weight = tl.load(weight + target, valid, other=0.0).to(tl.float32)
@@ -382,9 +382,10 @@ def backward(
         scale = _number(grad_output) / denominator
     live = valid & (denominator != 0)
     of_softmax, at_target, everywhere = _coefficients(
-        scale, row_weight, weight_sum, row_max + log_sum, label_smoothing, z_loss, V
+        scale, row_weight, weight_sum, row_max + tl.log(row_sum), label_smoothing, z_loss, V
     )
+    of_softmax /= row_sum
     _, x = _read(x_row, c, live[:, None] & (c < V), softcap)
-    p = tl.exp(x - row_max[:, None] - log_sum[:, None])
+    p = tl.exp(x - row_max[:, None])
     g = _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, label_smoothing, softcap, V)
     tl.store(grad + row[:, None] * V + c, g, (row < rows)[:, None] & (c < V))

@@ -131,9 +131,10 @@ def test_target_dtypes_give_the_same(config: KernelConfig, dtype: torch.dtype) -
     ],
     ids=str,
 )
-def test_gradcheck_in_float64(config: KernelConfig, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+def test_gradcheck_in_float64(config: KernelConfig, dtype: torch.dtype, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(4, 6, generator=generator, dtype=dtype, requires_grad=True)
     targets = torch.tensor([0, 5, -100, 2])
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets, **options, config=config), logits)
 
@@ -159,15 +160,15 @@ def test_grad_output_may_differ_by_row_or_be_expanded(config: KernelConfig) -> N
 def test_grad_output_is_applied_before_rounding_to_float16(config: KernelConfig) -> None:
     """The loss scaler of mixed precision: 65536 times a gradient that float16 alone would round to 0."""
     generator = torch.Generator().manual_seed(0)
-    leaf = (torch.randn(512, 1000, generator=generator) * 3).half().requires_grad_()
-    targets = torch.randint(1000, (512,), generator=generator)
+    leaf = (torch.randn(32, 1000, generator=generator) * 3).half().requires_grad_()
+    targets = torch.randint(1000, (32,), generator=generator)
 
     def scaled(scale: float) -> Tensor:
-        loss = cross_entropy(leaf, targets, config=config)
+        loss = cross_entropy(leaf, targets, normalizer=512, config=config)
         (grad,) = torch.autograd.grad(loss, leaf, torch.tensor(scale))
         return grad
 
-    _, truth = loss_and_grad(plain_torch_cross_entropy, leaf.double(), targets)
+    _, truth = loss_and_grad(plain_torch_cross_entropy, leaf.double(), targets, normalizer=512)
     assert relative_error(scaled(65536.0), truth * 65536) < 1e-3  # float16 rounds by up to 5e-4
     assert (scaled(65536.0) != 0).double().mean() > 0.99
     assert (scaled(1.0) != 0).double().mean() < 0.5
@@ -286,15 +287,15 @@ def test_options_as_tensors_equal_numbers(config: KernelConfig) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_options_as_tensors_may_have_any_float_dtype(config: KernelConfig, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("number_dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_options_as_tensors_may_have_any_float_dtype(config: KernelConfig, number_dtype: torch.dtype) -> None:
     """A factor e / V of 0.125 / 50257 is below float16's precision; the arithmetic has to be float32."""
     for logits, target in ((torch.zeros(1, 50257), torch.tensor([7])), (torch.zeros(50257), torch.tensor(7))):
         logits[..., 7] = 20.0
         leaf = logits.requires_grad_()
         options = {
-            "label_smoothing": torch.tensor(0.125, dtype=dtype),
-            "z_loss": torch.tensor(0.5, dtype=dtype),
+            "label_smoothing": torch.tensor(0.125, dtype=number_dtype),
+            "z_loss": torch.tensor(0.5, dtype=number_dtype),
         }
         loss, grad = loss_and_grad(cross_entropy, leaf, target, **options, config=config)
         truth = loss_and_grad(plain_torch_cross_entropy, leaf.double(), target, label_smoothing=0.125, z_loss=0.5)
@@ -305,7 +306,8 @@ def test_options_as_tensors_may_have_any_float_dtype(config: KernelConfig, dtype
 def test_same_bits_on_every_run_and_thread_count(config: KernelConfig) -> None:
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(1, 50257, generator=generator), torch.randn(70000, 3, generator=generator)]
+    rows = 3000 if config.backend == "triton" else 70000  # has no threads, and an interpreter is slow
+    batches = [torch.randn(1, 50257, generator=generator), torch.randn(rows, 3, generator=generator)]
     runs = []
     try:
         for count in (1, 2, 2):
