@@ -6,10 +6,14 @@ Nothing that a kernel is compiled for depends on the number of rows: another bat
 from dataclasses import dataclass
 
 COUNT_PROGRAMS = 256  # of the launch that only adds up the rows' weights
-_TILE = 1024  # elements; short rows share a tile
-_RESIDENT_CLASSES, _RESIDENT_CLASSES_HEAVY = 16384, 8192  # longer rows do not fit into a program's registers
+_TILE = 512  # elements; short rows share a tile
 _CACHE_FRACTION = 0.6  # of the second-level cache that rows in flight may fill: gradients pass through it too
 _COUNT_BYTES = 512 << 10  # of targets that the programs of one multiprocessor may read to add up the weights
+_REGISTERS = 65536  # of a multiprocessor
+
+# Rows that fit into registers: longest block, warps, stages, programs at once on a multiprocessor, and when heavy. As
+# many as compile without spilling; programs that wait let others work, and one that is alone reads a tile ahead.
+_RESIDENT = ((1024, 4, 1, 5, 5), (2048, 4, 1, 5, 4), (4096, 8, 1, 3, 2), (8192, 16, 1, 2, 1), (16384, 16, 2, 1, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,7 @@ class Launch:
     resident: a tile is whole rows, and logits are read once. Otherwise a row is read in pieces of `block` classes,
         and again from its end for the gradient, while the cache still has it.
     stages: how many tiles (resident) or pieces are on their way at once.
+    registers: the most a thread may use, so that the programs of a multiprocessor fit.
     programs: each takes every programs-th tile, so that few of them have sums to add up at the end.
     count_first: the rows' weights are added up by a launch of its own, else by every program for itself.
     """
@@ -28,6 +33,7 @@ class Launch:
     resident: bool
     warps: int
     stages: int
+    registers: int
     programs: int
     count_first: bool
 
@@ -44,38 +50,38 @@ def choose(
 ) -> Launch:
     """For logits [rows, classes] of element_size bytes on a device with this much second-level cache.
 
-    heavy: class weights, label smoothing or softcap are on and need registers. The figures below are what compiles
-    without spilling them, at 64 a thread where several programs share a multiprocessor.
+    heavy: class weights, label smoothing or softcap are on, and need registers.
     """
-    block = 1 << (classes - 1).bit_length()
-    tile_rows = max(1, _TILE // block)
-    limit = _RESIDENT_CLASSES_HEAVY if heavy else _RESIDENT_CLASSES
-    resident = block <= limit
-    if resident:
-        warps = min(max(tile_rows * block // 512, 4), 16)
-        # Programs that wait let others work; the one that fills the registers reads ahead instead.
-        stages, at_once = (2, 1) if block == _RESIDENT_CLASSES else (1, 32 // warps)
-    elif heavy:
-        block, warps, stages, at_once = 2048, 16, 4, 1
-    elif 2 * multiprocessors * classes * element_size <= _CACHE_FRACTION * cache_bytes:
-        block, warps, stages, at_once = 2048, 8, 4, 2
+    block = max(8, 1 << (classes - 1).bit_length())
+    for longest, warps, stages, plain, when_heavy in _RESIDENT:
+        at_once = when_heavy if heavy else plain
+        if block <= longest and at_once:
+            resident, tile_rows = True, max(1, _TILE // block)
+            break
     else:
-        block, warps, stages, at_once = 4096, 16, 4, 1
+        resident, tile_rows, stages = False, 1, 4
+        in_flight = multiprocessors * classes * element_size  # stay in the cache until they are read again
+        if heavy:
+            block, warps, at_once = 2048, 16, 1
+        elif 2 * in_flight <= _CACHE_FRACTION * cache_bytes:
+            block, warps, at_once = 2048, 8, 2
+        else:
+            block, warps, at_once = 4096, 16, 1
     programs = max(1, min(-(-rows // tile_rows), multiprocessors * at_once))
-    counted = rows * target_size * -(-programs // multiprocessors)
     return Launch(
         rows=tile_rows,
         block=block,
         resident=resident,
         warps=warps,
         stages=stages,
+        registers=_REGISTERS // (32 * warps * at_once) // 8 * 8,
         programs=programs,
-        count_first=counted > _COUNT_BYTES,
+        count_first=rows * target_size * -(-programs // multiprocessors) > _COUNT_BYTES,
     )
 
 
 def tile(classes: int) -> tuple[int, int, int]:
     """Rows, classes and warps of a tile whose elements do not depend on each other: backward."""
-    block = min(1 << (classes - 1).bit_length(), 4 * _TILE)
+    block = min(max(8, 1 << (classes - 1).bit_length()), 4096)
     rows = max(1, _TILE // block)
     return rows, block, max(rows * block // 512, 4)

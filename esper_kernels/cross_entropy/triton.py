@@ -17,6 +17,7 @@ from esper_kernels.cross_entropy import launch
 from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.meter import COUNTS, Meter
 
+_OPTIONS = {"enable_fp_fusion": True}  # Triton's own default, which it warns is going to change
 _INTERPRETED = (2, 1 << 20)  # multiprocessors and bytes of cache, as if the CPU had them
 
 
@@ -193,7 +194,7 @@ def _batch(
         if grad is not None and normalizer is None and chosen.count_first:
             counted = torch.empty(launch.COUNT_PROGRAMS, dtype=torch.float64, device=device)
             kernels.count[(launch.COUNT_PROGRAMS,)](
-                targets, weight, counted, rows, V=classes, IGNORE=ignore_index, BLOCK=1024, enable_fp_fusion=True
+                targets, weight, counted, rows, V=classes, IGNORE=ignore_index, BLOCK=1024, **_OPTIONS
             )
         kernels.batch[(chosen.programs,)](
             logits,
@@ -230,7 +231,8 @@ def _batch(
             COUNT_BLOCK=256 * chosen.warps,
             COUNT_PROGRAMS=launch.COUNT_PROGRAMS,
             num_warps=chosen.warps,
-            enable_fp_fusion=True,
+            **_OPTIONS,
+            **({"maxnreg": chosen.registers} if torch.version.cuda else {}),
         )
 
 
@@ -279,7 +281,7 @@ def _backward(
             ROWS=tile_rows,
             BLOCK=block,
             num_warps=warps,
-            enable_fp_fusion=True,
+            **_OPTIONS,
         )
 
 

@@ -25,12 +25,6 @@ BACKENDS = (
 @pytest.fixture(params=BACKENDS)
 def config(request: pytest.FixtureRequest) -> KernelConfig:
     name, _, instruction_set = request.param.partition("-")
-    if name == "triton":
-        dtype = request.node.callspec.params.get("dtype")
-        if dtype == torch.float64:
-            pytest.skip("float64 is served by eager only")
-        if dtype == torch.bfloat16 and not torch.cuda.is_available():
-            pytest.skip("Triton's interpreter loses carries when it rounds to bfloat16")
     if name != "cpp":
         return KernelConfig(backend=name)
     if instruction_set not in ("", *INSTRUCTION_SETS):
@@ -55,3 +49,14 @@ def config(request: pytest.FixtureRequest) -> KernelConfig:
 )
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def logits_dtype(request: pytest.FixtureRequest, config: KernelConfig) -> torch.dtype:
+    """A dtype of logits whose gradient the backend can write: parametrized indirectly."""
+    dtype: torch.dtype = request.param
+    if config.backend == "triton" and dtype == torch.float64:
+        pytest.skip("float64 is served by eager only")
+    if config.backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter loses carries when it rounds to bfloat16")
+    return dtype

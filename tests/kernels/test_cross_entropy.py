@@ -94,11 +94,11 @@ def test_softcap_equals_hand_computed_numbers(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logits_dtype", DTYPES, ids=str, indirect=True)
 def test_samples_agree_with_torch_in_float64(
-    config: KernelConfig, device: str, dtype: torch.dtype, reduction: str
+    config: KernelConfig, device: str, logits_dtype: torch.dtype, reduction: str
 ) -> None:
-    for name, logits, targets, options in samples(dtype, device):
+    for name, logits, targets, options in samples(logits_dtype, device):
         if (reduction != "mean" and "normalizer" in options) or (logits.numel() == 0 and reduction == "mean"):
             continue
         options = {**options, "reduction": reduction}
@@ -106,7 +106,7 @@ def test_samples_agree_with_torch_in_float64(
         true_loss, true_grad = loss_and_grad(plain_torch_cross_entropy, logits.double(), targets, **options)
         _, eager_grad = loss_and_grad(plain_torch_cross_entropy, logits, targets, **options)
         assert grad.dtype == logits.dtype, name
-        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
+        assert loss.dtype == (torch.float64 if logits_dtype == torch.float64 else torch.float32), name
         assert loss.shape == true_loss.shape, name
         assert relative_error(loss, true_loss) <= 2e-6, name
         assert_no_worse_than_eager(grad, eager_grad, true_grad)
@@ -131,10 +131,10 @@ def test_target_dtypes_give_the_same(config: KernelConfig, dtype: torch.dtype) -
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
-def test_gradcheck_in_float64(config: KernelConfig, dtype: torch.dtype, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("logits_dtype", [torch.float64], ids=str, indirect=True)
+def test_gradcheck_in_float64(config: KernelConfig, logits_dtype: torch.dtype, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 6, generator=generator, dtype=dtype, requires_grad=True)
+    logits = torch.randn(4, 6, generator=generator, dtype=logits_dtype, requires_grad=True)
     targets = torch.tensor([0, 5, -100, 2])
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets, **options, config=config), logits)
 
@@ -287,15 +287,15 @@ def test_options_as_tensors_equal_numbers(config: KernelConfig) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("number_dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_options_as_tensors_may_have_any_float_dtype(config: KernelConfig, number_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_options_as_tensors_may_have_any_float_dtype(config: KernelConfig, dtype: torch.dtype) -> None:
     """A factor e / V of 0.125 / 50257 is below float16's precision; the arithmetic has to be float32."""
     for logits, target in ((torch.zeros(1, 50257), torch.tensor([7])), (torch.zeros(50257), torch.tensor(7))):
         logits[..., 7] = 20.0
         leaf = logits.requires_grad_()
         options = {
-            "label_smoothing": torch.tensor(0.125, dtype=number_dtype),
-            "z_loss": torch.tensor(0.5, dtype=number_dtype),
+            "label_smoothing": torch.tensor(0.125, dtype=dtype),
+            "z_loss": torch.tensor(0.5, dtype=dtype),
         }
         loss, grad = loss_and_grad(cross_entropy, leaf, target, **options, config=config)
         truth = loss_and_grad(plain_torch_cross_entropy, leaf.double(), target, label_smoothing=0.125, z_loss=0.5)
