@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,12 @@ class GradStats:
     vanishing: float = 0.0
     exploding: float = math.inf
     workspace: dict[str, Any] = field(default_factory=dict, repr=False)  # what a backend keeps for the next call
+
+    def over(
+        self, numels: tuple[int, ...], groups: tuple[tuple[str, int], ...], vanishing: float, exploding: float
+    ) -> "GradStats":
+        """The same memory as the statistics of other tensors."""
+        return replace(self, numels=numels, groups=groups, vanishing=vanishing, exploding=exploding)
 
     def compute(self) -> GradHealth:
         """Read everything: the only host sync."""

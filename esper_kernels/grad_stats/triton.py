@@ -68,7 +68,10 @@ def _is_dense(x: Tensor) -> bool:
 def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
     """The tables of `stats` for these tensors, made or brought up to date without waiting for the device."""
     device = stats.norms.device
-    key = stats.numels, tuple(torch.float32 if x is None else x.dtype for x in tensors)
+    key = (
+        tuple(0 if x is None else x.numel() for x in tensors),
+        tuple(torch.float32 if x is None else x.dtype for x in tensors),
+    )
     found = [0 if x is None else x.data_ptr() for x in tensors]
     tables: _Tables | None = stats.workspace.get("triton")
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
