@@ -12,9 +12,15 @@ from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own AVX-512 header
-KERNELS = ["csrc/cpu/dispatch.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/baseline.cpp"]
+KERNELS = [
+    "csrc/cpu/driver.cpp",
+    "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/avx512.cpp",
+    "csrc/cpu/avx2.cpp",
+    "csrc/cpu/baseline.cpp",
+]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # every torch from 2.10 on
-HEADERS = ["kernels.h", "simd.h", "cross_entropy.h", "grad_stats.h"]
+HEADERS = ["driver.h", "kernels.h", "simd.h", "cross_entropy.h", "grad_stats.h"]
 
 
 def compiled() -> dict[str, Any]:
@@ -24,7 +30,7 @@ def compiled() -> dict[str, Any]:
         return {}
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError:
         sys.exit(
             "esper-kernels: cannot import torch, against which the kernels are compiled; install it and run "
@@ -46,7 +52,7 @@ def compiled() -> dict[str, Any]:
         "esper_kernels._native",
         ["csrc/bindings.cpp"],
         depends=depends,
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[pybind11.get_include(), *include_paths()],  # ATen/dlpack.h
         extra_compile_args=["-std=c++17", *FLAGS],
         extra_link_args=["-s"],
     )

@@ -11,6 +11,7 @@ import torch
 
 from esper_kernels import native
 from esper_kernels.config import KernelConfig
+from esper_kernels.native import Road
 from esper_kernels.version import __version__
 
 OPS = ("cross_entropy", "grad_stats")
@@ -35,9 +36,9 @@ def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
         return None
-    if backend == "cuda" or (op, backend) == ("grad_stats", "triton"):
+    if backend == "cuda":
         return f"not part of esper-kernels {__version__}"
-    if dtype == torch.float64:
+    if dtype == torch.float64 and (op, backend) != ("grad_stats", "triton"):
         return "float64 is served by eager only"
     if backend == "triton":
         return _triton_unavailable(device_type)
@@ -89,3 +90,19 @@ def select_backend(op: str, device_type: str, dtype: torch.dtype, config: Kernel
     """
     select = _select if torch.compiler.is_compiling() else _select_cached
     return select(op, device_type, dtype, _DEFAULT if config is None else config)
+
+
+def direct(config: KernelConfig | None = None) -> Road | None:
+    """The road past torch's dispatcher to `cpp` on plain CPU tensors; None where it may not be tried.
+
+    Compilers, tracers, dispatch modes and profilers would not see such a call, so it gives way to the op wherever
+    one of them looks on.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.profiler._is_profiler_enabled
+        or (config is not None and config.backend not in ("auto", "cpp"))
+    ):
+        return None
+    return native.ROAD

@@ -16,13 +16,7 @@ from esper_train.config import (
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
 from esper_train.control.signals import Signals, SignalTracker
-from esper_train.episode import (
-    EpisodeResult,
-    NonFiniteLossError,
-    run_fit,
-    run_heuristic_episode,
-    train_heuristic,
-)
+from esper_train.episode import EpisodeResult, NonFiniteLossError, run_fit, run_heuristic_episode, train_heuristic
 from esper_train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
 from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, default_registry
 from esper_train.morph.export import export, fold

@@ -1,7 +1,5 @@
 """Makes everything a run owns, and refuses here whatever could not work later. `episode` and `cli` call it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from esper_train.config import OptimConfig, RunConfig
 from esper_train.control.signals import SignalTracker
-from esper_train.morph.blueprints import BlueprintRegistry, default_registry
+from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.optimizers import OptimizerRegistry
 from esper_train.step import TrainStep, build_train_step
@@ -34,6 +32,7 @@ class Episode:
     optimizers: OptimizerRegistry
     tracker: SignalTracker
     step: TrainStep
+    device: torch.device
     train: DataLoader[Any]
     validation: DataLoader[Any]
     test: DataLoader[Any]
@@ -42,37 +41,25 @@ class Episode:
 
 
 def build_episode(
-    config: RunConfig,
-    *,
-    task: Task | None = None,
-    slots: Sequence[str],
-    registry: BlueprintRegistry | None = None,
+    config: RunConfig, *, task: Task | None = None, slots: Sequence[str], registry: BlueprintRegistry | None = None
 ) -> Episode:
     """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
     task = task or get_task(config.task, config)
-    device = resolve_device(config.device)
+    device, policy = resolve_device(config.device), config.policy
     splits = load_splits(task)
     with random_state(config.seed, device):
         host = task.build_host(config.host).to(device)
-    optim = config.optim
-    host_optimizer = make_optimizer(host.parameters(), optim.host_lr, optim)
+    host_optimizer = make_optimizer(host.parameters(), config.optim.host_lr, config.optim)
     step = build_train_step(task.task_type, config.train)
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
     return Episode(
         config=config,
         task=task,
-        model=MorphModel(
-            host,
-            slots,
-            growth=config.growth,
-            max_epochs=config.max_epochs,
-            registry=registry or default_registry(),
-        ),
+        model=MorphModel(host, slots, growth=config.growth, max_epochs=config.max_epochs, registry=registry),
         optimizers=OptimizerRegistry(host=host_optimizer),
-        tracker=SignalTracker(
-            plateau_threshold=config.policy.plateau_threshold, plateau_epochs=config.policy.plateau_epochs
-        ),
+        tracker=SignalTracker(plateau_threshold=policy.plateau_threshold, plateau_epochs=policy.plateau_epochs),
         step=step,
+        device=next(host.parameters()).device,
         train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed),
         validation=make_loader(splits.validation, EVALUATION_BATCH),
         test=make_loader(splits.test, EVALUATION_BATCH),
@@ -97,14 +84,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} names no device; usable here: {', '.join(usable)}") from error
-    if f"{device.type}:{device.index or 0}" not in (f"{u}:0" if ":" not in u else u for u in usable):
+    if f"{device.type}:{device.index or 0}" not in ("cpu:0", *usable):
         raise ValueError(f"device {name!r} is not there; usable here: {', '.join(usable)}")
     return device
-
-
-def device_of(model: MorphModel) -> torch.device:
-    """Where the model lives."""
-    return next(model.parameters()).device
 
 
 @contextmanager

@@ -4,8 +4,6 @@ Exit codes: 0 done, 2 something in the request or the data cannot work, 3 the lo
 130 interrupted. Only this module prints, and only it imports tyro and rich.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -19,18 +17,12 @@ from esper_train import run_directory
 from esper_train.build import build_episode
 from esper_train.config import RunConfig, load_toml
 from esper_train.control.policy import Idle
-from esper_train.episode import (
-    NonFiniteLossError,
-    episode_configs,
-    heuristic_policy,
-    require_slots,
-    run_episode,
-)
+from esper_train.episode import NonFiniteLossError, episode_configs, heuristic_policy, require_slots, run_episode
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
 from esper_train.telemetry.report import write_report
-from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, Sink
+from esper_train.telemetry.sinks import ConsoleSink, JsonlSink
 
 USAGE = """usage: esper-train {heuristic,fit,info} [options]
 
@@ -115,7 +107,8 @@ def _run(config: RunConfig, directory: Path, mode: str, *, baseline: bool) -> No
     episode = build_episode(config, slots=require_slots(config) if growing else ())
     policy = heuristic_policy(episode) if growing else Idle()
     run_directory.create(directory, config)
-    hub = TelemetryHub([JsonlSink(directory / run_directory.METRICS), _display()], config.telemetry)
+    display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
+    hub = TelemetryHub([JsonlSink(directory / run_directory.METRICS), display], config.telemetry)
     try:
         try:
             run_episode(episode, policy, hub, mode=mode)
@@ -126,8 +119,3 @@ def _run(config: RunConfig, directory: Path, mode: str, *, baseline: bool) -> No
             _run(config, directory / run_directory.BASELINE, "fit", baseline=False)
     finally:
         print(f"report: {write_report(directory)}")
-
-
-def _display() -> Sink:
-    """Live progress on a terminal, plain lines elsewhere."""
-    return ProgressSink() if sys.stdout.isatty() else ConsoleSink()

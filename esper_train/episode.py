@@ -4,16 +4,13 @@
 those who import the package. Plain training is the same run with no slots and a controller that never acts.
 """
 
-from __future__ import annotations
-
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, build_episode, device_of, make_optimizer, random_state
+from esper_train.build import Episode, build_episode, make_optimizer, random_state
 from esper_train.config import RunConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
@@ -117,113 +114,99 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
     However the run ends, its last event is RUN_FINISHED with the status "completed", "interrupted", "nonfinite"
     or "failed"; what ended it is raised again.
     """
-    config, model = episode.config, episode.model
-    hub = hub or TelemetryHub()
-    started = time.perf_counter()
-    policy.reset()
-    actions = Counter({op.name: 0 for op in Op})
-    rewards: list[float] = []
+    config, model, hub = episode.config, episode.model, hub or TelemetryHub()
+    started, status, epoch = time.perf_counter(), "failed", 0
+    accuracy, test = math.nan, None
+    decided: list[tuple[str, float]] = []  # operation and reward of each epoch
     contributions: list[float] = []
-    accuracy, test, status, epoch = math.nan, None, "failed", 0
-    outcome: dict[str, Any] = {}
+    policy.reset()
     hub.emit(_run_started(episode, mode))
     try:
-        with random_state(config.seed + 1, device_of(model)):
+        with random_state(config.seed + 1, episode.device):
             for epoch in range(1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
                 accuracy = validation.accuracy
-                _observe(model, train, validation)
+                for slot in model.slots:
+                    name = slot.state.slot
+                    slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
                 signals = episode.tracker.update(
                     epoch=epoch,
                     max_epochs=config.max_epochs,
                     train_loss=train.loss,
                     train_accuracy=train.accuracy,
                     val_loss=validation.loss,
-                    val_accuracy=validation.accuracy,
+                    val_accuracy=accuracy,
                     slots=_states(model),
                 )
                 changes = [change for slot in model.slots for change in slot.step_epoch()]
                 stepped = replace(signals, slots=_states(model))
                 decision = policy.decide(stepped)
                 reward = _reward(episode, stepped, decision)
-                made, refusal = _execute(episode, decision)
+                made, refused = _execute(episode, decision)
                 changes += made
-                actions[decision.op.name] += 1
-                rewards.append(reward)
+                decided.append((decision.op.name, reward))
+                more = {"joint": _joint(validation), "max_epochs": config.max_epochs, "reward": reward}
+                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more, refused=refused))
                 for change in changes:
                     _follow(episode, change)
+                    hub.emit(stage_event(epoch, change))
                     if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
                         contributions.append(change.before.contribution)
-                more = {"max_epochs": config.max_epochs, "reward": reward, "refused": refusal}
-                joint = _joint_contribution(validation)
-                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, joint=joint, **more))
-                for change in changes:
-                    hub.emit(stage_event(epoch, change))
-                _report_gradients(model, train, validation, epoch, hub)
-                _require_finite(train, validation, epoch)
+                _report_numbers(model, train, validation, epoch, hub)
             test = evaluate(model, episode.test, config.train, task_type=episode.task.task_type, step=episode.step)
             status = "completed"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except NonFiniteLossError:
-        status = "nonfinite"
+    except (KeyboardInterrupt, NonFiniteLossError) as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "nonfinite"
         raise
     finally:
-        outcome = {
+        outcome: dict[str, Any] = {
             "accuracy": accuracy,
             "parameters": sum(p.numel() for p in model.parameters()),
             "fossils": model.fossils,
             "contributions": tuple(contributions),
-            "action_counts": dict(actions),
-            "rewards": tuple(rewards),
+            "action_counts": {op.name: sum(name == op.name for name, _ in decided) for op in Op},
+            "rewards": tuple(reward for _, reward in decided),
             "seconds": time.perf_counter() - started,
         }
         hub.emit(Event(EventType.RUN_FINISHED, epoch, {"status": status, "test": test and plain(test), **outcome}))
     return EpisodeResult(model=model, test=test, **outcome)
 
 
+def _run_started(episode: Episode, mode: str) -> Event:
+    config, model = episode.config, episode.model
+    data = {
+        "mode": mode,
+        "task": episode.task.name,
+        "seed": config.seed,
+        "max_epochs": config.max_epochs,
+        "device": str(episode.device),
+        "backend": episode.step.backend(episode.device),
+        "slots": [state.slot for state in _states(model)],
+        "data": dict(episode.data_record),
+        "host_parameters": sum(p.numel() for p in model.get_host_parameters()),
+    }
+    return Event(EventType.RUN_STARTED, 0, data)
+
+
 def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
-    config, model, task_type = episode.config, episode.model, episode.task.task_type
-    train = train_one_epoch(
-        model,
-        episode.train,
-        episode.optimizers,
-        config.train,
-        task_type=task_type,
-        max_batches=config.max_batches,
-        step=episode.step,
-    )
+    config, model = episode.config, episode.model
+    kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
+    optimizers, most = episode.optimizers, config.max_batches
+    train = train_one_epoch(model, episode.train, optimizers, config.train, max_batches=most, **kept)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [s.slot for s in _states(model) if s.alpha > 0 and (s.stage is not SeedStage.FOSSILIZED or check_fossils)]
     variants = {slot: {slot: 0.0} for slot in ablated}
     if len(ablated) > 1:
         variants[JOINT] = dict.fromkeys(ablated, 0.0)
-    validation = evaluate(
-        model, episode.validation, config.train, task_type=task_type, variants=variants, step=episode.step
-    )
-    return train, validation
+    return train, evaluate(model, episode.validation, config.train, variants=variants, **kept)
 
 
-def _observe(model: MorphModel, train: EpochResult, validation: EvalResult) -> None:
-    """Give each slot the epoch's measurements; a slot without alpha has no contribution to measure."""
-    for slot in model.slots:
-        name = slot.state.slot
-        slot.observe(validation.accuracy, _contribution(validation, name), gradient_ratio(train.grad, name))
-
-
-def _contribution(validation: EvalResult, variant: str) -> float | None:
-    """Percentage points of accuracy that the variant lacks; None where it was not measured."""
-    without = validation.variants.get(variant)
-    return None if without is None else validation.accuracy - without.accuracy
-
-
-def _joint_contribution(validation: EvalResult) -> dict[str, Any] | None:
+def _joint(validation: EvalResult) -> dict[str, Any] | None:
     """What the seeds measured in this epoch contribute together, where there were several."""
-    contribution = _contribution(validation, JOINT)
-    if contribution is None:
+    if JOINT not in validation.variants:
         return None
-    return {"slots": [name for name in validation.variants if name != JOINT], "contribution": contribution}
+    slots = [name for name in validation.variants if name != JOINT]
+    return {"slots": slots, "contribution": validation.contribution(JOINT)}
 
 
 def _reward(episode: Episode, signals: Signals, decision: Decision) -> float:
@@ -236,51 +219,43 @@ def _reward(episode: Episode, signals: Signals, decision: Decision) -> float:
 
 def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], str | None]:
     """Do what the controller asked; what the model refuses comes back as the reason in words."""
-    model, slot = episode.model, decision.slot or ""
+    model, slot, made = episode.model, decision.slot or "", []
     try:
-        match decision.op:
-            case Op.GERMINATE:
-                seed_id = f"seed_{episode.seeds_germinated}"
-                made = model.germinate_seed(
-                    decision.blueprint or "", seed_id, slot=slot, blend=decision.blend or "sigmoid"
-                )
-                episode.seeds_germinated += 1
-                return made, None
-            case Op.CULL:
-                return model.cull_seed(slot=slot, reason=decision.reason), None
-            case Op.FOSSILIZE:
-                return model.fossilize_seed(slot=slot), None
-            case _:
-                return [], None
+        if decision.op is Op.GERMINATE:
+            blueprint, seed_id = decision.blueprint or "", f"seed_{episode.seeds_germinated}"
+            made = model.germinate_seed(blueprint, seed_id, slot=slot, blend=decision.blend or "sigmoid")
+            episode.seeds_germinated += 1
+        elif decision.op is Op.CULL:
+            made = model.cull_seed(slot=slot, reason=decision.reason)
+        elif decision.op is Op.FOSSILIZE:
+            made = model.fossilize_seed(slot=slot)
     except ValueError as refusal:
         return [], str(refusal)
+    return made, None
 
 
 def _follow(episode: Episode, change: StageChange) -> None:
     """Keep the optimizers in step with the seeds."""
-    slot, optimizers = change.before.slot, episode.optimizers
-    gate = f"{slot}.gate"
+    slot, optimizers, optim = change.before.slot, episode.optimizers, episode.config.optim
+    gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
     if change.stage is SeedStage.TRAINING:
-        seated, optim = episode.model.slot(slot), episode.config.optim
+        seated = episode.model.slot(slot)
         for group, module in ((slot, seated.seed), (gate, seated.gate)):
             if module is not None:
                 parameters = [p for p in module.parameters() if p.requires_grad]
                 optimizers.attach(group, make_optimizer(parameters, optim.seed_lr, optim) if parameters else None)
-    elif change.stage is SeedStage.CULLED or (
-        change.stage is SeedStage.FOSSILIZED and episode.config.growth.on_fossilize == "freeze"
-    ):
+    if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
         optimizers.detach(slot)
     if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):
         optimizers.detach(gate)
 
 
-def _report_gradients(
+def _report_numbers(
     model: MorphModel, train: EpochResult, validation: EvalResult, epoch: int, hub: TelemetryHub
 ) -> None:
-    """Report bad numbers, and each parameter's gradient where the level asks for it."""
-    grad = train.grad
+    """Report bad numbers, and each parameter's gradient where the level asks for it; a bad loss ends the run."""
+    grad, logits = train.grad, train.nonfinite + validation.nonfinite
     gradients = 0 if grad is None else grad.nan_count + grad.inf_count
-    logits = train.nonfinite + validation.nonfinite
     hub.tick()
     if logits or gradients:
         hub.emit(Event(EventType.NONFINITE, epoch, {"logits": logits, "gradients": gradients}))
@@ -290,32 +265,12 @@ def _report_gradients(
         names, parameters = zip(*model.named_parameters(), strict=True)
         (norms,) = compute_all(grad_stats([p.grad for p in parameters]).norms)  # a host sync
         hub.emit(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": dict(zip(names, norms, strict=True))}))
-
-
-def _require_finite(train: EpochResult, validation: EvalResult, epoch: int) -> None:
     if not (math.isfinite(train.loss) and math.isfinite(validation.loss)):
         raise NonFiniteLossError(
             f"the loss is not finite in epoch {epoch}: training {train.loss}, validation {validation.loss} "
-            f"({train.nonfinite + validation.nonfinite} rows of logits were NaN or infinite); "
-            "try a smaller learning rate, or train.grad.clip_norm"
+            f"({logits} rows of logits were NaN or infinite); try a smaller learning rate, or train.grad.clip_norm"
         )
 
 
 def _states(model: MorphModel) -> tuple[SlotState, ...]:
     return tuple(slot.state for slot in model.slots)
-
-
-def _run_started(episode: Episode, mode: str) -> Event:
-    config, model, device = episode.config, episode.model, device_of(episode.model)
-    data = {
-        "mode": mode,
-        "task": episode.task.name,
-        "seed": config.seed,
-        "max_epochs": config.max_epochs,
-        "device": str(device),
-        "backend": episode.step.backend(device),
-        "slots": [slot.state.slot for slot in model.slots],
-        "data": dict(episode.data_record),
-        "host_parameters": sum(p.numel() for p in model.get_host_parameters()),
-    }
-    return Event(EventType.RUN_STARTED, 0, data)

@@ -1,7 +1,5 @@
 """One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and go."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

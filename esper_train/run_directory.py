@@ -1,7 +1,5 @@
 """The directory of a run: what it was asked, where it ran, what it reported, and the network it trained."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Mapping
@@ -19,13 +17,8 @@ from esper_train.morph.lifecycle import SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.tasks import Task, get_task
 
-CONFIG, ENVIRONMENT, METRICS, NETWORK, REPORT = (
-    "config.json",
-    "environment.json",
-    "metrics.jsonl",
-    "network.pt",
-    "report.html",
-)
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+NETWORK, REPORT = "network.pt", "report.html"
 BASELINE = "baseline"
 """Directory of the same host trained without slots."""
 FORMAT = 1
@@ -40,7 +33,6 @@ def create(path: Path, config: RunConfig) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; choose another --out, or remove it")
     path.mkdir(parents=True, exist_ok=True)
-    _write_json(path / CONFIG, asdict(config))
     environment = {
         "esper": esper_kernels.__version__,
         "torch": torch.__version__,
@@ -49,7 +41,8 @@ def create(path: Path, config: RunConfig) -> Path:
         "threads": torch.get_num_threads(),
         "device": config.device,
     }
-    _write_json(path / ENVIRONMENT, environment)
+    for name, values in ((CONFIG, asdict(config)), (ENVIRONMENT, environment)):
+        (path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -75,16 +68,11 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
     host = (task or get_task(config.task, config)).build_host(config.host)
     states = [SlotState.from_plain(values) for values in saved["slots"]]
-    model = MorphModel(
-        host,
-        [state.slot for state in states],
-        growth=config.growth,
-        max_epochs=config.max_epochs,
-        registry=registry,
-    )
+    slots, growth = [state.slot for state in states], config.growth
+    model = MorphModel(host, slots, growth=growth, max_epochs=config.max_epochs, registry=registry)
     for state in states:
-        seated = state.blueprint and model.registry.require(host.topology, state.blueprint)
-        model.slot(state.slot).restore(state, seated or None)
+        blueprint = model.registry.require(host.topology, state.blueprint) if state.blueprint else None
+        model.slot(state.slot).restore(state, blueprint)
     try:
         model.load_state_dict(saved["weights"])
     except RuntimeError as error:
@@ -108,7 +96,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{path / METRICS}, line {number} is not JSON: {error}") from error
     return events
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

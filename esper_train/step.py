@@ -5,10 +5,7 @@ output, outside the compiled region. There is one step object a task type, made 
 compilation is decided at import or shared between runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,29 +17,11 @@ from esper_train.config import TrainConfig
 from esper_train.names import unknown_name
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-LOGITS_DIMS: Mapping[str, tuple[int, str]] = MappingProxyType({"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")})
+LOGITS_DIMS: Mapping[str, tuple[int, str]] = {"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")}
 """Task type to the rank and shape of its logits."""
 # Autograd nodes, by the name they give themselves.
 _PRODUCTS = ("AddmmBackward0", "MmBackward0", "LinearBackward0", "BmmBackward0", "BaddbmmBackward0")
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
-
-
-def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
-    """The step of a task type.
-
-    Args:
-        task_type: "classification" (logits [N, V], targets [N]) or "lm" (logits [N, T, V], targets [N, T]).
-        config: kernel and compile settings.
-        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options; any other
-            callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
-
-    Raises:
-        ValueError: unknown task type, or an `nn.CrossEntropyLoss` that does not reduce to one number.
-    """
-    if task_type not in LOGITS_DIMS:
-        raise unknown_name("task type", task_type, LOGITS_DIMS)
-    options = criterion_options(criterion)
-    return TrainStep(task_type, config, criterion if options is None else None, options or {})
 
 
 def criterion_options(criterion: Criterion | None) -> dict[str, Any] | None:
@@ -130,23 +109,37 @@ class TrainStep:
         return self._compiled is not None
 
     def _forward(self, model: nn.Module, inputs: Tensor, **arguments: Any) -> Tensor:
-        logits = self._try_compiled(model, inputs, arguments)
+        try:
+            logits = (self._compiled or _call)(model, inputs, arguments)
+        except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
+            if self._compiled is None or self._config.compile.on_failure == "raise":
+                raise
+            self._compiled = None
+            self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            logits = _call(model, inputs, arguments)
         dims, shape = LOGITS_DIMS[self._task_type]
         if logits.dim() != dims:
             got = tuple(logits.shape)
             raise ValueError(f"task type {self._task_type!r} expects logits {shape}, got {got} from the model")
         return logits
 
-    def _try_compiled(self, model: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if self._compiled is not None:
-            try:
-                return self._compiled(model, inputs, arguments)
-            except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
-                if self._config.compile.on_failure == "raise":
-                    raise
-                self._compiled = None
-                self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return _call(model, inputs, arguments)
+
+def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
+    """The step of a task type.
+
+    Args:
+        task_type: "classification" (logits [N, V], targets [N]) or "lm" (logits [N, T, V], targets [N, T]).
+        config: kernel and compile settings.
+        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options; any other
+            callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
+
+    Raises:
+        ValueError: unknown task type, or an `nn.CrossEntropyLoss` that does not reduce to one number.
+    """
+    if task_type not in LOGITS_DIMS:
+        raise unknown_name("task type", task_type, LOGITS_DIMS)
+    options = criterion_options(criterion)
+    return TrainStep(task_type, config, criterion if options is None else None, options or {})
 
 
 def _call(model: nn.Module, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:

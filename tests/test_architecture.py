@@ -22,8 +22,8 @@ KERNEL_ARROWS = {
     "backends": {"config", "native", "version"},
     "readback": set(),
     "meter": {"backends", "readback"},
-    "cross_entropy": {"backends", "config", "meter", "sums"},
-    "grad_stats": {"backends", "config", "readback", "sums"},
+    "cross_entropy": {"backends", "config", "meter", "native", "sums"},
+    "grad_stats": {"backends", "config", "native", "readback", "sums"},
     "info": {"backends", "config", "native", "version"},
     "testing": {"cross_entropy", "grad_stats", "meter", "config"},
 }

@@ -23,12 +23,6 @@ INLINE Vec slope(Vec x, float softcap) {  // of softcap, where it gives x
   return 1.0f - (x / softcap) * (x / softcap);
 }
 
-INLINE IVec lanes_below(int32_t n) {
-  IVec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < n;
-}
-
 INLINE bool is_finite(float x) { return x - x == 0; }
 
 // --- few classes: a lane a row, so that no lane idles and nothing is summed across lanes ---
@@ -38,44 +32,33 @@ constexpr int64_t kFewClasses = 32;  // beyond these, rows one by one are as fas
 template <class T, bool kCap>
 void few_classes(const CrossEntropy& p, int64_t begin, int64_t end, double* loss_sum, int64_t* counts) {
   typedef typename T::Raw Raw;
-  Raw raw[kFewClasses][kLanes];
-  Vec x[kFewClasses], e[kFewClasses];
+  constexpr int64_t kRounded = (kFewClasses + kLanes - 1) / kLanes * kLanes;
+  Vec x[kRounded], e[kRounded];  // a vector a class
   const int n = p.classes;
   for (int64_t first = begin; first < end; first += kLanes) {
-    const int rows = end - first < kLanes ? end - first : kLanes;
-    IVec target = splat(-1);
-    Vec weight{}, scale{};
-    // Where each lane's row begins after the first one: gathered and scattered from there if that fits 32
-    // bits.
-    const Raw* const in = (const Raw*)p.logits + p.logits_at.offset(first);
-    Raw* const out = p.out ? (Raw*)p.out + p.out_at.offset(first) : nullptr;
-    IVec places{}, out_places{};
-    bool gathers = kGathers && sizeof(Raw) == sizeof(float);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t i =
-          first + (lane < rows ? lane : 0);  // lanes past the end repeat a row, as an ignored one
-      const int64_t place = p.logits_at.offset(i) - p.logits_at.offset(first);
-      const int64_t out_place = p.out ? p.out_at.offset(i) - p.out_at.offset(first) : 0;
-      places[lane] = place;
-      out_places[lane] = out_place;
-      gathers = gathers && places[lane] == place && out_places[lane] == out_place;
-      const int64_t t = target_of(p, i);
-      if (lane >= rows || !is_valid(p, t)) continue;
-      target[lane] = t;
-      weight[lane] = p.weight ? p.weight[t] : 1.0f;
-      scale[lane] = scale_of(p, i);
+    const int rows = end - first < kLanes ? end - first : kLanes;  // lanes past the end are ignored rows
+    for (int c = 0; c < n; c += kLanes) {
+      for (int lane = 0; lane < rows; ++lane)
+        x[c + lane] = load_at<T>((const Raw*)p.logits + p.logits_at.offset(first + lane), c, n, 0);
+      for (int lane = rows; lane < kLanes; ++lane) x[c + lane] = Vec{};
+      transpose(x + c);
     }
-    const IVec valid = target >= 0;
-    if (!gathers)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const Raw* row = (const Raw*)p.logits + p.logits_at.offset(first + (lane < rows ? lane : 0));
-        for (int c = 0; c < n; ++c) raw[c][lane] = row[c];
-      }
+    int32_t targets[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t t = lane < rows ? target_of(p, first + lane) : -1;
+      targets[lane] = is_valid(p, t) ? t : -1;
+    }
+    const IVec target = load<IVec>(targets), valid = target >= 0;
+    Vec weight = splat(1.0f), scale = splat(p.scale);
+    if (p.weight)
+      for (int lane = 0; lane < kLanes; ++lane)
+        weight[lane] = targets[lane] < 0 ? 0 : p.weight[targets[lane]];
+    if (p.scale_of_row)
+      for (int lane = 0; lane < rows; ++lane) scale[lane] = scale_of(p, first + lane);
 
     Vec top = splat(-__builtin_inff()), at_target{}, sum{}, smooth{};
     IVec ahead{};
     for (int c = 0; c < n; ++c) {
-      x[c] = gathers ? gather((const float*)in + c, places) : T::widen(load<typename T::Lanes>(raw[c]));
       top = max(x[c], top);
       at_target = target == c ? x[c] : at_target;
     }
@@ -99,7 +82,7 @@ void few_classes(const CrossEntropy& p, int64_t begin, int64_t end, double* loss
       if (p.smoothing > 0) loss += p.smoothing / n * (p.weight_sum * log_sum - smooth);
       if (p.z_loss != 0) loss += p.z_loss * lse * lse;
       loss = valid ? (finite ? loss : splat(__builtin_nanf(""))) : Vec{};
-      *loss_sum += sum_lanes(loss);
+      *loss_sum += sum_in_double(loss);
       if (p.row_loss)
         for (int lane = 0; lane < rows; ++lane) p.row_loss[first + lane] = loss[lane];
       if (p.saved_max)
@@ -127,15 +110,14 @@ void few_classes(const CrossEntropy& p, int64_t begin, int64_t end, double* loss
       Vec g = e[c] * of_softmax - (target == c ? on_target : Vec{});
       if (p.smoothing > 0) g -= everywhere * (p.weight ? p.weight[c] : 1.0f);
       if (kCap) g *= slope(x[c], p.softcap);
-      g = counted ? g : Vec{};
-      if (gathers)
-        scatter((float*)out + c, out_places, g, lanes_below(rows));
-      else
-        store(raw[c], T::narrow(g));
+      e[c] = counted ? g : Vec{};
     }
-    for (int lane = 0; lane < rows && !gathers; ++lane) {
-      Raw* row = (Raw*)p.out + p.out_at.offset(first + lane);
-      for (int c = 0; c < n; ++c) row[c] = raw[c][lane];
+    for (int c = 0; c < n; c += kLanes) {
+      transpose(e + c);
+      for (int lane = 0; lane < rows; ++lane) {
+        Raw* row = (Raw*)p.out + p.out_at.offset(first + lane) + c;
+        n - c >= kLanes ? store(row, T::narrow(e[c + lane])) : store_some<T>(row, n - c, e[c + lane]);
+      }
     }
   }
 }
@@ -176,7 +158,7 @@ int64_t count_above(const typename T::Raw* p, int64_t n, float x, bool or_equal)
       const Vec y = load_at<T>(p, c, end, __builtin_nanf(""));
       lanes -= or_equal ? y >= x : y > x;
     }
-    for (int lane = 0; lane < kLanes; ++lane) count += lanes[lane];
+    count += sum_lanes(lanes);
   }
   return count;
 }
@@ -218,9 +200,9 @@ RowSums read_row(const CrossEntropy& p, const typename T::Raw* row, const typena
     chunk_top[begin / kChunk] = top;
     const float new_top = top > result.top ? top : result.top;
     if (new_top > result.top) result.sum *= __builtin_exp(result.top - new_top);
-    result.sum += sum_lanes(sum) * (top == new_top ? 1 : __builtin_exp(shift - new_top));
+    result.sum += sum_in_double(sum) * (top == new_top ? 1 : __builtin_exp(shift - new_top));
     result.top = new_top;
-    if (p.smoothing > 0) result.smooth += sum_lanes(smooth) + sum_lanes(weights) * (double)shift;
+    if (p.smoothing > 0) result.smooth += sum_in_double(smooth) + sum_in_double(weights) * (double)shift;
   }
   return result;
 }

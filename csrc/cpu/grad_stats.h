@@ -1,13 +1,13 @@
 // Gradient statistics of a chunk. Included inside each instruction set's namespace, after simd.h.
 
-typedef double DVec __attribute__((vector_size(kBytes)));
-template <int n>
-using Indices = std::make_integer_sequence<int, n>;  // types only: no code of the library
+typedef float FHalf __attribute__((vector_size(kBytes / 2)));
 
-// kLanes / 2 lanes of x from `first` on, in double.
-template <int first, int... i>
-INLINE DVec half(Vec x, std::integer_sequence<int, i...>) {
-  return __builtin_convertvector(__builtin_shufflevector(x, x, (first + i)...), DVec);
+// kLanes / 2 lanes from `first` on, in double. float32 is read again: converting from memory costs half as
+// much.
+template <class T, int first>
+INLINE DVec half_at(const typename T::Raw* p, Vec x) {
+  if constexpr (sizeof *p == 4) return __builtin_convertvector(load<FHalf>(p + first), DVec);
+  return half<first>(x, Indices<kLanes / 2>{});
 }
 
 // One value at a time: for scales that are 0 or not finite, and to count what is not finite.
@@ -29,15 +29,16 @@ GradChunk slow_chunk(const typename T::Raw* p, int64_t n, double inv_scale) {
 template <class T>
 GradChunk chunk_of(const typename T::Raw* p, int64_t n, double inv_scale) {
   if (!(inv_scale > 0 && inv_scale < 1e300 && inv_scale > 1e-200)) return slow_chunk<T>(p, n, inv_scale);
-  DVec squares[4] =
-      {};  // float32 squares neither overflow nor underflow in double; four chains hide the latency
+  // float32 squares neither overflow nor underflow in double; four chains hide the latency.
+  DVec squares[4] = {};
   UVec top{};
   IVec zeros{};
-  const auto add = [&](Vec x, DVec* sums) __attribute__((always_inline)) {
+  const auto add = [&](const typename T::Raw* at, DVec* sums) __attribute__((always_inline)) {
+    const Vec x = T::widen(load<typename T::Lanes>(at));
     const UVec magnitude = (UVec)x & 0x7fffffff;
     top = magnitude > top ? magnitude : top;
-    zeros -= magnitude == 0;
-    const DVec low = half<0>(x, Indices<kLanes / 2>{}), high = half<kLanes / 2>(x, Indices<kLanes / 2>{});
+    zeros -= magnitude == 0;  // in integers: denormals are none, however the processor is set
+    const DVec low = half_at<T, 0>(at, x), high = half_at<T, kLanes / 2>(at, x);
     sums[0] += low * low;
     sums[1] += high * high;
   };
@@ -45,22 +46,21 @@ GradChunk chunk_of(const typename T::Raw* p, int64_t n, double inv_scale) {
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     __builtin_prefetch(p + i + 1024);  // measured: the arithmetic is long enough to hide what comes after
     __builtin_prefetch(p + i + 1024 + kLanes);
-    add(T::widen(load<typename T::Lanes>(p + i)), squares);
-    add(T::widen(load<typename T::Lanes>(p + i + kLanes)), squares + 2);
+    add(p + i, squares);
+    add(p + i + kLanes, squares + 2);
   }
   GradChunk result{};
   for (; i < n; i += kLanes) {
-    add(load_at<T>(p, i, n, 0), squares);
-    if (n - i < kLanes) result.zeros -= kLanes - (n - i);  // the padding
+    typename T::Raw rest[kLanes] = {};
+    const int64_t lanes = n - i < kLanes ? n - i : kLanes;
+    __builtin_memcpy(rest, p + i, lanes * sizeof *p);
+    add(rest, squares);
+    result.zeros -= kLanes - lanes;  // the padding
   }
-  uint32_t largest = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    largest = top[lane] > largest ? top[lane] : largest;
-    result.zeros += zeros[lane];
-  }
+  const uint32_t largest = reduce(top, Larger{});
   if (largest >= 0x7f800000) return slow_chunk<T>(p, n, inv_scale);  // Inf or NaN: seldom
-  const DVec low = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-  for (int lane = 0; lane < kLanes / 2; ++lane) result.sum_of_squares += low[lane];
+  result.zeros += sum_lanes(zeros);
+  result.sum_of_squares = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
   result.sum_of_squares *= inv_scale * inv_scale;
   float max_abs;
   __builtin_memcpy(&max_abs, &largest, sizeof max_abs);

@@ -4,7 +4,13 @@
 
 namespace esper {
 
-enum Dtype : int { kFloat32, kBFloat16, kFloat16 };
+// What the kernels compute with, then float64 of the results, then what targets may be.
+enum Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64, kInt64, kInt32, kUInt8 };
+
+inline int bytes_of(Dtype dtype) {
+  constexpr int bytes[] = {4, 2, 2, 8, 8, 4, 1};
+  return bytes[dtype];
+}
 
 // Row i of a tensor [..., classes] of up to two leading dimensions, in elements; classes have stride 1.
 struct RowLayout {

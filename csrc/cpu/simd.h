@@ -15,6 +15,7 @@ constexpr int kLanes = kBytes / 4;
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef int32_t IVec __attribute__((vector_size(kBytes)));
 typedef uint32_t UVec __attribute__((vector_size(kBytes)));
+typedef double DVec __attribute__((vector_size(kBytes)));
 typedef uint16_t HVec __attribute__((vector_size(kBytes / 2)));
 
 #define INLINE inline __attribute__((always_inline))
@@ -60,26 +61,54 @@ INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
-// Over the lanes, halves first: a fixed order and a short chain.
-INLINE float max_lane(Vec x) {
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-  return x[0];
+template <int n>
+using Indices = std::make_integer_sequence<int, n>;  // types only: no code of the library
+
+template <int step, class V, int... i>
+INLINE V swapped(V x, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(x, x, (i ^ step)...);
 }
 
-INLINE double sum_lanes(Vec x) {
-  double sums[kLanes];
-  for (int i = 0; i < kLanes; ++i) sums[i] = x[i];
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  return sums[0];
+// f over the lanes, halves first: a fixed order and a short chain.
+template <class V, class F, int step = sizeof(V) / sizeof(V{}[0]) / 2>
+INLINE auto reduce(V x, const F& f) {
+  x = f(x, swapped<step>(x, Indices<sizeof(V) / sizeof(V{}[0])>{}));
+  if constexpr (step > 1)
+    return reduce<V, F, step / 2>(x, f);
+  else
+    return x[0];
 }
 
-INLINE int32_t count_lanes(IVec mask) {
-  int32_t count = 0;
-  for (int i = 0; i < kLanes; ++i) count -= mask[i];
-  return count;
+struct Larger {
+  INLINE Vec operator()(Vec a, Vec b) const { return max(a, b); }
+  INLINE UVec operator()(UVec a, UVec b) const { return a > b ? a : b; }
+};
+
+struct Plus {
+  template <class V>
+  INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+INLINE float max_lane(Vec x) { return reduce(x, Larger{}); }
+
+template <class V>
+INLINE auto sum_lanes(V x) {
+  return reduce(x, Plus{});
 }
+
+// Lanes first to first + kLanes / 2 of x, in double.
+template <int first, int... i>
+INLINE DVec half(Vec x, std::integer_sequence<int, i...>) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, (first + i)...), DVec);
+}
+
+INLINE double sum_in_double(Vec x) {
+  return sum_lanes(half<0>(x, Indices<kLanes / 2>{}) + half<kLanes / 2>(x, Indices<kLanes / 2>{}));
+}
+
+INLINE int32_t count_lanes(IVec mask) { return -sum_lanes(mask); }
 
 // --- element types: from stored lanes to float32 and back, rounding to nearest even ---
 
@@ -128,18 +157,40 @@ struct Float16 {
 #endif
 };
 
-// The first n lanes; the others are `rest`.
+INLINE IVec lanes_below(int32_t n) {
+  IVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < n;
+}
+
+// The first n lanes, n < kLanes; the others are `rest`.
 template <class T>
 INLINE Vec load_some(const typename T::Raw* p, int64_t n, float rest) {
   typename T::Lanes x = T::narrow(splat(rest));
+#if ESPER_LEVEL == 4
+  const uint16_t mask = (1u << n) - 1;
+  if constexpr (sizeof *p == 4)
+    x = (typename T::Lanes)_mm512_mask_loadu_ps((__m512)x, mask, p);
+  else
+    x = (typename T::Lanes)_mm256_mask_loadu_epi16((__m256i)x, mask, p);
+#else
   for (int i = 0; i < n; ++i) x[i] = p[i];
+#endif
   return T::widen(x);
 }
 
 template <class T>
 INLINE void store_some(typename T::Raw* p, int64_t n, Vec x) {
   const typename T::Lanes lanes = T::narrow(x);
+#if ESPER_LEVEL == 4
+  const uint16_t mask = (1u << n) - 1;
+  if constexpr (sizeof *p == 4)
+    _mm512_mask_storeu_ps(p, mask, (__m512)lanes);
+  else
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)lanes);
+#else
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
 }
 
 // Lanes c to c + kLanes of n.
@@ -148,28 +199,28 @@ INLINE Vec load_at(const typename T::Raw* p, int64_t c, int64_t n, float rest) {
   return n - c >= kLanes ? T::widen(load<typename T::Lanes>(p + c)) : load_some<T>(p + c, n - c, rest);
 }
 
-// Lane i at p + places[i]; whether there are instructions for it. Scattering leaves out lanes outside of
-// `to`.
-#if ESPER_LEVEL == 4
-constexpr bool kGathers = true;
-INLINE Vec gather(const float* p, IVec places) {
-  return (Vec)_mm512_mask_i32gather_ps((__m512)Vec{}, 0xffff, (__m512i)places, p, 4);
+// Lane i with bit `step` set and lane i - step change places between a and b.
+template <int step, int... i>
+INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, i...>) {
+  const Vec low = __builtin_shufflevector(a, b, (i & step ? kLanes + i - step : i)...);
+  b = __builtin_shufflevector(a, b, (i & step ? kLanes + i : i + step)...);
+  a = low;
 }
-INLINE void scatter(float* p, IVec places, Vec x, IVec to) {
-  _mm512_mask_i32scatter_ps(p, _mm512_movepi32_mask((__m512i)to), (__m512i)places, (__m512)x, 4);
+
+// Lane j of x[i] and lane i of x[j] change places.
+template <int step = kLanes / 2>
+INLINE void transpose(Vec* x) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & step)) exchange<step>(x[i], x[i + step], Indices<kLanes>{});
+  if constexpr (step > 1) transpose<step / 2>(x);
 }
-#else
-constexpr bool kGathers = false;
-INLINE Vec gather(const float*, IVec) { return Vec{}; }
-INLINE void scatter(float*, IVec, Vec, IVec) {}
-#endif
 
 // --- functions ---
 
 // exp(x) for x of at most about 0; 0 below -86; NaN for NaN. Relative error 2e-7 of exp(x rounded).
 INLINE Vec exp(Vec x) {
-  const float log2e = 1.44269504f, low = -86.0f,
-              shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
+  const float log2e = 1.44269504f, low = -86.0f;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to integers
   const Vec bounded = max(splat(low), x);
   const Vec shifted = bounded * log2e + shift;
   const Vec f =
@@ -178,6 +229,9 @@ INLINE Vec exp(Vec x) {
       1.0f + f * (0.6931470036506653f +
                   f * (0.24022242426872253f +
                        f * (0.05550733581185341f + f * (0.009671512991189957f + f * 0.001326472731307149f))));
+#if ESPER_LEVEL == 4
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(shifted - shift));
+#endif
   const IVec scaled = (IVec)p + ((IVec)shifted << 23);
   return x < low ? Vec{} : (Vec)scaled;
 }

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_kernels.backends import select_backend
+from esper_kernels.backends import direct, select_backend
 from esper_kernels.config import KernelConfig
 from esper_kernels.cross_entropy import cpp, reference, triton
 from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.meter import Meter
+from esper_kernels.native import Road
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NO_GRADS = (None,) * (3 + len(Options._fields))  # for what _CrossEntropy takes besides the logits
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 
@@ -54,11 +56,21 @@ def cross_entropy(
     Raises TypeError or ValueError, naming the argument, before anything is written.
     """
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
+    differentiable = isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()
+    loss: Tensor | None
+    if type(logits) is Tensor and (road := direct(config)) is not None:
+        plain = _with_instruction_set(options, config)
+        if differentiable:
+            loss = _CrossEntropy.apply(logits, targets, meter, road, *plain)
+        else:
+            loss = (cpp.direct_forward(road, logits, targets, plain, meter, keep=False) or (None,))[0]
+        if loss is not None:
+            return loss
     _check(logits, targets, meter, options)
     backend, options = _choose(logits, targets, options, config)
-    if not (logits.requires_grad and torch.is_grad_enabled()):
+    if not differentiable:
         return _MODULES[backend].forward(logits, targets, options, meter, keep=False)[0]
-    loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *options)
+    loss = _CrossEntropy.apply(logits, targets, meter, backend, *options)
     return loss
 
 
@@ -89,6 +101,11 @@ def cross_entropy_step(
     Returns the gradient [..., V] in the logits' dtype.
     """
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
+    if type(logits) is Tensor and (road := direct(config)) is not None:
+        plain = _with_instruction_set(options, config)
+        grad = cpp.direct_step(road, logits, targets, plain, meter, grad_scale, out, inplace)
+        if grad is not None:
+            return grad
     _check(logits, targets, meter, options)
     if reduction == "none":
         raise ValueError("cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use cross_entropy")
@@ -127,25 +144,41 @@ def record_loss(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, *, 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, meter: Meter | None, backend: str, *options: Any) -> Tensor:
-        loss, *state = _MODULES[backend].forward(logits, targets, Options(*options), meter, keep=True)
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, meter: Meter | None, backend: str | Road, *options: Any
+    ) -> Tensor | None:
+        """None where the direct road was given as the backend and does not serve."""
+        if isinstance(backend, str):
+            result = _MODULES[backend].forward(logits, targets, Options(*options), meter, keep=True)
+        else:
+            result = cpp.direct_forward(backend, logits, targets, Options(*options), meter, keep=True)
+            if result is None:
+                return None
+        loss, *state = result
         # Tensors go through save_for_backward, which notices a later change of their values.
-        tensors = [x if isinstance(x, Tensor) else None for x in options]
-        ctx.save_for_backward(logits, targets, *tensors, *state)
-        ctx.options = [None if isinstance(x, Tensor) else x for x in options]
-        ctx.backend = backend
+        ctx.places = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
+        ctx.options = [None if isinstance(x, Tensor) else x for x in options] if ctx.places else options
+        ctx.save_for_backward(logits, targets, *state, *[options[i] for i in ctx.places])
+        ctx.backend = backend if isinstance(backend, str) else "cpp"
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, *rest = ctx.saved_tensors
-        n = len(ctx.options)
-        options = Options(*(y if x is None else x for x, y in zip(rest[:n], ctx.options, strict=True)))
-        with torch.no_grad():
-            grad = _MODULES[ctx.backend].backward(grad_output, logits, targets, *rest[n:], options)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grad = _DifferentiableOnce.apply(grad, logits, grad_output)
-        return (grad, None, None, None, *(None for _ in options))
+        logits, targets, *state = ctx.saved_tensors
+        options = ctx.options
+        if ctx.places:
+            options = list(options)
+            for i in reversed(ctx.places):
+                options[i] = state.pop()
+        backward = _MODULES[ctx.backend].backward
+        if not torch.is_grad_enabled():
+            grad = backward(grad_output, logits, targets, *state, Options(*options))
+        else:  # create_graph=True, or traced
+            with torch.no_grad():
+                grad = backward(grad_output, logits, targets, *state, Options(*options))
+            if not torch.compiler.is_compiling():
+                grad = _DifferentiableOnce.apply(grad, logits, grad_output)
+        return grad, *_NO_GRADS
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -163,13 +196,15 @@ class _DifferentiableOnce(torch.autograd.Function):
         raise RuntimeError("cross_entropy is differentiable once; for second derivatives use torch's own op")
 
 
+def _with_instruction_set(options: Options, config: KernelConfig | None) -> Options:
+    return options if config is None else options._replace(instruction_set=config.instruction_set)
+
+
 def _choose(logits: Tensor, targets: Tensor, options: Options, config: KernelConfig | None) -> tuple[str, Options]:
     """The backend and what it is given, once the targets are known to be good."""
     choice = select_backend("cross_entropy", logits.device.type, logits.dtype, config)
     if choice.name == "cpp":  # looks at the targets itself, before anything is written
-        if choice.instruction_set != "auto":
-            options = options._replace(instruction_set=choice.instruction_set)
-        return "cpp", options
+        return "cpp", _with_instruction_set(options, config)
     reference.refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
     return choice.name, options
 

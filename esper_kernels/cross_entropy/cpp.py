@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_kernels.backends import direct
 from esper_kernels.config import INSTRUCTION_SETS
 from esper_kernels.cross_entropy.reference import Options, refuse_bad_targets
 from esper_kernels.meter import Meter
+from esper_kernels.native import Road
 
+_LARGE = 1 << 20  # elements: below, the C library has memory at hand
 _REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/ops_cpu.cpp
 
 
@@ -25,7 +28,9 @@ def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | No
 
 
 def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, rows: Tensor, options: Options) -> Tensor:
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad, road = _fresh_like(logits), direct()
+    if road is not None and road.cross_entropy_backward(logits, targets, *options, grad_output, rows, grad):
+        return grad
     ignore_index, numbers = options.ignore_index, _numbers(options, None)
     torch.ops.esper.cross_entropy_backward.default(
         grad_output.float().contiguous(),
@@ -50,13 +55,71 @@ def step(
     grad_scale: float | Tensor | None,
     out: Tensor | None,  # may be the logits
 ) -> Tensor:
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    grad = _fresh_like(logits) if out is None else out
     written = _rows(grad)
     if written is not grad:  # more leading dimensions than the op follows
         _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
         return grad.copy_(written)
     _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
     return grad
+
+
+# The direct road: the checked call in one step past the dispatcher. These give None, and have written nothing, for
+# what they leave to the functions above: `backends.direct` says when to try them.
+
+
+def direct_forward(
+    road: Road, logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool
+) -> tuple[Tensor, ...] | None:
+    if type(targets) is not Tensor:
+        return None
+    loss = torch.empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
+    rows = torch.empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
+    if not _direct(road, logits, targets, options, None, meter, loss, rows, None):
+        return None
+    return (loss,) if rows is None else (loss, rows)
+
+
+def direct_step(
+    road: Road,
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    meter: Meter | None,
+    grad_scale: float | Tensor | None,
+    out: Tensor | None,
+    inplace: bool,
+) -> Tensor | None:
+    if options.reduction == "none":
+        return None
+    if out is None:
+        if inplace and logits.requires_grad and logits.is_leaf:
+            return None
+        written = logits if inplace else _fresh_like(logits)
+    elif inplace or out is logits or type(out) is not Tensor or out.requires_grad:
+        return None
+    else:
+        written = out
+    if not _direct(road, logits, targets, options, grad_scale, meter, None, None, written):
+        return None
+    if inplace or out is not None:
+        torch.autograd.graph.increment_version(written)
+    return written.detach() if inplace else written
+
+
+def _direct(
+    road: Road,
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    grad_scale: float | Tensor | None,
+    meter: Meter | None,
+    loss: Tensor | None,
+    rows: Tensor | None,
+    out: Tensor | None,
+) -> bool:
+    sums, counts, topk = (None, None, ()) if meter is None else (meter.sums, meter.counts, meter.topk)
+    return road.cross_entropy(logits, targets, *options, grad_scale, sums, counts, topk, loss, rows, out)
 
 
 def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
@@ -103,6 +166,14 @@ def _call(
         if not torch.compiler.is_compiling():
             refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
         raise
+
+
+def _fresh_like(logits: Tensor) -> Tensor:
+    """Memory for the gradient [..., V], contiguous."""
+    grad = logits.new_empty(logits.shape)
+    if grad.numel() > _LARGE and (road := direct()) is not None:
+        road.use_huge_pages(grad)
+    return grad
 
 
 def _rows(x: Tensor) -> Tensor:

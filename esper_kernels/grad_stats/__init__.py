@@ -5,19 +5,18 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from esper_kernels.backends import select_backend
+from esper_kernels.backends import direct, select_backend
 from esper_kernels.config import KernelConfig
-from esper_kernels.grad_stats import cpp, reference
+from esper_kernels.grad_stats import cpp, reference, triton
 from esper_kernels.grad_stats.stats import GradHealth, GradStats
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
-_MODULES = {"eager": reference, "cpp": cpp}
+_MODULES = {"eager": reference, "cpp": cpp, "triton": triton}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Grads = Sequence[Tensor | None]
 
@@ -49,18 +48,17 @@ def grad_stats(
         tensors = [tensor for members in grads.values() for tensor in members]
     else:
         tensors = list(grads)
+    if (road := direct(config)) is not None and (out is None or len(out.numels) == len(tensors)):
+        stats = _allocate(len(tensors), torch.device("cpu")) if out is None else out
+        numels = cpp.direct_fill(road, tensors, inv_scale, stats, "auto" if config is None else config.instruction_set)
+        if numels is not None:
+            return stats.over(numels, groups, vanishing, exploding)
     device, dtype = _check(tensors, inv_scale, out)
     choice = select_backend("grad_stats", device.type, dtype, config)
-    stats = replace(
-        _allocate(len(tensors), device) if out is None else out,
-        numels=tuple(0 if tensor is None else tensor.numel() for tensor in tensors),
-        groups=groups,
-        vanishing=vanishing,
-        exploding=exploding,
-    )
+    stats = _allocate(len(tensors), device) if out is None else out
     with torch.no_grad():
         _MODULES[choice.name].fill(tensors, inv_scale, stats, choice.instruction_set)
-    return stats
+    return stats.over(tuple(0 if x is None else x.numel() for x in tensors), groups, vanishing, exploding)
 
 
 def clip_grad_norm_(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from esper_kernels.config import INSTRUCTION_SETS
 from esper_kernels.grad_stats.stats import GradStats
+from esper_kernels.native import Road
 
 
 def fill(
@@ -18,6 +19,26 @@ def fill(
         [nothing if x is None else x for x in tensors],
         None if inv_scale is None else inv_scale.double(),
         INSTRUCTION_SETS.index(instruction_set),
+        stats.norms,
+        stats.max_abs,
+        stats.zeros,
+        stats.nans,
+        stats.infs,
+        stats.total_norm,
+        stats.found_inf,
+    )
+
+
+def direct_fill(
+    road: Road, tensors: list[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str
+) -> tuple[int, ...] | None:
+    """`fill` past the dispatcher, checks included; gives the sizes, or None for what it leaves to the checked road."""
+    if inv_scale is not None and not isinstance(inv_scale, Tensor):
+        return None
+    return road.grad_stats(
+        tensors,
+        inv_scale,
+        instruction_set,
         stats.norms,
         stats.max_abs,
         stats.zeros,

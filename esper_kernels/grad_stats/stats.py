@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,13 @@ class GradStats:
     groups: tuple[tuple[str, int], ...] = ()  # (name, number of tensors); empty for a plain list
     vanishing: float = 0.0
     exploding: float = math.inf
+    workspace: dict[str, Any] = field(default_factory=dict, repr=False)  # what a backend keeps for the next call
+
+    def over(
+        self, numels: tuple[int, ...], groups: tuple[tuple[str, int], ...], vanishing: float, exploding: float
+    ) -> "GradStats":
+        """The same memory as the statistics of other tensors."""
+        return replace(self, numels=numels, groups=groups, vanishing=vanishing, exploding=exploding)
 
     def compute(self) -> GradHealth:
         """Read everything: the only host sync."""

@@ -40,6 +40,7 @@ class Info:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
         lines.append(f"CUDA device: {'yes' if self.cuda_available else 'no'}")
         lines.append(f"CPU kernels: {', '.join(self.instruction_sets) or native.UNAVAILABLE}")
+        lines.append(f"CPU calls past the dispatcher: {native.NO_ROAD or 'yes'}")
         dtypes: dict[tuple[str, str, str, str], list[str]] = {}
         for row in self.choices:
             dtypes.setdefault((row.op, row.device_type, row.backend or "none", row.why), []).append(row.dtype)

@@ -1,7 +1,5 @@
 """What a controller is: something that looks at an epoch's signals and decides one operation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol

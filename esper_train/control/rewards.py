@@ -3,12 +3,9 @@
 Accuracies, contributions and improvements are percentage points, losses nats; None is "not measured".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 from esper_train.control.policy import Op
@@ -17,10 +14,10 @@ from esper_train.morph.lifecycle import SeedStage, SlotState
 
 GAMMA = 0.995
 """Discount of the next epoch; unless a learner uses the same, shaping changes which policy is best."""
-POTENTIALS: Mapping[int, float] = MappingProxyType({2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5, 7: 6.0})
+POTENTIALS: Mapping[int, float] = {2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5, 7: 6.0}
 """What having come to a stage is worth, by its number; the others are worth nothing."""
 MAX_EPOCH_POTENTIAL = 2.0
-COSTS: Mapping[Op, float] = MappingProxyType({Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.01, Op.CULL: 0.005})
+COSTS: Mapping[Op, float] = {Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.01, Op.CULL: 0.005}
 WORTH_KEEPING = 1.0
 """Least contribution that fossilizing is rewarded for, least improvement that a fossil is."""
 Scale = tuple[float, float, float]
@@ -40,12 +37,12 @@ class SeedInfo(NamedTuple):
     previous_epochs_in_stage: int = 0
     seed_age_epochs: int = 0
 
-    @staticmethod
-    def from_state(state: SlotState) -> SeedInfo | None:
+    @classmethod
+    def from_state(cls, state: SlotState) -> "SeedInfo | None":
         """The seed in a slot, None if there is none."""
         before = (state.previous_stage or 0, state.previous_epochs_in_stage)
         now = (state.stage, state.improvement, state.total_improvement, state.epochs_in_stage, state.seed_parameters)
-        return None if state.seed_id is None else SeedInfo(*now, *before, state.epochs_alive)
+        return None if state.seed_id is None else cls(*now, *before, state.epochs_alive)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +164,20 @@ def _growth(seed_parameters: int, host_parameters: int) -> float:
 
 def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> float:
     """The contribution reward."""
-    seen = (state.contribution, signals.val_accuracy, SeedInfo.from_state(state), signals.epoch, signals.max_epochs)
-    parameters, start = (_seed_parameters(signals), host_parameters), state.accuracy_at_germination
     fossils = [s.total_improvement or 0.0 for s in signals.slots if s.stage is SeedStage.FOSSILIZED]
-    kept = sum(improvement >= WORTH_KEEPING for improvement in fossils)
-    reward = compute_contribution_reward(op, *seen, *parameters, None, start, signals.accuracy_delta, False, 0, kept)
+    reward = compute_contribution_reward(
+        op,
+        state.contribution,
+        signals.val_accuracy,
+        SeedInfo.from_state(state),
+        signals.epoch,
+        signals.max_epochs,
+        total_params=_seed_parameters(signals),
+        host_params=host_parameters,
+        acc_at_germination=state.accuracy_at_germination,
+        acc_delta=signals.accuracy_delta,
+        num_contributing_fossilized=sum(improvement >= WORTH_KEEPING for improvement in fossils),
+    )
     assert isinstance(reward, float)
     return reward
 
@@ -207,7 +213,10 @@ def _seed_parameters(signals: Signals) -> int:
     return sum(state.seed_parameters for state in signals.slots)
 
 
-REWARDS: Mapping[str, Callable[[Op, SlotState, Signals, int], float]] = MappingProxyType(
-    {"shaped": shaped_reward, "sparse": sparse_reward, "minimal": minimal_reward, "loss": loss_reward}
-)
+REWARDS: Mapping[str, Callable[[Op, SlotState, Signals, int], float]] = {
+    "shaped": shaped_reward,
+    "sparse": sparse_reward,
+    "minimal": minimal_reward,
+    "loss": loss_reward,
+}
 """Each takes an operation, the slot it is about, the epoch as the controller saw it, and the host's parameters."""

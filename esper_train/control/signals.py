@@ -1,7 +1,5 @@
 """What a controller sees: the epoch's measurements, their recent course, and the state of every slot."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,11 +78,9 @@ class SignalTracker:
             quiet = previous_loss > 0 and low <= loss_delta / previous_loss <= high
             self._stable_streak = self._stable_streak + 1 if quiet else 0
             self._stable = self._stable or self._stable_streak >= STABLE_EPOCHS
+        self._plateau += 1
         if val_accuracy >= self._risen_to + self._threshold:
-            self._risen_to = val_accuracy
-            self._plateau = 0
-        else:
-            self._plateau += 1
+            self._risen_to, self._plateau = val_accuracy, 0
         self._previous = (val_loss, val_accuracy)
         self._best_loss = min(self._best_loss, val_loss)
         self._best_accuracy = max(self._best_accuracy, val_accuracy)

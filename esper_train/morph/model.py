@@ -1,7 +1,5 @@
 """A host with slots: an ordinary module that can grow. `loop` calls it, `episode` grows it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -17,12 +15,8 @@ from esper_train.names import unknown_name
 class MorphModel(nn.Module):
     """A host with seed slots after some of its segments; with no slots, just the host.
 
-    Args:
-        host: the network that grows.
-        slots: names of the open slots; unknown or repeated ones are a `ValueError`.
-        growth: gate thresholds and stage lengths.
-        max_epochs: length of the run, from which some stage lengths follow.
-        registry: the blueprints seeds are made from; None takes the package's own.
+    `slots` names the open ones; unknown or repeated ones are a `ValueError`. Some stage lengths follow from
+    `max_epochs`, the length of the run. Seeds are made from `registry`; None takes the package's own.
     """
 
     def __init__(
@@ -35,23 +29,23 @@ class MorphModel(nn.Module):
         registry: BlueprintRegistry | None = None,
     ) -> None:
         super().__init__()
-        check_slots(slots, host)
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"slots are named more than once: {', '.join(slots)}")
+        unknown = [slot for slot in slots if slot not in host.segments]
+        if unknown:
+            raise unknown_name("slot (of those this host's depth allows)", unknown[0], host.segments)
         self.host = host
         self.registry = registry or default_registry()
-        self.seed_slots = nn.ModuleDict(
-            {
-                slot: SeedSlot(slot, host.slot_channels[slot], growth or GrowthConfig(), max_epochs)
-                for slot in host.segments
-                if slot in slots
-            }
-        )
+        channels = {slot: host.slot_channels[slot] for slot in host.segments if slot in slots}
+        growth = growth or GrowthConfig()
+        self.seed_slots = nn.ModuleDict({s: SeedSlot(s, channels[s], growth, max_epochs) for s in channels})
         self.to(next(host.parameters()).device)
 
     def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None) -> Tensor:
         """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed out."""
         override = alpha or {}
         for name in override:
-            self.slot(name)  # a misspelt one would measure the whole network unnoticed
+            self.slot(name)  # refuses a misspelt one, which would measure the whole network unnoticed
         for name, segment in self.host.segments.items():
             x = segment(x)
             if name in self.seed_slots:
@@ -108,12 +102,3 @@ class MorphModel(nn.Module):
     def fossils(self) -> int:
         """Number of fossilized seeds."""
         return sum(slot.state.stage is SeedStage.FOSSILIZED for slot in self.slots)
-
-
-def check_slots(slots: Sequence[str], host: Host) -> None:
-    """Refuse repeated slots and such as the host does not have."""
-    if len(set(slots)) != len(slots):
-        raise ValueError(f"slots are named more than once: {', '.join(slots)}")
-    for slot in slots:
-        if slot not in host.segments:
-            raise unknown_name("slot (of those this host's depth allows)", slot, host.segments)

@@ -1,13 +1,10 @@
 """What a run reports: a few kinds of event, each a flat record that JSON can hold. `episode` makes them all."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Any
 
 from esper_train.control.policy import Decision
@@ -30,17 +27,8 @@ class EventType(StrEnum):
 
 
 LIFECYCLE = frozenset({EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED})
-LEVEL_OF: Mapping[EventType, str] = MappingProxyType(
-    {
-        EventType.RUN_STARTED: "minimal",
-        EventType.SEED_STAGE: "minimal",
-        EventType.NONFINITE: "minimal",
-        EventType.RUN_FINISHED: "minimal",
-        EventType.EPOCH: "normal",
-        EventType.LAYER_GRADIENTS: "debug",
-    }
-)
-"""The lowest level at which an event is written."""
+LEVELS: Mapping[EventType, str] = {EventType.EPOCH: "normal", EventType.LAYER_GRADIENTS: "debug"}
+"""The lowest level at which an event is written, where that is not "minimal"."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +45,7 @@ class Event:
 
 
 def epoch_event(
-    epoch: int,
-    slots: Sequence[SlotState],
-    train: EpochResult,
-    validation: EvalResult,
-    decision: Decision,
-    **more: Any,
+    epoch: int, slots: Sequence[SlotState], train: EpochResult, validation: EvalResult, decision: Decision, **more: Any
 ) -> Event:
     """The epoch's line; slots are as they were while it was trained and measured."""
     data = {

@@ -1,14 +1,12 @@
 """The hub of one run: hands each event to every sink. Owned by the run; there is no global one."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
 from esper_train.config import TELEMETRY_LEVELS, TelemetryConfig
-from esper_train.telemetry.events import LEVEL_OF, LIFECYCLE, Event, EventType
+from esper_train.telemetry.events import LEVELS, LIFECYCLE, Event, EventType
 from esper_train.telemetry.sinks import Sink
 
 
@@ -27,7 +25,7 @@ class TelemetryHub:
         if self._config.lifecycle_only:
             return kind in LIFECYCLE
         level = "debug" if self._escalated_epochs > 0 else self._config.level
-        return TELEMETRY_LEVELS.index(LEVEL_OF[kind]) <= TELEMETRY_LEVELS.index(level)
+        return TELEMETRY_LEVELS.index(LEVELS.get(kind, "minimal")) <= TELEMETRY_LEVELS.index(level)
 
     def emit(self, event: Event) -> None:
         """Write the event to every sink, if the level takes it."""

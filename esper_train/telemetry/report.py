@@ -4,16 +4,17 @@
 and the thresholds in `config.json`. `_tag` and matplotlib escape whatever text comes from there.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
 from html import escape
-from itertools import groupby
+from itertools import cycle, groupby
+from operator import getitem
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from esper_train.config import GrowthConfig
@@ -24,29 +25,40 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Record = Mapping[str, Any]
+Curve = tuple[Sequence[float], Mapping[str, Any]]
+"""Values of the epochs 1, 2, ..., and how `Axes.plot` is to draw them."""
 Panel = Callable[["Axes"], None]
 
-UNFINISHED = "still running or killed"
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 STAGES = ("#e8e8e8", "#f0e442", "#56b4e9", "#e69f00", "#cc79a7", "#2e9e5b", "#d55e00", "#9a9a9a")
-STAGE_COLORS = MappingProxyType(dict(zip(SeedStage.__members__, STAGES, strict=True)))  # DORMANT is first
-STYLE: Mapping[str, Any] = MappingProxyType(
-    {
-        "font.size": 9,
-        "legend.fontsize": 8,
-        "text.parse_math": False,  # a name may hold dollar signs
-        "svg.fonttype": "none",
-        "svg.hashsalt": "esper",  # without it the ids are random
-    }
-)
-CSS = """
-:root { color-scheme: light dark }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: auto; padding: 1rem }
-h1, p { overflow-wrap: anywhere }
-svg { display: block; width: 100%; max-width: 100%; height: auto; background: #fff }
-div { overflow-x: auto; margin: .5rem 0 }
-table { border-collapse: collapse; font-size: .9rem }
-th, td { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8888 }
+STAGE_COLORS: Mapping[str, str] = dict(zip(SeedStage.__members__, STAGES, strict=True))  # DORMANT is first
+STYLE: Mapping[str, Any] = {
+    "font.size": 9,
+    "legend.fontsize": 8,
+    "text.parse_math": False,  # a name may hold dollar signs
+    "svg.fonttype": "none",
+    "svg.hashsalt": "esper",  # without it the ids are random
+}
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{title}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: auto; padding: 1rem }}
+h1, p {{ overflow-wrap: anywhere }}
+svg {{ display: block; width: 100%; max-width: 100%; height: auto; background: #fff }}
+div {{ overflow-x: auto; margin: .5rem 0 }}
+table {{ border-collapse: collapse; font-size: .9rem }}
+th, td {{ text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8888 }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
 """
 
 
@@ -61,7 +73,7 @@ class _Run(NamedTuple):
 
     @property
     def status(self) -> str:
-        return str(self.finished.get("status", UNFINISHED))
+        return str(self.finished.get("status", "still running or killed"))
 
     @property
     def fossilized(self) -> list[Record]:
@@ -70,16 +82,6 @@ class _Run(NamedTuple):
     def series(self, *path: str | int) -> list[float]:
         """A number of each epoch, NaN where there is none."""
         return [_number(epoch, *path) for epoch in self.epochs]
-
-
-class _Line(NamedTuple):
-    """A curve over the epochs 1, 2, ..."""
-
-    label: str
-    values: list[float]
-    color: str
-    style: str = "-"
-    width: float = 1.2
 
 
 def write_report(directory: Path) -> Path:
@@ -97,41 +99,33 @@ def write_report(directory: Path) -> Path:
         raise FileNotFoundError(f"{directory} is not a directory; give that of a run")
     run, baseline = _read(directory), _read(directory / BASELINE)
     if run is None:
-        title = "Nothing to report"
-        body = [_tag("h1", title), _tag("p", f"{METRICS} is missing or holds no run.")]
+        title, parts = "Nothing to report", [_tag("p", f"{METRICS} is missing or holds no run.")]
     else:
         title = f"{run.started['task']}, {run.started['mode']}, seed {run.started['seed']}: {run.status}"
-        body = [_tag("h1", title), *_words(run, baseline), *_summary(run, baseline)]
-        growth = _growth(directory)
+        parts = [*_words(run, baseline), *_summary(run, baseline)]
         if len(run.epochs) > 1:
-            body += [*_curves(run, baseline), *_stages(run), *_gradients(run)]
+            parts += [*_curves(run, baseline), *_stages(run), *_gradients(run)]
         else:
             only = "Only one epoch" if run.epochs else "No epoch"
-            body.append(_tag("p", f"{only} was finished: there is no course over epochs to draw."))
-        body += _seeds(run, growth)
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_tag("title", title)}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{CSS}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
-    )
+            parts.append(_tag("p", f"{only} was finished: there is no course over epochs to draw."))
+        parts += _seeds(run, _growth(directory))
     path = directory / REPORT
+    page = PAGE.format(title=_tag("title", title), body="\n".join([_tag("h1", title), *parts]))
     path.write_text(page, encoding="utf-8", newline="\n")
     return path
 
 
 def _read(directory: Path) -> _Run | None:
     """The last run in a directory's metrics; None where there is none."""
-    kinds: dict[str, list[Record]] = {}
-    for event in read_metrics(directory) if (directory / METRICS).is_file() else []:
-        if event["event"] == "run_started":
-            kinds = {}
-        kinds.setdefault(event["event"], []).append(event)
-    if "run_started" not in kinds:
+    events = read_metrics(directory) if (directory / METRICS).is_file() else []
+    starts = [place for place, event in enumerate(events) if event["event"] == "run_started"]
+    if not starts:
         return None
-    epochs, moves, nonfinite, ends = (
-        kinds.get(kind, []) for kind in ("epoch", "seed_stage", "nonfinite", "run_finished")
-    )
-    return _Run(kinds["run_started"][0], epochs, moves, nonfinite, ends[0] if ends else {})
+    kinds: dict[str, list[Record]] = defaultdict(list)
+    for event in events[starts[-1] :]:
+        kinds[event["event"]].append(event)
+    start, *ends = kinds["run_started"] + kinds["run_finished"]
+    return _Run(start, kinds["epoch"], kinds["seed_stage"], kinds["nonfinite"], ends[0] if ends else {})
 
 
 def _growth(directory: Path) -> GrowthConfig | None:
@@ -143,7 +137,7 @@ def _growth(directory: Path) -> GrowthConfig | None:
 
 
 def _words(run: _Run, baseline: _Run | None) -> list[str]:
-    start, (test, other) = run.started, (_test(run), _test(baseline))
+    start, test, other = run.started, _test(run), _test(baseline)
     where = f"{len(run.epochs)} of {start['max_epochs']} epochs on {start['device']} ({start['backend']})"
     lines = [f"Status: {run.status}, {where}."]
     if run.status == "nonfinite":
@@ -163,39 +157,37 @@ def _words(run: _Run, baseline: _Run | None) -> list[str]:
 
 
 def _summary(run: _Run, baseline: _Run | None) -> list[str]:
-    def column(r: _Run) -> list[str]:
+    def column(name: str, r: _Run) -> dict[str, str]:
         accuracy, loss = r.series("validation", "accuracy"), r.series("validation", "loss")
-        return [
-            r.status,
-            _show(_test(r), ".2f", "%"),
-            _show(max(_finite(accuracy), default=None), ".2f", "%"),
-            _show(accuracy[-1] if accuracy else None, ".2f", "%"),
-            _show(loss[-1], ".4f", none="not finite") if loss else "not measured",
-            _show(r.finished.get("parameters"), ","),
-            _show(r.finished.get("seconds"), ".1f"),
-        ]
+        return {
+            "": name,
+            "status": r.status,
+            "test accuracy": _show(_test(r), ".2f", "%"),
+            "best validation accuracy": _show(max(_finite(accuracy), default=None), ".2f", "%"),
+            "last validation accuracy": _show(accuracy[-1] if accuracy else None, ".2f", "%"),
+            "last validation loss": _show(loss[-1], ".4f", none="not finite") if loss else "not measured",
+            "parameters": _show(r.finished.get("parameters"), ","),
+            "seconds": _show(r.finished.get("seconds"), ".1f"),
+        }
 
-    best, last = "best validation accuracy", ("last validation accuracy", "last validation loss")
-    columns = [["status", "test accuracy", best, *last, "parameters", "seconds"], column(run)]
-    if baseline is None:
-        return [_table(["", "run"], zip(*columns, strict=True)), _tag("p", "There is no baseline run.")]
-    rows = zip(*columns, column(baseline), strict=True)
-    note = "The baseline (fit) is the same host, trained without slots."
-    return [_table(["", "run", "baseline"], rows), _tag("p", note)]
+    columns = [column("run", run)] + ([column("baseline", baseline)] if baseline else [])
+    note = "The baseline (fit) is the same host, trained without slots." if baseline else "There is no baseline run."
+    return [_table([name, *(c[name] for c in columns)] for name in columns[0]), _tag("p", note)]
 
 
 def _curves(run: _Run, baseline: _Run | None) -> list[str]:
     notes, panels = [], []
     for key, unit in (("loss", "loss (nats)"), ("accuracy", "accuracy (%)")):
         train, validation = run.series("train", key), run.series("validation", key)
-        lines = [_Line("training", train, COLORS[0]), _Line("validation", validation, COLORS[1])]
+        curves = [_curve("training", train, COLORS[0]), _curve("validation", validation, COLORS[1])]
         if baseline:
-            lines.append(_Line("baseline's validation", baseline.series("validation", key), "#777777", "--"))
+            other = baseline.series("validation", key)
+            curves.append(_curve("baseline's validation", other, "#777777", ls="--"))
         pairs = enumerate(zip(train, validation, strict=True), start=1)
         gaps = ", ".join(str(epoch) for epoch, pair in pairs if len(_finite(pair)) < 2)
         if gaps:
             notes.append(_tag("p", f"No finite {key} to draw in epoch {gaps}."))
-        panels += _panel(unit, lines, log=key == "loss", moves=run.moves)
+        panels += _panel(unit, curves, log=key == "loss", moves=run.moves)
     picture = _picture("curves", "Loss and accuracy over epochs", panels)
     return [_tag("h2", "Loss and accuracy"), *picture, *notes]
 
@@ -206,7 +198,7 @@ def _stages(run: _Run) -> list[str]:
         why = "No seed was germinated." if slots else "This run had no slots to grow in."
         return [heading, _tag("p", why)]
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         seen: dict[str, Any] = {}
         for place in range(len(slots)):
             stages = [epoch["slots"][place]["stage"] for epoch in run.epochs]
@@ -227,29 +219,26 @@ def _stages(run: _Run) -> list[str]:
 
 
 def _gradients(run: _Run) -> list[str]:
-    slots = run.started["slots"]
+    heading, slots = _tag("h2", "Gradients"), run.started["slots"]
 
     def norms(name: str) -> list[float]:
-        groups = ("grad", "groups", name)
-        pairs = zip(run.series(*groups, "gradient_norm"), run.series(*groups, "tensors"), strict=True)
+        pairs = zip(*(run.series("grad", "groups", name, key) for key in ("gradient_norm", "tensors")), strict=True)
         return [norm if tensors > 0 else math.nan for norm, tensors in pairs]  # over no tensor it is 0
 
-    total = _Line("total", run.series("grad", "gradient_norm"), "#cccccc", width=4)
-    lines, ratios = [total, _Line("host", norms("host"), COLORS[0])], []
-    for i, slot in enumerate(slots):
-        color = COLORS[1 + i % (len(COLORS) - 1)]
-        lines.append(_Line(slot, norms(slot), color))
-        ratios.append(_Line(slot, run.series("slots", i, "gradient_ratio"), color))
-    health = _Line("all gradients", run.series("grad", "gradient_health"), "#000000")
-    panels = _panel("gradient norm", lines, log=True) + _panel("health", [health], limits=(-0.05, 1.05))
+    curves = [_curve("total", run.series("grad", "gradient_norm"), "#cccccc", lw=4)]
+    curves += [_curve(name, norms(name), color) for name, color in zip(("host", *slots), cycle(COLORS))]
+    health = _curve("all gradients", run.series("grad", "gradient_health"), "#000000")
+    panels = _panel("gradient norm", curves, log=True) + _panel("health", [health], limits=(-0.05, 1.05))
     if not panels:
-        return [_tag("h2", "Gradients"), _tag("p", "Gradients were not measured.")]
-    ratio = _panel("seed / host gradient", ratios, log=True)
+        return [heading, _tag("p", "Gradients were not measured.")]
     note = "A gap is an epoch without a measurement; a line that falls out of a log scale is at 0."
+    styles = [style for _, style in curves[2:]]  # of the slots
+    ratios = [(run.series("slots", i, "gradient_ratio"), style) for i, style in enumerate(styles)]
+    ratio = _panel("seed / host gradient", ratios, log=True)
     if not ratio:
         note += " No seed's gradient was measured against the host's."
     picture = _picture("gradients", "Gradient norms, health and ratios over epochs", panels + ratio)
-    return [_tag("h2", "Gradients"), *picture, _tag("p", note)]
+    return [heading, *picture, _tag("p", note)]
 
 
 def _seeds(run: _Run, growth: GrowthConfig | None) -> list[str]:
@@ -257,7 +246,7 @@ def _seeds(run: _Run, growth: GrowthConfig | None) -> list[str]:
     if not run.moves:
         return [heading, _tag("p", "There was no seed in this run.")]
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         values = [_number(move, "contribution") for move in fossils]
         names = [f"{move['seed_id']}, {move['slot']}\n{move['blueprint']}" for move in fossils]
         bars = axes.barh(names, values, 0.5, color=STAGE_COLORS["FOSSILIZED"])
@@ -276,43 +265,44 @@ def _seeds(run: _Run, growth: GrowthConfig | None) -> list[str]:
         note = f"No seed was fossilized. {note}"
     elif growth is None:
         note += f" The least contribution that was asked is not known: {CONFIG} is missing or does not fit."
-    columns = ["seed", "slot", "blueprint", "germinated", "end", "epoch", "contribution", "parameters"]
-    return [heading, *parts, _table([*columns, "reason"], _lives(run)), _tag("p", note)]
+    columns = ["seed", "slot", "blueprint", "germinated", "end", "epoch", "contribution", "parameters", "reason"]
+    return [heading, *parts, _table([columns, *_lives(run)]), _tag("p", note)]
 
 
-def _lives(run: _Run) -> list[list[str]]:
+def _lives(run: _Run) -> Iterator[list[str]]:
     """A row a seed: germination and end or, while that is open, the last move and newest contribution."""
-    rows = []
     for seed in dict.fromkeys(move["seed_id"] for move in run.moves if move["seed_id"] is not None):
         moves = [move for move in run.moves if move["seed_id"] == seed]
         end = next((move for move in moves if move["stage"] in ("FOSSILIZED", "CULLED")), None)
-        last = end or moves[-1]
-        now = [] if end else [s for epoch in run.epochs[-1:] for s in epoch["slots"] if s["seed_id"] == seed]
-        end_stage = last["stage"] if end else f"open ({last['stage']})"
-        contribution = _show([last, *now][-1]["contribution"], "+.2f")
-        row = [seed, last["slot"], last["blueprint"], moves[0]["epoch"], end_stage, last["epoch"]]
-        row += [contribution, f"{last['seed_parameters']:,}", last["reason"]]
-        rows.append([str(cell) for cell in row])
-    return rows
+        last = newest = end or moves[-1]
+        if end is None and run.epochs:
+            newest = next((slot for slot in run.epochs[-1]["slots"] if slot["seed_id"] == seed), last)
+        row = [seed, last["slot"], last["blueprint"], moves[0]["epoch"]]
+        row += [last["stage"] if end else f"open ({last['stage']})", last["epoch"]]
+        row += [_show(newest["contribution"], "+.2f"), f"{last['seed_parameters']:,}", last["reason"]]
+        yield [str(cell) for cell in row]
+
+
+def _curve(label: str, values: list[float], color: str, **style: Any) -> Curve:
+    # the markers show a value between two gaps
+    return values, {"label": label, "color": color, "lw": 1.2, "marker": ".", "ms": 3} | style
 
 
 def _panel(
     name: str,
-    lines: Iterable[_Line],
+    curves: Sequence[Curve],
     *,
     log: bool = False,
     limits: tuple[float, float] | None = None,
     moves: Sequence[Record] = (),
 ) -> list[Panel]:
     """One panel of curves over the epochs, marked where a seed was kept or culled; none without a number."""
-    drawn = [line for line in lines if _finite(line.values)]
-    positive = [value for line in drawn for value in _finite(line.values) if value > 0]
+    drawn = [curve for curve in curves if _finite(curve[0])]
+    positive = [value for values, _ in drawn for value in _finite(values) if value > 0]
 
-    def draw(axes: Axes) -> None:
-        for label, values, color, style, width in drawn:
-            epochs = range(1, 1 + len(values))
-            # the markers show a value between two gaps
-            axes.plot(epochs, values, label=label, color=color, ls=style, lw=width, marker=".", ms=3)
+    def draw(axes: "Axes") -> None:
+        for values, style in drawn:
+            axes.plot(range(1, 1 + len(values)), values, **style)
         # over less than two decades a log scale may have no tick to label
         if log and positive and max(positive) > 100 * min(positive):
             axes.set_yscale("log")
@@ -320,18 +310,18 @@ def _panel(
             axes.yaxis.set_minor_formatter("")
         if limits:
             axes.set_ylim(*limits)
-        for stage, style in (("FOSSILIZED", "-"), ("CULLED", "--")):
+        for stage, ls in (("FOSSILIZED", "-"), ("CULLED", "--")):
             at = [move["epoch"] + 0.5 for move in moves if move["stage"] == stage]
             if at:
                 heights, color = axes.get_xaxis_transform(), STAGE_COLORS[stage]
-                axes.vlines(at, 0, 1, transform=heights, color=color, lw=1, ls=style, label=stage.lower())
+                axes.vlines(at, 0, 1, transform=heights, color=color, lw=1, ls=ls, label=stage.lower())
         axes.set_ylabel(name)
         _legend(axes, *axes.get_legend_handles_labels())
 
     return [draw] if drawn else []
 
 
-def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+def _legend(axes: "Axes", handles: Sequence[Any], labels: Sequence[str]) -> None:
     """Above the panel, where it covers nothing."""
     axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
 
@@ -353,9 +343,8 @@ def _picture(
         for axes, draw in zip(rows, panels, strict=True):
             draw(axes)
         if epochs:
-            rows[-1].set_xlabel("epoch")
-            rows[-1].set_xlim(left=0.5)
-            rows[-1].xaxis.get_major_locator().set_params(integer=True)
+            axes.set(xlabel="epoch", xlim=(0.5, None))
+            axes.xaxis.get_major_locator().set_params(integer=True)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
@@ -371,12 +360,9 @@ def _test(run: _Run | None) -> float:
 
 def _number(record: Any, *path: str | int) -> float:
     """The number at the end of the path; NaN for a null, and where the path breaks off."""
-    for key in path:
-        try:
-            record = record[key]
-        except (LookupError, TypeError):
-            return math.nan
-    return math.nan if record is None else float(record)
+    with suppress(LookupError, TypeError):
+        return float(reduce(getitem, path, record))
+    return math.nan
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -391,7 +377,7 @@ def _tag(name: str, text: str) -> str:
     return f"<{name}>{escape(text)}</{name}>"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = ["".join(_tag("th", cell) for cell in header)]
-    lines += ["".join(_tag("td", cell) for cell in row) for row in rows]
+def _table(rows: Iterable[Iterable[str]]) -> str:
+    """Rows of cells, the first one the header."""
+    lines = ["".join(_tag("td" if i else "th", cell) for cell in row) for i, row in enumerate(rows)]
     return "<div><table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"

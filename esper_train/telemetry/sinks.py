@@ -1,7 +1,5 @@
 """Where events go: nowhere, a terminal line, a JSONL file."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,0 +1,100 @@
+"""Registers, shared memory and spills of every Triton kernel a launch can select, compiled here without a GPU.
+
+    python -m benchmarks.triton_resources    # writes results/triton-resources.json
+
+An op joins `VARIANTS` with a function that lists what its launches can select; `recorded` makes that list from calls
+of the backend's own functions. Needs Triton with its interpreter off.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton import compile as compile_ahead
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from benchmarks import record
+from esper_kernels import grad_stats
+from esper_kernels.grad_stats import triton as grad_stats_triton
+
+TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
+
+
+class Variant(NamedTuple):
+    """One specialization of a kernel, in the terms of `ASTSource`."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]  # num_warps, num_stages, ...
+
+
+def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
+    """What the launches inside `call` would compile on an NVIDIA GPU. None is carried out: CPU tensors will do."""
+    variants, backend = [], make_backend(TARGETS[0])
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = bind(*arguments, **options)
+        _, *facts = kernel._pack_args(backend, options, bound, specialization, options)
+        variants.append(Variant(f"{name}: {kernel.fn.__name__}", kernel, *facts, options))
+
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "cuda", "any"):
+        call()
+    return variants
+
+
+def grad_stats_variants() -> Iterator[Variant]:
+    """The dtypes of `inv_scale`, or none; those of the gradients are all in one kernel."""
+    grads = [torch.ones(3, dtype=dtype) for dtype in grad_stats_triton.DTYPES]
+    stats = grad_stats(grads)
+    for scale in (None, *(torch.ones((), dtype=dtype) for dtype in grad_stats_triton.DTYPES)):
+        name = f"grad_stats, inv_scale {None if scale is None else scale.dtype}"
+        yield from recorded(name, lambda scale=scale: grad_stats_triton.fill(grads, scale, stats))
+
+
+VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants,)
+
+
+def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
+    """Compile for one GPU; what does not fit into registers is on the stack."""
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    compiled = compile_ahead(source, target=target, options=variant.options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(\w+):(\d+)", usage[usage.index("REG:") :]))
+    return {
+        "variant": variant.name,
+        "sm": target.arch,
+        "registers": int(found["REG"]),
+        "shared_bytes": compiled.metadata.shared,
+        "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),
+        **variant.options,
+    }
+
+
+def measure() -> list[dict[str, Any]]:
+    """The resources of every variant of every op on every target."""
+    return [resources(variant, target) for variants in VARIANTS for variant in variants() for target in TARGETS]
+
+
+if __name__ == "__main__":
+    rows = measure()
+    for row in rows:
+        print(row)
+    print(record.write("triton-resources", rows))
