@@ -12,6 +12,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,7 +26,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks import record
-from esper_kernels import grad_stats
+from esper_kernels import Meter, grad_stats
+from esper_kernels.cross_entropy import triton as cross_entropy
+from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.grad_stats import triton as grad_stats_triton
 
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
@@ -65,7 +69,26 @@ def grad_stats_variants() -> Iterator[Variant]:
         yield from recorded(name, lambda scale=scale: grad_stats_triton.fill(grads, scale, stats))
 
 
-VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants,)
+def cross_entropy_variants() -> Iterator[Variant]:
+    """A launch for each row of the launch choice, whose classes are a power of 2, even or odd; plain and heavy."""
+    meter = Meter("cpu", topk=(5,))
+    for classes in (10, 1000, 2000, 4096, 8192, 16384, 32000, 128257):
+        heavy = {"weight": torch.ones(classes), "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 30.0}
+        for dtype, (kind, given) in product((torch.bfloat16, torch.float32), {"plain": {}, "heavy": heavy}.items()):
+            logits, targets = torch.empty(64, classes, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+            plain: dict[str, Any] = dict(Options(None, -100, 0.0, 0.0, None, "mean", None)._asdict())
+            arguments, name = (logits, targets, Options(**plain | given)), f"cross_entropy, {dtype} x {classes} {kind}"
+            yield from recorded(f"{name} step", partial(cross_entropy.step, *arguments, meter, None, None))
+            if dtype == torch.bfloat16:
+                yield from recorded(f"{name} forward", partial(cross_entropy.forward, *arguments, meter, True))
+                kept, (logits, targets, options) = torch.empty(129), arguments
+                backward = partial(cross_entropy.backward, torch.ones(()), logits, targets, kept, options)
+                yield from recorded(f"{name} backward", backward)
+    many = torch.zeros(1 << 18, dtype=torch.int64), Options(**plain)
+    yield recorded("cross_entropy", partial(cross_entropy.step, torch.empty(1 << 18, 1), *many, None, None, None))[0]
+
+
+VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants, cross_entropy_variants)
 
 
 def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:

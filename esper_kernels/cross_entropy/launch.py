@@ -4,6 +4,7 @@ Nothing that a kernel is compiled for depends on the number of rows: another bat
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 COUNT_PROGRAMS = 256  # of the launch that only adds up the rows' weights
 _TILE = 512  # elements; short rows share a tile
@@ -11,9 +12,12 @@ _CACHE_FRACTION = 0.6  # of the second-level cache that rows in flight may fill:
 _COUNT_BYTES = 512 << 10  # of targets that the programs of one multiprocessor may read to add up the weights
 _REGISTERS = 65536  # of a multiprocessor
 
-# Rows that fit into registers: longest block, warps, stages, programs at once on a multiprocessor, and when heavy. As
-# many as compile without spilling; programs that wait let others work, and one that is alone reads a tile ahead.
-_RESIDENT = ((1024, 4, 1, 5, 5), (2048, 4, 1, 5, 4), (4096, 8, 1, 3, 2), (8192, 16, 1, 2, 1), (16384, 16, 2, 1, 0))
+# Rows that fit into registers, by `heavy`: longest, warps, stages, and as many programs at once on a multiprocessor as
+# compile without spilling. Programs that wait let others work; one that is alone reads a tile ahead.
+_RESIDENT = {
+    False: ((1024, 4, 1, 5), (2048, 4, 1, 5), (4096, 8, 1, 3), (8192, 16, 1, 2), (16384, 16, 2, 1)),
+    True: ((1024, 4, 1, 5), (2048, 4, 1, 4), (4096, 8, 1, 2), (8192, 16, 1, 1)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,50 +42,34 @@ class Launch:
     count_first: bool
 
 
+@lru_cache(maxsize=1024)  # sizes that a run repeats
 def choose(
-    rows: int,
-    classes: int,
-    element_size: int,
-    target_size: int,
-    heavy: bool,
-    *,
-    multiprocessors: int,
-    cache_bytes: int,
+    rows: int, classes: int, element_size: int, target_size: int, heavy: bool, multiprocessors: int, cache_bytes: int
 ) -> Launch:
-    """For logits [rows, classes] of element_size bytes on a device with this much second-level cache.
+    """For logits [rows, classes] and targets of these sizes in bytes; cache_bytes are of the second level.
 
     heavy: class weights, label smoothing or softcap are on, and need registers.
     """
-    block = max(8, 1 << (classes - 1).bit_length())
-    for longest, warps, stages, plain, when_heavy in _RESIDENT:
-        at_once = when_heavy if heavy else plain
-        if block <= longest and at_once:
-            resident, tile_rows = True, max(1, _TILE // block)
-            break
+    block, tile_rows = max(8, 1 << (classes - 1).bit_length()), 1
+    fitting = [row[1:] for row in _RESIDENT[heavy] if block <= row[0]]
+    in_flight = multiprocessors * classes * element_size  # should stay in the cache until read again
+    if fitting:
+        tile_rows = max(1, _TILE // block)
+        warps, stages, at_once = fitting[0]
+    elif heavy:
+        block, warps, stages, at_once = 2048, 16, 4, 1
+    elif 2 * in_flight <= _CACHE_FRACTION * cache_bytes:
+        block, warps, stages, at_once = 2048, 8, 4, 2
     else:
-        resident, tile_rows, stages = False, 1, 4
-        in_flight = multiprocessors * classes * element_size  # stay in the cache until they are read again
-        if heavy:
-            block, warps, at_once = 2048, 16, 1
-        elif 2 * in_flight <= _CACHE_FRACTION * cache_bytes:
-            block, warps, at_once = 2048, 8, 2
-        else:
-            block, warps, at_once = 4096, 16, 1
+        block, warps, stages, at_once = 4096, 16, 4, 1
     programs = max(1, min(-(-rows // tile_rows), multiprocessors * at_once))
     return Launch(
         rows=tile_rows,
         block=block,
-        resident=resident,
+        resident=bool(fitting),
         warps=warps,
         stages=stages,
         registers=_REGISTERS // (32 * warps * at_once) // 8 * 8,
         programs=programs,
         count_first=rows * target_size * -(-programs // multiprocessors) > _COUNT_BYTES,
     )
-
-
-def tile(classes: int) -> tuple[int, int, int]:
-    """Rows, classes and warps of a tile whose elements do not depend on each other: backward."""
-    block = min(max(8, 1 << (classes - 1).bit_length()), 4096)
-    rows = max(1, _TILE // block)
-    return rows, block, max(rows * block // 512, 4)

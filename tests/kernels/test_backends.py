@@ -81,7 +81,7 @@ def test_without_the_library_eager_serves_and_says_why(tmp_path: Path) -> None:
 
 
 def test_device_without_float64_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"triton: runs on GPUs.*eager: sums are float64, which device type 'mps' lacks"):
+    with pytest.raises(ValueError, match=r"triton: runs on GPUs.*eager: sums are float64, which .* 'mps' lacks"):
         select_backend("cross_entropy", "mps", torch.float32)
 
 
