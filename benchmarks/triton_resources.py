@@ -24,7 +24,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks import record
-from esper_kernels import grad_stats
+from esper_kernels import Meter, grad_stats
+from esper_kernels.cross_entropy import triton as cross_entropy
+from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.grad_stats import triton as grad_stats_triton
 
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
@@ -49,7 +51,7 @@ def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, options = bind(*arguments, **options)
         _, *facts = kernel._pack_args(backend, options, bound, specialization, options)
-        variants.append(Variant(f"{name}: {kernel.fn.__name__}", kernel, *facts, options))
+        variants.append(Variant(f"{name}: {kernel.fn.__name__} {len(variants)}", kernel, *facts, options))
 
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "cuda", "any"):
         call()
@@ -65,7 +67,33 @@ def grad_stats_variants() -> Iterator[Variant]:
         yield from recorded(name, lambda scale=scale: grad_stats_triton.fill(grads, scale, stats))
 
 
-VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants,)
+def cross_entropy_variants() -> Iterator[Variant]:
+    """Every launch choice, on an H200: its classes, dtypes and, heavy, every option; the autograd form at some."""
+    for classes in (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144):
+        targets, weight = torch.zeros(64, dtype=torch.int64), torch.ones(classes)
+        plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
+        heavy = Options(weight, -100, 0.1, 1e-4, 30.0, "mean", None)
+        for dtype in (torch.bfloat16, torch.float32):
+            logits, meter = torch.zeros(64, classes, dtype=dtype), Meter("cpu", topk=(5,))
+            for options in (plain, heavy):
+                name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
+                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, None, None)
+                if classes in (1000, 16000, 262144) and dtype == torch.bfloat16:
+                    yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+
+
+def _on_an_h200(name: str, function: Callable[..., Any], *arguments: Any) -> list[Variant]:
+    with mock.patch.object(cross_entropy, "_device", return_value=(132, 50 << 20)):
+        return recorded(name, lambda: function(*arguments))
+
+
+def _autograd(logits: torch.Tensor, targets: torch.Tensor, options: Options, meter: Meter) -> None:
+    loss, kept = cross_entropy.forward(logits, targets, options, meter, keep=True)
+    cross_entropy.forward(logits, targets, options, meter, keep=False)
+    cross_entropy.backward(torch.ones_like(loss), logits, targets, kept, options)
+
+
+VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants, cross_entropy_variants)
 
 
 def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
