@@ -148,12 +148,14 @@ def _device(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":
         return _INTERPRETED
     facts = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu":
+        return facts.gpu_subslice_count, 0  # torch does not tell the cache: none is counted on
     return facts.multi_processor_count, facts.L2_cache_size
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 
 def _batch(

@@ -92,9 +92,9 @@ def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
 def _new_tables(key: tuple[tuple[int, ...], tuple[torch.dtype, ...]], device: torch.device) -> _Tables:
     numels, dtypes = torch.tensor(key[0]), torch.tensor([DTYPES.index(dtype) for dtype in key[1]])
     # Blocks are counted from a 16 byte boundary, so a tensor may reach 15 bytes further than it is long.
-    blocks = (numels * torch.tensor([dtype.itemsize for dtype in key[1]]) + 15 + BLOCK_BYTES - 1) // BLOCK_BYTES
-    piece_blocks = -(-int(blocks.sum()) // _MOST_PIECES)
-    pieces = (blocks + piece_blocks - 1) // piece_blocks
+    blocks = [-(-(numel * dtype.itemsize + 15) // BLOCK_BYTES) for numel, dtype in zip(*key, strict=True)]
+    piece_blocks = -(-sum(blocks) // _MOST_PIECES)
+    pieces = torch.tensor([-(-count // piece_blocks) for count in blocks])
     owner = torch.repeat_interleave(pieces)
     layout = torch.cat([numels, dtypes, torch.zeros(1, dtype=torch.int64), pieces.cumsum(0), owner])
     return _Tables(

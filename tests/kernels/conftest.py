@@ -25,6 +25,8 @@ BACKENDS = (
 @pytest.fixture(params=BACKENDS)
 def config(request: pytest.FixtureRequest) -> KernelConfig:
     name, _, instruction_set = request.param.partition("-")
+    if name == "triton":
+        pytest.importorskip("triton")
     if name != "cpp":
         return KernelConfig(backend=name)
     if instruction_set not in ("", *INSTRUCTION_SETS):

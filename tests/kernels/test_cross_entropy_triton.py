@@ -16,6 +16,7 @@ from esper_kernels.cross_entropy import launch, reference, triton
 from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.testing import plain_torch_cross_entropy, relative_error
 
+pytest.importorskip("triton")
 CONFIG = KernelConfig(backend="triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = {"multiprocessors": 132, "cache_bytes": 50 << 20}
