@@ -12,8 +12,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -53,7 +51,7 @@ def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, options = bind(*arguments, **options)
         _, *facts = kernel._pack_args(backend, options, bound, specialization, options)
-        variants.append(Variant(f"{name}: {kernel.fn.__name__}", kernel, *facts, options))
+        variants.append(Variant(f"{name}: {kernel.fn.__name__} {len(variants)}", kernel, *facts, options))
 
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "cuda", "any"):
         call()
@@ -70,22 +68,29 @@ def grad_stats_variants() -> Iterator[Variant]:
 
 
 def cross_entropy_variants() -> Iterator[Variant]:
-    """A launch for each row of the launch choice, whose classes are a power of 2, even or odd; plain and heavy."""
-    meter = Meter("cpu", topk=(5,))
-    for classes in (10, 1000, 2000, 4096, 8192, 16384, 32000, 128257):
-        heavy = {"weight": torch.ones(classes), "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 30.0}
-        for dtype, (kind, given) in product((torch.bfloat16, torch.float32), {"plain": {}, "heavy": heavy}.items()):
-            logits, targets = torch.empty(64, classes, dtype=dtype), torch.zeros(64, dtype=torch.int64)
-            plain: dict[str, Any] = dict(Options(None, -100, 0.0, 0.0, None, "mean", None)._asdict())
-            arguments, name = (logits, targets, Options(**plain | given)), f"cross_entropy, {dtype} x {classes} {kind}"
-            yield from recorded(f"{name} step", partial(cross_entropy.step, *arguments, meter, None, None))
-            if dtype == torch.bfloat16:
-                yield from recorded(f"{name} forward", partial(cross_entropy.forward, *arguments, meter, True))
-                kept, (logits, targets, options) = torch.empty(129), arguments
-                backward = partial(cross_entropy.backward, torch.ones(()), logits, targets, kept, options)
-                yield from recorded(f"{name} backward", backward)
-    many = torch.zeros(1 << 18, dtype=torch.int64), Options(**plain)
-    yield recorded("cross_entropy", partial(cross_entropy.step, torch.empty(1 << 18, 1), *many, None, None, None))[0]
+    """Every launch choice, on an H200: its classes, dtypes and, heavy, every option; the autograd form at some."""
+    for classes in (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144):
+        targets, weight = torch.zeros(64, dtype=torch.int64), torch.ones(classes)
+        plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
+        heavy = Options(weight, -100, 0.1, 1e-4, 30.0, "mean", None)
+        for dtype in (torch.bfloat16, torch.float32):
+            logits, meter = torch.zeros(64, classes, dtype=dtype), Meter("cpu", topk=(5,))
+            for options in (plain, heavy):
+                name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
+                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, None, None)
+                if classes in (1000, 16000, 262144) and dtype == torch.bfloat16:
+                    yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+
+
+def _on_an_h200(name: str, function: Callable[..., Any], *arguments: Any) -> list[Variant]:
+    with mock.patch.object(cross_entropy, "_device", return_value=(132, 50 << 20)):
+        return recorded(name, lambda: function(*arguments))
+
+
+def _autograd(logits: torch.Tensor, targets: torch.Tensor, options: Options, meter: Meter) -> None:
+    loss, kept = cross_entropy.forward(logits, targets, options, meter, keep=True)
+    cross_entropy.forward(logits, targets, options, meter, keep=False)
+    cross_entropy.backward(torch.ones_like(loss), logits, targets, kept, options)
 
 
 VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants, cross_entropy_variants)

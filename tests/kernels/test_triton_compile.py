@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -22,7 +23,7 @@ def test_every_variant_compiles_without_a_spill(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {row["sm"] for row in rows} == {80, 90, 100}
-    assert len({row["variant"] for row in rows if row["variant"].startswith("grad_stats")}) == 5
+    assert {row["variant"].partition(",")[0] for row in rows} == {"grad_stats", "cross_entropy"}
     for row in rows:
         assert row["registers"] > 0, row
         assert row["spilled_bytes"] == 0, row
