@@ -27,6 +27,9 @@ def config(request: pytest.FixtureRequest) -> KernelConfig:
     name, _, instruction_set = request.param.partition("-")
     if name == "triton":
         pytest.importorskip("triton")
+        on_cpu = "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu"
+        if on_cpu and torch.cuda.is_available():
+            pytest.skip("where there is a GPU, Triton's kernels run on it and not in the interpreter")
     if name != "cpp":
         return KernelConfig(backend=name)
     if instruction_set not in ("", *INSTRUCTION_SETS):
