@@ -1,8 +1,8 @@
 """Makes everything a run owns, and refuses here whatever could not work later. `episode` and `cli` call it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +15,29 @@ from esper_train.control.signals import SignalTracker
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.optimizers import OptimizerRegistry
+from esper_train.state import PlainState, RandomState
 from esper_train.step import TrainStep, build_train_step
 from esper_train.tasks import Task, get_task, load_splits, make_loader
 
 EVALUATION_BATCH = 512
 """Rows a batch where nothing is trained, so memory is all that limits it."""
+
+
+@dataclass(kw_only=True)
+class Progress(PlainState):
+    """How far a run has come, and what came of it so far."""
+
+    STATE = ("epoch", "accuracy", "seconds", "seeds_germinated", "decided", "contributions")
+    epoch: int = 0
+    """Finished ones."""
+    accuracy: float = math.nan
+    """Validation accuracy of the last measured epoch, in percent."""
+    seconds: float = 0.0
+    seeds_germinated: int = 0
+    decided: list[tuple[str, float]] = field(default_factory=list)
+    """Operation and reward of each epoch."""
+    contributions: list[float] = field(default_factory=list)
+    """Of each fossilized seed when it was kept, in percentage points."""
 
 
 @dataclass(kw_only=True)
@@ -37,7 +55,8 @@ class Episode:
     validation: DataLoader[Any]
     test: DataLoader[Any]
     data_record: Mapping[str, Any]
-    seeds_germinated: int = 0
+    random: RandomState
+    progress: Progress = field(default_factory=Progress)
 
 
 def build_episode(
@@ -47,7 +66,8 @@ def build_episode(
     task = task or get_task(config.task, config)
     device, policy = resolve_device(config.device), config.policy
     splits = load_splits(task)
-    with random_state(config.seed, device):
+    order = torch.Generator().manual_seed(config.seed)
+    with RandomState(config.seed, device).active():
         host = task.build_host(config.host).to(device)
     host_optimizer = make_optimizer(host.parameters(), config.optim.host_lr, config.optim)
     step = build_train_step(task.task_type, config.train)
@@ -60,10 +80,11 @@ def build_episode(
         tracker=SignalTracker(plateau_threshold=policy.plateau_threshold, plateau_epochs=policy.plateau_epochs),
         step=step,
         device=next(host.parameters()).device,
-        train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed),
+        train=make_loader(splits.train, config.batch_size, shuffle=order),
         validation=make_loader(splits.validation, EVALUATION_BATCH),
         test=make_loader(splits.test, EVALUATION_BATCH),
         data_record=splits.record,
+        random=RandomState(config.seed + 1, device, order=order),
     )
 
 
@@ -72,6 +93,15 @@ def make_optimizer(parameters: Iterable[Tensor], lr: float, config: OptimConfig)
     if config.kind == "adamw":
         return AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
     return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def attach_optimizer(episode: Episode, group: str) -> None:
+    """Give the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own."""
+    slot, _, gate = group.partition(".")
+    seated = episode.model.slot(slot)
+    module, optim = seated.gate if gate else seated.seed, episode.config.optim
+    parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    episode.optimizers.attach(group, make_optimizer(parameters, optim.seed_lr, optim) if parameters else None)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -87,11 +117,3 @@ def resolve_device(name: str) -> torch.device:
     if f"{device.type}:{device.index or 0}" not in ("cpu:0", *usable):
         raise ValueError(f"device {name!r} is not there; usable here: {', '.join(usable)}")
     return device
-
-
-@contextmanager
-def random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded inside, and as they were afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
-        torch.manual_seed(seed)
-        yield

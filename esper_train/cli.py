@@ -1,10 +1,12 @@
 """The command `esper-train`: reads the config, runs, shows progress, and leaves a run directory with a report.
 
-Exit codes: 0 done, 2 something in the request or the data cannot work, 3 the loss became non-finite,
-130 interrupted. Only this module prints, and only it imports tyro and rich.
+Exit codes: 0 done, 2 something in the request, the data or the disk cannot work, 3 the loss became non-finite,
+130 stopped by Ctrl-C, 143 by SIGTERM: such a run leaves a checkpoint, and a second signal ends it at once.
+Only this module prints, and only it imports tyro and rich.
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -14,10 +16,19 @@ from pathlib import Path
 from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
 from esper_train import run_directory
-from esper_train.build import build_episode
+from esper_train.build import Episode, build_episode
+from esper_train.checkpoint import Checkpoints, load, restore, saved
 from esper_train.config import RunConfig, load_toml
-from esper_train.control.policy import Idle
-from esper_train.episode import NonFiniteLossError, episode_configs, heuristic_policy, require_slots, run_episode
+from esper_train.control.policy import Idle, Policy
+from esper_train.episode import (
+    NonFiniteLossError,
+    episode_configs,
+    heuristic_policy,
+    require_slots,
+    run_episode,
+    run_started,
+)
+from esper_train.stop import Stopped, StopRequest, stop_on_signals
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
@@ -31,7 +42,7 @@ USAGE = """usage: esper-train {heuristic,fit,info} [options]
   info       versions, and which kernel backend serves what, and why
 
 `esper-train heuristic --help` lists every option."""
-EXIT_USAGE, EXIT_NONFINITE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USAGE, EXIT_NONFINITE, EXIT_SIGNAL = 2, 3, 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,13 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(command, given)
         config = options.run_config()
-        out = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}")
-        for number, episode_config in enumerate(episode_configs(config), start=1):
-            directory = out if config.episodes == 1 else out / f"episode-{number}"
-            _run(episode_config, directory, command, baseline=options.baseline)
-    except KeyboardInterrupt:
+        new = options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}"
+        with stop_on_signals() as stop:
+            _run_all(config, command, Path(options.resume or new), stop, options)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + number
     except NonFiniteLossError as error:
         print(f"esper-train: {error}", file=sys.stderr)
         return EXIT_NONFINITE
@@ -74,10 +85,17 @@ class _Options(RunConfig):
     """A TOML file with any of these settings; options given beside it win."""
     out: str | None = None
     """Directory of the run, new or empty. None takes one under runs/, named by time, command and task."""
+    resume: str | None = None
+    """Directory of a run that was stopped or killed: go on from its newest checkpoint, with its own config."""
     backend: str | None = None
     """Kernel backend, short for --train.kernel.backend."""
     baseline: bool = True
     """With heuristic, also train the host without slots, for the report to compare with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.out:
+            raise ValueError("--resume goes on in the directory it names; leave --out out")
 
     def run_config(self) -> RunConfig:
         run = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
@@ -94,28 +112,70 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     finder.add_argument("--task")
+    finder.add_argument("--resume")
     given = finder.parse_known_args(arguments)[0]
     task = given.task or (load_toml(given.config).task if given.config else RunConfig().task)
-    run = preset(task) if given.config is None else load_toml(given.config, base=preset(task))
+    run = run_directory.load_config(Path(given.resume)) if given.resume else preset(task)
+    run = run if given.config is None else load_toml(given.config, base=run)
     default = _Options(**{f.name: getattr(run, f.name) for f in fields(RunConfig)})
     return tyro.cli(_Options, prog=f"esper-train {command}", args=arguments, default=default)
 
 
-def _run(config: RunConfig, directory: Path, mode: str, *, baseline: bool) -> None:
-    """One run into its own directory. Network and report are written however it ends."""
+def _run_all(config: RunConfig, command: str, out: Path, stop: StopRequest, options: _Options) -> None:
+    """Every episode, each into its own directory where there are several."""
+    resume = options.resume is not None
+    for number, episode_config in enumerate(episode_configs(config), start=1):
+        directory = out if config.episodes == 1 else out / f"episode-{number}"
+        run = _prepare(episode_config, directory, command, resume)
+        if directory != out and number == 1:
+            run_directory.create(out, config, resume=resume)
+        _run(run, stop, baseline=options.baseline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One run that is ready to start, or to go on."""
+
+    directory: Path
+    mode: str
+    resume: bool
+    episode: Episode
+    policy: Policy
+    hub: TelemetryHub
+
+
+def _prepare(config: RunConfig, directory: Path, mode: str, resume: bool) -> _Run:
+    """Build a run and bring it to its newest checkpoint, if any. What cannot work is refused here; no file changes."""
     growing = mode == "heuristic"
     episode = build_episode(config, slots=require_slots(config) if growing else ())
     policy = heuristic_policy(episode) if growing else Idle()
-    run_directory.create(directory, config)
+    hub = TelemetryHub((), config.telemetry)
+    checkpoints = saved(directory / run_directory.CHECKPOINTS) if resume else []
+    if checkpoints:
+        restore(load(checkpoints[-1]), episode, policy, hub, mode)
+    return _Run(directory=directory, mode=mode, resume=resume, episode=episode, policy=policy, hub=hub)
+
+
+def _run(run: _Run, stop: StopRequest, *, baseline: bool) -> None:
+    """One run in its own directory. Network and report are written however it ends."""
+    episode, directory, hub = run.episode, run.directory, run.hub
+    run_directory.create(directory, episode.config, resume=run.resume)
+    run_directory.cut_back(directory, episode.progress.epoch)
     display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
-    hub = TelemetryHub([JsonlSink(directory / run_directory.METRICS), display], config.telemetry)
+    hub.add(JsonlSink(directory / run_directory.METRICS))
+    hub.add(display)
+    if episode.progress.epoch:
+        display.write(run_started(episode, run.mode))
+        print(f"resumed after epoch {episode.progress.epoch}")
+    checkpoints = Checkpoints(directory / run_directory.CHECKPOINTS, episode.config.checkpoint)
     try:
         try:
-            run_episode(episode, policy, hub, mode=mode)
+            run_episode(episode, run.policy, hub, mode=run.mode, checkpoints=checkpoints, stop=stop)
         finally:
             hub.close()
             run_directory.save_network(directory, episode.model)
-        if growing and baseline:
-            _run(config, directory / run_directory.BASELINE, "fit", baseline=False)
+        if run.mode == "heuristic" and baseline:
+            beside = _prepare(episode.config, directory / run_directory.BASELINE, "fit", run.resume)
+            _run(beside, stop, baseline=False)
     finally:
         print(f"report: {write_report(directory)}")

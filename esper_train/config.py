@@ -225,6 +225,20 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often a run saves all it needs to be resumed, and how much of that it keeps."""
+
+    every: int = 10
+    """Epochs from one checkpoint to the next; the last epoch and a run that is stopped write one in any case."""
+    keep: int = 2
+    """The newest so many are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            _require(getattr(self, name) >= 1, f"checkpoint.{name} must be at least 1", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run of `esper-train`, whole."""
 
@@ -251,6 +265,7 @@ class RunConfig:
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     policy: HeuristicConfig = field(default_factory=HeuristicConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         for name in ("episodes", "max_epochs", "batch_size"):
