@@ -4,10 +4,12 @@
 lies beside it; it appears at once and whole, after its digest, so a kill at any moment leaves the ones before.
 """
 
+import copy
 import hashlib
 import io
 import json
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from esper_train.build import Episode, attach_optimizer
 from esper_train.config import CheckpointConfig, RunConfig, from_dict
@@ -27,6 +30,7 @@ FORMAT = 1
 """Version of the layout of a checkpoint."""
 FREE = ("max_epochs", "device", "data", "train.kernel.", "train.compile.", "telemetry.", "checkpoint.")
 """Config keys, or beginnings of them, that a resumed run may change."""
+PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def parts(episode: Episode, policy: Policy, hub: TelemetryHub) -> dict[str, Stateful]:
@@ -62,15 +66,14 @@ class _Growth:
 class Checkpoints:
     """The checkpoints of a run while it is made: writes one every few epochs and, on leaving, of the last epoch.
 
-    A run that is stopped within an epoch is resumed from the end of the one before, whose state is therefore kept
-    in memory, as the bytes of its file, where it is not written.
+    A run that is stopped within an epoch is resumed from the end of the one before, of which a copy is therefore
+    kept in memory until there is a later one.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self._directory = directory
         self._config = config
-        self._unwritten: tuple[int, bytes] | None = None
-        self._checked = False
+        self._unwritten: tuple[int, dict[str, Any]] | None = None
 
     def __enter__(self) -> None: ...
 
@@ -80,29 +83,29 @@ class Checkpoints:
         self._write()
 
     def take(self, episode: Episode, policy: Policy, hub: TelemetryHub, mode: str) -> None:
-        """Keep the state at the end of an epoch; write it when it is time. `OSError` if the disk does not take it."""
+        """Keep the state at the end of an epoch, and write it when it is time.
+
+        `OSError` if the disk does not take it, `TypeError` if a part's state is more than tensors and plain values.
+        """
         epoch = episode.progress.epoch
         state = {
             "format": FORMAT,
             "mode": mode,
             "config": asdict(episode.config),
             "data": _identity(episode),
-            "parts": {name: part.state_dict() for name, part in parts(episode, policy, hub).items()},
+            "parts": {name: _copied(part.state_dict(), name) for name, part in parts(episode, policy, hub).items()},
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        if not self._checked:  # now, not when it is needed
-            _read(buffer.getvalue())
-            self._checked = True
-        self._unwritten = epoch, buffer.getvalue()
+        self._unwritten = epoch, state
         if epoch % self._config.every == 0 or epoch == episode.config.max_epochs:
             self._write()
 
     def _write(self) -> None:
         if self._unwritten is not None:
-            epoch, data = self._unwritten
+            epoch, state = self._unwritten
             self._directory.mkdir(parents=True, exist_ok=True)
-            save(self._directory / f"epoch-{epoch}.pt", data)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            save(self._directory / f"epoch-{epoch}.pt", buffer.getvalue())
             self._unwritten = None
             for old in saved(self._directory)[: -self._config.keep]:
                 old.unlink()
@@ -133,13 +136,31 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be used: {error}; {way_out}") from error
 
 
+def _copied(value: Any, part: str) -> Any:
+    """A copy on the CPU that further training leaves alone; `TypeError` for what could not be read back."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) in (dict, OrderedDict):
+        copied = copy.copy(value)  # with the attributes that a module's state has
+        copied.update((key, _copied(item, part)) for key, item in value.items())
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(value if set(map(type, value)) <= PLAIN else [_copied(item, part) for item in value])
+    if type(value) not in PLAIN:
+        raise TypeError(
+            f"the state of {part!r} has a {type(value).__name__}; a checkpoint holds tensors, dicts, lists, tuples, "
+            "numbers, strings and None, because reading anything else could run code"
+        )
+    return value
+
+
 def _read(data: bytes) -> dict[str, Any]:
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise ValueError("it is not a file of torch.save")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler fails in many ways on what is not its own
-        raise ValueError(f"torch refuses it: {error}") from error
+        raise ValueError("it is damaged, or holds more than tensors and plain values") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"expected format {FORMAT}, got {got!r}")

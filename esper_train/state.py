@@ -86,7 +86,7 @@ class RandomState:
         if numpy is not None:
             legacy: Any = numpy.random.get_state()
             kind, keys, *rest = legacy
-            state["numpy"] = (kind, keys.tolist(), *rest)
+            state["numpy"] = (kind, tuple(keys.tolist()), *rest)
         if self._device.type != "cpu":
             state[self._device.type] = torch.get_device_module(self._device).get_rng_state(self._device)
         return state
