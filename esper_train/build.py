@@ -28,16 +28,12 @@ class Progress(PlainState):
     """How far a run has come, and what came of it so far."""
 
     STATE = ("epoch", "accuracy", "seconds", "seeds_germinated", "decided", "contributions")
-    epoch: int = 0
-    """Finished ones."""
-    accuracy: float = math.nan
-    """Validation accuracy of the last measured epoch, in percent."""
+    epoch: int = 0  # finished ones
+    accuracy: float = math.nan  # of the last validation, in percent
     seconds: float = 0.0
     seeds_germinated: int = 0
-    decided: list[tuple[str, float]] = field(default_factory=list)
-    """Operation and reward of each epoch."""
-    contributions: list[float] = field(default_factory=list)
-    """Of each fossilized seed when it was kept, in percentage points."""
+    decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
+    contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
 
 
 @dataclass(kw_only=True)

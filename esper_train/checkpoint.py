@@ -1,7 +1,7 @@
-"""Checkpoints: all that a run changes, in one file that a fresh process can go on from, bit for bit.
+"""Checkpoints: all that a run changes, in one file from which a fresh process goes on bit for bit.
 
-`episode` takes them, `cli` restores them. A file `epoch-N.pt` holds tensors and plain values only, and its SHA-256
-lies beside it; it appears at once and whole, after its digest, so a kill at any moment leaves the ones before.
+`episode` takes them, `cli` restores them. `epoch-N.pt` holds tensors and plain values only, with its SHA-256 in a
+file beside it; both appear whole and the digest first, so a kill at any moment leaves the checkpoints before.
 """
 
 import copy
@@ -9,11 +9,9 @@ import hashlib
 import io
 import json
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,8 +26,8 @@ from esper_train.telemetry.hub import TelemetryHub
 
 FORMAT = 1
 """Version of the layout of a checkpoint."""
-FREE = ("max_epochs", "device", "data", "train.kernel.", "train.compile.", "telemetry.", "checkpoint.")
-"""Config keys, or beginnings of them, that a resumed run may change."""
+FREE = ("max_epochs", "device", "data", "train", "telemetry", "checkpoint")
+"""Config keys that may change where a run is resumed."""
 PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
@@ -48,7 +46,7 @@ def parts(episode: Episode, policy: Policy, hub: TelemetryHub) -> dict[str, Stat
 
 
 class _Growth:
-    """Which seeds are seated and which optimizers train them: rebuilt before weights and momentum can be loaded."""
+    """Which seeds are seated and which optimizers train them: rebuilt before weights and momentum are loaded."""
 
     def __init__(self, episode: Episode) -> None:
         self._episode = episode
@@ -64,10 +62,9 @@ class _Growth:
 
 
 class Checkpoints:
-    """The checkpoints of a run while it is made: writes one every few epochs and, on leaving, of the last epoch.
+    """Keeps a copy of the state at the end of each epoch, and writes it when it is time or when the run ends.
 
-    A run that is stopped within an epoch is resumed from the end of the one before, of which a copy is therefore
-    kept in memory until there is a later one.
+    So a run that is stopped within an epoch is resumed from the end of the one before.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
@@ -75,41 +72,28 @@ class Checkpoints:
         self._config = config
         self._unwritten: tuple[int, dict[str, Any]] | None = None
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._write()
-
     def take(self, episode: Episode, policy: Policy, hub: TelemetryHub, mode: str) -> None:
-        """Keep the state at the end of an epoch, and write it when it is time.
-
-        `OSError` if the disk does not take it, `TypeError` if a part's state is more than tensors and plain values.
-        """
+        """At the end of an epoch. `OSError` as `write`, `TypeError` for a state that is not tensors and plain values."""
         epoch = episode.progress.epoch
-        state = {
-            "format": FORMAT,
-            "mode": mode,
-            "config": asdict(episode.config),
-            "data": _identity(episode),
-            "parts": {name: _copied(part.state_dict(), name) for name, part in parts(episode, policy, hub).items()},
-        }
-        self._unwritten = epoch, state
+        state = {name: _copied(part.state_dict()) for name, part in parts(episode, policy, hub).items()}
+        record = {"format": FORMAT, "config": asdict(episode.config), **_identity(episode, mode), "parts": state}
+        self._unwritten = epoch, record
         if epoch % self._config.every == 0 or epoch == episode.config.max_epochs:
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
-        if self._unwritten is not None:
-            epoch, state = self._unwritten
-            self._directory.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            save(self._directory / f"epoch-{epoch}.pt", buffer.getvalue())
-            self._unwritten = None
-            for old in saved(self._directory)[: -self._config.keep]:
-                old.unlink()
-                _digest_file(old).unlink(missing_ok=True)
+    def write(self) -> None:
+        """Write what is not on disk yet, if anything; `OSError` where the disk does not take it."""
+        if self._unwritten is None:
+            return
+        epoch, record = self._unwritten
+        buffer = io.BytesIO()
+        torch.save(record, buffer)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        save(self._directory / f"epoch-{epoch}.pt", buffer.getvalue())
+        self._unwritten = None
+        for old in saved(self._directory)[: -self._config.keep]:
+            old.unlink()
+            _digest_file(old).unlink(missing_ok=True)
 
 
 def saved(directory: Path) -> list[Path]:
@@ -118,7 +102,7 @@ def saved(directory: Path) -> list[Path]:
 
 
 def save(path: Path, data: bytes) -> None:
-    """Write a checkpoint, its digest first: where there is a file, there is a digest to trust it by."""
+    """Write a checkpoint, after the digest by which it will be trusted."""
     write_file(_digest_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
     write_file(path, data)
 
@@ -126,31 +110,59 @@ def save(path: Path, data: bytes) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint, running no code from it; `ValueError` if it is damaged, of another format, or none."""
     try:
-        data, digest = path.read_bytes(), _digest_file(path).read_text(encoding="ascii").split()[0]
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"its SHA-256 is not the one in {_digest_file(path).name}, so it was damaged")
+        data, digest = path.read_bytes(), _digest_file(path).read_bytes()
+        if digest[:64] != hashlib.sha256(data).hexdigest().encode():
+            raise ValueError("its SHA-256 is not the one beside it, so it was damaged")
         return _read(data)
-    except (FileNotFoundError, ValueError, IndexError) as error:
+    except (FileNotFoundError, ValueError) as error:
         older = [other.name for other in saved(path.parent) if other != path]
-        way_out = f"to go on from {older[-1]}, remove it" if older else "there is no other: start the run anew"
+        way_out = f"remove it to go on from {older[-1]}" if older else "there is no other, so start the run anew"
         raise ValueError(f"{path} cannot be used: {error}; {way_out}") from error
 
 
-def _copied(value: Any, part: str) -> Any:
-    """A copy on the CPU that further training leaves alone; `TypeError` for what could not be read back."""
+def restore(state: Mapping[str, Any], episode: Episode, policy: Policy, hub: TelemetryHub, mode: str) -> None:
+    """Bring what was just built to where a checkpoint was taken.
+
+    Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer epochs than are
+    done, or a network that does not fit; what was built is of no use then.
+    """
+    was, now = from_dict(RunConfig, state["config"]), episode.config
+    same = {f.name: (getattr(was, f.name), getattr(now, f.name)) for f in fields(RunConfig) if f.name not in FREE}
+    for name, (then, asked) in (same | {k: (state[k], v) for k, v in _identity(episode, mode).items()}).items():
+        if then != asked:
+            free = ", ".join(FREE)
+            raise ValueError(
+                f"{name} was {then} and is {asked}: start a new run; one that is resumed may change {free}"
+            )
+    try:
+        for name, part in parts(episode, policy, hub).items():
+            part.load_state_dict(state["parts"][name])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"the checkpoint does not fit the run that was built: {error}") from error
+    if (done := episode.progress.epoch) > now.max_epochs:
+        raise ValueError(f"{done} epochs are done, so max_epochs must be at least that, got {now.max_epochs}")
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _identity(episode: Episode, mode: str) -> dict[str, str]:
+    return {"mode": mode, "data": json.dumps(dict(episode.data_record), sort_keys=True)}
+
+
+def _copied(value: Any) -> Any:
+    """A copy on the CPU, which further training leaves alone."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
-    if type(value) in (dict, OrderedDict):
+    if isinstance(value, dict):
         copied = copy.copy(value)  # with the attributes that a module's state has
-        copied.update((key, _copied(item, part)) for key, item in value.items())
+        copied.update((key, _copied(item)) for key, item in value.items())
         return copied
     if type(value) in (list, tuple):
-        return type(value)(value if set(map(type, value)) <= PLAIN else [_copied(item, part) for item in value])
+        return type(value)(value if set(map(type, value)) <= PLAIN else map(_copied, value))
     if type(value) not in PLAIN:
-        raise TypeError(
-            f"the state of {part!r} has a {type(value).__name__}; a checkpoint holds tensors, dicts, lists, tuples, "
-            "numbers, strings and None, because reading anything else could run code"
-        )
+        raise TypeError(f"a checkpoint holds tensors and plain values only, got {value!r} in a part's state")
     return value
 
 
@@ -161,52 +173,7 @@ def _read(data: bytes) -> dict[str, Any]:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler fails in many ways on what is not its own
         raise ValueError("it is damaged, or holds more than tensors and plain values") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        got = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"expected format {FORMAT}, got {got!r}")
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, got {found!r}")
     return state
-
-
-def restore(state: Mapping[str, Any], episode: Episode, policy: Policy, hub: TelemetryHub, mode: str) -> None:
-    """Bring what was just built to where a checkpoint was taken.
-
-    Raises `ValueError` if the run was of another mode, its data or a config key outside `FREE` differ, it has
-    more epochs behind it than are asked for, or its network does not fit; what was built is of no use then.
-    """
-    before, now = (_flat(asdict(c)) for c in (from_dict(RunConfig, state["config"]), episode.config))
-    changes = {"mode": (state["mode"], mode), "data": (state["data"], _identity(episode))}
-    changes |= {key: (before[key], now[key]) for key in now if not key.startswith(FREE)}
-    for key, (then, asked) in changes.items():
-        if then != asked:
-            free = ", ".join(key.rstrip(".") for key in FREE)
-            raise ValueError(
-                f"a run cannot be resumed with another {key}: it was {then!r} and is {asked!r}; "
-                f"only {free} may change. Start a new run instead"
-            )
-    targets = parts(episode, policy, hub)
-    try:
-        for name, part in targets.items():
-            part.load_state_dict(state["parts"][name])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the checkpoint does not fit the run that was built: {error}") from error
-    if episode.progress.epoch > episode.config.max_epochs:
-        raise ValueError(
-            f"the run has {episode.progress.epoch} epochs behind it, max_epochs is {episode.config.max_epochs}"
-        )
-
-
-def _digest_file(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
-def _identity(episode: Episode) -> str:
-    """What identifies the data."""
-    return json.dumps(dict(episode.data_record), sort_keys=True)
-
-
-def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {where + key: value}
-    return flat

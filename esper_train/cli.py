@@ -15,7 +15,6 @@ from pathlib import Path
 
 from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
-from esper_train import run_directory
 from esper_train.build import Episode, build_episode
 from esper_train.checkpoint import Checkpoints, load, restore, saved
 from esper_train.config import RunConfig, load_toml
@@ -28,6 +27,7 @@ from esper_train.episode import (
     run_episode,
     run_started,
 )
+from esper_train.run_directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
 from esper_train.stop import Stopped, StopRequest, stop_on_signals
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
@@ -63,11 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = options.run_config()
         new = options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}"
         with stop_on_signals() as stop:
-            _run_all(config, command, Path(options.resume or new), stop, options)
+            _run(config, Path(options.resume or new), command, stop, options)
     except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Stopped) else signal.SIGINT
         print("interrupted", file=sys.stderr)
-        return EXIT_SIGNAL + number
+        return EXIT_SIGNAL + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
     except NonFiniteLossError as error:
         print(f"esper-train: {error}", file=sys.stderr)
         return EXIT_NONFINITE
@@ -115,67 +114,49 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     finder.add_argument("--resume")
     given = finder.parse_known_args(arguments)[0]
     task = given.task or (load_toml(given.config).task if given.config else RunConfig().task)
-    run = run_directory.load_config(Path(given.resume)) if given.resume else preset(task)
+    run = load_config(Path(given.resume)) if given.resume else preset(task)
     run = run if given.config is None else load_toml(given.config, base=run)
     default = _Options(**{f.name: getattr(run, f.name) for f in fields(RunConfig)})
     return tyro.cli(_Options, prog=f"esper-train {command}", args=arguments, default=default)
 
 
-def _run_all(config: RunConfig, command: str, out: Path, stop: StopRequest, options: _Options) -> None:
-    """Every episode, each into its own directory where there are several."""
-    resume = options.resume is not None
-    for number, episode_config in enumerate(episode_configs(config), start=1):
-        directory = out if config.episodes == 1 else out / f"episode-{number}"
-        run = _prepare(episode_config, directory, command, resume)
-        if directory != out and number == 1:
-            run_directory.create(out, config, resume=resume)
-        _run(run, stop, baseline=options.baseline)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One run that is ready to start, or to go on."""
-
-    directory: Path
-    mode: str
-    resume: bool
-    episode: Episode
-    policy: Policy
-    hub: TelemetryHub
-
-
-def _prepare(config: RunConfig, directory: Path, mode: str, resume: bool) -> _Run:
-    """Build a run and bring it to its newest checkpoint, if any. What cannot work is refused here; no file changes."""
+def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Options) -> None:
+    """Every episode, each in its own directory where there are several, and its baseline."""
     growing = mode == "heuristic"
-    episode = build_episode(config, slots=require_slots(config) if growing else ())
-    policy = heuristic_policy(episode) if growing else Idle()
-    hub = TelemetryHub((), config.telemetry)
-    checkpoints = saved(directory / run_directory.CHECKPOINTS) if resume else []
-    if checkpoints:
-        restore(load(checkpoints[-1]), episode, policy, hub, mode)
-    return _Run(directory=directory, mode=mode, resume=resume, episode=episode, policy=policy, hub=hub)
+    for number, config in enumerate(episode_configs(run), start=1):
+        directory = out if run.episodes == 1 else out / f"episode-{number}"
+        episode = build_episode(config, slots=require_slots(config) if growing else ())
+        policy = heuristic_policy(episode) if growing else Idle()
+        hub = TelemetryHub((), config.telemetry)
+        checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
+        if checkpoints:
+            restore(load(checkpoints[-1]), episode, policy, hub, mode)
+        # up to here whatever cannot work was refused, and nothing was written
+        if run.episodes > 1 and number == 1:
+            create(out, run, resume=options.resume is not None)
+        create(directory, config, resume=options.resume is not None)
+        try:
+            _run_episode(episode, policy, hub, directory, mode, stop)
+            if growing and options.baseline:
+                _run(config, directory / BASELINE, "fit", stop, options)
+        finally:
+            print(f"report: {write_report(directory)}")
 
 
-def _run(run: _Run, stop: StopRequest, *, baseline: bool) -> None:
-    """One run in its own directory. Network and report are written however it ends."""
-    episode, directory, hub = run.episode, run.directory, run.hub
-    run_directory.create(directory, episode.config, resume=run.resume)
-    run_directory.cut_back(directory, episode.progress.epoch)
+def _run_episode(
+    episode: Episode, policy: Policy, hub: TelemetryHub, directory: Path, mode: str, stop: StopRequest
+) -> None:
+    """One run, from its start or from where it was restored. The network is written however it ends."""
+    cut_back(directory, episode.progress.epoch)
     display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
-    hub.add(JsonlSink(directory / run_directory.METRICS))
+    hub.add(JsonlSink(directory / METRICS))
     hub.add(display)
     if episode.progress.epoch:
-        display.write(run_started(episode, run.mode))
-        print(f"resumed after epoch {episode.progress.epoch}")
-    checkpoints = Checkpoints(directory / run_directory.CHECKPOINTS, episode.config.checkpoint)
+        print(f"going on after epoch {episode.progress.epoch}")
+        display.write(run_started(episode, mode))
+    checkpoints = Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint)
     try:
-        try:
-            run_episode(episode, run.policy, hub, mode=run.mode, checkpoints=checkpoints, stop=stop)
-        finally:
-            hub.close()
-            run_directory.save_network(directory, episode.model)
-        if run.mode == "heuristic" and baseline:
-            beside = _prepare(episode.config, directory / run_directory.BASELINE, "fit", run.resume)
-            _run(beside, stop, baseline=False)
+        run_episode(episode, policy, hub, mode=mode, checkpoints=checkpoints, stop=stop)
     finally:
-        print(f"report: {write_report(directory)}")
+        hub.close()
+        save_network(directory, episode.model)

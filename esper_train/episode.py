@@ -6,7 +6,6 @@ those who import the package. Plain training is the same run with no slots and a
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,7 +131,7 @@ def run_episode(
         policy.reset()
         hub.emit(run_started(episode, mode))
     try:
-        with episode.random.active(), checkpoints or nullcontext():
+        with episode.random.active():
             for epoch in range(progress.epoch + 1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch, stop)
                 progress.accuracy = accuracy = validation.accuracy
@@ -183,6 +182,8 @@ def run_episode(
             "seconds": time.perf_counter() - started,
         }
         hub.emit(Event(EventType.RUN_FINISHED, epoch, {"status": status, "test": test and plain(test), **outcome}))
+        if checkpoints is not None:
+            checkpoints.write()
     return EpisodeResult(model=model, test=test, **outcome)
 
 

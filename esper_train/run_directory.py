@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +118,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def cut_back(path: Path, epoch: int) -> None:
     """Cut a run's metrics back to the end of an epoch, 0 for nothing at all: a resumed run reports the rest itself."""
-    if not (path / METRICS).is_file():
-        return
-    with (path / METRICS).open("r+b") as file:
-        kept = 0
-        for number, line in enumerate(file, start=1):
-            try:
-                event = json.loads(line)
-            except ValueError as error:
-                if line.endswith(b"\n"):
-                    raise ValueError(f"{path / METRICS}, line {number} is not JSON: {error}") from error
-                break  # the last line, cut short by a kill
-            if event["epoch"] > epoch or epoch == 0 or event["event"] == "run_finished":
-                break
-            kept += len(line)
-        file.truncate(kept)
+    events = read_metrics(path) if epoch else []
+    kept = list(takewhile(lambda event: event["epoch"] <= epoch and event["event"] != "run_finished", events))
+    with (path / METRICS).open("a+b") as file:
+        file.seek(0)
+        file.truncate(sum(map(len, islice(file, len(kept)))))
 
 
 def _require_file(path: Path, name: str) -> None:

@@ -1,20 +1,14 @@
-"""What can be saved and given back: the interface, objects whose state is a few attributes, and random numbers.
-
-`checkpoint` gathers the state of everything a run changes; nothing here knows of files.
-"""
+"""State that can be saved and given back: the interface, objects of a few plain attributes, random numbers."""
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
-
-try:
-    import numpy
-except ImportError:  # torch works without it, and then nobody draws from it
-    numpy = None  # type: ignore[assignment]
 
 
 class Stateful(Protocol):
@@ -31,70 +25,63 @@ class PlainState:
     STATE: ClassVar[tuple[str, ...]] = ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the attributes by name."""
         return {name: copy.deepcopy(getattr(self, name)) for name in self.STATE}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        """Take over what `state_dict` gave; `ValueError` for other names."""
-        if set(state_dict) != set(self.STATE):
-            raise ValueError(f"expected the state of {type(self).__name__}, {list(self.STATE)}, got {list(state_dict)}")
-        for name, value in state_dict.items():
-            setattr(self, name, copy.deepcopy(value))
+        for name in self.STATE:
+            setattr(self, name, copy.deepcopy(state_dict[name]))
 
 
 class RandomState:
-    """A run's random numbers: the generators it owns and, while `active`, those of python, numpy, torch and the device.
+    """A run's random numbers: generators of its own and, while `active`, those of python, numpy, torch and the device.
 
-    Outside of `active` the global generators are the caller's.
+    Outside of `active` the global generators are the caller's. On a device of another kind it starts from the seed.
     """
 
     def __init__(self, seed: int, device: torch.device, **own: torch.Generator) -> None:
-        self._device = device
-        self._own = own
         self._seed = seed
-        self._kept: dict[str, Any] | None = None  # of the global generators, while they are the caller's
+        self._own = own
+        self._restored: Mapping[str, Any] = {}
+        self._global: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+            "python": (random.getstate, random.setstate),
+            "torch": (torch.get_rng_state, torch.set_rng_state),
+        }
+        self._numpy: Any = sys.modules.get("numpy")  # torch imports it where there is one
+        if self._numpy is not None:
+            self._global["numpy"] = (self._numpy_state, self._numpy.random.set_state)
+        if device.type != "cpu":
+            module = torch.get_device_module(device)
+            set_state = partial(module.set_rng_state, device=device)
+            self._global[device.type] = (partial(module.get_rng_state, device), set_state)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Draw from the run's own stream inside: seeded the first time, continued from then on."""
-        callers = self._globals()
+        """Draw from the run's stream inside, from its beginning or from where `load_state_dict` put it."""
+        callers = {name: get() for name, (get, _) in self._global.items()}
         try:
             random.seed(self._seed)
             torch.manual_seed(self._seed)
-            if numpy is not None:
-                numpy.random.seed(self._seed % 2**32)
-            if self._kept is not None:
-                self._set_globals(self._kept)
-                self._kept = None
+            if self._numpy is not None:
+                self._numpy.random.seed(self._seed % 2**32)
+            self._set(self._restored)
             yield
         finally:
-            self._kept = self._globals()
-            self._set_globals(callers)
+            self._set(callers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every generator stands."""
-        return {name: g.get_state() for name, g in self._own.items()} | {"global": self._kept or self._globals()}
+        """Where every generator stands; called while `active`."""
+        return {g: own.get_state() for g, own in self._own.items()} | {g: get() for g, (get, _) in self._global.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        """Go on from `state_dict` when next `active`. A device of another kind starts from the seed."""
         for name, generator in self._own.items():
             generator.set_state(state_dict[name])
-        self._kept = state_dict["global"]
+        self._restored = state_dict
 
-    def _globals(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-        if numpy is not None:
-            legacy: Any = numpy.random.get_state()
-            kind, keys, *rest = legacy
-            state["numpy"] = (kind, tuple(keys.tolist()), *rest)
-        if self._device.type != "cpu":
-            state[self._device.type] = torch.get_device_module(self._device).get_rng_state(self._device)
-        return state
+    def _set(self, states: Mapping[str, Any]) -> None:
+        for name, (_, set_state) in self._global.items():
+            if name in states:
+                set_state(states[name])
 
-    def _set_globals(self, state: Mapping[str, Any]) -> None:
-        random.setstate(state["python"])
-        torch.set_rng_state(state["torch"])
-        if numpy is not None and "numpy" in state:
-            numpy.random.set_state(state["numpy"])
-        if self._device.type != "cpu" and self._device.type in state:
-            torch.get_device_module(self._device).set_rng_state(state[self._device.type], self._device)
+    def _numpy_state(self) -> tuple[Any, ...]:
+        kind, keys, *rest = self._numpy.random.get_state()
+        return kind, tuple(keys.tolist()), *rest

@@ -1,4 +1,4 @@
-"""Signals that end a run: the first lets the batch finish, a second one ends the process at once. `cli` asks for it."""
+"""Signals that end a run: the first lets the batch finish, a second one ends the process at once. `cli` listens."""
 
 import signal
 from collections.abc import Iterator
@@ -11,38 +11,28 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal, of this number, asked the run to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
+    """A signal asked the run to end; its number is the argument."""
 
 
 class StopRequest:
-    """Whether the run has been asked to end."""
+    """Whether the run has been asked to end: `signal` is the number of the signal that asked."""
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        """Of the signal that asked."""
-
-    def check(self) -> None:
-        """Raise `Stopped` if the run is to end."""
-        if self.number is not None:
-            raise Stopped(self.number)
+    signal: int | None = None
 
     def before(self, batch: Batch) -> Batch:
-        """The batch, if the run goes on; the place where one batch is finished and the next not begun."""
-        self.check()
+        """The batch, or `Stopped`: here one batch is finished and the next not begun."""
+        if self.signal is not None:
+            raise Stopped(self.signal)
         return batch
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Inside, SIGINT (Ctrl-C) and SIGTERM only leave a request. In the main thread only."""
+    """Inside, Ctrl-C and SIGTERM only leave a request. For the main thread."""
     request = StopRequest()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        request.number = number
+        request.signal = number
         for each in SIGNALS:  # the system's own way to end a process needs no answer from it
             signal.signal(each, signal.SIG_DFL)
 
