@@ -24,21 +24,10 @@ EVALUATION_BATCH = 512
 
 
 @dataclass(kw_only=True)
-class Progress(PlainState):
-    """How far a run has come, and what came of it so far."""
+class Episode(PlainState):
+    """Everything one run changes, and nothing another run can see."""
 
     STATE = ("epoch", "accuracy", "seconds", "seeds_germinated", "decided", "contributions")
-    epoch: int = 0  # finished ones
-    accuracy: float = math.nan  # of the last validation, in percent
-    seconds: float = 0.0
-    seeds_germinated: int = 0
-    decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
-    contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
-
-
-@dataclass(kw_only=True)
-class Episode:
-    """Everything one run changes, and nothing another run can see."""
 
     config: RunConfig
     task: Task
@@ -52,7 +41,33 @@ class Episode:
     test: DataLoader[Any]
     data_record: Mapping[str, Any]
     random: RandomState
-    progress: Progress = field(default_factory=Progress)
+    epoch: int = 0  # finished ones
+    accuracy: float = math.nan  # of the last validation, in percent
+    seconds: float = 0.0
+    seeds_germinated: int = 0
+    decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
+    contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run has come, and what grew; weights, momentum and the rest have their own state."""
+        grown = {"slots": self.model.topology(), "groups": list(self.optimizers.parameters())}
+        return super().state_dict() | grown
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Seat the same seeds in a fresh model, with optimizers that can take their state."""
+        super().load_state_dict(state_dict)
+        self.model.rebuild(state_dict["slots"])
+        for group in state_dict["groups"]:  # in their order, which is that of the gradient statistics
+            if group not in self.optimizers:
+                self.attach_optimizer(group)
+
+    def attach_optimizer(self, group: str) -> None:
+        """Give the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own."""
+        slot, _, gate = group.partition(".")
+        module = self.model.slot(slot).gate if gate else self.model.slot(slot).seed
+        parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        optim = self.config.optim
+        self.optimizers.attach(group, make_optimizer(parameters, optim.seed_lr, optim) if parameters else None)
 
 
 def build_episode(
@@ -80,7 +95,7 @@ def build_episode(
         validation=make_loader(splits.validation, EVALUATION_BATCH),
         test=make_loader(splits.test, EVALUATION_BATCH),
         data_record=splits.record,
-        random=RandomState(config.seed + 1, device, order=order),
+        random=RandomState(config.seed + 1, device, order),
     )
 
 
@@ -89,15 +104,6 @@ def make_optimizer(parameters: Iterable[Tensor], lr: float, config: OptimConfig)
     if config.kind == "adamw":
         return AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
     return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def attach_optimizer(episode: Episode, group: str) -> None:
-    """Give the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own."""
-    slot, _, gate = group.partition(".")
-    seated = episode.model.slot(slot)
-    module, optim = seated.gate if gate else seated.seed, episode.config.optim
-    parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-    episode.optimizers.attach(group, make_optimizer(parameters, optim.seed_lr, optim) if parameters else None)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -28,7 +28,7 @@ from esper_train.episode import (
     run_started,
 )
 from esper_train.run_directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
-from esper_train.stop import Stopped, StopRequest, stop_on_signals
+from esper_train.stop import Stopped, StopRequest
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
@@ -61,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(command, given)
         config = options.run_config()
+        if options.resume and options.out:
+            raise ValueError("--resume goes on in the directory that it names; leave --out out")
         new = options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}"
-        with stop_on_signals() as stop:
+        with StopRequest() as stop:
             _run(config, Path(options.resume or new), command, stop, options)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
@@ -90,11 +92,6 @@ class _Options(RunConfig):
     """Kernel backend, short for --train.kernel.backend."""
     baseline: bool = True
     """With heuristic, also train the host without slots, for the report to compare with."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.resume and self.out:
-            raise ValueError("--resume goes on in the directory it names; leave --out out")
 
     def run_config(self) -> RunConfig:
         run = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
@@ -147,12 +144,12 @@ def _run_episode(
     episode: Episode, policy: Policy, hub: TelemetryHub, directory: Path, mode: str, stop: StopRequest
 ) -> None:
     """One run, from its start or from where it was restored. The network is written however it ends."""
-    cut_back(directory, episode.progress.epoch)
+    cut_back(directory, episode.epoch)
     display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
     hub.add(JsonlSink(directory / METRICS))
     hub.add(display)
-    if episode.progress.epoch:
-        print(f"going on after epoch {episode.progress.epoch}")
+    if episode.epoch:
+        print(f"going on after epoch {episode.epoch}")
         display.write(run_started(episode, mode))
     checkpoints = Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint)
     try:

@@ -234,8 +234,8 @@ class CheckpointConfig:
     """The newest so many are kept."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            _require(getattr(self, name) >= 1, f"checkpoint.{name} must be at least 1", getattr(self, name))
+        counts = (self.every, self.keep)
+        _require(min(counts) >= 1, "checkpoint.every and checkpoint.keep must be at least 1", counts)
 
 
 @dataclass(frozen=True, kw_only=True)

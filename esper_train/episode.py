@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, attach_optimizer, build_episode
+from esper_train.build import Episode, build_episode
 from esper_train.checkpoint import Checkpoints
 from esper_train.config import RunConfig
 from esper_train.control.heuristic import HeuristicTamiyo
@@ -125,16 +125,16 @@ def run_episode(
     RUN_FINISHED with the status "completed", "interrupted", "nonfinite" or "failed"; what ended it is raised again.
     """
     config, model, hub, stop = episode.config, episode.model, hub or TelemetryHub(), stop or StopRequest()
-    progress, status, test = episode.progress, "failed", None
-    epoch, started = progress.epoch, time.perf_counter() - progress.seconds
+    status, test = "failed", None
+    epoch, started = episode.epoch, time.perf_counter() - episode.seconds
     if epoch == 0:
         policy.reset()
         hub.emit(run_started(episode, mode))
     try:
         with episode.random.active():
-            for epoch in range(progress.epoch + 1, config.max_epochs + 1):
+            for epoch in range(episode.epoch + 1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch, stop)
-                progress.accuracy = accuracy = validation.accuracy
+                episode.accuracy = accuracy = validation.accuracy
                 for slot in model.slots:
                     name = slot.state.slot
                     slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
@@ -153,16 +153,16 @@ def run_episode(
                 reward = _reward(episode, stepped, decision)
                 made, refused = _execute(episode, decision)
                 changes += made
-                progress.decided.append((decision.op.name, reward))
+                episode.decided.append((decision.op.name, reward))
                 more = {"joint": _joint(validation), "max_epochs": config.max_epochs, "reward": reward}
                 hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more, refused=refused))
                 for change in changes:
                     _follow(episode, change)
                     hub.emit(stage_event(epoch, change))
                     if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
-                        progress.contributions.append(change.before.contribution)
+                        episode.contributions.append(change.before.contribution)
                 _report_numbers(model, train, validation, epoch, hub)
-                progress.epoch, progress.seconds = epoch, time.perf_counter() - started
+                episode.epoch, episode.seconds = epoch, time.perf_counter() - started
                 if checkpoints is not None:
                     checkpoints.take(episode, policy, hub, mode)
             batches = map(stop.before, episode.test)
@@ -173,12 +173,12 @@ def run_episode(
         raise
     finally:
         outcome: dict[str, Any] = {
-            "accuracy": progress.accuracy,
+            "accuracy": episode.accuracy,
             "parameters": sum(p.numel() for p in model.parameters()),
             "fossils": model.fossils,
-            "contributions": tuple(progress.contributions),
-            "action_counts": {op.name: sum(name == op.name for name, _ in progress.decided) for op in Op},
-            "rewards": tuple(reward for _, reward in progress.decided),
+            "contributions": tuple(episode.contributions),
+            "action_counts": {op.name: sum(name == op.name for name, _ in episode.decided) for op in Op},
+            "rewards": tuple(reward for _, reward in episode.decided),
             "seconds": time.perf_counter() - started,
         }
         hub.emit(Event(EventType.RUN_FINISHED, epoch, {"status": status, "test": test and plain(test), **outcome}))
@@ -239,9 +239,9 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
     model, slot, made = episode.model, decision.slot or "", []
     try:
         if decision.op is Op.GERMINATE:
-            blueprint, seed_id = decision.blueprint or "", f"seed_{episode.progress.seeds_germinated}"
+            blueprint, seed_id = decision.blueprint or "", f"seed_{episode.seeds_germinated}"
             made = model.germinate_seed(blueprint, seed_id, slot=slot, blend=decision.blend or "sigmoid")
-            episode.progress.seeds_germinated += 1
+            episode.seeds_germinated += 1
         elif decision.op is Op.CULL:
             made = model.cull_seed(slot=slot, reason=decision.reason)
         elif decision.op is Op.FOSSILIZE:
@@ -256,9 +256,9 @@ def _follow(episode: Episode, change: StageChange) -> None:
     slot, optimizers = change.before.slot, episode.optimizers
     gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
     if change.stage is SeedStage.TRAINING:
-        attach_optimizer(episode, slot)
+        episode.attach_optimizer(slot)
         if episode.model.slot(slot).gate is not None:
-            attach_optimizer(episode, gate)
+            episode.attach_optimizer(gate)
     if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
         optimizers.detach(slot)
     if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):

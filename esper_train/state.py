@@ -3,9 +3,8 @@
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,55 +32,59 @@ class PlainState:
 
 
 class RandomState:
-    """A run's random numbers: generators of its own and, while `active`, those of python, numpy, torch and the device.
+    """A run's random numbers: the order of its data and, while `active`, python's, numpy's, torch's and the device's.
 
-    Outside of `active` the global generators are the caller's. On a device of another kind it starts from the seed.
+    Outside of `active` the global generators are the caller's. On a device of another kind they start from the seed.
     """
 
-    def __init__(self, seed: int, device: torch.device, **own: torch.Generator) -> None:
+    def __init__(self, seed: int, device: torch.device, order: torch.Generator | None = None) -> None:
         self._seed = seed
-        self._own = own
-        self._restored: Mapping[str, Any] = {}
-        self._global: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-            "python": (random.getstate, random.setstate),
-            "torch": (torch.get_rng_state, torch.set_rng_state),
-        }
-        self._numpy: Any = sys.modules.get("numpy")  # torch imports it where there is one
-        if self._numpy is not None:
-            self._global["numpy"] = (self._numpy_state, self._numpy.random.set_state)
-        if device.type != "cpu":
-            module = torch.get_device_module(device)
-            set_state = partial(module.set_rng_state, device=device)
-            self._global[device.type] = (partial(module.get_rng_state, device), set_state)
+        self._device = device
+        self._order = order or torch.Generator()
+        self._restored: Mapping[str, Any] | None = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Draw from the run's stream inside, from its beginning or from where `load_state_dict` put it."""
-        callers = {name: get() for name, (get, _) in self._global.items()}
+        callers = _get(self._device)
         try:
             random.seed(self._seed)
             torch.manual_seed(self._seed)
-            if self._numpy is not None:
-                self._numpy.random.seed(self._seed % 2**32)
-            self._set(self._restored)
+            if numpy := _numpy():
+                numpy.random.seed(self._seed % 2**32)
+            if self._restored is not None:
+                _set(self._restored, self._device)
             yield
         finally:
-            self._set(callers)
+            _set(callers, self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Where every generator stands; called while `active`."""
-        return {g: own.get_state() for g, own in self._own.items()} | {g: get() for g, (get, _) in self._global.items()}
+        return _get(self._device) | {"order": self._order.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        for name, generator in self._own.items():
-            generator.set_state(state_dict[name])
+        self._order.set_state(state_dict["order"])
         self._restored = state_dict
 
-    def _set(self, states: Mapping[str, Any]) -> None:
-        for name, (_, set_state) in self._global.items():
-            if name in states:
-                set_state(states[name])
 
-    def _numpy_state(self) -> tuple[Any, ...]:
-        kind, keys, *rest = self._numpy.random.get_state()
-        return kind, tuple(keys.tolist()), *rest
+def _numpy() -> Any:
+    return sys.modules.get("numpy")  # torch has imported it where there is one
+
+
+def _get(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if numpy := _numpy():
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = kind, tuple(keys.tolist()), *rest
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set(state: Mapping[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if (numpy := _numpy()) and "numpy" in state:
+        numpy.random.set_state(state["numpy"])
+    if device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], device)

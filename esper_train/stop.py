@@ -1,12 +1,9 @@
 """Signals that end a run: the first lets the batch finish, a second one ends the process at once. `cli` listens."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, Self
 
-Batch = TypeVar("Batch")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -15,30 +12,26 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether the run has been asked to end: `signal` is the number of the signal that asked."""
+    """Whether a run is to end. Within `with`, in the main thread, Ctrl-C and SIGTERM ask for it."""
 
-    signal: int | None = None
+    def __init__(self) -> None:
+        self._signal: int | None = None
 
-    def before(self, batch: Batch) -> Batch:
-        """The batch, or `Stopped`: here one batch is finished and the next not begun."""
-        if self.signal is not None:
-            raise Stopped(self.signal)
+    def before(self, batch: Any) -> Any:
+        """The batch itself, or `Stopped`: here one batch is finished and the next not begun."""
+        if self._signal is not None:
+            raise Stopped(self._signal)
         return batch
 
+    def __enter__(self) -> Self:
+        self._handlers = {each: signal.signal(each, self._ask) for each in SIGNALS}
+        return self
 
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Inside, Ctrl-C and SIGTERM only leave a request. For the main thread."""
-    request = StopRequest()
+    def __exit__(self, *error: object) -> None:
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler)
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        request.signal = number
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
         for each in SIGNALS:  # the system's own way to end a process needs no answer from it
             signal.signal(each, signal.SIG_DFL)
-
-    handlers = {each: signal.signal(each, ask) for each in SIGNALS}
-    try:
-        yield request
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
