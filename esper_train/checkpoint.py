@@ -74,6 +74,8 @@ class Checkpoints:
         for old in saved(self._directory)[: -self._config.keep]:
             old.unlink()
             _digest_file(old).unlink(missing_ok=True)
+        for left in self._directory.glob(".*.new"):  # by a kill during a write
+            left.unlink()
 
 
 def saved(directory: Path) -> list[Path]:

@@ -107,9 +107,13 @@ def test_taking_checkpoints_changes_nothing(whole: Path, tmp_path: Path) -> None
     assert [path.name for path in saved(tmp_path / "run" / "checkpoints")] == ["epoch-20.pt"]
 
 
-def test_every_few_epochs_and_the_newest_are_kept(tmp_path: Path) -> None:
+def test_every_few_epochs_and_the_newest_are_kept(whole: Path, tmp_path: Path) -> None:
+    """What a kill during an earlier save has left goes too."""
     options = ("--max-epochs", "8", "--checkpoint.every", "3", "--checkpoint.keep", "2")
-    assert start(tmp_path / "run", *options) == 0
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_bytes((whole / "config.json").read_bytes())
+    (tmp_path / "run" / "checkpoints" / ".epoch-5.pt.new").write_bytes(b"half")
+    assert resume(tmp_path / "run", *options) == 0
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["epoch-6.pt", "epoch-6.pt.sha256", "epoch-8.pt", "epoch-8.pt.sha256"]
 
@@ -235,7 +239,7 @@ def test_other_data_is_refused() -> None:
     episode = build_episode(RunConfig(task="synthetic"), slots=())
     state = {"run": checkpoint._identity(episode, "fit")}
     episode.data_record = {"sha256": "of other data"}
-    with pytest.raises(ValueError, match="data_record was .* and is .*of other data"):
+    with pytest.raises(ValueError, match=r"data_record was .* and is .*of other data"):
         restore(state, episode, Idle(), TelemetryHub(), "fit")
 
 
