@@ -17,6 +17,7 @@ from esper_train.morph.model import MorphModel
 from esper_train.optimizers import OptimizerRegistry
 from esper_train.state import PlainState, RandomState
 from esper_train.step import TrainStep, build_train_step
+from esper_train.stop import StopRequest
 from esper_train.tasks import Task, get_task, load_splits, make_loader
 
 EVALUATION_BATCH = 512
@@ -41,6 +42,7 @@ class Episode(PlainState):
     test: DataLoader[Any]
     data_record: Mapping[str, Any]
     random: RandomState
+    stop: StopRequest = field(default_factory=StopRequest)
     epoch: int = 0  # finished ones
     accuracy: float = math.nan  # of the last validation, in percent
     seconds: float = 0.0

@@ -80,7 +80,7 @@ class Checkpoints:
 
 def saved(directory: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
-    return sorted(directory.glob("epoch-*.pt"), key=lambda path: int(path.stem.removeprefix("epoch-")))
+    return sorted(directory.glob("epoch-[0-9]*.pt"), key=lambda path: int(path.stem.removeprefix("epoch-")))
 
 
 def save(path: Path, data: bytes) -> None:

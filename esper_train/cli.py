@@ -123,6 +123,7 @@ def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Opti
     for number, config in enumerate(episode_configs(run), start=1):
         directory = out if run.episodes == 1 else out / f"episode-{number}"
         episode = build_episode(config, slots=require_slots(config) if growing else ())
+        episode.stop = stop
         policy = heuristic_policy(episode) if growing else Idle()
         hub = TelemetryHub((), config.telemetry)
         checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
@@ -133,16 +134,14 @@ def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Opti
             create(out, run, resume=options.resume is not None)
         create(directory, config, resume=options.resume is not None)
         try:
-            _run_episode(episode, policy, hub, directory, mode, stop)
+            _run_episode(episode, policy, hub, directory, mode)
             if growing and options.baseline:
                 _run(config, directory / BASELINE, "fit", stop, options)
         finally:
             print(f"report: {write_report(directory)}")
 
 
-def _run_episode(
-    episode: Episode, policy: Policy, hub: TelemetryHub, directory: Path, mode: str, stop: StopRequest
-) -> None:
+def _run_episode(episode: Episode, policy: Policy, hub: TelemetryHub, directory: Path, mode: str) -> None:
     """One run, from its start or from where it was restored. The network is written however it ends."""
     cut_back(directory, episode.epoch)
     display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
@@ -153,7 +152,7 @@ def _run_episode(
         display.write(run_started(episode, mode))
     checkpoints = Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint)
     try:
-        run_episode(episode, policy, hub, mode=mode, checkpoints=checkpoints, stop=stop)
+        run_episode(episode, policy, hub, mode=mode, checkpoints=checkpoints)
     finally:
         hub.close()
         save_network(directory, episode.model)

@@ -22,7 +22,6 @@ from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.gates import gradient_ratio
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState, StageChange
 from esper_train.morph.model import MorphModel
-from esper_train.stop import StopRequest
 from esper_train.tasks import Task
 from esper_train.telemetry.events import Event, EventType, epoch_event, plain, stage_event
 from esper_train.telemetry.hub import TelemetryHub
@@ -117,14 +116,13 @@ def run_episode(
     *,
     mode: str,
     checkpoints: Checkpoints | None = None,
-    stop: StopRequest | None = None,
 ) -> EpisodeResult:
     """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
 
     An episode restored from a checkpoint goes on with the epoch after it. However the run ends, its last event is
     RUN_FINISHED with the status "completed", "interrupted", "nonfinite" or "failed"; what ended it is raised again.
     """
-    config, model, hub, stop = episode.config, episode.model, hub or TelemetryHub(), stop or StopRequest()
+    config, model, hub = episode.config, episode.model, hub or TelemetryHub()
     status, test = "failed", None
     epoch, started = episode.epoch, time.perf_counter() - episode.seconds
     if epoch == 0:
@@ -133,7 +131,7 @@ def run_episode(
     try:
         with episode.random.active():
             for epoch in range(episode.epoch + 1, config.max_epochs + 1):
-                train, validation = _train_and_evaluate(episode, epoch, stop)
+                train, validation = _train_and_evaluate(episode, epoch)
                 episode.accuracy = accuracy = validation.accuracy
                 for slot in model.slots:
                     name = slot.state.slot
@@ -165,7 +163,7 @@ def run_episode(
                 episode.epoch, episode.seconds = epoch, time.perf_counter() - started
                 if checkpoints is not None:
                     checkpoints.take(episode, policy, hub, mode)
-            batches = map(stop.before, episode.test)
+            batches = map(episode.stop.before, episode.test)
             test = evaluate(model, batches, config.train, task_type=episode.task.task_type, step=episode.step)
             status = "completed"
     except (KeyboardInterrupt, NonFiniteLossError) as error:
@@ -204,17 +202,17 @@ def run_started(episode: Episode, mode: str) -> Event:
     return Event(EventType.RUN_STARTED, 0, data)
 
 
-def _train_and_evaluate(episode: Episode, epoch: int, stop: StopRequest) -> tuple[EpochResult, EvalResult]:
+def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
     config, model = episode.config, episode.model
     kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
-    optimizers, most, batches = episode.optimizers, config.max_batches, map(stop.before, episode.train)
+    optimizers, most, batches = episode.optimizers, config.max_batches, map(episode.stop.before, episode.train)
     train = train_one_epoch(model, batches, optimizers, config.train, max_batches=most, **kept)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [s.slot for s in _states(model) if s.alpha > 0 and (s.stage is not SeedStage.FOSSILIZED or check_fossils)]
     variants = {slot: {slot: 0.0} for slot in ablated}
     if len(ablated) > 1:
         variants[JOINT] = dict.fromkeys(ablated, 0.0)
-    batches = map(stop.before, episode.validation)
+    batches = map(episode.stop.before, episode.validation)
     return train, evaluate(model, batches, config.train, variants=variants, **kept)
 
 

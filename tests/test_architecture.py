@@ -41,9 +41,9 @@ TRAIN_ARROWS = {
     "loop": {"config", "optimizers", "step"},
     "run_directory": {"config", "morph", "tasks"},
     "telemetry": {"config", "control", "loop", "morph", "run_directory", "state"},
-    "build": {"config", "control", "morph", "optimizers", "state", "step", "tasks"},
+    "build": {"config", "control", "morph", "optimizers", "state", "step", "stop", "tasks"},
     "checkpoint": {"build", "config", "control", "run_directory", "state", "telemetry"},
-    "episode": {"build", "checkpoint", "config", "control", "loop", "morph", "stop", "tasks", "telemetry"},
+    "episode": {"build", "checkpoint", "config", "control", "loop", "morph", "tasks", "telemetry"},
     "cli": {"build", "checkpoint", "config", "control", "episode", "run_directory", "stop", "tasks", "telemetry"},
 }
 
