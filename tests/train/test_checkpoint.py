@@ -26,6 +26,7 @@ from esper_train.config import CheckpointConfig
 from esper_train.episode import run_episode
 from esper_train.run_directory import cut_back, read_metrics, write_file
 from esper_train.state import RandomState
+from esper_train.telemetry.report import write_report
 from tests.train.growing_run import reported, resume, start
 
 CPU = torch.device("cpu")
@@ -37,6 +38,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole") / "run"
     assert start(directory, "--checkpoint.every", "1", "--checkpoint.keep", "99") == 0
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the report would take longer than the runs."""
+    monkeypatch.setattr(cli, "write_report", lambda directory: directory)
 
 
 def stopped_after(epoch: int, whole: Path, directory: Path) -> Path:
@@ -251,7 +258,7 @@ def test_more_epochs_go_on_from_the_end(whole: Path, tmp_path: Path) -> None:
     epochs = [event["epoch"] for event in read_metrics(directory) if event["event"] == "epoch"]
     assert epochs == list(range(1, 23))
     assert json.loads((directory / "config.json").read_text())["max_epochs"] == 22
-    assert "22 of 22 epochs" in (directory / "report.html").read_text()
+    assert "22 of 22 epochs" in write_report(directory).read_text()
 
 
 def damages(data: bytes) -> Iterator[tuple[str, bytes]]:
