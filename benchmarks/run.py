@@ -2,9 +2,9 @@
 
 import sys
 
-from benchmarks import cpu, epoch
+from benchmarks import cpu, epoch, gpu
 
-BENCHMARKS = {"cpu": cpu.main, "epoch": epoch.main}
+BENCHMARKS = {"cpu": cpu.main, "epoch": epoch.main, "gpu": gpu.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:

@@ -1,6 +1,6 @@
 """The loss scaler of float16 training: what `torch.amp.GradScaler` does, without reading a flag on the host."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class LossScaler:
         """Scale and good steps, as tensors."""
         return {"scale": self.scale.clone(), "good_steps": self._good_steps.clone()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.scale.copy_(state["scale"])
         self._good_steps.copy_(state["good_steps"])

@@ -1,9 +1,8 @@
 """Makes everything a run owns, and refuses here whatever could not work later. `episode` and `cli` call it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from esper_train.control.signals import SignalTracker
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.optimizers import OptimizerRegistry
+from esper_train.state import PlainState, RandomState
 from esper_train.step import TrainStep, build_train_step
+from esper_train.stop import StopRequest
 from esper_train.tasks import Loader, Task, get_task, load_splits, make_loader
 
 EVALUATION_BATCH = 512
@@ -24,8 +25,10 @@ EVALUATION_BATCH = 512
 
 
 @dataclass(kw_only=True)
-class Episode:
+class Episode(PlainState):
     """Everything one run changes, and nothing another run can see."""
+
+    STATE = ("epoch", "accuracy", "seconds", "seeds_germinated", "decided", "contributions")
 
     config: RunConfig
     task: Task
@@ -38,7 +41,43 @@ class Episode:
     validation: Loader
     test: Loader
     data_record: Mapping[str, Any]
+    random: RandomState
+    stop: StopRequest = field(default_factory=StopRequest)
+    epoch: int = 0  # finished ones
+    accuracy: float = math.nan  # of the last validation, in percent
+    seconds: float = 0.0
     seeds_germinated: int = 0
+    decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
+    contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run has come, and what grew; weights, momentum and the rest have their own state."""
+        grown = {"slots": self.model.topology(), "groups": list(self.optimizers.parameters())}
+        return super().state_dict() | grown
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Seat the same seeds in a fresh model, with optimizers that can take their state."""
+        super().load_state_dict(state_dict)
+        self.model.rebuild(state_dict["slots"])
+        for group in state_dict["groups"]:  # in their order, which is that of the gradient statistics
+            if group not in self.optimizers:
+                self.attach_optimizer(group)
+
+    def attach_optimizer(self, group: str, epoch: int = 0) -> None:
+        """Give the host, the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own, with a
+        schedule over what is left of the run after `epoch`."""
+        slot, _, gate = group.partition(".")
+        optim, host = self.config.optim, self.model.host if group == "host" else None
+        module = host or (self.model.slot(slot).gate if gate else self.model.slot(slot).seed)
+        parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        if not parameters:
+            self.optimizers.attach(group, None)
+            return
+        optimizer = make_optimizer(parameters, optim.host_lr if host else optim.seed_lr, optim)
+        batches = min(len(self.train), self.config.max_batches or len(self.train))
+        steps = math.ceil(batches / self.config.train.accumulate) if optim.schedule.each == "step" else 1
+        left = max(1, self.config.max_epochs - epoch)
+        self.optimizers.attach(group, optimizer, make_schedule(optimizer, optim.schedule, left * steps))
 
 
 def build_episode(
@@ -48,7 +87,8 @@ def build_episode(
     task = task or get_task(config.task, config)
     device, policy = resolve_device(config.device), config.policy
     splits = load_splits(task)
-    with random_state(config.seed, device):
+    order = torch.Generator().manual_seed(config.seed)
+    with RandomState(config.seed, device).active():
         host = task.build_host(config.host).to(device)
     if _channels_last(config, host, device):
         host.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -63,26 +103,14 @@ def build_episode(
         tracker=SignalTracker(plateau_threshold=policy.plateau_threshold, plateau_epochs=policy.plateau_epochs),
         step=step,
         device=next(host.parameters()).device,
-        train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed, **where),
+        train=make_loader(splits.train, config.batch_size, shuffle=order, **where),
         validation=make_loader(splits.validation, EVALUATION_BATCH, **where),
         test=make_loader(splits.test, EVALUATION_BATCH, **where),
         data_record=splits.record,
+        random=RandomState(config.seed + 1, device, order),
     )
-    attach_optimizer(episode, "host", host.parameters(), config.optim.host_lr)
+    episode.attach_optimizer("host")
     return episode
-
-
-def attach_optimizer(episode: Episode, group: str, parameters: Iterable[Tensor], lr: float, epoch: int = 0) -> None:
-    """Give a group its optimizer, and a schedule of its own over what is left of the run after `epoch`."""
-    trained, optim = [p for p in parameters if p.requires_grad], episode.config.optim
-    if not trained:
-        episode.optimizers.attach(group, None)
-        return
-    optimizer = make_optimizer(trained, lr, optim)
-    batches = min(len(episode.train), episode.config.max_batches or len(episode.train))
-    steps = math.ceil(batches / episode.config.train.accumulate) if optim.schedule.each == "step" else 1
-    left = max(1, episode.config.max_epochs - epoch) * steps
-    episode.optimizers.attach(group, optimizer, make_schedule(optimizer, optim.schedule, left))
 
 
 def make_optimizer(parameters: Sequence[Tensor], lr: float, config: OptimConfig) -> Optimizer:
@@ -126,11 +154,3 @@ def resolve_device(name: str) -> torch.device:
     if f"{device.type}:{device.index or 0}" not in ("cpu:0", *usable):
         raise ValueError(f"device {name!r} is not there; usable here: {', '.join(usable)}")
     return device
-
-
-@contextmanager
-def random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded inside, and as they were afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
-        torch.manual_seed(seed)
-        yield

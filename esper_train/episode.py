@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, attach_optimizer, build_episode, random_state
+from esper_train.build import Episode, build_episode
+from esper_train.checkpoint import Checkpoints
 from esper_train.config import RunConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
@@ -108,24 +109,30 @@ def heuristic_policy(episode: Episode) -> HeuristicTamiyo:
     return HeuristicTamiyo(episode.config.policy, episode.config.growth, names)
 
 
-def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = None, *, mode: str) -> EpisodeResult:
+def run_episode(
+    episode: Episode,
+    policy: Policy,
+    hub: TelemetryHub | None = None,
+    *,
+    mode: str,
+    checkpoints: Checkpoints | None = None,
+) -> EpisodeResult:
     """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
 
-    However the run ends, its last event is RUN_FINISHED with the status "completed", "interrupted", "nonfinite"
-    or "failed"; what ended it is raised again.
+    An episode restored from a checkpoint goes on with the epoch after it. However the run ends, its last event is
+    RUN_FINISHED with the status "completed", "interrupted", "nonfinite" or "failed"; what ended it is raised again.
     """
     config, model, hub = episode.config, episode.model, hub or TelemetryHub()
-    started, status, epoch = time.perf_counter(), "failed", 0
-    accuracy, test = math.nan, None
-    decided: list[tuple[str, float]] = []  # operation and reward of each epoch
-    contributions: list[float] = []
-    policy.reset()
-    hub.emit(_run_started(episode, mode))
+    status, test = "failed", None
+    epoch, started = episode.epoch, time.perf_counter() - episode.seconds
+    if epoch == 0:
+        policy.reset()
+        hub.emit(run_started(episode, mode))
     try:
-        with random_state(config.seed + 1, episode.device):
-            for epoch in range(1, config.max_epochs + 1):
+        with episode.random.active():
+            for epoch in range(episode.epoch + 1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
-                accuracy = validation.accuracy
+                episode.accuracy = accuracy = validation.accuracy
                 for slot in model.slots:
                     name = slot.state.slot
                     slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
@@ -144,35 +151,42 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
                 reward = _reward(episode, stepped, decision)
                 made, refused = _execute(episode, decision)
                 changes += made
-                decided.append((decision.op.name, reward))
+                episode.decided.append((decision.op.name, reward))
                 more = {"joint": _joint(validation), "max_epochs": config.max_epochs, "reward": reward}
                 hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more, refused=refused))
                 for change in changes:
                     _follow(episode, change, epoch)
                     hub.emit(stage_event(epoch, change))
                     if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
-                        contributions.append(change.before.contribution)
+                        episode.contributions.append(change.before.contribution)
                 _report_numbers(model, train, validation, epoch, hub)
-            test = evaluate(model, episode.test, config.train, task_type=episode.task.task_type, step=episode.step)
+                episode.epoch, episode.seconds = epoch, time.perf_counter() - started
+                if checkpoints is not None:
+                    checkpoints.take(episode, policy, hub, mode)
+            batches = map(episode.stop.before, episode.test)
+            test = evaluate(model, batches, config.train, task_type=episode.task.task_type, step=episode.step)
             status = "completed"
     except (KeyboardInterrupt, NonFiniteLossError) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "nonfinite"
         raise
     finally:
         outcome: dict[str, Any] = {
-            "accuracy": accuracy,
+            "accuracy": episode.accuracy,
             "parameters": sum(p.numel() for p in model.parameters()),
             "fossils": model.fossils,
-            "contributions": tuple(contributions),
-            "action_counts": {op.name: sum(name == op.name for name, _ in decided) for op in Op},
-            "rewards": tuple(reward for _, reward in decided),
+            "contributions": tuple(episode.contributions),
+            "action_counts": {op.name: sum(name == op.name for name, _ in episode.decided) for op in Op},
+            "rewards": tuple(reward for _, reward in episode.decided),
             "seconds": time.perf_counter() - started,
         }
         hub.emit(Event(EventType.RUN_FINISHED, epoch, {"status": status, "test": test and plain(test), **outcome}))
+        if checkpoints is not None:
+            checkpoints.write()
     return EpisodeResult(model=model, test=test, **outcome)
 
 
-def _run_started(episode: Episode, mode: str) -> Event:
+def run_started(episode: Episode, mode: str) -> Event:
+    """The first event of a run."""
     config, model = episode.config, episode.model
     data = {
         "mode": mode,
@@ -191,14 +205,15 @@ def _run_started(episode: Episode, mode: str) -> Event:
 def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
     config, model = episode.config, episode.model
     kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
-    optimizers, most = episode.optimizers, config.max_batches
-    train = train_one_epoch(model, episode.train, optimizers, config.train, max_batches=most, **kept)
+    optimizers, most, batches = episode.optimizers, config.max_batches, map(episode.stop.before, episode.train)
+    train = train_one_epoch(model, batches, optimizers, config.train, max_batches=most, **kept)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [s.slot for s in _states(model) if s.alpha > 0 and (s.stage is not SeedStage.FOSSILIZED or check_fossils)]
     variants = {slot: {slot: 0.0} for slot in ablated}
     if len(ablated) > 1:
         variants[JOINT] = dict.fromkeys(ablated, 0.0)
-    return train, evaluate(model, episode.validation, config.train, variants=variants, **kept)
+    batches = map(episode.stop.before, episode.validation)
+    return train, evaluate(model, batches, config.train, variants=variants, **kept)
 
 
 def _joint(validation: EvalResult) -> dict[str, Any] | None:
@@ -236,13 +251,12 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
 
 def _follow(episode: Episode, change: StageChange, epoch: int = 0) -> None:
     """Keep the optimizers in step with the seeds."""
-    slot, optimizers, optim = change.before.slot, episode.optimizers, episode.config.optim
+    slot, optimizers = change.before.slot, episode.optimizers
     gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
     if change.stage is SeedStage.TRAINING:
-        seated = episode.model.slot(slot)
-        for group, module in ((slot, seated.seed), (gate, seated.gate)):
-            if module is not None:
-                attach_optimizer(episode, group, module.parameters(), optim.seed_lr, epoch)
+        episode.attach_optimizer(slot, epoch)
+        if episode.model.slot(slot).gate is not None:
+            episode.attach_optimizer(gate, epoch)
     if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
         optimizers.detach(slot)
     if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):

@@ -1,5 +1,6 @@
 """One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and go."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,10 +55,12 @@ class OptimizerRegistry:
             optimizer.step()
 
     def advance(self, each: str) -> None:
-        """Step the schedules after a "step" or an "epoch", if that is when they do."""
+        """Step the schedules after a "step" or an "epoch", if that is when they do; one at its end stays there."""
         if each == self._schedule_each:
             for schedule in self._schedules.values():
-                schedule.step()
+                last = getattr(schedule, "T_max", getattr(schedule, "total_steps", math.inf) - 1)
+                if schedule.last_epoch < last:
+                    schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer by group, that of its schedule under "schedule"."""

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch.profiler import profile, record_function
 
-from esper_train.build import build_episode, random_state
+from esper_train.build import build_episode
 from esper_train.config import RunConfig
 from esper_train.loop import evaluate, train_one_epoch
+from esper_train.state import RandomState
 
 PARTS = ("data", "forward", "loss", "backward", "statistics", "optimizer", "evaluation")
 BATCHES = 8
@@ -26,7 +27,7 @@ def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) ->
         train_one_epoch(episode.model, episode.train, episode.optimizers, config.train, **shared)
         evaluate(episode.model, episode.validation, config.train, **shared)
 
-    with random_state(config.seed, episode.device):
+    with RandomState(config.seed, episode.device).active():
         epoch()  # what is made or compiled once
         episode.step.span = record_function
         with profile() as profiler:

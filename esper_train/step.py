@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy, cross_entropy_step, record_loss, select_backend
 from esper_train.amp import LossScaler
@@ -78,9 +79,11 @@ class TrainStep:
         if self._criterion is None:
             with self.span("loss"):
                 how = {"normalizer": divisor, "grad_scale": scale, "config": self._config.kernel, **self._options}
-                grad = cross_entropy_step(logits, targets, meter, **self._memory_of_gradient(logits), **how)
+                memory = self._memory_of_gradient(logits)
+                edge = get_gradient_edge(logits)  # now: autograd would copy the gradient of a view written over
+                grad = cross_entropy_step(logits, targets, meter, **memory, **how)
             with self.span("backward"):
-                logits.backward(grad)
+                torch.autograd.backward(edge, grad)
         else:
             with self.span("loss"):
                 loss = self._criterion(logits, targets)
@@ -167,6 +170,14 @@ class TrainStep:
             return "eager criterion"
         dtype = self._autocast or torch.float32
         return select_backend("cross_entropy", device.type, dtype, self._config.kernel).name
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it carries from step to step: the loss scaler's state, if it has one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        if self.scaler is not None and state_dict:  # a resumed run may change its precision
+            self.scaler.load_state_dict(state_dict)
 
     @property
     def compiled(self) -> bool:

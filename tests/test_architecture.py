@@ -29,9 +29,11 @@ KERNEL_ARROWS = {
 }
 TRAIN_ARROWS = {
     "names": set(),
+    "state": set(),
+    "stop": set(),
     "config": {"names"},
     "morph": {"config", "names"},
-    "control": {"config", "morph"},
+    "control": {"config", "morph", "state"},
     "tasks": {"config", "morph", "names"},
     "optimizers": set(),
     "amp": {"config"},
@@ -39,11 +41,23 @@ TRAIN_ARROWS = {
     "audited": {"names", "step"},
     "loop": {"config", "optimizers", "step"},
     "run_directory": {"config", "morph", "tasks"},
-    "telemetry": {"config", "control", "loop", "morph", "run_directory"},
-    "build": {"config", "control", "morph", "optimizers", "step", "tasks"},
-    "episode": {"build", "config", "control", "loop", "morph", "tasks", "telemetry"},
-    "profile": {"build", "config", "loop"},
-    "cli": {"build", "config", "control", "episode", "profile", "run_directory", "tasks", "telemetry"},
+    "telemetry": {"config", "control", "loop", "morph", "run_directory", "state"},
+    "build": {"config", "control", "morph", "optimizers", "state", "step", "stop", "tasks"},
+    "checkpoint": {"build", "config", "control", "run_directory", "state", "telemetry"},
+    "episode": {"build", "checkpoint", "config", "control", "loop", "morph", "tasks", "telemetry"},
+    "profile": {"build", "config", "loop", "state"},
+    "cli": {
+        "build",
+        "checkpoint",
+        "config",
+        "control",
+        "episode",
+        "profile",
+        "run_directory",
+        "stop",
+        "tasks",
+        "telemetry",
+    },
 }
 
 

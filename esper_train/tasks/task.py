@@ -100,15 +100,19 @@ class Loader:
 
 
 def make_loader(
-    split: Split, batch_size: int, *, shuffle_seed: int | None = None, device: torch.device = CPU, workers: int = 0
+    split: Split,
+    batch_size: int,
+    *,
+    shuffle: torch.Generator | None = None,
+    device: torch.device = CPU,
+    workers: int = 0,
 ) -> Loader:
-    """Batches of a split for a model on `device`, shuffled from `shuffle_seed`, if given.
+    """Batches of a split for a model on `device`, shuffled by `shuffle`, if given.
 
     Without workers the data is put on a CUDA device once, unless it would take more than half of what is free there;
     then, and with workers, batches go over in pinned memory.
     """
-    order = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
     cuda = device.type == "cuda"
     if cuda and not workers and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2:
-        return Loader((split[0].to(device), split[1].to(device)), batch_size, order)
-    return Loader(split, batch_size, order, workers=workers, pin=cuda)
+        return Loader((split[0].to(device), split[1].to(device)), batch_size, shuffle)
+    return Loader(split, batch_size, shuffle, workers=workers, pin=cuda)

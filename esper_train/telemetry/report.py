@@ -138,7 +138,8 @@ def _growth(directory: Path) -> GrowthConfig | None:
 
 def _words(run: _Run, baseline: _Run | None) -> list[str]:
     start, test, other = run.started, _test(run), _test(baseline)
-    where = f"{len(run.epochs)} of {start['max_epochs']} epochs on {start['device']} ({start['backend']})"
+    asked = (run.epochs or [start])[-1]["max_epochs"]  # a resumed run may have more than it started with
+    where = f"{len(run.epochs)} of {asked} epochs on {start['device']} ({start['backend']})"
     lines = [f"Status: {run.status}, {where}."]
     if run.status == "nonfinite":
         lines.append("The loss became NaN or infinite, which ended the run.")

@@ -59,6 +59,19 @@ def test_a_seed_has_a_schedule_of_its_own_over_what_is_left() -> None:
     assert seen["early"] == pytest.approx([0.2 * cosine(t / 3, 0) for t in (1, 2, 3)])  # from epoch 2 on
 
 
+def test_a_schedule_that_is_over_keeps_its_last_rate() -> None:
+    """A run may be prolonged when it is resumed: torch's own would rise again, or raise."""
+    for kind in ("cosine", "onecycle"):
+        registry = build_episode(config_of(kind, final=0.1), slots=()).optimizers
+        lrs = []
+        for _ in range(16):
+            registry.step()
+            registry.advance("step")
+            lrs.append(registry.present()[0].param_groups[0]["lr"])
+        assert lrs[11:] == [lrs[11]] * 5
+        assert lrs[11] < lrs[10]
+
+
 def test_state_of_the_schedule_is_saved_with_its_optimizer() -> None:
     config = config_of("cosine")
     first, second = (build_episode(config, slots=()).optimizers for _ in range(2))

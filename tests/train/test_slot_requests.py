@@ -210,5 +210,5 @@ class SlotMachine(RuleBasedStateMachine):
             assert state.alpha == 0.0
 
 
-SlotMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+SlotMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
 TestSlotMachine = SlotMachine.TestCase

@@ -260,7 +260,8 @@ def epoch(loader: Any) -> list[list[int]]:
 def test_make_loader_gives_every_sample_once_an_epoch(
     count: int, batch_size: int, sizes: list[int], shuffle_seed: int | None
 ) -> None:
-    loader = make_loader(numbered(count), batch_size, shuffle_seed=shuffle_seed)
+    shuffle = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+    loader = make_loader(numbered(count), batch_size, shuffle=shuffle)
     assert len(loader) == len(sizes)
     for _ in range(3):
         batches = epoch(loader)
@@ -274,7 +275,8 @@ def test_make_loader_keeps_the_order_without_a_seed() -> None:
 
 
 def test_make_loader_shuffles_anew_each_epoch_and_repeats_for_the_same_seed() -> None:
-    first, again, other = (make_loader(numbered(50), 16, shuffle_seed=seed) for seed in (3, 3, 4))
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
+    first, again, other = (make_loader(numbered(50), 16, shuffle=generator) for generator in generators)
     epochs = [epoch(first) for _ in range(3)]
     torch.manual_seed(0)  # the order owes nothing to the global random state
     assert [epoch(again) for _ in range(3)] == epochs
@@ -299,7 +301,8 @@ def test_load_splits_takes_targets_that_are_to_be_ignored() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_make_loader_gives_the_same_batches_for_any_number_of_workers(shuffle_seed: int | None, workers: int) -> None:
     """Two epochs of it, the first cut short, and torch's global random state is not drawn from."""
-    loaders = [make_loader(numbered(23), 5, shuffle_seed=shuffle_seed, workers=count) for count in (0, workers)]
+    orders = [None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed) for _ in range(2)]
+    loaders = [make_loader(numbered(23), 5, shuffle=o, workers=w) for o, w in zip(orders, (0, workers), strict=True)]
     before = torch.get_rng_state()
     for count in (2, 5):
         alone, parallel = ([(x.clone(), y.clone()) for x, y in islice(loader, count)] for loader in loaders)

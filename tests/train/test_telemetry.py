@@ -142,7 +142,7 @@ def expected(value: Any) -> Any:
     return None if value != value or value in (math.inf, -math.inf) else value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(value=VALUES)
 def test_to_json_is_one_line_that_reads_back(value: Any) -> None:
     line = Event(EventType.NONFINITE, 3, {"value": value}).to_json()
