@@ -46,6 +46,7 @@ def build_episode(
     """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
     task = task or get_task(config.task, config)
     device, policy = resolve_device(config.device), config.policy
+    resolve_device(config.governor.snapshot_device)
     splits = load_splits(task)
     with random_state(config.seed, device):
         host = task.build_host(config.host).to(device)

@@ -1,6 +1,6 @@
 """The command `esper-train`: reads the config, runs, shows progress, and leaves a run directory with a report.
 
-Exit codes: 0 done, 2 something in the request or the data cannot work, 3 the loss became non-finite,
+Exit codes: 0 done, 2 something in the request or the data cannot work, 3 the losses went bad,
 130 interrupted. Only this module prints, and only it imports tyro and rich.
 """
 
@@ -17,7 +17,7 @@ from esper_train import run_directory
 from esper_train.build import build_episode
 from esper_train.config import RunConfig, load_toml
 from esper_train.control.policy import Idle
-from esper_train.episode import NonFiniteLossError, episode_configs, heuristic_policy, require_slots, run_episode
+from esper_train.episode import BadNumbersError, episode_configs, heuristic_policy, require_slots, run_episode
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
@@ -31,7 +31,7 @@ USAGE = """usage: esper-train {heuristic,fit,info} [options]
   info       versions, and which kernel backend serves what, and why
 
 `esper-train heuristic --help` lists every option."""
-EXIT_USAGE, EXIT_NONFINITE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USAGE, EXIT_BAD_NUMBERS, EXIT_INTERRUPTED = 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except NonFiniteLossError as error:
+    except BadNumbersError as error:
         print(f"esper-train: {error}", file=sys.stderr)
-        return EXIT_NONFINITE
+        return EXIT_BAD_NUMBERS
     except (ValueError, TypeError, IndexError, OSError, ImportError) as error:
         print(f"esper-train: error: {error}", file=sys.stderr)
         return EXIT_USAGE

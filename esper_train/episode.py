@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, build_episode, make_optimizer, random_state
+from esper_train.build import Episode, build_episode, make_optimizer, random_state, resolve_device
 from esper_train.config import RunConfig
+from esper_train.control.governor import Finding, Governor, Snapshot, weights_are_finite
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
 from esper_train.control.rewards import REWARDS
@@ -22,7 +23,7 @@ from esper_train.morph.gates import gradient_ratio
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState, StageChange
 from esper_train.morph.model import MorphModel
 from esper_train.tasks import Task
-from esper_train.telemetry.events import Event, EventType, epoch_event, plain, stage_event
+from esper_train.telemetry.events import Event, EventType, epoch_event, plain, stage_event, trouble_events
 from esper_train.telemetry.hub import TelemetryHub
 
 EPISODE_SEED_STEP = 1000
@@ -31,8 +32,12 @@ JOINT = "+"
 """The variant without any of the seeds measured in an epoch; no slot has this name."""
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the run cannot go on."""
+class BadNumbersError(ArithmeticError):
+    """The losses went bad, and by the run's policy it cannot go on."""
+
+
+class NonFiniteLossError(BadNumbersError):
+    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ def run_heuristic_episode(
 
     Raises:
         ValueError: no slots, unknown or repeated ones, gradients never measured, or bad data.
-        NonFiniteLossError: the loss became NaN or infinite.
+        BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
     """
     episode = build_episode(config, task=task, slots=require_slots(config), registry=registry)
     return run_episode(episode, policy or heuristic_policy(episode), hub, mode="heuristic")
@@ -111,11 +116,14 @@ def heuristic_policy(episode: Episode) -> HeuristicTamiyo:
 def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = None, *, mode: str) -> EpisodeResult:
     """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
 
-    However the run ends, its last event is RUN_FINISHED with the status "completed", "interrupted", "nonfinite"
-    or "failed"; what ended it is raised again.
+    An epoch that the governor finds gone bad is, by policy, reported, the last, or undone: then nothing is tracked
+    or decided. However the run ends, its last event is RUN_FINISHED with the status "completed", "interrupted",
+    "nonfinite", "diverged" or "failed"; what ended it is raised again.
     """
     config, model, hub = episode.config, episode.model, hub or TelemetryHub()
-    started, status, epoch = time.perf_counter(), "failed", 0
+    started, status, epoch, why = time.perf_counter(), "failed", 0, None
+    governor = Governor(config.governor, math.log(episode.task.num_classes))
+    good: Snapshot | None = None
     accuracy, test = math.nan, None
     decided: list[tuple[str, float]] = []  # operation and reward of each epoch
     contributions: list[float] = []
@@ -123,9 +131,23 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
     hub.emit(_run_started(episode, mode))
     try:
         with random_state(config.seed + 1, episode.device):
+            good = _keep(episode, 0, hub) or good
             for epoch in range(1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
-                accuracy = validation.accuracy
+                accuracy, finding = validation.accuracy, _judge(governor, config, train, validation)
+                troubles = trouble_events(epoch, train, validation, finding)
+                exploding = train.grad is not None and train.grad.has_exploding
+                if finding is not None and good is not None:
+                    decision = Decision(op=Op.WAIT, reason="the epoch is undone")
+                    parts = {"rollback": -config.governor.rollback_penalty}
+                    decided.append((decision.op.name, parts["rollback"]))
+                    more = {"max_epochs": config.max_epochs, "reward": parts["rollback"], "reward_parts": parts}
+                    hub.emit(epoch_event(epoch, _states(model), train, validation, decision, **more))
+                    _report_numbers(model, troubles, exploding, epoch, hub)
+                    _roll_back(episode, governor, good, finding, epoch, hub)
+                    model = episode.model
+                    del contributions[model.fossils :]  # of seeds that are no fossils any more
+                    continue
                 for slot in model.slots:
                     name = slot.state.slot
                     slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
@@ -141,22 +163,28 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
                 changes = [change for slot in model.slots for change in slot.step_epoch()]
                 stepped = replace(signals, slots=_states(model))
                 decision = policy.decide(stepped)
-                reward = _reward(episode, stepped, decision)
+                parts = _reward(episode, stepped, decision)
+                reward = math.fsum(parts.values())
                 made, refused = _execute(episode, decision)
                 changes += made
                 decided.append((decision.op.name, reward))
-                more = {"joint": _joint(validation), "max_epochs": config.max_epochs, "reward": reward}
-                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more, refused=refused))
+                more = {"max_epochs": config.max_epochs, "reward": reward, "reward_parts": parts, "refused": refused}
+                more["joint"] = _joint(validation)
+                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
                 for change in changes:
                     _follow(episode, change)
                     hub.emit(stage_event(epoch, change))
                     if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
                         contributions.append(change.before.contribution)
-                _report_numbers(model, train, validation, epoch, hub)
+                _report_numbers(model, troubles, exploding, epoch, hub)
+                _stop_if_bad(config, finding, epoch)
+                good = _keep(episode, epoch, hub) or good
             test = evaluate(model, episode.test, config.train, task_type=episode.task.task_type, step=episode.step)
             status = "completed"
-    except (KeyboardInterrupt, NonFiniteLossError) as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "nonfinite"
+    except BaseException as error:
+        kinds = ((KeyboardInterrupt, "interrupted"), (NonFiniteLossError, "nonfinite"), (BadNumbersError, "diverged"))
+        status = next((name for kind, name in kinds if isinstance(error, kind)), "failed")
+        why = str(error) or None
         raise
     finally:
         outcome: dict[str, Any] = {
@@ -168,7 +196,8 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
             "rewards": tuple(reward for _, reward in decided),
             "seconds": time.perf_counter() - started,
         }
-        hub.emit(Event(EventType.RUN_FINISHED, epoch, {"status": status, "test": test and plain(test), **outcome}))
+        ending = {"status": status, "error": why, "test": test and plain(test)}
+        hub.emit(Event(EventType.RUN_FINISHED, epoch, ending | outcome))
     return EpisodeResult(model=model, test=test, **outcome)
 
 
@@ -209,8 +238,8 @@ def _joint(validation: EvalResult) -> dict[str, Any] | None:
     return {"slots": slots, "contribution": validation.contribution(JOINT)}
 
 
-def _reward(episode: Episode, signals: Signals, decision: Decision) -> float:
-    """What a decision earns, before it is executed: on the slot it names, or that of the first live seed."""
+def _reward(episode: Episode, signals: Signals, decision: Decision) -> dict[str, float]:
+    """What a decision earns by parts, before it is executed: on the slot it names, or that of the first live seed."""
     named = [s for s in signals.slots if s.slot == decision.slot or (decision.slot is None and s.stage in LIVE)]
     state = named[0] if named else SlotState(slot="none")
     host_parameters = sum(p.numel() for p in episode.model.get_host_parameters())
@@ -250,26 +279,66 @@ def _follow(episode: Episode, change: StageChange) -> None:
         optimizers.detach(gate)
 
 
-def _report_numbers(
-    model: MorphModel, train: EpochResult, validation: EvalResult, epoch: int, hub: TelemetryHub
-) -> None:
-    """Report bad numbers, and each parameter's gradient where the level asks for it; a bad loss ends the run."""
-    grad, logits = train.grad, train.nonfinite + validation.nonfinite
-    gradients = 0 if grad is None else grad.nan_count + grad.inf_count
+def _judge(governor: Governor, config: RunConfig, train: EpochResult, validation: EvalResult) -> Finding | None:
+    """What the governor says. The rows of a skipped batch are in the training loss, so that is no finding then."""
+    skips = config.train.on_bad_numbers == "skip"
+    return governor.check(training=validation.loss if skips else train.loss, validation=validation.loss)
+
+
+def _report_numbers(model: MorphModel, troubles: list[Event], exploding: bool, epoch: int, hub: TelemetryHub) -> None:
+    """Report bad numbers, and each parameter's gradient where the level asks for it."""
     hub.tick()
-    if logits or gradients:
-        hub.emit(Event(EventType.NONFINITE, epoch, {"logits": logits, "gradients": gradients}))
-    if logits or gradients or (grad is not None and grad.has_exploding):
+    for event in troubles:
+        hub.emit(event)
+    if troubles or exploding:
         hub.escalate()
     if hub.collects(EventType.LAYER_GRADIENTS):
         names, parameters = zip(*model.named_parameters(), strict=True)
         (norms,) = compute_all(grad_stats([p.grad for p in parameters]).norms)  # a host sync
         hub.emit(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": dict(zip(names, norms, strict=True))}))
-    if not (math.isfinite(train.loss) and math.isfinite(validation.loss)):
-        raise NonFiniteLossError(
-            f"the loss is not finite in epoch {epoch}: training {train.loss}, validation {validation.loss} "
-            f"({logits} rows of logits were NaN or infinite); try a smaller learning rate, or train.grad.clip_norm"
-        )
+
+
+def _stop_if_bad(config: RunConfig, finding: Finding | None, epoch: int) -> None:
+    """End a run that by its policy must not go on: skipping helps no longer when the weights are bad themselves, and
+    a rollback is none where there never was a good state."""
+    policy = config.train.on_bad_numbers
+    goes_on = policy == "warn" or (policy == "skip" and finding is not None and finding.kind != "nonfinite")
+    if finding is not None and not goes_on:
+        raise _ending(finding, epoch)
+
+
+def _ending(finding: Finding, epoch: int, more: str = "") -> BadNumbersError:
+    kind = NonFiniteLossError if finding.kind == "nonfinite" else BadNumbersError
+    advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
+    return kind(f"in epoch {epoch} {finding.message}{more}; {advice}")
+
+
+def _keep(episode: Episode, epoch: int, hub: TelemetryHub) -> Snapshot | None:
+    """The state to return to, where the policy wants one, it is time, and the weights are good."""
+    governor, model = episode.config.governor, episode.model
+    due = episode.config.train.on_bad_numbers == "rollback" and epoch % governor.snapshot_epochs == 0
+    if not due or not weights_are_finite(model):
+        return None
+    hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": governor.snapshot_device}))
+    owned = (model, episode.optimizers, episode.tracker)
+    return Snapshot(epoch, owned, resolve_device(governor.snapshot_device))
+
+
+def _roll_back(
+    episode: Episode, governor: Governor, good: Snapshot, finding: Finding, epoch: int, hub: TelemetryHub
+) -> None:
+    """Bring model, optimizers and tracker back; the batches that come next are others. The last one ends the run."""
+    most, gone = episode.config.governor.max_rollbacks, _states(episode.model)
+    if governor.rollbacks == most:
+        raise _ending(finding, epoch, f", after {most} rollbacks")
+    governor.rolled_back()
+    episode.model, episode.optimizers, episode.tracker = good.restore()
+    states = _states(episode.model)
+    pairs = [(a, b) for a, b in zip(gone, states, strict=True) if (a.stage, a.seed_id) != (b.stage, b.seed_id)]
+    undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in pairs)
+    words = f"rolled back to the state after epoch {good.epoch} ({governor.rollbacks} of {most} times){undone}"
+    data = {"to_epoch": good.epoch, "kind": finding.kind, "number": governor.rollbacks, "message": words}
+    hub.emit(Event(EventType.ROLLBACK, epoch, data | {"slots": [state.to_plain() for state in states]}))
 
 
 def _states(model: MorphModel) -> tuple[SlotState, ...]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from esper_kernels import GradHealth, GradStats, Meter, MeterResult, clip_grad_norm_, compute_all, grad_stats
 from esper_train.config import TrainConfig
-from esper_train.optimizers import OptimizerRegistry
+from esper_train.optimizers import OptimizerRegistry, copies, put_back
 from esper_train.step import Criterion, TrainStep, build_train_step
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -38,6 +38,8 @@ class Measures:
     """Rows (tokens) that are not ignored."""
     nonfinite: int
     """Valid rows with NaN or infinite logits."""
+    bad_targets: int
+    """Rows left out because their target was outside the classes; see `TrainConfig.on_bad_numbers`."""
     batches: int
 
 
@@ -48,6 +50,8 @@ class EpochResult(Measures):
     grad: GradHealth | None
     """Gradients of the last measured batch, by group, None if none was measured; the NaN and Inf counts (of the
     whole, not of the groups) are sums over the measured batches, and any of them makes the health 0."""
+    skipped: int
+    """Steps left out because gradients were not finite."""
     seconds: float
     backend: str
     compiled: bool
@@ -94,7 +98,8 @@ def train_one_epoch(
 
     Raises:
         ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of another shape.
-        IndexError: a target outside the classes: at once on a CPU, at the end of the epoch on other devices.
+        IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the end of the epoch
+            on other devices.
     """
     started = time.perf_counter()
     if isinstance(optimizers, Optimizer):
@@ -104,9 +109,13 @@ def train_one_epoch(
     meter = Meter(device, topk=config.topk)
     stats: GradStats | None = None
     nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # NaN, Inf
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    policy = config.on_bad_numbers
     model.train()
     for number, (inputs, targets) in enumerate(_batches(loader, device, max_batches)):
         optimizers.zero_grad()
+        # a batch that is skipped must not stay in running statistics either
+        buffers = copies(model.buffers()) if policy == "skip" else []
         step(model, inputs, targets, meter)
         groups = optimizers.parameters()
         measure = grad.every > 0 and number % grad.every == 0
@@ -118,12 +127,19 @@ def train_one_epoch(
         if grad.clip_norm is not None:
             flat = [p for members in groups.values() for p in members]
             clip_grad_norm_(flat, grad.clip_norm, stats=stats if measure else None, config=kernel)
-        optimizers.step()
-    result, (nans, infs), *health = compute_all(meter, nonfinite, *([] if stats is None else [stats]))
+        if policy == "skip" and stats is not None:
+            skipped += stats.found_inf != 0
+            optimizers.step_unless(stats.found_inf)
+            put_back(buffers, stats.found_inf)
+        else:
+            optimizers.step()
+    measured, strict = [] if stats is None else [stats], policy == "stop"
+    result, (nans, infs), (left_out,), *health = compute_all(meter, nonfinite, skipped, *measured, strict=strict)
     spoilt = {"gradient_health": 0.0} if nans or infs else {}
     return EpochResult(
         **_measures(result),
         grad=replace(health[0], nan_count=nans, inf_count=infs, **spoilt) if health else None,
+        skipped=left_out,
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         compiled=step.compiled,
@@ -163,7 +179,7 @@ def evaluate(
                     step.measure(model, inputs, targets, other, alpha=alpha)
     finally:
         model.train(was_training)
-    result, *others = compute_all(meter, *meters)
+    result, *others = compute_all(meter, *meters, strict=config.on_bad_numbers == "stop")
     return EvalResult(
         **_measures(result),
         seconds=time.perf_counter() - started,

@@ -62,6 +62,7 @@ class TrainStep:
     def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter) -> None:
         """Forward and backward: parameters receive their gradients, the meter the batch."""
         logits = self._forward(model, inputs)
+        targets = self._within(targets, logits.shape[-1], meter)
         if self._criterion is None:
             memory = self._memory_of_gradient(logits)
             edge = get_gradient_edge(logits)  # now: autograd would copy the gradient of a view written over
@@ -94,10 +95,22 @@ class TrainStep:
     def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter, **arguments: Any) -> None:
         """Forward alone, under the caller's `no_grad`; `arguments` go to the model."""
         logits = self._forward(model, inputs, **arguments)
+        targets = self._within(targets, logits.shape[-1], meter)
         if self._criterion is None:
             cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self._options)
         else:
             record_loss(self._criterion(logits, targets), logits, targets, meter)
+
+    def _within(self, targets: Tensor, classes: int, meter: Meter) -> Tensor:
+        """The targets, those outside the classes ignored and counted: the op does so itself on other devices, but
+        raises on the CPU."""
+        if self._config.on_bad_numbers == "stop" or self._criterion is not None or targets.device.type != "cpu":
+            return targets
+        ignored, counts = self._options.get("ignore_index", -100), meter.on_device()
+        bad = ((targets < 0) | (targets >= classes)) & (targets != ignored)
+        counts["bad_targets"] += bad.sum()
+        counts["ignored"] -= bad.sum()  # the op is about to add them
+        return targets.long().masked_fill(bad, ignored)
 
     def backend(self, device: torch.device) -> str:
         """Name of the kernel backend that serves float32 logits on `device`; `ValueError` where none can."""

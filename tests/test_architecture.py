@@ -31,7 +31,7 @@ TRAIN_ARROWS = {
     "names": set(),
     "config": {"names"},
     "morph": {"config", "names"},
-    "control": {"config", "morph"},
+    "control": {"config", "morph", "optimizers"},
     "tasks": {"config", "morph", "names"},
     "optimizers": set(),
     "step": {"config", "names"},
