@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from esper_train.config import OptimConfig, RunConfig
+from esper_train.config import RunConfig
 from esper_train.control.signals import SignalTracker
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
@@ -50,7 +50,7 @@ def build_episode(
     splits = load_splits(task)
     with random_state(config.seed, device):
         host = task.build_host(config.host).to(device)
-    host_optimizer = make_optimizer(host.parameters(), config.optim.host_lr, config.optim)
+    host_optimizer = make_optimizer(host.parameters(), config.optim.host_lr, config)
     step = build_train_step(task.task_type, config.train)
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
     return Episode(
@@ -68,11 +68,13 @@ def build_episode(
     )
 
 
-def make_optimizer(parameters: Iterable[Tensor], lr: float, config: OptimConfig) -> Optimizer:
+def make_optimizer(parameters: Iterable[Tensor], lr: float, config: RunConfig) -> Optimizer:
     """The optimizer of the host or of one seed."""
-    if config.kind == "adamw":
-        return AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
-    return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optim = config.optim
+    fused = config.train.on_bad_numbers == "skip" or None  # only fused ones can skip; None leaves it to torch
+    if optim.kind == "adamw":
+        return AdamW(parameters, lr=lr, weight_decay=optim.weight_decay, fused=fused)
+    return SGD(parameters, lr=lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
 
 
 def resolve_device(name: str) -> torch.device:

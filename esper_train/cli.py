@@ -20,14 +20,16 @@ from esper_train.control.policy import Idle
 from esper_train.episode import BadNumbersError, episode_configs, heuristic_policy, require_slots, run_episode
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
+from esper_train.telemetry.loggers import logger_makers
 from esper_train.telemetry.progress import ProgressSink
-from esper_train.telemetry.report import write_report
+from esper_train.telemetry.report import write_comparison, write_report
 from esper_train.telemetry.sinks import ConsoleSink, JsonlSink
 
-USAGE = """usage: esper-train {heuristic,fit,info} [options]
+USAGE = """usage: esper-train {heuristic,fit,report,info} [options]
 
   heuristic  grow a network under the heuristic controller (the main job)
   fit        train the same host without slots, by the same loop
+  report     DIR: write its report anew; DIR DIR ... [--out FILE]: compare runs on one page
   info       versions, and which kernel backend serves what, and why
 
 `esper-train heuristic --help` lists every option."""
@@ -44,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "info":
         print(kernel_info())
         return 0
-    if command not in ("heuristic", "fit"):
+    if command not in ("heuristic", "fit", "report"):
         print(f"{USAGE}\n\nesper-train: error: unknown command {command!r}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        if command == "report":
+            _report(given)
+            return 0
         options = _parse(command, given)
         config = options.run_config()
         out = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}")
@@ -101,14 +106,25 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     return tyro.cli(_Options, prog=f"esper-train {command}", args=arguments, default=default)
 
 
+def _report(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="esper-train report")
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run")
+    parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="of several: the page to write")
+    given = parser.parse_args(arguments)
+    one = len(given.directories) == 1
+    print(f"report: {write_report(*given.directories) if one else write_comparison(given.directories, given.out)}")
+
+
 def _run(config: RunConfig, directory: Path, mode: str, *, baseline: bool) -> None:
     """One run into its own directory. Network and report are written however it ends."""
     growing = mode == "heuristic"
     episode = build_episode(config, slots=require_slots(config) if growing else ())
     policy = heuristic_policy(episode) if growing else Idle()
+    makers = logger_makers(config.telemetry)
     run_directory.create(directory, config)
     display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
-    hub = TelemetryHub([JsonlSink(directory / run_directory.METRICS), display], config.telemetry)
+    sinks = [JsonlSink(directory / run_directory.METRICS), *(make(directory) for make in makers), display]
+    hub = TelemetryHub(sinks, config.telemetry)
     try:
         try:
             run_episode(episode, policy, hub, mode=mode)

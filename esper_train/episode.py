@@ -134,7 +134,9 @@ def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = Non
             good = _keep(episode, 0, hub) or good
             for epoch in range(1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
-                accuracy, finding = validation.accuracy, _judge(governor, config, train, validation)
+                # a skipped batch is in the training loss, so that is no finding
+                training = validation.loss if config.train.on_bad_numbers == "skip" else train.loss
+                accuracy, finding = validation.accuracy, governor.check(training=training, validation=validation.loss)
                 troubles = trouble_events(epoch, train, validation, finding)
                 exploding = train.grad is not None and train.grad.has_exploding
                 if finding is not None and good is not None:
@@ -265,24 +267,18 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
 
 def _follow(episode: Episode, change: StageChange) -> None:
     """Keep the optimizers in step with the seeds."""
-    slot, optimizers, optim = change.before.slot, episode.optimizers, episode.config.optim
-    gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
+    slot, optimizers, config = change.before.slot, episode.optimizers, episode.config
+    gate, frozen, lr = f"{slot}.gate", config.growth.on_fossilize == "freeze", config.optim.seed_lr
     if change.stage is SeedStage.TRAINING:
         seated = episode.model.slot(slot)
         for group, module in ((slot, seated.seed), (gate, seated.gate)):
             if module is not None:
                 parameters = [p for p in module.parameters() if p.requires_grad]
-                optimizers.attach(group, make_optimizer(parameters, optim.seed_lr, optim) if parameters else None)
+                optimizers.attach(group, make_optimizer(parameters, lr, config) if parameters else None)
     if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
         optimizers.detach(slot)
     if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):
         optimizers.detach(gate)
-
-
-def _judge(governor: Governor, config: RunConfig, train: EpochResult, validation: EvalResult) -> Finding | None:
-    """What the governor says. The rows of a skipped batch are in the training loss, so that is no finding then."""
-    skips = config.train.on_bad_numbers == "skip"
-    return governor.check(training=validation.loss if skips else train.loss, validation=validation.loss)
 
 
 def _report_numbers(model: MorphModel, troubles: list[Event], exploding: bool, epoch: int, hub: TelemetryHub) -> None:

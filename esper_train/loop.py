@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from esper_kernels import GradHealth, GradStats, Meter, MeterResult, clip_grad_norm_, compute_all, grad_stats
 from esper_train.config import TrainConfig
-from esper_train.optimizers import OptimizerRegistry, copies, put_back
+from esper_train.optimizers import OptimizerRegistry
 from esper_train.step import Criterion, TrainStep, build_train_step
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -115,7 +115,7 @@ def train_one_epoch(
     for number, (inputs, targets) in enumerate(_batches(loader, device, max_batches)):
         optimizers.zero_grad()
         # a batch that is skipped must not stay in running statistics either
-        buffers = copies(model.buffers()) if policy == "skip" else []
+        buffers = [(b, b.clone()) for b in model.buffers()] if policy == "skip" else []
         step(model, inputs, targets, meter)
         groups = optimizers.parameters()
         measure = grad.every > 0 and number % grad.every == 0
@@ -130,7 +130,8 @@ def train_one_epoch(
         if policy == "skip" and stats is not None:
             skipped += stats.found_inf != 0
             optimizers.step_unless(stats.found_inf)
-            put_back(buffers, stats.found_inf)
+            for buffer, before in buffers:
+                buffer.copy_(torch.where(stats.found_inf != 0, before, buffer))
         else:
             optimizers.step()
     measured, strict = [] if stats is None else [stats], policy == "stop"

@@ -1,11 +1,11 @@
 """One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and go."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 
 class OptimizerRegistry:
@@ -34,7 +34,8 @@ class OptimizerRegistry:
     def parameters(self) -> dict[str, list[Tensor]]:
         """Group name to its parameters, in the optimizer's order."""
         return {
-            group: [] if optimizer is None else _parameters(optimizer) for group, optimizer in self._optimizers.items()
+            group: [] if optimizer is None else [p for g in optimizer.param_groups for p in g["params"]]
+            for group, optimizer in self._optimizers.items()
         }
 
     def zero_grad(self) -> None:
@@ -48,21 +49,21 @@ class OptimizerRegistry:
             optimizer.step()
 
     def step_unless(self, skip: Tensor) -> None:
-        """A step of every optimizer that changes no bit where `skip` ([], on the device) is not 0; no host sync.
+        """A step of every optimizer that changes no bit where `skip` (float32 []) is 1, decided on the device.
 
-        `ValueError` for an optimizer whose state does not begin as zeros on the parameters' device.
+        `ValueError` for an optimizer that cannot leave a step out by itself.
         """
         for optimizer in self.present():
-            if type(optimizer) not in (SGD, Adam, AdamW) or optimizer.defaults.get("dampening"):
+            if not optimizer.defaults.get("fused") or optimizer.defaults.get("dampening"):
                 raise ValueError(
-                    "steps can be skipped of SGD without dampening, Adam and AdamW, not of "
-                    f"{type(optimizer).__name__}; use one of these, or another train.on_bad_numbers"
+                    "to skip a step without a host sync, expected an optimizer made with fused=True and without "
+                    f"dampening, got {type(optimizer).__name__}; make it so, or use another train.on_bad_numbers"
                 )
-            kept = copies([*_parameters(optimizer), *state_tensors(optimizer)])
-            known = {id(tensor) for tensor, _ in kept}
+            if isinstance(optimizer, SGD):
+                _start_momentum(optimizer)
+            optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
             optimizer.step()
-            made = [tensor for tensor in state_tensors(optimizer) if id(tensor) not in known]
-            put_back([*kept, *((tensor, torch.zeros_like(tensor)) for tensor in made)], skip)
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer by group."""
@@ -81,27 +82,9 @@ class OptimizerRegistry:
         return [optimizer for optimizer in self._optimizers.values() if optimizer is not None]
 
 
-def state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """What an optimizer remembers of its parameters."""
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-
-
-def copies(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor with a copy of its present value, for `put_back`."""
-    return [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-
-@torch.no_grad()
-def put_back(kept: Sequence[tuple[Tensor, Tensor]], where: Tensor) -> None:
-    """Give the tensors their copied values again if `where` ([]) is not 0; decided on the device."""
-    for tensor, value in kept:
-        if tensor.device != where.device:
-            raise ValueError(
-                f"to skip a step without a sync, an optimizer's state must be on {where.device}, got some on "
-                f"{tensor.device}; make it with fused=True or capturable=True"
-            )
-        tensor.copy_(torch.where(where != 0, value, tensor))
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _start_momentum(optimizer: SGD) -> None:
+    """Momentum of 0 instead of none: torch's fused SGD leaves it uninitialised where its first step is skipped."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

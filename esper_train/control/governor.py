@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any
@@ -17,7 +17,7 @@ from esper_kernels import grad_stats
 from esper_train.config import GovernorConfig
 from esper_train.control.signals import SignalTracker
 from esper_train.morph.model import MorphModel
-from esper_train.optimizers import OptimizerRegistry, state_tensors
+from esper_train.optimizers import OptimizerRegistry
 
 LEARNED, NEAR_GUESS = 0.6, 0.065
 """A loss below this share of a guess's has learned something; one this close to a guess's has forgotten it."""
@@ -42,9 +42,8 @@ class Governor:
     def __init__(self, config: GovernorConfig, guess: float) -> None:
         self._config = config
         self._guess = guess
-        self._history: list[float] = []
-        self._suspicious = 0
-        self.rollbacks = 0
+        self.history: list[float] = []
+        self.suspicious = self.rollbacks = 0
 
     def check(self, *, training: float, validation: float) -> Finding | None:
         """Judge an epoch by its losses in nats. A suspicious one does not join the history it would spoil."""
@@ -53,16 +52,16 @@ class Governor:
             return Finding(kind="nonfinite", message=f"the loss is not finite: {losses}")
         found = self._compare(validation)
         if found is None:
-            self._history = [*self._history, validation][-self._config.window :]
-        self._suspicious = 0 if found is None else self._suspicious + 1
-        return found if self._suspicious >= self._config.patience else None
+            self.history = [*self.history, validation][-self._config.window :]
+        self.suspicious = 0 if found is None else self.suspicious + 1
+        return found if self.suspicious >= self._config.patience else None
 
     def _compare(self, loss: float) -> Finding | None:
         config, guess = self._config, self._guess
-        if len(self._history) < config.min_history:
+        if len(self.history) < config.min_history:
             return None
-        mean, deviation = fmean(self._history), pstdev(self._history)
-        usual = f"the mean of the last {len(self._history)} good epochs is {mean:.4g}"
+        mean, deviation = fmean(self.history), pstdev(self.history)
+        usual = f"the mean of the last {len(self.history)} good epochs is {mean:.4g}"
         if loss > max(guess, mean + config.sensitivity * deviation, config.multiplier * mean):
             return Finding(kind="divergence", message=f"the validation loss diverged to {loss:.4g}; {usual}")
         if mean < LEARNED * guess and abs(loss - guess) < NEAR_GUESS * guess:
@@ -71,16 +70,7 @@ class Governor:
 
     def rolled_back(self) -> None:
         """Count a rollback; the epochs that are to come are judged afresh."""
-        self.rollbacks, self._suspicious = self.rollbacks + 1, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """History and counts, as plain values."""
-        return {"history": list(self._history), "suspicious": self._suspicious, "rollbacks": self.rollbacks}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self._history, self._suspicious = list(state["history"]), state["suspicious"]
-        self.rollbacks = state["rollbacks"]
+        self.rollbacks, self.suspicious = self.rollbacks + 1, 0
 
 
 class Snapshot:
@@ -106,8 +96,8 @@ def weights_are_finite(model: nn.Module) -> bool:
 
 def _tensors(owned: Owned) -> list[Tensor]:
     model, optimizers, _ = owned
-    states = [tensor for optimizer in optimizers.present() for tensor in state_tensors(optimizer)]
-    return [*model.parameters(), *model.buffers(), *states]
+    states = [value for o in optimizers.present() for state in o.state.values() for value in state.values()]
+    return [*model.parameters(), *model.buffers(), *(value for value in states if isinstance(value, Tensor))]
 
 
 def _copy(owned: Owned, devices: Sequence[torch.device]) -> Owned:

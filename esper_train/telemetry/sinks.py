@@ -1,4 +1,4 @@
-"""Where events go: nowhere, a terminal line, a JSONL file."""
+"""Where events go: a terminal line, a JSONL file."""
 
 import sys
 from collections.abc import Mapping
@@ -14,16 +14,6 @@ class Sink(Protocol):
     def write(self, event: Event) -> None: ...
 
     def close(self) -> None: ...
-
-
-class NullSink:
-    """Drops everything."""
-
-    def write(self, event: Event) -> None:
-        """Drop the event."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 class JsonlSink:

@@ -22,7 +22,7 @@ from esper_train.episode import NonFiniteLossError, run_heuristic_episode
 from esper_train.telemetry.events import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
-from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, NullSink, describe
+from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, describe
 
 
 @dataclass
@@ -156,6 +156,10 @@ def test_event_types_are_the_words_in_the_files() -> None:
         "epoch",
         "seed_stage",
         "nonfinite",
+        "bad_targets",
+        "finding",
+        "snapshot",
+        "rollback",
         "layer_gradients",
         "run_finished",
     ]
@@ -198,12 +202,6 @@ def test_jsonl_sink_appends_to_what_is_there(tmp_path: Path) -> None:
     assert [(line["epoch"], line["word"]) for line in read] == [(1, "ä"), (2, "ä")]
 
 
-def test_null_sink_takes_anything() -> None:
-    sink = NullSink()
-    assert sink.write(Event(EventType.EPOCH, 1, {})) is None  # type: ignore[func-returns-value]
-    assert sink.close() is None  # type: ignore[func-returns-value]
-
-
 STARTED = {
     "mode": "heuristic",
     "task": "digits",
@@ -222,7 +220,14 @@ STAGE = {
     "reason": "G3 passed",
     "contribution": 3.456,
 }
-FINISHED = {"status": "completed", "fossils": 1, "parameters": 1396, "seconds": 0.72, "test": {"accuracy": 73.046}}
+FINISHED = {
+    "status": "completed",
+    "fossils": 1,
+    "parameters": 1396,
+    "seconds": 0.72,
+    "test": {"accuracy": 73.046},
+    "error": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -276,16 +281,17 @@ FINISHED = {"status": "completed", "fossils": 1, "parameters": 1396, "seconds": 
             "  early: slot EMBARGOED -> DORMANT (over)",
         ),
         (
-            Event(EventType.NONFINITE, 3, {"logits": 12, "gradients": 5}),
-            "  not finite in epoch 3: 12 rows, 5 gradient entries",
+            Event(EventType.NONFINITE, 3, {"logits": 12, "gradients": 5, "skipped": 0, "message": "12 rows"}),
+            "  epoch 3: 12 rows",
         ),
+        (Event(EventType.SNAPSHOT, 5, {"device": "cpu"}), "  the state after epoch 5 is kept"),
         (
             Event(EventType.RUN_FINISHED, 75, FINISHED),
             "completed: 1 fossilized, 1396 parameters, test accuracy 73.05%, 0.7 s",
         ),
         (
-            Event(EventType.RUN_FINISHED, 3, FINISHED | {"status": "interrupted", "test": None}),
-            "interrupted: 1 fossilized, 1396 parameters, 0.7 s",
+            Event(EventType.RUN_FINISHED, 3, FINISHED | {"status": "failed", "error": "disk full", "test": None}),
+            "failed (disk full): 1 fossilized, 1396 parameters, 0.7 s",
         ),
     ],
 )
@@ -298,9 +304,13 @@ LINES = {
     EventType.EPOCH: r"epoch +\d+/\d+  train loss (\d+\.\d{4}|nan|inf) acc +\d+\.\d\d%  validation loss .*  "
     r"early:[a-z]+ mid:[a-z]+ late:[a-z]+",
     EventType.SEED_STAGE: r"  (early|mid): (seed_[01]|slot) [A-Z]+ -> [A-Z]+ \(.+\)",
-    EventType.NONFINITE: r"  not finite in epoch 1: \d+ rows, \d+ gradient entries",
+    EventType.NONFINITE: r"  epoch \d+: \d+ rows of logits and \d+ gradient entries were NaN or infinite(, \d .*)?",
+    EventType.BAD_TARGETS: r"  epoch 2: 1 rows were left out because their target is outside the classes",
+    EventType.FINDING: r"  epoch \d+: the loss is not finite: training .*, validation .*",
+    EventType.SNAPSHOT: r"  the state after epoch \d+ is kept",
+    EventType.ROLLBACK: r"  epoch \d+: rolled back to the state after epoch \d+ \(1 of 3 times\).*",
     EventType.LAYER_GRADIENTS: r"  largest gradient of 11 parameters: host\.[\w.]+ (nan|inf|[\d.e+-]+)",
-    EventType.RUN_FINISHED: r"(completed|nonfinite): [01] fossilized, \d+ parameters, .*\d s",
+    EventType.RUN_FINISHED: r"(completed|nonfinite \(.*\)): [01] fossilized, \d+ parameters, .*\d s",
 }
 
 
@@ -346,8 +356,8 @@ def test_console_sink_prints_a_line_an_event_and_leaves_the_stream_open(run: lis
 
 
 def test_console_sink_prints_to_standard_output_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    ConsoleSink().write(Event(EventType.NONFINITE, 3, {"logits": 1, "gradients": 2}))
-    assert capsys.readouterr().out == "  not finite in epoch 3: 1 rows, 2 gradient entries\n"
+    ConsoleSink().write(Event(EventType.SNAPSHOT, 3, {}))
+    assert capsys.readouterr().out == "  the state after epoch 3 is kept\n"
 
 
 # the hub
