@@ -18,7 +18,7 @@ from esper_train.episode import run_heuristic_episode
 from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.telemetry.events import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
-from esper_train.telemetry.report import write_report
+from esper_train.telemetry.report import write_comparison, write_report
 from esper_train.telemetry.sinks import JsonlSink
 
 pytest.importorskip("matplotlib")
@@ -343,14 +343,18 @@ def test_same_events_give_the_same_bytes(run: Path) -> None:
 
 def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     events = grown(task=HOSTILE, reason=HOSTILE, blueprint=HOSTILE)
+    events.append(Event(EventType.LAYER_GRADIENTS, 3, {"norms": {HOSTILE: 1.0, "fine": None}}))
+    events.append(Event(EventType.FINDING, 3, {"kind": HOSTILE, "message": HOSTILE}))
     kept = dataclasses.replace(SlotState(slot="mid"), seed_id=HOSTILE, blueprint=HOSTILE, contribution=1.0)
     events.append(move(EPOCHS, kept, SeedStage.FOSSILIZED, HOSTILE))
-    shown = page(write(tmp_path, *events, finished(status=HOSTILE)))
+    shown = page(write(tmp_path, *events, finished(status=HOSTILE, error=HOSTILE)))
     assert shown.tags["script"] == 0
     assert f"{HOSTILE}, heuristic, seed 7: {HOSTILE}" in shown.text
     assert shown.row("seed_1")[1] == HOSTILE
     assert shown.row("seed_1")[-1] == HOSTILE
     assert shown.row("status") == [HOSTILE]
+    assert f"What ended the run: {HOSTILE}. In epoch 3: {HOSTILE}." in shown.text
+    assert HOSTILE in shown.pictures["Gradient norm of each parameter over epochs"]
 
 
 def test_unmeasured_gradients_leave_gaps(tmp_path: Path) -> None:
@@ -510,3 +514,76 @@ def test_events_of_a_real_run(tmp_path: Path) -> None:
         "Gradient norms and health over epochs",
         "Reward of each decision, by parts",
     ]
+
+
+def test_gradients_by_layer(tmp_path: Path) -> None:
+    """A cell for each epoch and parameter, and a cross where the norm was not finite; a seed's layer came later."""
+    events = [started(), *(epoch_event(i) for i in range(1, 5))]
+    for epoch, norms in ((1, {"head": 1e-3}), (2, {"head": 0.0, "seed": 10.0}), (4, {"head": math.nan, "seed": 2.0})):
+        events.append(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": norms}))
+    directory = write(tmp_path, *events)
+    picture = page(directory).pictures["Gradient norm of each parameter over epochs"]
+    for word in ("head", "seed", "not finite", "log10 of the gradient norm", "-3", "1"):
+        assert word in picture.replace("\u2212", "-")
+    assert "not finite" not in page(write(tmp_path / "fine", *events[:-1])).pictures.popitem()[1]
+
+
+def test_layers_that_were_not_reported_are_said(run: Path) -> None:
+    assert "Each parameter's gradient is reported at the level debug" in page(run).text
+
+
+def test_rewards_are_drawn_by_parts(tmp_path: Path) -> None:
+    parts = {"attribution": 1.0, "rent": -0.25, "final": 0.0}
+    events = [started()]
+    for epoch in (1, 2, 3):
+        event = epoch_event(epoch)
+        events.append(Event(EventType.EPOCH, epoch, {**event.data, "reward": 0.75, "reward_parts": parts}))
+    picture = page(write(tmp_path, *events)).pictures["Reward of each decision, by parts"]
+    for word in ("reward", "attribution", "rent"):
+        assert word in picture
+    assert "final" not in picture  # never anything but 0
+
+
+def test_moves_that_a_rollback_undid_are_not_told(tmp_path: Path) -> None:
+    """Fossilized in 5, culled in 6; back to 4 at 7: early's seed is open again, mid's too."""
+    events = [event for event in grown() if event.epoch <= 7]
+    data = {"to_epoch": 4, "kind": "nonfinite", "number": 1, "slots": [], "message": "rolled back"}
+    shown = page(write(tmp_path, *events, Event(EventType.ROLLBACK, 7, data)))
+    assert "In epoch 7: rolled back." in shown.text
+    assert shown.row("seeds fossilized") == ["0"]
+    assert shown.row("seed_1")[3:5] == ["open (TRAINING)", "2"]
+
+
+def test_epochs_that_were_not_reported_are_gaps(tmp_path: Path) -> None:
+    """At the level minimal only those after an anomaly are: the third is still the third."""
+    slots = (SlotState(slot="early"), SlotState(slot="mid"))
+    shown = page(write(tmp_path, started(), *(epoch_event(i, slots) for i in (3, 4)), *seated(1, "early", "s", "n", 1)))
+    assert "4 of 8 epochs" in shown.text
+    assert "DORMANT" in shown.pictures["Stage, alpha, gradient ratio and contribution of each slot over epochs"]
+
+
+def test_several_runs_are_compared(tmp_path: Path) -> None:
+    directories = [tmp_path / name for name in ("first", "second", "third")]
+    for number, directory in enumerate(directories):
+        write(directory, *(grown() if number else fit()), finished(test=90.0 + number))
+    path = write_comparison(directories, tmp_path / "comparison.html")
+    shown = Page(path.read_text(encoding="utf-8"))
+    assert "Comparison of 3 runs" in shown.text
+    assert shown.row("") == [str(directory) for directory in directories]
+    assert shown.row("test accuracy") == ["91.75%", "91.00%", "92.00%"]
+    assert shown.row("seeds fossilized") == ["0", "1", "1"]
+    (picture,) = shown.pictures.values()
+    for word in ("validation loss (nats)", "validation accuracy (%)", *map(str, directories)):
+        assert word in picture
+    assert not {"script", "link", "img", "image"} & set(shown.tags)
+
+
+def test_comparison_escapes_names_and_names_what_holds_no_run(tmp_path: Path) -> None:
+    hostile = tmp_path / HOSTILE.replace("/", "-")
+    write(hostile, *grown())
+    path = write_comparison([hostile, hostile], tmp_path / "page.html")
+    shown = Page(path.read_text(encoding="utf-8"))
+    assert shown.tags["script"] == 0
+    assert str(hostile) in shown.text
+    with pytest.raises(ValueError, match=r"no run in .*empty: metrics\.jsonl is missing"):
+        write_comparison([hostile, tmp_path / "empty"], tmp_path / "page.html")

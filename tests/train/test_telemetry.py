@@ -3,26 +3,41 @@
 import io
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from esper_train.config import GrowthConfig, OptimConfig, RunConfig, TelemetryConfig
+from esper_train.build import build_episode
+from esper_train.config import (
+    GovernorConfig,
+    GradConfig,
+    GrowthConfig,
+    OptimConfig,
+    RunConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
 from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
-from esper_train.episode import NonFiniteLossError, run_heuristic_episode
+from esper_train.episode import NonFiniteLossError, run_episode, run_heuristic_episode
 from esper_train.telemetry.events import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
 from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, describe
+from tests.train.scripted import Planted, mislabelled, not_a_number
 
 
 @dataclass
@@ -76,6 +91,19 @@ def broken_run() -> list[Event]:
     config = RunConfig(task="synthetic", max_epochs=2, max_batches=4, optim=OptimConfig(host_lr=1e30))
     with pytest.raises(NonFiniteLossError):
         run_heuristic_episode(config, hub=TelemetryHub([recorder]))
+    return recorder.events
+
+
+@pytest.fixture(scope="module")
+def troubled_run() -> list[Event]:
+    """All events, at the level debug, of a run that meets a bad label in epoch 2 and goes back once, in epoch 3."""
+    recorder, base = Recorder(), RunConfig(task="synthetic", max_epochs=4, max_batches=4)
+    train, telemetry = TrainConfig(on_bad_numbers="rollback"), TelemetryConfig(level="debug")
+    config = replace(base, train=train, governor=GovernorConfig(snapshot_epochs=2))
+    episode = build_episode(config, slots=("early", "mid", "late"))
+    loader = Planted(episode.train, mislabelled, (2, 1))
+    episode.train = Planted(loader, not_a_number, (3, 1))  # type: ignore[assignment]
+    run_episode(episode, Scripted(), TelemetryHub([recorder], telemetry), mode="heuristic")
     return recorder.events
 
 
@@ -309,13 +337,15 @@ LINES = {
     EventType.FINDING: r"  epoch \d+: the loss is not finite: training .*, validation .*",
     EventType.SNAPSHOT: r"  the state after epoch \d+ is kept",
     EventType.ROLLBACK: r"  epoch \d+: rolled back to the state after epoch \d+ \(1 of 3 times\).*",
-    EventType.LAYER_GRADIENTS: r"  largest gradient of 11 parameters: host\.[\w.]+ (nan|inf|[\d.e+-]+)",
+    EventType.LAYER_GRADIENTS: r"  largest gradient of \d+ parameters: host\.[\w.]+ (nan|inf|[\d.e+-]+)",
     EventType.RUN_FINISHED: r"(completed|nonfinite \(.*\)): [01] fossilized, \d+ parameters, .*\d s",
 }
 
 
-def test_describe_knows_every_event_of_a_run(run: list[Event], broken_run: list[Event]) -> None:
-    events = [*run, *broken_run]
+def test_every_kind_of_event_is_emitted_and_described(
+    run: list[Event], broken_run: list[Event], troubled_run: list[Event]
+) -> None:
+    events = [*run, *broken_run, *troubled_run]
     assert {event.type for event in events} == set(EventType)
     for event in events:
         assert re.fullmatch(LINES[event.type], describe(event)), describe(event)
@@ -549,3 +579,69 @@ def test_close_goes_on_past_a_sink_that_fails(capsys: pytest.CaptureFixture[str]
     TelemetryHub([Broken(), other]).close()
     assert other.closed == 1
     assert capsys.readouterr().err.count("Broken failed") == 1
+
+
+# what a level takes, and that none of it changes the training
+
+
+@pytest.mark.parametrize("lifecycle_only", [False, True])
+@pytest.mark.parametrize("level", ["off", "minimal", "normal", "debug"])
+def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None:
+    """Germination, a cull, exploding gradients and the escalation after them: the weights are those of silence."""
+    growth = GrowthConfig(blending_min_epochs=1, blending_improvement=-100.0, blending_epochs=2, embargo_epochs=2)
+    train = TrainConfig(grad=GradConfig(exploding=0.5))
+    config = RunConfig(task="synthetic", max_epochs=5, max_batches=4, growth=growth, train=train)
+    recorder = Recorder()
+    telemetry = TelemetryConfig(level=level, lifecycle_only=lifecycle_only, escalation_epochs=2)
+    watched = run_heuristic_episode(config, policy=Scripted(), hub=TelemetryHub([recorder], telemetry))
+    silent = run_heuristic_episode(config, policy=Scripted())
+    for name, value in silent.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
+    kinds = {event.type for event in recorder.events}
+    lives = {EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED}
+    # exploding gradients escalate every level but off
+    everything = lives | {EventType.EPOCH, EventType.LAYER_GRADIENTS}
+    assert kinds == (set() if level == "off" else lives if lifecycle_only else everything)
+
+
+def test_a_level_takes_its_kinds_until_it_is_escalated() -> None:
+    taken = {"minimal": set(EventType) - {EventType.EPOCH, EventType.SNAPSHOT, EventType.LAYER_GRADIENTS}}
+    taken |= {"off": set(), "normal": taken["minimal"] | {EventType.EPOCH}, "debug": set(EventType)}
+    for level, kinds in taken.items():
+        hub = TelemetryHub([Recorder()], TelemetryConfig(level=level, escalation_epochs=2))  # type: ignore[arg-type]
+        assert {kind for kind in EventType if hub.collects(kind)} == kinds
+        hub.escalate()
+        for left in (2, 1, 0):
+            escalated = set(EventType) if left and level != "off" else kinds
+            assert {kind for kind in EventType if hub.collects(kind)} == escalated
+            hub.tick()
+
+
+def test_bad_numbers_escalate_to_debug(broken_run: list[Event]) -> None:
+    assert EventType.LAYER_GRADIENTS in {event.type for event in broken_run}
+
+
+def test_a_killed_run_keeps_every_event_it_reported(tmp_path: Path) -> None:
+    """The process kills itself, as no handler could see, right after its third epoch was reported."""
+    path = tmp_path / "metrics.jsonl"
+    code = f"""
+import os, signal
+from esper_train import EventType, JsonlSink, RunConfig, TelemetryHub, run_fit
+
+class Killer(JsonlSink):
+    def write(self, event):
+        super().write(event)
+        if event.type is EventType.EPOCH and event.epoch == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run_fit(RunConfig(task="synthetic", max_batches=2), hub=TelemetryHub([Killer({str(path)!r})]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    read = [strict(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(line["event"], line["epoch"]) for line in read] == [
+        ("run_started", 0),
+        ("epoch", 1),
+        ("epoch", 2),
+        ("epoch", 3),
+    ]
