@@ -269,6 +269,20 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often a run saves all it needs to be resumed, and how much of that it keeps."""
+
+    every: int = 10
+    """Epochs from one checkpoint to the next; the last epoch and a run that is stopped write one in any case."""
+    keep: int = 2
+    """The newest so many are kept."""
+
+    def __post_init__(self) -> None:
+        counts = (self.every, self.keep)
+        _require(min(counts) >= 1, "checkpoint.every and checkpoint.keep must be at least 1", counts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run of `esper-train`, whole."""
 
@@ -296,6 +310,7 @@ class RunConfig:
     policy: HeuristicConfig = field(default_factory=HeuristicConfig)
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         for name in ("episodes", "max_epochs", "batch_size"):

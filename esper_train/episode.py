@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, build_episode, make_optimizer, random_state, resolve_device
+from esper_train.build import Episode, build_episode, resolve_device
+from esper_train.checkpoint import Checkpoints
 from esper_train.config import RunConfig
-from esper_train.control.governor import Finding, Governor, Snapshot, weights_are_finite
+from esper_train.control.governor import Finding, Snapshot, weights_are_finite
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
 from esper_train.control.rewards import REWARDS
@@ -113,97 +114,79 @@ def heuristic_policy(episode: Episode) -> HeuristicTamiyo:
     return HeuristicTamiyo(episode.config.policy, episode.config.growth, names)
 
 
-def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = None, *, mode: str) -> EpisodeResult:
+def run_episode(
+    episode: Episode,
+    policy: Policy,
+    hub: TelemetryHub | None = None,
+    *,
+    mode: str,
+    checkpoints: Checkpoints | None = None,
+) -> EpisodeResult:
     """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
 
-    An epoch that the governor finds gone bad is, by policy, reported, the last, or undone: then nothing is tracked
-    or decided. However the run ends, its last event is RUN_FINISHED with the status "completed", "interrupted",
-    "nonfinite", "diverged" or "failed"; what ended it is raised again.
+    An episode restored from a checkpoint goes on with the epoch after it. One that the governor finds gone bad is, by
+    policy, reported, the last, or undone: then nothing is tracked or decided. However the run ends, its last event is
+    RUN_FINISHED with the status "completed", "interrupted", "nonfinite", "diverged" or "failed"; what ended it is
+    raised again.
     """
-    config, model, hub = episode.config, episode.model, hub or TelemetryHub()
-    started, status, epoch, why = time.perf_counter(), "failed", 0, None
-    governor = Governor(config.governor, math.log(episode.task.num_classes))
-    good: Snapshot | None = None
-    accuracy, test = math.nan, None
-    decided: list[tuple[str, float]] = []  # operation and reward of each epoch
-    contributions: list[float] = []
-    policy.reset()
-    hub.emit(_run_started(episode, mode))
+    config, hub = episode.config, hub or TelemetryHub()
+    status, why, test = "failed", None, None
+    epoch, started = episode.epoch, time.perf_counter() - episode.seconds
+    if epoch == 0:
+        policy.reset()
+        hub.emit(run_started(episode, mode))
     try:
-        with random_state(config.seed + 1, episode.device):
-            good = _keep(episode, 0, hub) or good
-            for epoch in range(1, config.max_epochs + 1):
+        with episode.random.active():
+            good = _keep(episode, epoch, hub)
+            for epoch in range(episode.epoch + 1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
+                episode.accuracy = validation.accuracy
                 # a skipped batch is in the training loss, so that is no finding
                 training = validation.loss if config.train.on_bad_numbers == "skip" else train.loss
-                accuracy, finding = validation.accuracy, governor.check(training=training, validation=validation.loss)
-                troubles = trouble_events(epoch, train, validation, finding)
-                exploding = train.grad is not None and train.grad.has_exploding
+                finding = episode.governor.check(training=training, validation=validation.loss)
+                if finding is None or good is None:
+                    _grow(episode, policy, hub, epoch, train, validation)
+                else:
+                    _leave_undecided(episode, hub, epoch, train, validation)
+                _report_numbers(episode.model, train, validation, finding, epoch, hub)
                 if finding is not None and good is not None:
-                    decision = Decision(op=Op.WAIT, reason="the epoch is undone")
-                    parts = {"rollback": -config.governor.rollback_penalty}
-                    decided.append((decision.op.name, parts["rollback"]))
-                    more = {"max_epochs": config.max_epochs, "reward": parts["rollback"], "reward_parts": parts}
-                    hub.emit(epoch_event(epoch, _states(model), train, validation, decision, **more))
-                    _report_numbers(model, troubles, exploding, epoch, hub)
-                    _roll_back(episode, governor, good, finding, epoch, hub)
-                    model = episode.model
-                    del contributions[model.fossils :]  # of seeds that are no fossils any more
-                    continue
-                for slot in model.slots:
-                    name = slot.state.slot
-                    slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
-                signals = episode.tracker.update(
-                    epoch=epoch,
-                    max_epochs=config.max_epochs,
-                    train_loss=train.loss,
-                    train_accuracy=train.accuracy,
-                    val_loss=validation.loss,
-                    val_accuracy=accuracy,
-                    slots=_states(model),
-                )
-                changes = [change for slot in model.slots for change in slot.step_epoch()]
-                stepped = replace(signals, slots=_states(model))
-                decision = policy.decide(stepped)
-                parts = _reward(episode, stepped, decision)
-                reward = math.fsum(parts.values())
-                made, refused = _execute(episode, decision)
-                changes += made
-                decided.append((decision.op.name, reward))
-                more = {"max_epochs": config.max_epochs, "reward": reward, "reward_parts": parts, "refused": refused}
-                more["joint"] = _joint(validation)
-                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
-                for change in changes:
-                    _follow(episode, change)
-                    hub.emit(stage_event(epoch, change))
-                    if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
-                        contributions.append(change.before.contribution)
-                _report_numbers(model, troubles, exploding, epoch, hub)
-                _stop_if_bad(config, finding, epoch)
-                good = _keep(episode, epoch, hub) or good
-            test = evaluate(model, episode.test, config.train, task_type=episode.task.task_type, step=episode.step)
+                    _roll_back(episode, good, finding, epoch, hub)
+                else:
+                    _stop_if_bad(config, finding, epoch)
+                    if epoch % config.governor.snapshot_epochs == 0:
+                        good = _keep(episode, epoch, hub) or good
+                episode.epoch, episode.seconds = epoch, time.perf_counter() - started
+                if checkpoints is not None:
+                    checkpoints.take(episode, policy, hub, mode)
+            batches = map(episode.stop.before, episode.test)
+            kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
+            test = evaluate(episode.model, batches, config.train, **kept)
             status = "completed"
     except BaseException as error:
         kinds = ((KeyboardInterrupt, "interrupted"), (NonFiniteLossError, "nonfinite"), (BadNumbersError, "diverged"))
         status = next((name for kind, name in kinds if isinstance(error, kind)), "failed")
-        why = str(error) or None
+        why = str(error) if isinstance(error, Exception) else None
         raise
     finally:
+        model = episode.model
         outcome: dict[str, Any] = {
-            "accuracy": accuracy,
+            "accuracy": episode.accuracy,
             "parameters": sum(p.numel() for p in model.parameters()),
             "fossils": model.fossils,
-            "contributions": tuple(contributions),
-            "action_counts": {op.name: sum(name == op.name for name, _ in decided) for op in Op},
-            "rewards": tuple(reward for _, reward in decided),
+            "contributions": tuple(episode.contributions),
+            "action_counts": {op.name: sum(name == op.name for name, _ in episode.decided) for op in Op},
+            "rewards": tuple(reward for _, reward in episode.decided),
             "seconds": time.perf_counter() - started,
         }
         ending = {"status": status, "error": why, "test": test and plain(test)}
         hub.emit(Event(EventType.RUN_FINISHED, epoch, ending | outcome))
+        if checkpoints is not None:
+            checkpoints.write()
     return EpisodeResult(model=model, test=test, **outcome)
 
 
-def _run_started(episode: Episode, mode: str) -> Event:
+def run_started(episode: Episode, mode: str) -> Event:
+    """The first event of a run."""
     config, model = episode.config, episode.model
     data = {
         "mode": mode,
@@ -222,14 +205,63 @@ def _run_started(episode: Episode, mode: str) -> Event:
 def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
     config, model = episode.config, episode.model
     kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
-    optimizers, most = episode.optimizers, config.max_batches
-    train = train_one_epoch(model, episode.train, optimizers, config.train, max_batches=most, **kept)
+    optimizers, most, batches = episode.optimizers, config.max_batches, map(episode.stop.before, episode.train)
+    train = train_one_epoch(model, batches, optimizers, config.train, max_batches=most, **kept)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [s.slot for s in _states(model) if s.alpha > 0 and (s.stage is not SeedStage.FOSSILIZED or check_fossils)]
     variants = {slot: {slot: 0.0} for slot in ablated}
     if len(ablated) > 1:
         variants[JOINT] = dict.fromkeys(ablated, 0.0)
-    return train, evaluate(model, episode.validation, config.train, variants=variants, **kept)
+    batches = map(episode.stop.before, episode.validation)
+    return train, evaluate(model, batches, config.train, variants=variants, **kept)
+
+
+def _grow(
+    episode: Episode, policy: Policy, hub: TelemetryHub, epoch: int, train: EpochResult, validation: EvalResult
+) -> None:
+    """Tracker, the slots' own moves, decision and its execution, of one epoch."""
+    model, config, accuracy = episode.model, episode.config, validation.accuracy
+    for slot in model.slots:
+        name = slot.state.slot
+        slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
+    signals = episode.tracker.update(
+        epoch=epoch,
+        max_epochs=config.max_epochs,
+        train_loss=train.loss,
+        train_accuracy=train.accuracy,
+        val_loss=validation.loss,
+        val_accuracy=accuracy,
+        slots=_states(model),
+    )
+    changes = [change for slot in model.slots for change in slot.step_epoch()]
+    stepped = replace(signals, slots=_states(model))
+    decision = policy.decide(stepped)
+    parts = _reward(episode, stepped, decision)
+    made, refused = _execute(episode, decision)
+    changes += made
+    more = {"joint": _joint(validation), "refused": refused, **_earn(episode, decision, parts)}
+    hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
+    for change in changes:
+        _follow(episode, change)
+        hub.emit(stage_event(epoch, change))
+        if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
+            episode.contributions.append(change.before.contribution)
+
+
+def _leave_undecided(
+    episode: Episode, hub: TelemetryHub, epoch: int, train: EpochResult, validation: EvalResult
+) -> None:
+    """Report an epoch that is to be undone."""
+    decision = Decision(op=Op.WAIT, reason="the epoch is undone")
+    more = _earn(episode, decision, {"rollback": -episode.config.governor.rollback_penalty})
+    hub.emit(epoch_event(epoch, _states(episode.model), train, validation, decision, **more))
+
+
+def _earn(episode: Episode, decision: Decision, parts: dict[str, float]) -> dict[str, Any]:
+    """Note what a decision earned; what its epoch's line says of that."""
+    reward = math.fsum(parts.values())
+    episode.decided.append((decision.op.name, reward))
+    return {"max_epochs": episode.config.max_epochs, "reward": reward, "reward_parts": parts}
 
 
 def _joint(validation: EvalResult) -> dict[str, Any] | None:
@@ -267,26 +299,27 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
 
 def _follow(episode: Episode, change: StageChange) -> None:
     """Keep the optimizers in step with the seeds."""
-    slot, optimizers, config = change.before.slot, episode.optimizers, episode.config
-    gate, frozen, lr = f"{slot}.gate", config.growth.on_fossilize == "freeze", config.optim.seed_lr
+    slot, optimizers = change.before.slot, episode.optimizers
+    gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
     if change.stage is SeedStage.TRAINING:
-        seated = episode.model.slot(slot)
-        for group, module in ((slot, seated.seed), (gate, seated.gate)):
-            if module is not None:
-                parameters = [p for p in module.parameters() if p.requires_grad]
-                optimizers.attach(group, make_optimizer(parameters, lr, config) if parameters else None)
+        episode.attach_optimizer(slot)
+        if episode.model.slot(slot).gate is not None:
+            episode.attach_optimizer(gate)
     if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
         optimizers.detach(slot)
     if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):
         optimizers.detach(gate)
 
 
-def _report_numbers(model: MorphModel, troubles: list[Event], exploding: bool, epoch: int, hub: TelemetryHub) -> None:
+def _report_numbers(
+    model: MorphModel, train: EpochResult, validation: EvalResult, found: Finding | None, epoch: int, hub: TelemetryHub
+) -> None:
     """Report bad numbers, and each parameter's gradient where the level asks for it."""
+    troubles = trouble_events(epoch, train, validation, found)
     hub.tick()
     for event in troubles:
         hub.emit(event)
-    if troubles or exploding:
+    if troubles or (train.grad is not None and train.grad.has_exploding):
         hub.escalate()
     if hub.collects(EventType.LAYER_GRADIENTS):
         names, parameters = zip(*model.named_parameters(), strict=True)
@@ -310,25 +343,22 @@ def _ending(finding: Finding, epoch: int, more: str = "") -> BadNumbersError:
 
 
 def _keep(episode: Episode, epoch: int, hub: TelemetryHub) -> Snapshot | None:
-    """The state to return to, where the policy wants one, it is time, and the weights are good."""
-    governor, model = episode.config.governor, episode.model
-    due = episode.config.train.on_bad_numbers == "rollback" and epoch % governor.snapshot_epochs == 0
-    if not due or not weights_are_finite(model):
+    """The state to return to, where the policy wants one and the weights are good."""
+    device, model = episode.config.governor.snapshot_device, episode.model
+    if episode.config.train.on_bad_numbers != "rollback" or not weights_are_finite(model):
         return None
-    hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": governor.snapshot_device}))
-    owned = (model, episode.optimizers, episode.tracker)
-    return Snapshot(epoch, owned, resolve_device(governor.snapshot_device))
+    hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": device}))
+    return Snapshot(epoch, (model, episode.optimizers, episode.tracker), resolve_device(device))
 
 
-def _roll_back(
-    episode: Episode, governor: Governor, good: Snapshot, finding: Finding, epoch: int, hub: TelemetryHub
-) -> None:
+def _roll_back(episode: Episode, good: Snapshot, finding: Finding, epoch: int, hub: TelemetryHub) -> None:
     """Bring model, optimizers and tracker back; the batches that come next are others. The last one ends the run."""
-    most, gone = episode.config.governor.max_rollbacks, _states(episode.model)
+    most, gone, governor = episode.config.governor.max_rollbacks, _states(episode.model), episode.governor
     if governor.rollbacks == most:
         raise _ending(finding, epoch, f", after {most} rollbacks")
     governor.rolled_back()
     episode.model, episode.optimizers, episode.tracker = good.restore()
+    del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
     states = _states(episode.model)
     pairs = [(a, b) for a, b in zip(gone, states, strict=True) if (a.stage, a.seed_id) != (b.stage, b.seed_id)]
     undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in pairs)

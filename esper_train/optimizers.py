@@ -54,7 +54,7 @@ class OptimizerRegistry:
         `ValueError` for an optimizer that cannot leave a step out by itself.
         """
         for optimizer in self.present():
-            if not optimizer.defaults.get("fused") or optimizer.defaults.get("dampening"):
+            if not all(group.get("fused") and not group.get("dampening") for group in optimizer.param_groups):
                 raise ValueError(
                     "to skip a step without a host sync, expected an optimizer made with fused=True and without "
                     f"dampening, got {type(optimizer).__name__}; make it so, or use another train.on_bad_numbers"

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from esper_kernels.backends import direct, select_backend
 from esper_kernels.config import KernelConfig
-from esper_kernels.cross_entropy import cpp, reference
+from esper_kernels.cross_entropy import cpp, reference, triton
 from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.meter import Meter
 from esper_kernels.native import Road
 
-_MODULES = {"eager": reference, "cpp": cpp}
+_MODULES = {"eager": reference, "cpp": cpp, "triton": triton}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_GRADS = (None,) * (3 + len(Options._fields))  # for what _CrossEntropy takes besides the logits
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)

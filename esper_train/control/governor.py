@@ -18,6 +18,7 @@ from esper_train.config import GovernorConfig
 from esper_train.control.signals import SignalTracker
 from esper_train.morph.model import MorphModel
 from esper_train.optimizers import OptimizerRegistry
+from esper_train.state import PlainState
 
 LEARNED, NEAR_GUESS = 0.6, 0.065
 """A loss below this share of a guess's has learned something; one this close to a guess's has forgotten it."""
@@ -33,11 +34,13 @@ class Finding:
     message: str
 
 
-class Governor:
+class Governor(PlainState):
     """Compares each epoch's losses with those of the run's good epochs and with that of a guess.
 
     `guess` is the loss of guessing, ln of the number of classes, so that one rule serves every task.
     """
+
+    STATE = ("history", "suspicious", "rollbacks")
 
     def __init__(self, config: GovernorConfig, guess: float) -> None:
         self._config = config

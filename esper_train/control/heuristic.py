@@ -7,14 +7,17 @@ from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
 from esper_train.morph.blending import get_blend
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
+from esper_train.state import PlainState
 
 
-class HeuristicTamiyo:
+class HeuristicTamiyo(PlainState):
     """Germinates on a plateau, culls what harms, fossilizes what pays, at the gate's own threshold.
 
     `blueprints` are those for the host's topology, in order of preference. `ValueError` if there is none, or if
     `config.blueprints` names another.
     """
+
+    STATE = ("_penalties", "_next", "_seated")
 
     def __init__(self, config: HeuristicConfig, growth: GrowthConfig, blueprints: Sequence[str]) -> None:
         unknown = [name for name in config.blueprints if name not in blueprints]

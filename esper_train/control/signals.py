@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esper_train.morph.lifecycle import SlotState
+from esper_train.state import PlainState
 
 STABLE_LOSS_CHANGE = (-0.05, 0.03)
 """Relative fall of the validation loss within which an epoch counts as stable."""
@@ -33,12 +34,14 @@ class Signals:
     slots: tuple[SlotState, ...]
 
 
-class SignalTracker:
+class SignalTracker(PlainState):
     """Turns epoch results into `Signals`.
 
     A plateau is measured against the best accuracy so far: differences from epoch to epoch would start it anew
     on noise. The host is stable once the loss barely moved for three epochs in a row, and during a plateau.
     """
+
+    STATE = ("_previous", "_best_loss", "_best_accuracy", "_risen_to", "_plateau", "_stable_streak", "_stable")
 
     def __init__(self, *, plateau_threshold: float = 0.5, plateau_epochs: int = 3) -> None:
         self._threshold = plateau_threshold

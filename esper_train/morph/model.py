@@ -1,13 +1,14 @@
 """A host with slots: an ordinary module that can grow. `loop` calls it, `episode` grows it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from esper_train.config import GrowthConfig
 from esper_train.morph.blueprints import BlueprintRegistry, default_registry
 from esper_train.morph.host import Host
-from esper_train.morph.lifecycle import SeedStage, StageChange
+from esper_train.morph.lifecycle import SeedStage, SlotState, StageChange
 from esper_train.morph.slot import SeedSlot
 from esper_train.names import unknown_name
 
@@ -64,6 +65,19 @@ class MorphModel(nn.Module):
     def slots(self) -> tuple[SeedSlot, ...]:
         """All slots, in the order of execution."""
         return tuple(self.slot(name) for name in self.seed_slots)
+
+    def topology(self) -> list[dict[str, Any]]:
+        """The state of every slot as plain values: what `rebuild` seats again."""
+        return [slot.state.to_plain() for slot in self.slots]
+
+    def rebuild(self, topology: Iterable[Mapping[str, Any]]) -> None:
+        """Seat the seeds of a saved `topology`; their weights follow through `load_state_dict`."""
+        states = [SlotState.from_plain(values) for values in topology]
+        if {state.slot for state in states} != set(self.seed_slots):
+            raise ValueError(f"expected slots {list(self.seed_slots)}, got {[state.slot for state in states]}")
+        for state in states:
+            blueprint = self.registry.require(self.host.topology, state.blueprint) if state.blueprint else None
+            self.slot(state.slot).restore(state, blueprint)
 
     def germinate_seed(self, blueprint: str, seed_id: str, *, slot: str, blend: str = "sigmoid") -> list[StageChange]:
         """Seat a new seed. `ValueError` for an unknown slot, blueprint or blend or a slot that is not open;

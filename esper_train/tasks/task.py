@@ -63,11 +63,11 @@ def load_splits(task: Task) -> Splits:
     return splits
 
 
-def make_loader(split: Split, batch_size: int, *, shuffle_seed: int | None = None) -> DataLoader[Any]:
-    """Batches of a split, the ragged last one included; shuffled anew each epoch from `shuffle_seed`, if given."""
+def make_loader(split: Split, batch_size: int, *, shuffle: torch.Generator | None = None) -> DataLoader[Any]:
+    """Batches of a split, the ragged last one included; shuffled anew each epoch by `shuffle`, if given."""
     data = TensorDataset(*split)
     order: Sampler[int] = SequentialSampler(data)
-    if shuffle_seed is not None:
-        order = RandomSampler(data, generator=torch.Generator().manual_seed(shuffle_seed))
+    if shuffle is not None:
+        order = RandomSampler(data, generator=shuffle)
     # the sampler gives whole batches of indices: one indexing operation a batch, not one a sample
     return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)

@@ -158,8 +158,8 @@ def _read(directory: Path) -> _Run | None:
 
 
 def _words(run: _Run) -> str:
-    start, why = run.started, run.finished.get("error")
-    where = f"{len(run.epochs)} of {start['max_epochs']} epochs on {start['device']} ({start['backend']})"
+    start, why, last = run.started, run.finished.get("error"), (run.epochs or [run.started])[-1]
+    where = f"{len(run.epochs)} of {last['max_epochs']} epochs on {start['device']} ({start['backend']})"
     lines = [f"Status: {run.status}, {where}.", *([f"What ended the run: {why}."] if why else [])]
     return _tag("p", " ".join(lines + [f"In epoch {event['epoch']}: {event['message']}." for event in run.troubles]))
 

@@ -25,24 +25,31 @@ def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("device_type", "refused"), [("cuda", ("cuda", "triton")), ("xpu", ("triton",))])
-def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(
-    op: str, device_type: str, refused: tuple[str, ...]
-) -> None:
-    choice = select_backend(op, device_type, torch.float32)
+def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert select_backend(op, "cuda", torch.float32) == ("triton", (("cuda", NOT_YET),), "auto")
+    assert select_backend(op, "xpu", torch.bfloat16) == ("triton", (), "auto")
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    choice = backends._select(op, "cuda", torch.float32, KernelConfig())  # not cached
     assert choice.name == "eager"
-    assert choice.refused == tuple((name, NOT_YET) for name in refused)
+    (_, cuda), (_, triton) = choice.refused
+    assert cuda == NOT_YET
+    assert triton.startswith("triton does not import: ")
 
 
 def test_by_name_is_served_or_raises_with_the_reason() -> None:
     eager = KernelConfig(backend="eager")
     assert select_backend("cross_entropy", "cpu", torch.float64, eager).refused == ()
-    for name in ("triton", "cuda"):
-        config = KernelConfig(backend=name)
-        with pytest.raises(ValueError, match=f"backend='{name}': {name}: {NOT_YET}"):
-            select_backend("grad_stats", "cpu", torch.float32, config)
-        with pytest.raises(ValueError, match=NOT_YET):
-            cross_entropy(torch.zeros(1, 2), torch.tensor([0]), config=config)
+    cuda = KernelConfig(backend="cuda")
+    with pytest.raises(ValueError, match=f"backend='cuda': cuda: {NOT_YET}"):
+        select_backend("grad_stats", "cpu", torch.float32, cuda)
+    with pytest.raises(ValueError, match=NOT_YET):
+        cross_entropy(torch.zeros(1, 2), torch.tensor([0]), config=cuda)
+    triton = KernelConfig(backend="triton")
+    with pytest.raises(ValueError, match="triton: float64 is served by eager only"):
+        select_backend("cross_entropy", "cuda", torch.float64, triton)
+    with pytest.raises(ValueError, match="triton: runs on GPUs that Triton compiles for, not on mps"):
+        select_backend("grad_stats", "mps", torch.float32, triton)
     cpp = KernelConfig(backend="cpp")
     assert select_backend("cross_entropy", "cpu", torch.float32, cpp).name == "cpp"
     with pytest.raises(ValueError, match="cpp: float64 is served by eager only"):
@@ -74,7 +81,7 @@ def test_without_the_library_eager_serves_and_says_why(tmp_path: Path) -> None:
 
 
 def test_device_without_float64_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"triton: not part.*eager: sums are float64, which device type 'mps' lacks"):
+    with pytest.raises(ValueError, match=r"triton: runs on GPUs.*eager: sums are float64, which .* 'mps' lacks"):
         select_backend("cross_entropy", "mps", torch.float32)
 
 

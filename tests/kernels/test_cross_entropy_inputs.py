@@ -306,6 +306,8 @@ def test_dtensor_is_refused_by_name(config: KernelConfig) -> None:
 
 
 def test_meta_tensors_give_shapes(config: KernelConfig) -> None:
+    if config.backend == "triton":
+        pytest.skip("refused on the meta device")
     logits = torch.empty(4, 5, device="meta", requires_grad=True)
     targets = torch.empty(4, dtype=torch.int64, device="meta")
     cross_entropy(logits, targets, meter=Meter("meta"), config=config).backward()

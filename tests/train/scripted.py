@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor
 
 from esper_train import Decision, Event, EventType, GrowthConfig, Op, Signals
+from esper_train.state import PlainState
 
 # a seed's whole life in few epochs: every threshold that asks for a gain is taken away
 EASY = GrowthConfig(
@@ -35,7 +36,7 @@ class Recorder:
         return [(e.epoch, e.data["slot"], e.data["stage"]) for e in self.of(EventType.SEED_STAGE)]
 
 
-class Script:
+class Script(PlainState):
     """A controller that asks for given operations at given epochs, and keeps the signals it saw."""
 
     def __init__(self, **by_epoch: Decision) -> None:

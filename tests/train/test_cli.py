@@ -31,7 +31,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 def test_heuristic_leaves_a_whole_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert cli.main(["heuristic", *QUICK, "--out", str(out)]) == 0
-    names = {"config.json", "environment.json", "metrics.jsonl", "network.pt", "report.html"}
+    names = {"checkpoints", "config.json", "environment.json", "metrics.jsonl", "network.pt", "report.html"}
     assert {p.name for p in out.iterdir()} == names | {"baseline"}
     assert {p.name for p in (out / "baseline").iterdir()} == names
     events = read_metrics(out)

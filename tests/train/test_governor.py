@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from esper_kernels import Meter
 from esper_train import (
     BadNumbersError,
     Decision,
@@ -23,6 +24,7 @@ from esper_train import (
     TelemetryConfig,
     TelemetryHub,
     TrainConfig,
+    build_train_step,
     run_directory,
     train_one_epoch,
 )
@@ -106,6 +108,19 @@ def test_the_history_is_a_window() -> None:
     assert judged(*losses, window=20)[-1] is None
 
 
+def test_a_governor_goes_on_from_its_state() -> None:
+    """A fourth suspicious epoch of four needed, the history from before: without its state there would be neither."""
+    config = GovernorConfig(patience=4)
+    first, second = (Governor(config, math.log(10)) for _ in range(2))
+    for loss in (*(0.1,) * 5, *(9.0,) * 3):
+        assert first.check(training=0.5, validation=loss) is None
+    first.rollbacks = 2
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    found = second.check(training=0.5, validation=9.0)
+    assert found is not None
+    assert (found.kind, second.rollbacks) == ("divergence", 2)
+
+
 # a skipped step
 
 
@@ -177,6 +192,29 @@ def test_an_optimizer_that_cannot_skip_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fused=True.*SGD.*on_bad_numbers"):
         train_one_epoch(model, data(), plain, TrainConfig(on_bad_numbers="skip"), task_type="classification")
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_an_optimizer_restored_from_one_that_cannot_skip_is_refused() -> None:
+    """A state brings the setting with it, so that what the optimizer was made with says nothing."""
+    model = network()
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    restored = sgd(model)
+    restored.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="fused=True"):
+        train_one_epoch(model, data(), restored, TrainConfig(on_bad_numbers="skip"), task_type="classification")
+
+
+def test_a_step_counts_bad_targets_apart_from_ignored_ones() -> None:
+    meter = Meter("cpu")
+    inputs, targets = data()[0]
+    targets[:4] = torch.tensor([-100, 10, -1, -100])
+    model = network()
+    build_train_step("classification", TrainConfig(on_bad_numbers="warn"))(model, inputs, targets, meter)
+    result = meter.compute(strict=False)
+    assert (result.valid, result.ignored, result.bad_targets) == (4, 2, 2)
+    assert targets[1] == 10  # the caller's own are as they were
+    with pytest.raises(IndexError, match="10"):
+        build_train_step("classification", TrainConfig())(model, inputs, targets, meter)
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
