@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from esper_train.config import OptimConfig, RunConfig, ScheduleConfig
+from esper_train.control.governor import Governor
 from esper_train.control.signals import SignalTracker
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
@@ -35,11 +36,13 @@ class Episode(PlainState):
     model: MorphModel
     optimizers: OptimizerRegistry
     tracker: SignalTracker
+    governor: Governor
     step: TrainStep
     device: torch.device
     train: Loader
     validation: Loader
     test: Loader
+    steps: int  # of an epoch
     data_record: Mapping[str, Any]
     random: RandomState
     stop: StopRequest = field(default_factory=StopRequest)
@@ -74,10 +77,8 @@ class Episode(PlainState):
             self.optimizers.attach(group, None)
             return
         optimizer = make_optimizer(parameters, optim.host_lr if host else optim.seed_lr, optim)
-        batches = min(len(self.train), self.config.max_batches or len(self.train))
-        steps = math.ceil(batches / self.config.train.accumulate) if optim.schedule.each == "step" else 1
-        left = max(1, self.config.max_epochs - epoch)
-        self.optimizers.attach(group, optimizer, make_schedule(optimizer, optim.schedule, left * steps))
+        left = max(1, self.config.max_epochs - epoch) * (self.steps if optim.schedule.each == "step" else 1)
+        self.optimizers.attach(group, optimizer, make_schedule(optimizer, optim.schedule, left))
 
 
 def build_episode(
@@ -86,6 +87,7 @@ def build_episode(
     """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
     task = task or get_task(config.task, config)
     device, policy = resolve_device(config.device), config.policy
+    resolve_device(config.governor.snapshot_device)
     splits = load_splits(task)
     order = torch.Generator().manual_seed(config.seed)
     with RandomState(config.seed, device).active():
@@ -95,17 +97,21 @@ def build_episode(
     step = build_train_step(task.task_type, config.train)
     where: dict[str, Any] = {"device": device, "workers": config.workers}
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
+    train = make_loader(splits.train, config.batch_size, shuffle=order, **where)
+    batches = min(len(train), config.max_batches or len(train))
     episode = Episode(
         config=config,
         task=task,
         model=MorphModel(host, slots, growth=config.growth, max_epochs=config.max_epochs, registry=registry),
         optimizers=OptimizerRegistry(schedule_each=config.optim.schedule.each),
         tracker=SignalTracker(plateau_threshold=policy.plateau_threshold, plateau_epochs=policy.plateau_epochs),
+        governor=Governor(config.governor, math.log(task.num_classes)),
         step=step,
         device=next(host.parameters()).device,
-        train=make_loader(splits.train, config.batch_size, shuffle=order, **where),
+        train=train,
         validation=make_loader(splits.validation, EVALUATION_BATCH, **where),
         test=make_loader(splits.test, EVALUATION_BATCH, **where),
+        steps=math.ceil(batches / config.train.accumulate),
         data_record=splits.record,
         random=RandomState(config.seed + 1, device, order),
     )

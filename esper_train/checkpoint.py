@@ -38,6 +38,7 @@ def parts(episode: Episode, policy: Policy, hub: TelemetryHub) -> dict[str, Stat
         "optimizers": episode.optimizers,
         "step": episode.step,
         "tracker": episode.tracker,
+        "governor": episode.governor,
         "policy": policy,
         "telemetry": hub,
         "random": episode.random,

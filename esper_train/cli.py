@@ -1,6 +1,6 @@
 """The command `esper-train`: reads the config, runs, shows progress, and leaves a run directory with a report.
 
-Exit codes: 0 done, 2 something in the request, the data or the disk cannot work, 3 the loss became non-finite,
+Exit codes: 0 done, 2 something in the request, the data or the disk cannot work, 3 the losses went bad,
 130 stopped by Ctrl-C, 143 by SIGTERM: such a run leaves a checkpoint, and a second signal ends it at once.
 Only this module prints, and only it imports tyro and rich.
 """
@@ -20,7 +20,7 @@ from esper_train.checkpoint import Checkpoints, load, restore, saved
 from esper_train.config import RunConfig, load_toml
 from esper_train.control.policy import Idle, Policy
 from esper_train.episode import (
-    NonFiniteLossError,
+    BadNumbersError,
     episode_configs,
     heuristic_policy,
     require_slots,
@@ -32,18 +32,20 @@ from esper_train.run_directory import BASELINE, CHECKPOINTS, METRICS, create, cu
 from esper_train.stop import Stopped, StopRequest
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
+from esper_train.telemetry.loggers import logger_makers
 from esper_train.telemetry.progress import ProgressSink
-from esper_train.telemetry.report import write_report
+from esper_train.telemetry.report import write_comparison, write_report
 from esper_train.telemetry.sinks import ConsoleSink, JsonlSink
 
-USAGE = """usage: esper-train {heuristic,fit,info} [options]
+USAGE = """usage: esper-train {heuristic,fit,report,info} [options]
 
   heuristic  grow a network under the heuristic controller (the main job)
   fit        train the same host without slots, by the same loop
+  report     DIR: write its report anew; DIR DIR ... [--out FILE]: compare runs on one page
   info       versions, and which kernel backend serves what, and why
 
 `esper-train heuristic --help` lists every option."""
-EXIT_USAGE, EXIT_NONFINITE, EXIT_SIGNAL = 2, 3, 128
+EXIT_USAGE, EXIT_BAD_NUMBERS, EXIT_SIGNAL = 2, 3, 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,10 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "info":
         print(kernel_info())
         return 0
-    if command not in ("heuristic", "fit"):
+    if command not in ("heuristic", "fit", "report"):
         print(f"{USAGE}\n\nesper-train: error: unknown command {command!r}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        if command == "report":
+            _report(given)
+            return 0
         options = _parse(command, given)
         config = options.run_config()
         if options.resume and options.out:
@@ -70,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         return EXIT_SIGNAL + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
-    except NonFiniteLossError as error:
+    except BadNumbersError as error:
         print(f"esper-train: {error}", file=sys.stderr)
-        return EXIT_NONFINITE
+        return EXIT_BAD_NUMBERS
     except (ValueError, TypeError, IndexError, OSError, ImportError) as error:
         print(f"esper-train: error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -120,6 +125,15 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     return tyro.cli(_Options, prog=f"esper-train {command}", args=arguments, default=default)
 
 
+def _report(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="esper-train report")
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run")
+    parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="of several: the page to write")
+    given = parser.parse_args(arguments)
+    one = len(given.directories) == 1
+    print(f"report: {write_report(*given.directories) if one else write_comparison(given.directories, given.out)}")
+
+
 def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Options) -> None:
     """Every episode, each in its own directory where there are several, and its baseline."""
     growing = mode == "heuristic"
@@ -128,7 +142,7 @@ def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Opti
         episode = build_episode(config, slots=require_slots(config) if growing else ())
         episode.stop = stop
         policy = heuristic_policy(episode) if growing else Idle()
-        hub = TelemetryHub((), config.telemetry)
+        hub, loggers = TelemetryHub((), config.telemetry), logger_makers(config.telemetry)
         checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
         if checkpoints:
             restore(load(checkpoints[-1]), episode, policy, hub, mode)
@@ -138,6 +152,8 @@ def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Opti
         create(directory, config, resume=options.resume is not None)
         if options.profile:
             print(write_profile(config, config.slots if growing else (), directory))
+        for make in loggers:
+            hub.add(make(directory))
         try:
             _run_episode(episode, policy, hub, directory, mode)
             if growing and options.baseline:

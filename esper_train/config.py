@@ -19,6 +19,7 @@ from esper_train.names import unknown_name
 
 T = TypeVar("T")
 TELEMETRY_LEVELS = ("off", "minimal", "normal", "debug")
+POLICIES = ("warn", "skip", "stop", "rollback")
 
 
 def _require(holds: bool, what: str, value: Any) -> None:
@@ -96,8 +97,16 @@ class TrainConfig:
     cross entropy, that of the mean over the batches."""
     topk: tuple[int, ...] = (1,)
     """Ranks k for which correct@k is counted; 1 is always among them."""
+    on_bad_numbers: Literal["warn", "skip", "stop", "rollback"] = "stop"
+    """NaN, infinity, divergence, bad targets: go on and report; report, and leave out steps with gradients that are
+    not finite; end the run; or return to the last good state. Only "stop" refuses targets outside the classes, the
+    others leave their rows out."""
 
     def __post_init__(self) -> None:
+        policy = self.on_bad_numbers
+        _require(policy in POLICIES, f"train.on_bad_numbers must be one of {', '.join(POLICIES)}", policy)
+        measured = policy != "skip" or self.grad.every == 1
+        _require(measured, "train.on_bad_numbers 'skip' needs train.grad.every = 1", self.grad.every)
         _require(self.accumulate >= 1, "train.accumulate must be at least 1", self.accumulate)
 
 
@@ -258,6 +267,35 @@ class HeuristicConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GovernorConfig:
+    """When a finite validation loss counts as gone bad, and what a rollback does. Time in epochs."""
+
+    window: int = 20
+    """Good epochs that a loss is compared with, at most."""
+    min_history: int = 5
+    """Good epochs needed for a comparison."""
+    sensitivity: float = 6.0
+    """Divergence: worse than guessing, above the mean of the window by so many standard deviations, ..."""
+    multiplier: float = 3.0
+    """... and above so many times that mean."""
+    patience: int = 3
+    """Suspicious epochs in a row that make a finding; a loss that is not finite makes one at once."""
+    snapshot_epochs: int = 5
+    """With rollback, keep a checked state every so many epochs."""
+    snapshot_device: str = "cpu"
+    """Where it is kept."""
+    max_rollbacks: int = 3
+    """The finding after so many rollbacks ends the run."""
+    rollback_penalty: float = 10.0
+    """Taken from the reward of an epoch that is rolled back."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "min_history", "patience", "snapshot_epochs", "max_rollbacks"):
+            _require(getattr(self, name) >= 1, f"governor.{name} must be at least 1", getattr(self, name))
+        _require(self.min_history <= self.window, "governor.min_history must not exceed window", self.min_history)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
     """What a run reports. Telemetry never changes what is trained."""
 
@@ -266,7 +304,11 @@ class TelemetryConfig:
     lifecycle_only: bool = False
     """Nothing but the run's start and end and the seeds' lives."""
     escalation_epochs: int = 5
-    """After NaN, infinite or exploding gradients, report at debug level for so many epochs; 0 never does."""
+    """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never does."""
+    tensorboard: bool = False
+    """Also write for TensorBoard, into the run directory's tensorboard/."""
+    wandb: bool = False
+    """Also write for Weights & Biases, offline, into the run directory's wandb/; `wandb sync` uploads it."""
 
     def __post_init__(self) -> None:
         known = ", ".join(TELEMETRY_LEVELS)
@@ -320,6 +362,7 @@ class RunConfig:
     host: HostConfig = field(default_factory=HostConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     policy: HeuristicConfig = field(default_factory=HeuristicConfig)
+    governor: GovernorConfig = field(default_factory=GovernorConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

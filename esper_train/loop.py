@@ -38,6 +38,8 @@ class Measures:
     """Rows (tokens) that are not ignored."""
     nonfinite: int
     """Valid rows with NaN or infinite logits."""
+    bad_targets: int
+    """Rows left out because their target was outside the classes; see `TrainConfig.on_bad_numbers`."""
     batches: int
 
 
@@ -48,6 +50,8 @@ class EpochResult(Measures):
     grad: GradHealth | None
     """Gradients of the last measured step, by group, None if none was measured; the NaN and Inf counts (of the
     whole, not of the groups) are sums over the measured steps, and any of them makes the health 0."""
+    skipped: int
+    """Steps left out because gradients were not finite."""
     seconds: float
     backend: str
     compiled: bool
@@ -94,7 +98,8 @@ def train_one_epoch(
 
     Raises:
         ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of another shape.
-        IndexError: a target outside the classes: at once on a CPU, at the end of the epoch on other devices.
+        IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the end of the epoch
+            on other devices.
     """
     started = time.perf_counter()
     if isinstance(optimizers, Optimizer):
@@ -106,6 +111,8 @@ def train_one_epoch(
     parameters = [p for members in groups.values() for p in members]
     stats: GradStats | None = None
     nonfinite: tuple[Tensor, Tensor] | None = None
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    skips = config.on_bad_numbers == "skip"
     if scaler is not None:
         scaler.to(device)
     model.train()
@@ -113,6 +120,8 @@ def train_one_epoch(
     for number, group in enumerate(iter(lambda: list(islice(batches, config.accumulate)), [])):
         for p in parameters:
             p.grad = None
+        # a batch that is skipped must not stay in running statistics either
+        buffers = [(b, b.clone()) for b in model.buffers()] if skips else []
         divisor = step.divisor([targets for _, targets in group])
         for inputs, targets in group:
             step(model, inputs, targets, meter, divisor)
@@ -131,17 +140,23 @@ def train_one_epoch(
         with span("optimizer"):
             if grad.clip_norm is not None:
                 clip_grad_norm_(parameters, grad.clip_norm, stats=stats if measure else None, config=kernel)
-            if scaler is not None and stats is not None:
-                scaler.step(optimizers.present(), stats.found_inf)
+            if stats is not None and (scaler is not None or skips):
+                skipped += stats.found_inf != 0
+                optimizers.step_unless(stats.found_inf, None if scaler is None else scaler.scale)
+                for buffer, before in buffers:
+                    buffer.copy_(torch.where(stats.found_inf != 0, before, buffer))
+                if scaler is not None:
+                    scaler.update(stats.found_inf)
             else:
                 optimizers.step()
             optimizers.advance("step")
     optimizers.advance("epoch")
-    counts = [meter] if stats is None or nonfinite is None else [meter, stats, *nonfinite]
-    result, *measured = compute_all(*counts)
+    more: list[Any] = [] if stats is None or nonfinite is None else [stats, *nonfinite]
+    result, (left_out,), *measured = compute_all(meter, skipped, *more, strict=config.on_bad_numbers == "stop")
     return EpochResult(
         **_measures(result),
         grad=_whole_epoch(*measured) if measured else None,
+        skipped=left_out,
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         compiled=step.compiled,
@@ -181,7 +196,7 @@ def evaluate(
                     step.measure(model, inputs, targets, meters, alphas)
     finally:
         model.train(was_training)
-    result, *others = compute_all(*meters)
+    result, *others = compute_all(*meters, strict=config.on_bad_numbers == "stop")
     return EvalResult(
         **_measures(result),
         seconds=time.perf_counter() - started,

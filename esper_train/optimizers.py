@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 
@@ -54,6 +55,25 @@ class OptimizerRegistry:
         for optimizer in self.present():
             optimizer.step()
 
+    def step_unless(self, skip: Tensor, grad_scale: Tensor | None = None) -> None:
+        """A step of every optimizer, on gradients divided by `grad_scale` (float32 [], None: 1), that changes no bit
+        where `skip` (float32 []) is 1: decided on the device.
+
+        `ValueError` for an optimizer that cannot leave a step out by itself.
+        """
+        for optimizer in self.present():
+            if not all(group.get("fused") and not group.get("dampening") for group in optimizer.param_groups):
+                raise ValueError(
+                    "to skip a step without a host sync, expected an optimizer made with fused=True and without "
+                    f"dampening, got {type(optimizer).__name__}; make it so, or use another train.on_bad_numbers, "
+                    "and no float16"
+                )
+            if isinstance(optimizer, SGD):
+                _start_momentum(optimizer)
+            optimizer.grad_scale, optimizer.found_inf = grad_scale, skip  # type: ignore[attr-defined]
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
     def advance(self, each: str) -> None:
         """Step the schedules after a "step" or an "epoch", if that is when they do; one at its end stays there."""
         if each == self._schedule_each:
@@ -78,3 +98,11 @@ class OptimizerRegistry:
                 optimizer.load_state_dict(states[group])
         for group, schedule in self._schedules.items():
             schedule.load_state_dict(states[group]["schedule"])
+
+
+def _start_momentum(optimizer: SGD) -> None:
+    """Momentum of 0 instead of none: torch's fused SGD leaves it uninitialised where its first step is skipped."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

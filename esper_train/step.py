@@ -75,6 +75,7 @@ class TrainStep:
         """Forward and backward: parameters receive their gradients, the meter the batch; `divisor` is of its group."""
         with self.span("forward"):
             logits = self._check(self._run(model, model, inputs, {}))
+        targets = self._within(targets, logits.shape[-1], meter)
         scale = None if self.scaler is None else self.scaler.scale
         if self._criterion is None:
             with self.span("loss"):
@@ -96,8 +97,8 @@ class TrainStep:
     def divisor(self, targets: Sequence[Tensor]) -> float | Tensor | None:
         """What the loss of each of these batches is divided by, so that their gradients add up to one of them all.
 
-        The weight of all their valid rows, on their device; where the criterion is not cross entropy, their
-        number. None for a single batch, and for sums.
+        The weight of all their valid rows, on their device, those with a target outside the classes included; where
+        the criterion is not cross entropy, their number. None for a single batch, and for sums.
         """
         if len(targets) == 1 or self._options.get("reduction") == "sum":
             return None
@@ -158,11 +159,22 @@ class TrainStep:
             self._record(self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter)
 
     def _record(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
-        self._check(logits)
+        targets = self._within(targets, self._check(logits).shape[-1], meter)
         if self._criterion is None:
             cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self._options)
         else:
             record_loss(self._criterion(logits, targets), logits, targets, meter)
+
+    def _within(self, targets: Tensor, classes: int, meter: Meter) -> Tensor:
+        """The targets, those outside the classes ignored and counted: the op does so itself on other devices, but
+        raises on the CPU."""
+        if self._config.on_bad_numbers == "stop" or self._criterion is not None or targets.device.type != "cpu":
+            return targets
+        ignored, counts = self._options.get("ignore_index", IGNORED), meter.on_device()
+        bad = ((targets < 0) | (targets >= classes)) & (targets != ignored)
+        counts["bad_targets"] += bad.sum()
+        counts["ignored"] -= bad.sum()  # the op is about to add them
+        return targets.long().masked_fill(bad, ignored)
 
     def backend(self, device: torch.device) -> str:
         """Name of the kernel backend that serves the logits on `device`; `ValueError` where none can."""
@@ -202,7 +214,7 @@ class TrainStep:
     def _run_compiled(
         self, model: nn.Module, forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]
     ) -> Any:
-        structure = getattr(model, "structure", None)
+        structure = id(model), getattr(model, "structure", None)
         if structure != self._structure:
             self._structure = structure
             self._programs.clear()

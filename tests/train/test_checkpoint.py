@@ -113,7 +113,7 @@ def test_schedules_and_the_loss_scale_go_on_where_they_were(kind: str, tmp_path:
 
 def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) -> None:
     state = torch.load(whole / "checkpoints" / "epoch-6.pt", weights_only=True)
-    parts = {"episode", "model", "optimizers", "step", "tracker", "policy", "telemetry", "random"}
+    parts = {"episode", "model", "optimizers", "step", "tracker", "governor", "policy", "telemetry", "random"}
     assert set(state) == {"format", "run", "parts"}
     assert set(state["parts"]) == parts
     assert {"python", "numpy", "torch", "order"} <= set(state["parts"]["random"])

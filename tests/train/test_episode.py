@@ -307,7 +307,7 @@ def test_a_users_own_task_runs() -> None:
 def test_a_loss_that_is_not_finite_ends_the_run_with_an_event() -> None:
     recorder = Recorder()
     config = replace(SHORT, optim=OptimConfig(host_lr=1e30))
-    with pytest.raises(NonFiniteLossError, match="not finite in epoch"):
+    with pytest.raises(NonFiniteLossError, match="in epoch 1 the loss is not finite"):
         run_fit(config, hub=TelemetryHub([recorder]))
     (finding,) = recorder.of(EventType.NONFINITE)
     assert finding.data["logits"] > 0

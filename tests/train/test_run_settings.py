@@ -1,5 +1,6 @@
 """Learning-rate schedules in a run, its optimizers and its memory layout: torch's own values, each group its own."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -84,6 +85,21 @@ def test_state_of_the_schedule_is_saved_with_its_optimizer() -> None:
         registry.advance("step")
     lrs = [o.param_groups[0]["lr"] for registry in (first, second) for o in registry.present()]
     assert lrs[0] == lrs[1] < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")  # torch does not see through the copy
+@pytest.mark.parametrize("kind", ["cosine", "onecycle"])
+def test_a_kept_copy_goes_on_as_the_original_did(kind: str) -> None:
+    """As a rollback does: the copy's schedules change the copy's optimizers."""
+    registry = build_episode(config_of(kind), slots=()).optimizers
+    copied = copy.deepcopy(registry)
+    rates = []
+    for one in (registry, copied):
+        for _ in range(3):
+            one.step()
+            one.advance("step")
+        rates.append(one.present()[0].param_groups[0]["lr"])
+    assert rates[0] == rates[1] != 0.1
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
