@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own AVX-512 header
 KERNELS = [
+    "csrc/call.cpp",
     "csrc/cpu/driver.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/avx512.cpp",
@@ -39,7 +40,7 @@ def compiled() -> dict[str, Any]:
     import pybind11
 
     Path("esper_kernels/lib").mkdir(exist_ok=True)  # where an editable build copies the library of ops to
-    depends = [f"csrc/cpu/{name}" for name in HEADERS]
+    depends = ["csrc/call.h", "csrc/tensors.h", *(f"csrc/cpu/{name}" for name in HEADERS)]
     ops = CppExtension(
         "esper_kernels.lib.esper_cpu",  # in a folder of its own: it is no Python module
         ["csrc/ops_cpu.cpp", *KERNELS],

@@ -29,10 +29,10 @@ def test_ops_are_what_their_schemas_say() -> None:
     logits, targets = arguments(5, 40)
     meter, loss, rows = Meter("cpu"), torch.empty(()), torch.empty(11)
     options = (None, -100, 0.1, 0.0, 0.0)
-    rest = (-1.0, 1.0, None, 0, 0, meter.sums, meter.counts, [1], loss, rows, torch.empty_like(logits))
+    rest = (-1.0, 1.0, [], 0, 0, meter.sums, meter.counts, [1], loss, rows, torch.empty_like(logits))
     torch.library.opcheck(torch.ops.esper.cross_entropy.default, (logits, targets, *options, *rest))
     torch.ops.esper.cross_entropy(logits, targets, *options, *rest)
-    rest = (None, 0, rows, torch.empty_like(logits))
+    rest = ([], 0, rows, torch.empty_like(logits))
     backward = torch.ops.esper.cross_entropy_backward.default
     torch.library.opcheck(backward, (torch.ones(()), logits, targets, *options, *rest))
     numbers = [torch.empty(2, dtype=torch.float64) for _ in range(2)]
