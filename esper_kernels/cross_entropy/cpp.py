@@ -1,6 +1,6 @@
-"""Cross entropy on the CPU by the compiled ops of `csrc/ops_cpu.cpp`: one op a call.
+"""Cross entropy by the compiled ops of `csrc/`, on the CPU and on CUDA: one op a call, the same for both.
 
-The op looks at the targets before it writes anything. Where it finds a bad one, the reference names it.
+On the CPU the op looks at the targets before it writes anything, and where it finds a bad one, the reference names it.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/ops_cpu.cpp
 
 
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
-    """The loss and, to keep for `backward`, float32 [2 N + 1]: maximum and sum of a row, then the denominator."""
+    """The loss and, to keep for `backward`, float32 [2 N + 1]: two numbers a row, then the denominator."""
     loss = logits.new_empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
     rows = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
     _call(logits, targets, options, meter, loss=loss, rows=rows)
@@ -27,7 +27,7 @@ def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | No
 
 
 def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, rows: Tensor, options: Options) -> Tensor:
-    grad, road = _fresh_like(logits), direct()
+    grad, road = _fresh_like(logits), direct() if logits.is_cpu else None
     if road is not None and road.cross_entropy_backward(logits, targets, *options, grad_output, rows, grad):
         return grad
     torch.ops.esper.cross_entropy_backward.default(
@@ -159,6 +159,7 @@ def _call(
             loss,
             rows,
             out,
+            None if meter is None else meter.ticket,
         )
     except RuntimeError:
         if not torch.compiler.is_compiling():
@@ -169,7 +170,7 @@ def _call(
 def _fresh_like(logits: Tensor) -> Tensor:
     """Memory for the gradient [..., V], contiguous."""
     grad = logits.new_empty(logits.shape)
-    if grad.numel() > _LARGE and (road := direct()) is not None:
+    if grad.numel() > _LARGE and grad.is_cpu and (road := direct()) is not None:
         road.use_huge_pages(grad)
     return grad
 

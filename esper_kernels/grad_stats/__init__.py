@@ -16,7 +16,7 @@ from esper_kernels.grad_stats.stats import GradHealth, GradStats
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
-_MODULES = {"eager": reference, "cpp": cpp}
+_MODULES = {"eager": reference, "cpp": cpp, "cuda": cpp}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Grads = Sequence[Tensor | None]
 
