@@ -36,13 +36,13 @@ def refusal(backend: str, device_type: str, dtype: torch.dtype = torch.float32) 
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
         return None
-    if backend != "cpp":
+    if backend == "triton":
         return f"not part of esper-kernels {__version__}"
-    if device_type != "cpu":
-        return f"runs on the CPU only, not on {device_type}"
+    if device_type != ("cpu" if backend == "cpp" else "cuda"):
+        return f"runs on {'the CPU' if backend == 'cpp' else 'CUDA'} only, not on {device_type}"
     if dtype == torch.float64:
         return "float64 is served by eager only"
-    return native.UNAVAILABLE
+    return native.UNAVAILABLE if backend == "cpp" else native.cuda_unavailable()
 
 
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:

@@ -279,20 +279,18 @@ __device__ void finish(const Batch& b, const Tally& tally, int block, int blocks
     b.partial_counts[static_cast<int64_t>(thread) * blocks + block] = shared.counts[thread];
   if (!is_last(b.ticket, blocks, &shared.flag)) return;
 
-  const int lane = thread % kWarp, warps = blockDim.x / kWarp;
-  for (int column = thread / kWarp; column < 2 + num_counts; column += warps) {
-    double sum = 0;
-    int64_t count = 0;
-    for (int64_t i = lane; i < blocks; i += kWarp) {
-      if (column < 2)
-        sum += __ldcg(b.partial_sums + column * blocks + i);
-      else
-        count += __ldcg(b.partial_counts + (column - 2) * static_cast<int64_t>(blocks) + i);
+  const auto sum_of_blocks = [&](const auto* parts) {
+    std::decay_t<decltype(*parts)> sum = 0;
+    for (int64_t i = thread % kWarp; i < blocks; i += kWarp) sum += __ldcg(parts + i);
+    return reduce_lanes(sum, kWarp, Add());
+  };
+  for (int column = thread / kWarp; column < 2 + num_counts; column += blockDim.x / kWarp) {
+    const int64_t row = static_cast<int64_t>(column) * blocks;
+    if (column < 2) {
+      shared.sums[column] = sum_of_blocks(b.partial_sums + row);
+    } else {
+      shared.totals[column - 2] = sum_of_blocks(b.partial_counts + row - 2 * blocks);
     }
-    sum = reduce_lanes(sum, kWarp, Add());
-    count = reduce_lanes(count, kWarp, Add());
-    if (lane == 0 && column < 2) shared.sums[column] = sum;
-    if (lane == 0 && column >= 2) shared.totals[column - 2] = count;
   }
   __syncthreads();
   if (thread != 0) return;
@@ -455,7 +453,8 @@ Plan plan_of(const CrossEntropy& p, const Device& device) {
     const int64_t size = 16 / bytes_of(p.dtype), vectors = (p.classes + size - 1) / size + 1;
     const auto bytes = [&](int parts) { return ((vectors + parts - 1) / parts + 1) * 16 + kSharedBytes; };
     if (p.out && !p.backward) {
-      while (device.clusters && grid.cluster < kLargestCluster && bytes(grid.cluster) > kKeptBytes)
+      const int64_t wanted = std::min(kKeptBytes, device.shared_bytes_of_block);
+      while (device.clusters && grid.cluster < kLargestCluster && bytes(grid.cluster) > wanted)
         grid.cluster *= 2;
       plan.kept = bytes(grid.cluster) <= device.shared_bytes_of_block;
       if (plan.kept)

@@ -39,8 +39,14 @@ struct Block {
   std::vector<Warp> warps;
 };
 
+struct Context {
+  ucontext_t first;
+  void* later[5];
+  bool started = false;
+};
+
 struct Fiber {
-  ucontext_t context;
+  Context context;
   void* stack;
   Block* block;
   unsigned thread;
@@ -50,7 +56,7 @@ struct Fiber {
 
 // What runs now.
 Fiber* current = nullptr;
-ucontext_t scheduler;
+Context scheduler;
 const std::function<void()>* body = nullptr;
 std::vector<Block> cluster;
 Barrier cluster_barrier;
@@ -60,22 +66,28 @@ std::vector<void*> stacks;  // kept for the next launch
 int multiprocessors = 3, shared_bytes = 227 << 10, architecture = 9;
 bool backwards = false;
 
-void switch_to(ucontext_t* from, ucontext_t* to, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t size,
-               [[maybe_unused]] bool leaves) {
+// From one stack to another. Address sanitizer wants to be told; swapcontext, which it knows, asks the system
+// each time, so without it only the first switch to a stack does.
 #if defined(__SANITIZE_ADDRESS__)
+void switch_to(Context& from, Context& to, const void* stack, size_t size, bool leaves) {
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(leaves ? nullptr : &fake, stack, size);
-#endif
-  swapcontext(from, to);
-#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.first, &to.first);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
 }
+#else
+void switch_to(Context& from, Context& to, const void*, size_t, bool) {
+  from.started = true;
+  if (__builtin_setjmp(from.later)) return;
+  if (to.started) __builtin_longjmp(to.later, 1);
+  setcontext(&to.first);
+}
+#endif
 
 const void* main_stack = nullptr;  // where the scheduler runs
 size_t main_size = 0;
 
-void leave(bool for_good) { switch_to(&current->context, &scheduler, main_stack, main_size, for_good); }
+void leave(bool for_good) { switch_to(current->context, scheduler, main_stack, main_size, for_good); }
 
 void enter() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -102,7 +114,7 @@ void run(Fiber& fiber, int threads) {
   threadIdx.x = fiber.thread;
   blockIdx.x = fiber.block->index;
   blockDim.x = threads;
-  switch_to(&scheduler, &fiber.context, fiber.stack, kStack, false);
+  switch_to(scheduler, fiber.context, fiber.stack, kStack, false);
 }
 
 void run_cluster(int first_block, const esper::cuda::Grid& grid) {
@@ -110,7 +122,9 @@ void run_cluster(int first_block, const esper::cuda::Grid& grid) {
   cluster_barrier = {grid.cluster * grid.threads};
   for (int b = 0; b < grid.cluster; ++b) {
     cluster.push_back({static_cast<unsigned>(first_block + b),
-                       std::unique_ptr<unsigned char[]>(new unsigned char[grid.shared_bytes]), {grid.threads}, {}});
+                       std::unique_ptr<unsigned char[]>(new unsigned char[grid.shared_bytes]),
+                       {grid.threads},
+                       {}});
     std::memset(cluster[b].shared.get(), 0xA5, grid.shared_bytes);
     for (int w = 0; w < grid.threads / 32; ++w) cluster[b].warps.push_back({{32}, {}});
   }
@@ -124,11 +138,11 @@ void run_cluster(int first_block, const esper::cuda::Grid& grid) {
     fibers[i].stack = stacks[i];
     fibers[i].block = &cluster[i / grid.threads];
     fibers[i].thread = i % grid.threads;
-    getcontext(&fibers[i].context);
-    fibers[i].context.uc_stack.ss_sp = stacks[i];
-    fibers[i].context.uc_stack.ss_size = kStack;
-    fibers[i].context.uc_link = nullptr;
-    makecontext(&fibers[i].context, enter, 0);
+    getcontext(&fibers[i].context.first);
+    fibers[i].context.first.uc_stack.ss_sp = stacks[i];
+    fibers[i].context.first.uc_stack.ss_size = kStack;
+    fibers[i].context.first.uc_link = nullptr;
+    makecontext(&fibers[i].context.first, enter, 0);
   }
   for (size_t left = fibers.size(); left > 0;) {
     bool moved = false;
@@ -188,7 +202,7 @@ cudaError_t run_grid(const Grid& grid, const std::function<void()>& thread) {
 }  // namespace esper::cuda
 
 // For tests: the make-believe device, and whether blocks and threads run from the last to the first.
-extern "C" __attribute__((visibility("default"))) void esper_shim_device(int processors, int shared, int major,
-                                                                         bool last_first) {
+extern "C" __attribute__((visibility("default"))) void esper_shim_device(int processors, int shared,
+                                                                         int major, bool last_first) {
   multiprocessors = processors, shared_bytes = shared, architecture = major, backwards = last_first;
 }

@@ -1,5 +1,5 @@
-// In place of csrc/cuda/simt.h: the kernels as ordinary C++ on the host. The blocks of a launch run in turn, a
-// cluster's together; their threads are fibers, which run from one barrier or shuffle to the next.
+// In place of csrc/cuda/simt.h: the kernels as ordinary C++ on the host. The blocks of a launch run in turn,
+// a cluster's together; their threads are fibers, which run from one barrier or shuffle to the next.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <math.h>
@@ -82,7 +82,8 @@ void sync_cluster();
 unsigned char* shared_memory_of(int rank);
 template <class T>
 T* in_block(T* mine, int rank) {
-  return reinterpret_cast<T*>(shared_memory_of(rank) + (reinterpret_cast<unsigned char*>(mine) - shared_memory()));
+  return reinterpret_cast<T*>(shared_memory_of(rank) +
+                              (reinterpret_cast<unsigned char*>(mine) - shared_memory()));
 }
 
 struct Grid {
@@ -94,7 +95,8 @@ struct Grid {
 cudaError_t run_grid(const Grid&, const std::function<void()>& thread);
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t,
+                   const Arguments&... arguments) {
   return run_grid(grid, [&] { kernel(Parameters(arguments)...); });
 }
 
