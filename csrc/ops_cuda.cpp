@@ -9,15 +9,9 @@
 #include "cuda/driver.h"
 #include "tensors.h"
 
+namespace esper {
 namespace {
 
-using esper::Array;
-using esper::array_of;
-using esper::at;
-using esper::data;
-using esper::MaybeTensor;
-using esper::memory;
-using esper::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
 cudaStream_t stream_of(const Tensor& x) {
@@ -27,7 +21,7 @@ cudaStream_t stream_of(const Tensor& x) {
 }
 
 // A number given as a tensor: beside `x` it is read by the kernel, on the CPU here.
-esper::Number number_of(double value, const MaybeTensor& tensor, const Tensor& x) {
+Number number_of(double value, const MaybeTensor& tensor, const Tensor& x) {
   return esper::number_of(value, tensor, tensor && tensor->is_cpu() == x.is_cpu());
 }
 
@@ -47,32 +41,19 @@ void cross_entropy(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ig
                    MaybeTensor counts, std::vector<int64_t> topk, MaybeTensor loss, MaybeTensor rows,
                    MaybeTensor out, MaybeTensor ticket) {
   const DeviceGuard guard(logits.get_device_index());
-  STD_TORCH_CHECK(topk.size() <= esper::cuda::kMostTopk, "on CUDA a Meter counts correct@k for up to ",
-                  esper::cuda::kMostTopk, " k, got ", topk.size());
+  STD_TORCH_CHECK(topk.size() <= cuda::kMostTopk, "on CUDA a Meter counts correct@k for up to ",
+                  cuda::kMostTopk, " k, got ", topk.size());
   const Array written = out ? array_of(*out) : Array{};
-  const esper::LossCall call{array_of(logits),
-                             array_of(targets),
-                             data<float>(weight),
-                             ignore_index,
-                             smoothing,
-                             z_loss,
-                             softcap,
-                             normalizer,
-                             grad_scale,
-                             reduction,
-                             data<double>(sums),
-                             data<int64_t>(counts),
-                             topk,
-                             data<float>(loss),
-                             data<float>(rows),
-                             out ? &written : nullptr};
-  const esper::cuda::LossNumbers given{
+  const cuda::LossNumbers given{
       number_of(smoothing, at(numbers, 0), logits), number_of(z_loss, at(numbers, 1), logits),
       number_of(grad_scale, at(numbers, 3), logits), number_of(normalizer, at(numbers, 2), logits),
       normalizer >= 0 || at(numbers, 2)};
   Workspace workspace{logits};
-  esper::check(esper::cuda::cross_entropy(call, given, data<unsigned>(ticket), std::ref(workspace),
-                                          stream_of(logits)));
+  check(cuda::cross_entropy(
+      {array_of(logits), array_of(targets), data<float>(weight), ignore_index, smoothing, z_loss, softcap,
+       normalizer, grad_scale, reduction, data<double>(sums), data<int64_t>(counts), topk, data<float>(loss),
+       data<float>(rows), out ? &written : nullptr},
+      given, data<unsigned>(ticket), std::ref(workspace), stream_of(logits)));
 }
 
 void cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor targets, MaybeTensor weight,
@@ -80,13 +61,13 @@ void cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor targets, M
                             std::vector<MaybeTensor> numbers, int64_t, Tensor rows, Tensor out) {
   const DeviceGuard guard(logits.get_device_index());
   const Array written = array_of(out);
-  esper::LossCall call{
-      array_of(logits), array_of(targets), data<float>(weight), ignore_index, smoothing, z_loss, softcap};
+  LossCall call{array_of(logits), array_of(targets), data<float>(weight), ignore_index, smoothing, z_loss,
+                softcap};
   call.rows = memory<float>(rows);
   call.out = &written;
-  const esper::cuda::LossNumbers given{
+  const cuda::LossNumbers given{
       number_of(smoothing, at(numbers, 0), logits), number_of(z_loss, at(numbers, 1), logits), {1}, {}};
-  esper::check(esper::cuda::cross_entropy_backward(call, given, array_of(grad_output), stream_of(logits)));
+  check(cuda::cross_entropy_backward(call, given, array_of(grad_output), stream_of(logits)));
 }
 
 void grad_stats(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t, Tensor norms, Tensor max_abs,
@@ -96,10 +77,10 @@ void grad_stats(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t, Ten
   for (Tensor& x : tensors) {
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     arrays.push_back(array_of(x));
-    STD_TORCH_CHECK(arrays.back().dtype <= esper::kFloat16, "expected float32, bfloat16 or float16");
+    STD_TORCH_CHECK(arrays.back().dtype <= kFloat16, "expected float32, bfloat16 or float16");
   }
   Workspace workspace{norms};
-  esper::cuda::grad_stats(
+  cuda::grad_stats(
       arrays, number_of(1, inv_scale, norms),
       {memory<double>(norms), memory<double>(max_abs), memory<int64_t>(zeros), memory<int64_t>(nans),
        memory<int64_t>(infs), memory<double>(total_norm), memory<float>(found_inf)},
@@ -107,15 +88,15 @@ void grad_stats(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t, Ten
 }
 
 }  // namespace
+}  // namespace esper
 
-// Why the kernels cannot run on the current device, cut to `size` bytes with the 0 at its end; empty where
-// they can.
+// Why the kernels cannot run on the current device, cut to `size` bytes; empty where they can.
 extern "C" __attribute__((visibility("default"))) void esper_cuda_refusal(char* reason, int64_t size) {
   std::snprintf(reason, size, "%s", esper::cuda::refusal().c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(esper, CUDA, m) {
-  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
-  m.impl("grad_stats", TORCH_BOX(&grad_stats));
+  m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward));
+  m.impl("grad_stats", TORCH_BOX(&esper::grad_stats));
 }

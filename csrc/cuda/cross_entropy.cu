@@ -14,16 +14,15 @@ namespace {
 
 constexpr int kFewThreads = 128, kManyThreads = 256;
 constexpr int kFewClasses = 1024;
-constexpr int kInFlight = 4;           // vectors that a thread loads before it looks at the first
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
 constexpr int kLargestCluster = 8;     // that every chip with clusters takes
 constexpr int kCountHere = 128 << 10;  // bytes of targets that every block looks through by itself
 constexpr int kCountBlocks = 64;       // that count larger ones first
-constexpr int kNumCounts = 4;          // valid, ignored, non-finite, bad; then correct@k
-constexpr int kMostCounts = kNumCounts + kMostTopk;
+constexpr int kMostCounts = 4 + kMostTopk;  // valid, ignored, non-finite, bad; then correct@k
 
 struct Batch {
   CrossEntropy p;  // without the values that Scalars has
+  int lanes;       // a row, for few_classes
   LossNumbers numbers;
   int64_t reduction;
   const double* weights;  // kCountBlocks parts of the sum of the rows' weights; null: add them up here
@@ -31,9 +30,8 @@ struct Batch {
   float* loss;            // []
   double* sums;           // a meter's, as `counts`
   int64_t *counts, topk[kMostTopk];
-  double* partial_sums;     // [2, blocks]: loss, weight; null where neither loss nor meter is wanted
-  int64_t* partial_counts;  // [kNumCounts + num_topk, blocks]
-  unsigned* ticket;
+  double* partials;  // [columns, blocks]
+  unsigned* ticket;  // null where neither loss nor meter is wanted
 };
 
 // The same for every row, in every thread.
@@ -47,6 +45,7 @@ struct Row {
   int target;  // -1 where the row is not valid
   bool ignored;
   float weight, logit, x;  // of the target; x: after softcap
+  __device__ float reference() const { return x - x == 0 ? x : 0; }
 };
 
 // What a group of threads has seen of a row. The target is left out of the sum: where it has nearly all of
@@ -64,16 +63,10 @@ struct Tally {
 
 struct Shared {
   State scratch[kMostWarps], of_block[2];
-  double sums[2];
-  int64_t totals[kMostCounts];
+  double totals[2 + kMostCounts];  // loss, weight; then counts, which a double holds exactly
   unsigned counts[kMostCounts], flag;
 };
 constexpr int64_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
-
-__device__ State shuffle_xor(State s, int distance) {
-  return {cuda::shuffle_xor(s.top, distance), cuda::shuffle_xor(s.others, distance),
-          cuda::shuffle_xor(s.smooth, distance), cuda::shuffle_xor(s.ahead, distance)};
-}
 
 struct Merge {
   __device__ State operator()(State a, State b) const {
@@ -164,8 +157,6 @@ __device__ Row open_row(const CrossEntropy& p, int64_t i) {
   return row;
 }
 
-__device__ float reference_of(const Row& row) { return is_finite(row.x) ? row.x : 0; }
-
 // Of a row before its logits are read; of one that the backward finds, after.
 __device__ State state_of(const CrossEntropy& p, const Row& row) {
   if (p.backward) return {p.saved_max[row.i], p.saved_sum[row.i], 0, 0};
@@ -195,7 +186,7 @@ __device__ void absorb(const CrossEntropy& p, const Scalars& s, const Row& row, 
   for (int j = 0; j < n; ++j)
     state.others += static_cast<unsigned>(first + j * step) == target ? 0 : __expf(x[j] - shift);
   if (s.smoothing > 0) {
-    const float reference = reference_of(row);
+    const float reference = row.reference();
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       const unsigned c = first + j * step;
@@ -234,7 +225,7 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
     if (valid) {
       loss = static_cast<double>(row.weight) * (1 - s.smoothing) * (log_sum - (row.x - state.top));
       if (s.smoothing > 0) {
-        const double above = log_sum + (static_cast<double>(state.top) - reference_of(row));
+        const double above = log_sum + (static_cast<double>(state.top) - row.reference());
         loss += static_cast<double>(s.smoothing) / p.classes * (s.weight_sum * above - state.smooth);
       }
       if (s.z_loss != 0) loss += static_cast<double>(s.z_loss) * lse * lse;
@@ -251,7 +242,7 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
     atomicAdd(&shared.counts[valid ? 0 : row.ignored ? 1 : 3], 1u);
     if (valid && !finite) atomicAdd(&shared.counts[2], 1u);
     for (int k = 0; k < p.num_topk; ++k)
-      if (valid && finite && state.ahead < b.topk[k]) atomicAdd(&shared.counts[kNumCounts + k], 1u);
+      if (valid && finite && state.ahead < b.topk[k]) atomicAdd(&shared.counts[4 + k], 1u);
   }
   if (!p.out) return {};
   const float scale = p.backward && p.scale_stride ? s.scale * p.scale_of_row[row.i] : s.scale;
@@ -269,52 +260,41 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
 // Adds up the block's tally; the last of the blocks adds up all of them, in order, and writes the results.
 __device__ void finish(const Batch& b, const Tally& tally, int block, int blocks, Shared& shared) {
   if (!b.ticket) return;
-  const int num_counts = kNumCounts + b.p.num_topk, thread = threadIdx.x;
+  const int columns = 6 + b.p.num_topk, thread = threadIdx.x;
   const double loss = sum_of_block(tally.loss, shared), weight = sum_of_block(tally.weight, shared);
-  if (thread == 0) {
-    b.partial_sums[block] = loss;
-    b.partial_sums[blocks + block] = weight;
-  }
-  if (thread < num_counts)
-    b.partial_counts[static_cast<int64_t>(thread) * blocks + block] = shared.counts[thread];
+  for (int column = thread; column < columns; column += blockDim.x)
+    b.partials[static_cast<int64_t>(column) * blocks + block] = column == 0   ? loss
+                                                                : column == 1 ? weight
+                                                                              : shared.counts[column - 2];
   if (!is_last(b.ticket, blocks, &shared.flag)) return;
-
-  const auto sum_of_blocks = [&](const auto* parts) {
-    std::decay_t<decltype(*parts)> sum = 0;
-    for (int64_t i = thread % kWarp; i < blocks; i += kWarp) sum += __ldcg(parts + i);
-    return reduce_lanes(sum, kWarp, Add());
-  };
-  for (int column = thread / kWarp; column < 2 + num_counts; column += blockDim.x / kWarp) {
-    const int64_t row = static_cast<int64_t>(column) * blocks;
-    if (column < 2) {
-      shared.sums[column] = sum_of_blocks(b.partial_sums + row);
-    } else {
-      shared.totals[column - 2] = sum_of_blocks(b.partial_counts + row - 2 * blocks);
-    }
+  for (int column = thread / kWarp; column < columns; column += blockDim.x / kWarp) {
+    double sum = 0;
+    for (int64_t i = thread % kWarp; i < blocks; i += kWarp)
+      sum += __ldcg(b.partials + static_cast<int64_t>(column) * blocks + i);
+    shared.totals[column] = reduce_lanes(sum, kWarp, Add());
   }
   __syncthreads();
   if (thread != 0) return;
-  const double loss_sum = shared.sums[0], weight_sum = shared.sums[1];
-  const int64_t *totals = shared.totals, valid = totals[0];
+  const double loss_sum = shared.totals[0], weight_sum = shared.totals[1], *counts = shared.totals + 2;
   double denominator = 1;
   if (b.reduction == kMean) denominator = b.numbers.has_normalizer ? b.numbers.normalizer.read() : weight_sum;
   if (b.denominator) *b.denominator = denominator;
-  const bool unknown = !b.counts && totals[3] > 0;  // a meter reports bad targets; else the loss has to
+  const bool unknown = !b.counts && counts[3] > 0;  // a meter reports bad targets; else the loss has to
   if (b.loss) *b.loss = denominator == 0 || unknown ? NAN : loss_sum / denominator;
   if (!b.counts) return;
   b.sums[0] += loss_sum;
   b.sums[1] += weight_sum;
-  if (valid) b.sums[2] += loss_sum / weight_sum;
-  for (int i = 0; i < kNumCounts; ++i) b.counts[i] += totals[i];
-  b.counts[kNumCounts] += 1;
-  b.counts[kNumCounts + 1] += valid > 0;
-  for (int k = 0; k < b.p.num_topk; ++k) b.counts[kNumCounts + 2 + k] += totals[kNumCounts + k];
+  if (counts[0] > 0) b.sums[2] += loss_sum / weight_sum;
+  for (int i = 0; i < 4; ++i) b.counts[i] += counts[i];
+  b.counts[4] += 1;
+  b.counts[5] += counts[0] > 0;
+  for (int k = 0; k < b.p.num_topk; ++k) b.counts[6 + k] += counts[4 + k];
 }
 
 template <class T, bool kCap, int kPerLane, int kLanes>
 __global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? 3 : 6)
-    few_classes(const __grid_constant__ Batch b, int some_lanes) {
-  const int lanes = kLanes ? kLanes : some_lanes;
+    few_classes(const __grid_constant__ Batch b) {
+  const int lanes = kLanes ? kLanes : b.lanes;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const CrossEntropy& p = b.p;
   const Scalars s = prepare(b, shared);
@@ -350,33 +330,15 @@ __global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? 3 : 6)
   finish(b, tally, blockIdx.x, gridDim.x, shared);
 }
 
-// Calls f(v, vector) for this thread's vectors of a part of a row, with several loads in flight.
-template <class T, class F>
-__device__ void for_vectors(const Span<const T>& row, int64_t begin, int64_t end, bool reverse, const F& f) {
-  Vector<T> x[kInFlight];
-  for (int64_t at = begin + threadIdx.x; at < end; at += kInFlight * blockDim.x) {
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t v = at + j * blockDim.x;
-      if (v < end) x[j] = row.load(row.first(reverse ? begin + end - 1 - v : v), narrow<T>(-INFINITY));
-    }
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t v = at + j * blockDim.x;
-      if (v < end) f(reverse ? begin + end - 1 - v : v, x[j]);
-    }
-  }
-}
-
 template <class T, bool kCap, bool kKept>
 __global__ void __launch_bounds__(kManyThreads, 2) many_classes(const __grid_constant__ Batch b) {
   constexpr int kSize = Vector<T>::kSize;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  Vector<T>* kept =
-      reinterpret_cast<Vector<T>*>(shared_memory() + kSharedBytes);  // a thread's own, never shared
+  Vector<T>* kept = reinterpret_cast<Vector<T>*>(shared_memory() + kSharedBytes);  // each thread its own
   const CrossEntropy& p = b.p;
   const Scalars s = prepare(b, shared);
-  const int parts = kKept ? cluster_blocks() : 1, part = kKept ? rank_in_cluster() : 0;
+  const int parts = kKept ? cluster().num_blocks() : 1, part = kKept ? cluster().block_rank() : 0;
+  const unsigned classes = p.classes;
   const int teams = gridDim.x / parts, team = blockIdx.x / parts;
   Tally tally;
   int turn = 0;
@@ -398,9 +360,9 @@ __global__ void __launch_bounds__(kManyThreads, 2) many_classes(const __grid_con
       if (parts > 1) {
         turn = 1 - turn;  // the other slot may still be read
         if (threadIdx.x == 0) shared.of_block[turn] = state;
-        sync_cluster();
+        cluster().sync();
         const int lane = threadIdx.x % kWarp;
-        state = lane < parts ? *in_block(&shared.of_block[turn], lane) : nothing;
+        state = lane < parts ? *cluster().map_shared_rank(&shared.of_block[turn], lane) : nothing;
         state = reduce_lanes(state, kWarp, Merge());
       }
     }
@@ -412,9 +374,8 @@ __global__ void __launch_bounds__(kManyThreads, 2) many_classes(const __grid_con
       Vector<T> g;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const int c = first + j;
-        const bool inside = c >= 0 && c < p.classes;
-        g.x[j] = narrow<T>(inside ? gradient.template at<kCap>(p, c, widen(x.x[j])) : 0);
+        const unsigned c = first + j;  // huge before the row
+        g.x[j] = narrow<T>(c < classes ? gradient.template at<kCap>(p, c, widen(x.x[j])) : 0);
       }
       out.store(first, g);
     };
@@ -426,7 +387,7 @@ __global__ void __launch_bounds__(kManyThreads, 2) many_classes(const __grid_con
       for_vectors(in, begin, end, !p.backward, write);
     }
   }
-  if (parts > 1) sync_cluster();  // nobody leaves while its shared memory may be read
+  if (parts > 1) cluster().sync();  // nobody leaves while its shared memory may be read
   if (part == 0) finish(b, tally, team, teams, shared);
 }
 
@@ -438,64 +399,52 @@ struct Plan {
 };
 
 Plan plan_of(const CrossEntropy& p, const Device& device) {
-  Plan plan;
+  Plan plan{{0, kManyThreads, kSharedBytes}};
   Grid& grid = plan.grid;
-  grid.shared_bytes = kSharedBytes;
-  int64_t teams = p.rows;
-  int room;  // teams that are resident on a multiprocessor
+  int64_t teams = p.rows, room;  // what works on rows; how many a multiprocessor holds
   if (p.classes <= kFewClasses) {
     for (plan.lanes = 1; plan.lanes < kWarp && plan.lanes * 8 < p.classes;) plan.lanes *= 2;
     grid.threads = kFewThreads;
-    const int64_t groups = kFewThreads / plan.lanes;
-    teams = (p.rows + groups - 1) / groups;
+    teams = (p.rows * plan.lanes + kFewThreads - 1) / kFewThreads;
     room = 16;
   } else {
-    const int64_t size = 16 / bytes_of(p.dtype), vectors = (p.classes + size - 1) / size + 1;
-    const auto bytes = [&](int parts) { return ((vectors + parts - 1) / parts + 1) * 16 + kSharedBytes; };
-    if (p.out && !p.backward) {
-      const int64_t wanted = std::min(kKeptBytes, device.shared_bytes_of_block);
-      while (device.clusters && grid.cluster < kLargestCluster && bytes(grid.cluster) > wanted)
-        grid.cluster *= 2;
-      plan.kept = bytes(grid.cluster) <= device.shared_bytes_of_block;
-      if (plan.kept)
-        grid.shared_bytes = bytes(grid.cluster);
-      else
-        grid.cluster = 1;
-    }
-    const int64_t share = vectors / grid.cluster / kInFlight;
-    for (grid.threads = 128; grid.threads < kManyThreads && grid.threads < share;) grid.threads *= 2;
-    room = 2048 / grid.threads;
-    if (plan.kept) {
-      const int64_t fit = device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024);
-      room = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(room, fit)));
-    }
+    const int64_t vectors = p.classes * bytes_of(p.dtype) / 16 + 2;
+    const auto bytes = [&](int parts) { return (vectors / parts + 2) * 16 + kSharedBytes; };
+    const int most = device.clusters ? kLargestCluster : 1;
+    const int64_t wanted = std::min(kKeptBytes, device.shared_bytes_of_block);
+    int parts = 1;
+    while (parts < most && bytes(parts) > wanted) parts *= 2;
+    plan.kept = p.out && !p.backward && bytes(parts) <= device.shared_bytes_of_block;
+    if (plan.kept) grid.shared_bytes = bytes(grid.cluster = parts);
+    if (vectors / grid.cluster <= 4 * 128) grid.threads = 128;  // so that each has several loads in flight
+    room = std::min<int64_t>(2048 / grid.threads,
+                             device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024));
   }
-  const int64_t most = std::max(1, device.multiprocessors * room / grid.cluster);
+  const int64_t most = std::max<int64_t>(1, device.multiprocessors * room / grid.cluster);
   grid.blocks = static_cast<int>(std::max<int64_t>(1, std::min(teams, most))) * grid.cluster;
   return plan;
 }
 
+using Kernel = void (*)(Batch);
+
 template <class T, bool kCap>
-void run(const Batch& b, const Plan& plan, cudaStream_t stream) {
-  if (plan.lanes > 0 && plan.lanes * 8 >= b.p.classes)
-    check(launch(few_classes<T, kCap, 8, 0>, plan.grid, stream, b, plan.lanes));
-  else if (plan.lanes > 0)
-    check(launch(few_classes<T, kCap, kFewClasses / kWarp, kWarp>, plan.grid, stream, b, plan.lanes));
-  else if (plan.kept)
-    check(launch(many_classes<T, kCap, true>, plan.grid, stream, b));
-  else
-    check(launch(many_classes<T, kCap, false>, plan.grid, stream, b));
+Kernel kernel_of(const CrossEntropy& p, const Plan& plan) {
+  if (plan.lanes * 8 >= p.classes) return few_classes<T, kCap, 8, 0>;
+  if (plan.lanes) return few_classes<T, kCap, kFewClasses / kWarp, kWarp>;
+  return plan.kept ? many_classes<T, kCap, true> : many_classes<T, kCap, false>;
 }
 
-template <class T>
-void run(const Batch& b, const Plan& plan, cudaStream_t stream) {
-  b.p.softcap == 0 ? run<T, false>(b, plan, stream) : run<T, true>(b, plan, stream);
-}
-
-void run(const Batch& b, const Plan& plan, cudaStream_t stream) {
-  if (b.p.dtype == kFloat32) run<float>(b, plan, stream);
-  if (b.p.dtype == kBFloat16) run<BFloat16>(b, plan, stream);
-  if (b.p.dtype == kFloat16) run<Float16>(b, plan, stream);
+void run(Batch& b, const Plan& plan, cudaStream_t stream) {
+  const auto of_type = [&](auto zero) {
+    using T = decltype(zero);
+    return b.p.softcap == 0 ? kernel_of<T, false>(b.p, plan) : kernel_of<T, true>(b.p, plan);
+  };
+  b.lanes = plan.lanes;
+  const Dtype dtype = b.p.dtype;
+  const Kernel kernel = dtype == kFloat32    ? of_type(0.0f)
+                        : dtype == kBFloat16 ? of_type(BFloat16())
+                                             : of_type(Float16());
+  check(launch(kernel, plan.grid, stream, b));
 }
 
 bool start(const LossCall& call, const LossNumbers& numbers, Batch* b) {
@@ -534,7 +483,7 @@ Outcome cross_entropy(const LossCall& call, const LossNumbers& numbers, unsigned
       b.p.out && b.reduction == kMean && !numbers.has_normalizer && b.p.rows * b.p.target_bytes > kCountHere;
   const bool sums = b.loss || b.counts || b.denominator;
   const int64_t blocks = plan.grid.blocks / plan.grid.cluster;
-  const int64_t words = 2 * blocks + (kNumCounts + b.p.num_topk) * blocks;
+  const int64_t words = (6 + b.p.num_topk) * blocks;
   double* memory = nullptr;
   if (weights || sums) memory = static_cast<double*>(allocate(8 * (kCountBlocks + words + 1)));
   if (weights) {
@@ -542,9 +491,8 @@ Outcome cross_entropy(const LossCall& call, const LossNumbers& numbers, unsigned
     b.weights = memory;
   }
   if (sums) {
-    b.partial_sums = memory + kCountBlocks;
-    b.partial_counts = reinterpret_cast<int64_t*>(b.partial_sums + 2 * blocks);
-    b.ticket = ticket ? ticket : reinterpret_cast<unsigned*>(memory + kCountBlocks + words);
+    b.partials = memory + kCountBlocks;
+    b.ticket = ticket ? ticket : reinterpret_cast<unsigned*>(b.partials + words);
     if (!ticket) check(cudaMemsetAsync(b.ticket, 0, sizeof(unsigned), stream));
   }
   run(b, plan, stream);

@@ -9,16 +9,13 @@ void check(cudaError_t error) {
 }
 
 Device current_device() {
-  int index = 0;
+  int index = 0, values[4];
   check(cudaGetDevice(&index));
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, index));
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+  constexpr cudaDeviceAttr names[] = {cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                      cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                      cudaDevAttrComputeCapabilityMajor};
+  for (int i = 0; i < 4; ++i) check(cudaDeviceGetAttribute(&values[i], names[i], index));
+  return {values[0], values[1], values[2], values[3] >= 9};
 }
 
 std::string refusal() {

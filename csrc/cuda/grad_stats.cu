@@ -1,7 +1,6 @@
 // Gradient statistics: one launch over any list of tensors, cut into pieces of equal size. The list is a
 // table in device memory, filled through kernel arguments, which needs no copy that the host would wait for.
 #include <algorithm>
-#include <utility>
 
 #include "cuda/driver.h"
 #include "cuda/rows.h"
@@ -10,18 +9,20 @@ namespace esper::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;  // vectors that a thread loads before it looks at the first
-constexpr int64_t kPieceElements =
-    32768;  // at least; doubled until there are at most kMostPieces more than tensors
-constexpr int64_t kMostPieces = 8192;
-constexpr int kFewTensors = 128;  // told by one launch, in 4 KiB of arguments
-constexpr int kManyTensors = CUDART_VERSION >= 12010 ? 1024 : kFewTensors;  // larger arguments came later
+constexpr int64_t kPieceElements = 32768, kMostPieces = 8192;  // larger pieces rather than more
+constexpr int kTold =
+    CUDART_VERSION >= 12010 ? 512 : 128;  // tensors a launch is told of: 12 KiB of arguments
 
 struct Tensor {
   const void* data;
   int64_t size;
   int32_t first_piece;
   int16_t dtype;
+};
+
+struct Found {
+  double squares = 0, max_abs = 0;
+  int64_t zeros = 0, nans = 0, infs = 0;
 };
 
 struct Job {
@@ -31,22 +32,10 @@ struct Job {
   Number inv_scale;
   bool scaled;
   GradStatsOut out;
-  double *squares, *max_abs;  // [pieces]
-  int64_t* counts;            // [3, pieces]: zeros, NaN, Inf
-  double* squares_of_tensor;  // [tensors]
-  unsigned* tickets;          // [tensors + 1]
+  Found* pieces;      // [num_pieces]
+  double* squares;    // [num_tensors]
+  unsigned* tickets;  // [num_tensors + 1]
 };
-
-struct Found {
-  double squares = 0, max_abs = 0;
-  int64_t zeros = 0, nans = 0, infs = 0;
-};
-
-__device__ Found shuffle_xor(Found x, int distance) {
-  return {cuda::shuffle_xor(x.squares, distance), cuda::shuffle_xor(x.max_abs, distance),
-          cuda::shuffle_xor(x.zeros, distance), cuda::shuffle_xor(x.nans, distance),
-          cuda::shuffle_xor(x.infs, distance)};
-}
 
 struct Merge {
   __device__ Found operator()(Found a, Found b) const {
@@ -60,14 +49,12 @@ struct Shared {
   unsigned flag;
 };
 
-template <int n>
 struct Part {
-  Tensor tensors[n];
+  Tensor tensors[kTold];
 };
 
-template <int n>
 __global__ void __launch_bounds__(kThreads)
-    tell(const __grid_constant__ Part<n> part, Job job, int first, int count) {
+    tell(const __grid_constant__ Part part, const __grid_constant__ Job job, int first, int count) {
   for (int i = threadIdx.x; i < count; i += kThreads) {
     job.tensors[first + i] = part.tensors[i];
     job.tickets[first + i] = 0;
@@ -94,22 +81,14 @@ struct Look {
 
 template <class T, bool kScaled>
 __device__ Found look_at(const Span<const T>& span, double scale) {
-  constexpr int kSize = Vector<T>::kSize;
   Look<kScaled> look;
-  const int64_t vectors = span.vectors();
-  for (int64_t at = threadIdx.x; at < vectors; at += kInFlight * kThreads) {
-    Vector<T> x[kInFlight];
+  for_vectors(span, 0, span.vectors(), false, [&](int64_t v, const Vector<T>& x) {
+    const int64_t first = span.first(v);
+    const bool whole = span.whole(first);
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j)
-      if (at + j * kThreads < vectors) x[j] = span.load(span.first(at + j * kThreads), narrow<T>(0));
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t first = span.first(at + j * kThreads);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k)
-        if (first + k >= 0 && first + k < span.n) look.at(widen(x[j].x[k]), scale);
-    }
-  }
+    for (int k = 0; k < Vector<T>::kSize; ++k)
+      if (whole || (first + k >= 0 && first + k < span.n)) look.at(widen(x.x[k]), scale);
+  });
   return {look.squares, look.max_abs, look.zeros, look.nans, look.infs};
 }
 
@@ -135,16 +114,17 @@ __device__ void write_tensor(const Job& job, int t, const Found& all) {
   job.out.zeros[t] = all.zeros;
   job.out.nans[t] = all.nans;
   job.out.infs[t] = all.infs;
-  job.squares_of_tensor[t] = all.squares;
+  job.squares[t] = all.squares;
 }
 
 // The pieces of a tensor, in order, by the last block that worked on one.
 __device__ void finish_tensor(const Job& job, int t, int first, int pieces, Shared& shared) {
   Found all;
-  const int64_t row = job.num_pieces;
-  for (int i = first + threadIdx.x; i < first + pieces; i += kThreads)
-    all = Merge()(all, Found{__ldcg(job.squares + i), __ldcg(job.max_abs + i), __ldcg(job.counts + i),
-                             __ldcg(job.counts + row + i), __ldcg(job.counts + 2 * row + i)});
+  for (int i = first + threadIdx.x; i < first + pieces; i += kThreads) {
+    const Found* x = job.pieces + i;
+    all = Merge()(all, {__ldcg(&x->squares), __ldcg(&x->max_abs), __ldcg(&x->zeros), __ldcg(&x->nans),
+                        __ldcg(&x->infs)});
+  }
   all = reduce_block(all, Found{}, shared.scratch, Merge());
   if (threadIdx.x == 0) write_tensor(job, t, all);
 }
@@ -169,14 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2) measure(const __grid_constant__ J
       if (threadIdx.x == 0) write_tensor(job, t, found);
       continue;
     }
-    if (threadIdx.x == 0) {
-      const int64_t row = job.num_pieces;
-      job.squares[i] = found.squares;
-      job.max_abs[i] = found.max_abs;
-      job.counts[i] = found.zeros;
-      job.counts[row + i] = found.nans;
-      job.counts[2 * row + i] = found.infs;
-    }
+    if (threadIdx.x == 0) job.pieces[i] = found;
     if (is_last(job.tickets + t, pieces, &shared.flag)) finish_tensor(job, t, x.first_piece, pieces, shared);
   }
   if (!is_last(job.tickets + job.num_tensors, gridDim.x, &shared.flag)) return;
@@ -186,25 +159,13 @@ __global__ void __launch_bounds__(kThreads, 2) measure(const __grid_constant__ J
     if (job.tensors[i].size == 0)
       write_tensor(job, i, Found{});
     else
-      all = Merge()(all, Found{__ldcg(job.squares_of_tensor + i), 0, 0, __ldcg(job.out.nans + i),
-                               __ldcg(job.out.infs + i)});
+      all = Merge()(all,
+                    Found{__ldcg(job.squares + i), 0, 0, __ldcg(job.out.nans + i), __ldcg(job.out.infs + i)});
   }
   all = reduce_block(all, Found{}, shared.scratch, Merge());
   if (threadIdx.x != 0) return;
   *job.out.total_norm = sqrt(all.squares);
   *job.out.found_inf = all.nans + all.infs > 0;
-}
-
-template <int n>
-void tell_all(const Job& job, const std::vector<Tensor>& tensors, cudaStream_t stream) {
-  Part<n> part{};
-  size_t first = 0;
-  do {  // without any tensor too: it makes the ticket
-    const int count = std::min<size_t>(n, tensors.size() - first);
-    std::copy_n(tensors.begin() + first, count, part.tensors);
-    check(launch(tell<n>, Grid{1, kThreads}, stream, part, job, static_cast<int>(first), count));
-    first += count;
-  } while (first < tensors.size());
 }
 
 }  // namespace
@@ -227,16 +188,19 @@ void grad_stats(const std::vector<Array>& arrays, const Number& inv_scale, const
   }
 
   const int64_t t = job.num_tensors, p = job.num_pieces;
-  char* memory = static_cast<char*>(allocate(t * (sizeof(Tensor) + 8) + p * 5 * 8 + (t + 1) * 4));
-  const auto take = [&](int64_t bytes) { return std::exchange(memory, memory + bytes); };
-  job.tensors = reinterpret_cast<Tensor*>(take(t * sizeof(Tensor)));
-  job.squares_of_tensor = reinterpret_cast<double*>(take(t * 8));
-  job.squares = reinterpret_cast<double*>(take(p * 8));
-  job.max_abs = reinterpret_cast<double*>(take(p * 8));
-  job.counts = reinterpret_cast<int64_t*>(take(p * 3 * 8));
-  job.tickets = reinterpret_cast<unsigned*>(take((t + 1) * 4));
-  t <= kFewTensors ? tell_all<kFewTensors>(job, tensors, stream)
-                   : tell_all<kManyTensors>(job, tensors, stream);
+  char* memory = static_cast<char*>(allocate(t * (sizeof(Tensor) + 8) + p * sizeof(Found) + (t + 1) * 4));
+  job.tensors = reinterpret_cast<Tensor*>(memory);
+  job.pieces = reinterpret_cast<Found*>(job.tensors + t);
+  job.squares = reinterpret_cast<double*>(job.pieces + p);
+  job.tickets = reinterpret_cast<unsigned*>(job.squares + t);
+  Part part{};
+  int first = 0;
+  do {  // without any tensor too: it makes the ticket
+    const int count = std::min(kTold, job.num_tensors - first);
+    std::copy_n(tensors.begin() + first, count, part.tensors);
+    check(launch(tell, Grid{1, kThreads}, stream, part, job, first, count));
+    first += count;
+  } while (first < job.num_tensors);
   const int most = current_device().multiprocessors * (2048 / kThreads);
   check(launch(measure, Grid{std::clamp(job.num_pieces, 1, most), kThreads, sizeof(Shared)}, stream, job));
 }

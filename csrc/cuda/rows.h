@@ -70,13 +70,15 @@ struct Span {
   __device__ int64_t first(int64_t v) const { return v * kSize - before(); }
   __device__ bool whole(int64_t begin) const { return begin >= 0 && begin + kSize <= n; }
 
-  // From element `begin` on, `outside` where there is none. `begin` is that of a vector.
-  __device__ Vector<std::remove_const_t<T>> load(int64_t begin, std::remove_const_t<T> outside) const {
-    using Whole = Vector<std::remove_const_t<T>>;
+  // From element `begin` on, which is that of a vector; -inf where there is none.
+  __device__ auto load(int64_t begin) const {
+    using Value = std::remove_const_t<T>;
+    using Whole = Vector<Value>;
     if (whole(begin)) return *reinterpret_cast<const Whole*>(data + begin);
     Whole result;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) result.x[j] = begin + j >= 0 && begin + j < n ? data[begin + j] : outside;
+    for (int j = 0; j < kSize; ++j)
+      result.x[j] = begin + j >= 0 && begin + j < n ? data[begin + j] : narrow<Value>(-INFINITY);
     return result;
   }
   __device__ void store(int64_t begin, const Vector<T>& values) const {
@@ -89,5 +91,26 @@ struct Span {
       if (begin + j >= 0 && begin + j < n) data[begin + j] = values.x[j];
   }
 };
+
+// Calls f(v, vector) for this thread's share of the vectors of a span from `begin` to `end`, with several
+// loads in flight. Elements outside of the span are -inf.
+template <class T, class F>
+__device__ void for_vectors(const Span<const T>& span, int64_t begin, int64_t end, bool reverse, const F& f) {
+  constexpr int kInFlight = 4;
+  Vector<T> x[kInFlight];
+  const auto place = [&](int64_t v) { return reverse ? begin + end - 1 - v : v; };
+  for (int64_t at = begin + threadIdx.x; at < end; at += kInFlight * blockDim.x) {
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int64_t v = at + j * blockDim.x;
+      if (v < end) x[j] = span.load(span.first(place(v)));
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int64_t v = at + j * blockDim.x;
+      if (v < end) f(place(v), x[j]);
+    }
+  }
+}
 
 }  // namespace esper::cuda

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace esper::cuda {
@@ -29,7 +30,13 @@ __device__ T narrow(float x) {
 // x of the lane whose number differs by the bits of `distance`; all lanes of the warp call it.
 template <class T>
 __device__ T shuffle_xor(T x, int distance) {
-  return __shfl_xor_sync(0xffffffffu, x, distance);
+  static_assert(sizeof(T) % 4 == 0);
+  int words[sizeof(T) / 4];
+  memcpy(words, &x, sizeof(T));
+#pragma unroll
+  for (int& word : words) word = __shfl_xor_sync(0xffffffffu, word, distance);
+  memcpy(&x, words, sizeof(T));
+  return x;
 }
 
 // The dynamic shared memory of this block; kernels have no other.
@@ -38,36 +45,21 @@ __device__ inline unsigned char* shared_memory() {
   return memory;
 }
 
-// A cluster is the blocks that see each other's shared memory; of one block where it was launched so.
-__device__ inline int cluster_blocks() {
+// The blocks that see each other's shared memory; one where the kernel was launched so, or the chip has none.
 #if __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().num_blocks();
+__device__ inline cooperative_groups::cluster_group cluster() { return cooperative_groups::this_cluster(); }
 #else
-  return 1;
+struct OneBlock {
+  __device__ int num_blocks() const { return 1; }
+  __device__ int block_rank() const { return 0; }
+  __device__ void sync() const {}
+  template <class T>
+  __device__ T* map_shared_rank(T* mine, int) const {
+    return mine;
+  }
+};
+__device__ inline OneBlock cluster() { return {}; }
 #endif
-}
-__device__ inline int rank_in_cluster() {
-#if __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().block_rank();
-#else
-  return 0;
-#endif
-}
-// Waits for all threads of the cluster, whose writes to shared memory are seen after it.
-__device__ inline void sync_cluster() {
-#if __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().sync();
-#endif
-}
-// Where block `rank` of the cluster has what is at `mine` here.
-template <class T>
-__device__ T* in_block(T* mine, int rank) {
-#if __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
-#else
-  return mine;
-#endif
-}
 
 struct Grid {
   int blocks, threads;

@@ -1,11 +1,8 @@
 """pytest -p tests.cuda_shim.plugin: what tests of the `cpp` backend call are the CUDA kernels, run on the host.
 
-ESPER_SHIM names the library that `build` made; ESPER_SHIM_DEVICE, where set, the make-believe device as numbers:
-multiprocessors, bytes of shared memory, architecture, and 1 to run threads and blocks from the last to the first.
+ESPER_SHIM may name the library, see `build.load`.
 """
 
-import ctypes
-import os
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from esper_kernels import native
 from esper_kernels.cross_entropy import reference
+from tests.cuda_shim.build import load
 
 
 class _Op:
@@ -36,9 +34,6 @@ class _Ops:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    library = os.environ["ESPER_SHIM"]
-    torch.ops.load_library(library)
-    if device := os.environ.get("ESPER_SHIM_DEVICE"):
-        ctypes.CDLL(library).esper_shim_device(*map(int, device.split()))
+    load()
     torch.ops.esper = _Ops()  # type: ignore[assignment]
     native.ROAD = None

@@ -58,7 +58,7 @@ struct Fiber {
 Fiber* current = nullptr;
 Context scheduler;
 const std::function<void()>* body = nullptr;
-std::vector<Block> cluster;
+std::vector<Block> blocks;  // of the cluster
 Barrier cluster_barrier;
 std::vector<void*> stacks;  // kept for the next launch
 
@@ -118,15 +118,15 @@ void run(Fiber& fiber, int threads) {
 }
 
 void run_cluster(int first_block, const esper::cuda::Grid& grid) {
-  cluster.clear();
+  blocks.clear();
   cluster_barrier = {grid.cluster * grid.threads};
   for (int b = 0; b < grid.cluster; ++b) {
-    cluster.push_back({static_cast<unsigned>(first_block + b),
-                       std::unique_ptr<unsigned char[]>(new unsigned char[grid.shared_bytes]),
-                       {grid.threads},
-                       {}});
-    std::memset(cluster[b].shared.get(), 0xA5, grid.shared_bytes);
-    for (int w = 0; w < grid.threads / 32; ++w) cluster[b].warps.push_back({{32}, {}});
+    blocks.push_back({static_cast<unsigned>(first_block + b),
+                      std::unique_ptr<unsigned char[]>(new unsigned char[grid.shared_bytes]),
+                      {grid.threads},
+                      {}});
+    std::memset(blocks[b].shared.get(), 0xA5, grid.shared_bytes);
+    for (int w = 0; w < grid.threads / 32; ++w) blocks[b].warps.push_back({{32}, {}});
   }
   std::vector<Fiber> fibers(grid.cluster * grid.threads);
   for (size_t i = 0; i < fibers.size(); ++i) {
@@ -136,7 +136,7 @@ void run_cluster(int first_block, const esper::cuda::Grid& grid) {
     __asan_unpoison_memory_region(stacks[i], kStack);
 #endif
     fibers[i].stack = stacks[i];
-    fibers[i].block = &cluster[i / grid.threads];
+    fibers[i].block = &blocks[i / grid.threads];
     fibers[i].thread = i % grid.threads;
     getcontext(&fibers[i].context.first);
     fibers[i].context.first.uc_stack.ss_sp = stacks[i];
@@ -183,10 +183,10 @@ uint64_t exchange(uint64_t mine, int distance) {
 }
 
 unsigned char* shared_memory() { return current->block->shared.get(); }
-int cluster_blocks() { return static_cast<int>(cluster.size()); }
-int rank_in_cluster() { return static_cast<int>(current->block - cluster.data()); }
-void sync_cluster() { wait(cluster_barrier); }
-unsigned char* shared_memory_of(int rank) { return cluster[rank].shared.get(); }
+int Cluster::num_blocks() const { return static_cast<int>(blocks.size()); }
+int Cluster::block_rank() const { return static_cast<int>(current->block - blocks.data()); }
+void Cluster::sync() const { wait(cluster_barrier); }
+unsigned char* Cluster::shared_memory_of(int rank) const { return blocks[rank].shared.get(); }
 
 cudaError_t run_grid(const Grid& grid, const std::function<void()>& thread) {
   if (grid.threads % 32 || grid.threads > 1024 || grid.blocks < 1 || grid.blocks % grid.cluster ||

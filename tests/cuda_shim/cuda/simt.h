@@ -67,24 +67,27 @@ T narrow(float x) {
 uint64_t exchange(uint64_t mine, int distance);
 template <class T>
 T shuffle_xor(T x, int distance) {
-  static_assert(sizeof x <= 8);
-  uint64_t word = 0;
-  std::memcpy(&word, &x, sizeof x);
-  word = exchange(word, distance);
-  std::memcpy(&x, &word, sizeof x);
+  uint64_t words[(sizeof(T) + 7) / 8] = {};
+  std::memcpy(words, &x, sizeof(T));
+  for (uint64_t& word : words) word = exchange(word, distance);
+  std::memcpy(&x, words, sizeof(T));
   return x;
 }
 
 unsigned char* shared_memory();
-int cluster_blocks();
-int rank_in_cluster();
-void sync_cluster();
-unsigned char* shared_memory_of(int rank);
-template <class T>
-T* in_block(T* mine, int rank) {
-  return reinterpret_cast<T*>(shared_memory_of(rank) +
-                              (reinterpret_cast<unsigned char*>(mine) - shared_memory()));
-}
+
+struct Cluster {
+  int num_blocks() const;
+  int block_rank() const;
+  void sync() const;
+  unsigned char* shared_memory_of(int rank) const;
+  template <class T>
+  T* map_shared_rank(T* mine, int rank) const {
+    const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
+    return reinterpret_cast<T*>(shared_memory_of(rank) + offset);
+  }
+};
+inline Cluster cluster() { return {}; }
 
 struct Grid {
   int blocks, threads;
