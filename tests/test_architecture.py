@@ -24,7 +24,7 @@ KERNEL_ARROWS = {
     "meter": {"backends", "readback"},
     "cross_entropy": {"backends", "config", "meter", "native", "sums"},
     "grad_stats": {"backends", "config", "native", "readback", "sums"},
-    "info": {"backends", "config", "native", "version"},
+    "info": {"backends", "config", "cross_entropy", "grad_stats", "meter", "native", "testing", "version"},
     "testing": {"cross_entropy", "grad_stats", "meter", "config"},
 }
 TRAIN_ARROWS = {

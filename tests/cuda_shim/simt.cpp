@@ -144,14 +144,22 @@ void run_cluster(int first_block, const esper::cuda::Grid& grid) {
     fibers[i].context.first.uc_link = nullptr;
     makecontext(&fibers[i].context.first, enter, 0);
   }
+  // The first warp that can go on does, as far as it can: what is safe only by luck goes wrong.
+  const int warps = fibers.size() / 32;
   for (size_t left = fibers.size(); left > 0;) {
     bool moved = false;
-    for (size_t i = 0; i < fibers.size(); ++i) {
-      Fiber& fiber = fibers[backwards ? fibers.size() - 1 - i : i];
-      if (fiber.waiting || fiber.done) continue;
-      run(fiber, grid.threads);
-      moved = true;
-      left -= fiber.done;
+    for (int w = 0; w < warps && !moved; ++w) {
+      Fiber* lanes = &fibers[(backwards ? warps - 1 - w : w) * 32];
+      for (bool again = true; again;) {
+        again = false;
+        for (int i = 0; i < 32; ++i) {
+          Fiber& fiber = lanes[backwards ? 31 - i : i];
+          if (fiber.waiting || fiber.done) continue;
+          run(fiber, grid.threads);
+          left -= fiber.done;
+          again = moved = true;
+        }
+      }
     }
     if (moved) continue;
     std::fprintf(stderr, "cuda_shim: threads wait at a barrier or shuffle that others do not come to\n");

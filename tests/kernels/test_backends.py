@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 import esper_kernels
 from esper_kernels import KernelConfig, backends, cross_entropy, info, native, select_backend
 from esper_kernels.backends import OPS
+from esper_kernels.cross_entropy import cpp
+from esper_kernels.info import check as checks
 
 NOT_YET = "not part of esper-kernels 0.1.0"
 
@@ -117,6 +120,28 @@ def test_info_is_printed_without_a_warning() -> None:
     lines = done.stdout.splitlines()
     assert lines[0].startswith("esper_kernels 0.1.0  torch ")
     assert any(line.split()[:3] == ["cross_entropy", "cpu", "cpp"] for line in lines)
+
+
+def test_check_compares_the_backends_that_serve_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_SHAPES", ((4, 10), (3, 2000)))
+    lines = dict(checks.check())
+    assert lines["cpu cpp bfloat16 3 x 2000: ok"]
+    assert all(lines.values())
+
+    def wrong(*arguments: Any) -> torch.Tensor:
+        return step(*arguments).mul_(1.01)
+
+    step = cpp.step
+    monkeypatch.setattr(cpp, "step", wrong)
+    monkeypatch.setattr(native, "ROAD", None)
+    assert not any(good for line, good in checks.check() if "cpp float32" in line)
+
+
+@pytest.mark.slow
+def test_check_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "esper_kernels.info", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cpu cpp float16 2 x 262144: ok" in done.stdout
 
 
 def test_info_stays_a_function_when_its_module_is_imported() -> None:
