@@ -44,6 +44,11 @@ bool lay_out(const LossCall& call, CrossEntropy* p) {
   p->smoothing = call.smoothing;
   p->z_loss = call.z_loss;
   p->softcap = call.softcap;
+  if (call.rows) {
+    p->saved_max = call.rows;
+    p->saved_sum = call.rows + p->rows;
+    p->saved_denominator = call.rows + 2 * p->rows;
+  }
   if (!call.out) return true;
   p->out = call.out->data;
   return call.out->dtype == logits.dtype && call.out->numel() == logits.numel() &&

@@ -44,6 +44,7 @@ struct CrossEntropy {
   // Loss: added to `loss` and `counts` of `run`; null where not wanted.
   float* row_loss;               // [rows]
   float *saved_max, *saved_sum;  // [rows]; max of x (NaN where the row is not finite), sum of exp(x - max)
+  float* saved_denominator;      // what the loss is divided by
   const int64_t* topk;
   int64_t num_topk;
   // Gradient of the sum of row losses, times scale and scale_of_row; null `out`: none. `out` may be the

@@ -46,8 +46,7 @@ void cross_entropy(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ig
   const Array written = out ? array_of(*out) : Array{};
   const cuda::LossNumbers given{
       number_of(smoothing, at(numbers, 0), logits), number_of(z_loss, at(numbers, 1), logits),
-      number_of(grad_scale, at(numbers, 3), logits), number_of(normalizer, at(numbers, 2), logits),
-      normalizer >= 0 || at(numbers, 2)};
+      number_of(grad_scale, at(numbers, 3), logits), number_of(normalizer, at(numbers, 2), logits)};
   Workspace workspace{logits};
   check(cuda::cross_entropy(
       {array_of(logits), array_of(targets), data<float>(weight), ignore_index, smoothing, z_loss, softcap,

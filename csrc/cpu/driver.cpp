@@ -104,17 +104,13 @@ Outcome cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor 
   p.topk = call.topk.data();
   p.num_topk = call.topk.size();
   if (call.reduction == kNone) p.row_loss = call.loss;
-  if (call.rows) {
-    p.saved_max = call.rows;
-    p.saved_sum = p.saved_max + p.rows;
-  }
   p.zero = denominator == 0;
   p.scale = call.grad_scale / denominator;
   run(kernels, parallel_for, p, call.counts != nullptr, &sums);
 
   if (call.loss && call.reduction != kNone)
     *call.loss = denominator == 0 ? std::nan("") : sums.loss / denominator;
-  if (call.rows) call.rows[2 * p.rows] = denominator;
+  if (call.rows) *p.saved_denominator = denominator;
   if (!call.counts) return Outcome::kDone;
   double* s = call.sums;
   s[0] += sums.loss;
@@ -136,9 +132,7 @@ Outcome cross_entropy_backward(const LossCall& call, const Array& grad_output, c
   if (!call.out || grad_output.dtype != kFloat32 || !grad_output.contiguous() || !start(call, &p))
     return Outcome::kUnsupported;
   p.backward = true;
-  p.saved_max = call.rows;
-  p.saved_sum = p.saved_max + p.rows;
-  const double denominator = p.saved_max[2 * p.rows];
+  const double denominator = *p.saved_denominator;
   p.zero = denominator == 0;
   const float* given = static_cast<const float*>(grad_output.data);
   if (grad_output.numel() == 1 && p.rows != 1) {

@@ -13,6 +13,8 @@ namespace esper::cuda {
 namespace {
 
 constexpr int kFewThreads = 128, kManyThreads = 256;
+constexpr int kFewBlocks = 6,
+              kManyBlocks = 2;  // at least, on a multiprocessor; kFewBlocks / 2 of 1024 classes
 constexpr int kFewClasses = 1024;
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
 constexpr int kLargestCluster = 8;     // that every chip with clusters takes
@@ -26,13 +28,16 @@ struct Batch {
   LossNumbers numbers;
   int64_t reduction;
   const double* weights;  // kCountBlocks parts of the sum of the rows' weights; null: add them up here
-  float* denominator;     // what is kept for, or found by, the backward
   float* loss;            // []
   double* sums;           // a meter's, as `counts`
   int64_t *counts, topk[kMostTopk];
   double* partials;  // [columns, blocks]
   unsigned* ticket;  // null where neither loss nor meter is wanted
 };
+
+ESPER_ANYWHERE bool normalized(const Batch& b) {
+  return b.reduction == kMean && (b.numbers.normalizer.at || b.numbers.normalizer.value >= 0);
+}
 
 // The same for every row, in every thread.
 struct Scalars {
@@ -130,9 +135,9 @@ __device__ Scalars prepare(const Batch& b, Shared& shared) {
   if (!p.out) return s;
   double denominator = 1, scale = b.numbers.grad_scale.read();
   if (p.backward) {
-    denominator = *b.denominator;
+    denominator = *p.saved_denominator;
     if (p.scale_stride == 0) scale *= *p.scale_of_row;
-  } else if (b.reduction == kMean && b.numbers.has_normalizer) {
+  } else if (normalized(b)) {
     denominator = b.numbers.normalizer.read();
   } else if (b.reduction == kMean) {
     const int thread = threadIdx.x;
@@ -276,9 +281,9 @@ __device__ void finish(const Batch& b, const Tally& tally, int block, int blocks
   __syncthreads();
   if (thread != 0) return;
   const double loss_sum = shared.totals[0], weight_sum = shared.totals[1], *counts = shared.totals + 2;
-  double denominator = 1;
-  if (b.reduction == kMean) denominator = b.numbers.has_normalizer ? b.numbers.normalizer.read() : weight_sum;
-  if (b.denominator) *b.denominator = denominator;
+  double denominator = b.reduction == kMean ? weight_sum : 1;
+  if (normalized(b)) denominator = b.numbers.normalizer.read();
+  if (b.p.saved_denominator) *b.p.saved_denominator = denominator;
   const bool unknown = !b.counts && counts[3] > 0;  // a meter reports bad targets; else the loss has to
   if (b.loss) *b.loss = denominator == 0 || unknown ? NAN : loss_sum / denominator;
   if (!b.counts) return;
@@ -292,7 +297,7 @@ __device__ void finish(const Batch& b, const Tally& tally, int block, int blocks
 }
 
 template <class T, bool kCap, int kPerLane, int kLanes>
-__global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? 3 : 6)
+__global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? kFewBlocks / 2 : kFewBlocks)
     few_classes(const __grid_constant__ Batch b) {
   const int lanes = kLanes ? kLanes : b.lanes;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
@@ -331,7 +336,7 @@ __global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? 3 : 6)
 }
 
 template <class T, bool kCap, bool kKept>
-__global__ void __launch_bounds__(kManyThreads, 2) many_classes(const __grid_constant__ Batch b) {
+__global__ void __launch_bounds__(kManyThreads, kManyBlocks) many_classes(const __grid_constant__ Batch b) {
   constexpr int kSize = Vector<T>::kSize;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   Vector<T>* kept = reinterpret_cast<Vector<T>*>(shared_memory() + kSharedBytes);  // each thread its own
@@ -406,7 +411,7 @@ Plan plan_of(const CrossEntropy& p, const Device& device) {
     for (plan.lanes = 1; plan.lanes < kWarp && plan.lanes * 8 < p.classes;) plan.lanes *= 2;
     grid.threads = kFewThreads;
     teams = (p.rows * plan.lanes + kFewThreads - 1) / kFewThreads;
-    room = 16;
+    room = plan.lanes * 8 < p.classes ? kFewBlocks / 2 : kFewBlocks;
   } else {
     const int64_t vectors = p.classes * bytes_of(p.dtype) / 16 + 2;
     const auto bytes = [&](int parts) { return (vectors / parts + 2) * 16 + kSharedBytes; };
@@ -417,7 +422,7 @@ Plan plan_of(const CrossEntropy& p, const Device& device) {
     plan.kept = p.out && !p.backward && bytes(parts) <= device.shared_bytes_of_block;
     if (plan.kept) grid.shared_bytes = bytes(grid.cluster = parts);
     if (vectors / grid.cluster <= 4 * 128) grid.threads = 128;  // so that each has several loads in flight
-    room = std::min<int64_t>(2048 / grid.threads,
+    room = std::min<int64_t>(kManyBlocks * kManyThreads / grid.threads,
                              device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024));
   }
   const int64_t most = std::max<int64_t>(1, device.multiprocessors * room / grid.cluster);
@@ -448,15 +453,9 @@ void run(Batch& b, const Plan& plan, cudaStream_t stream) {
 }
 
 bool start(const LossCall& call, const LossNumbers& numbers, Batch* b) {
-  if (!lay_out(call, &b->p) || b->p.classes > INT32_MAX) return false;
   b->numbers = numbers;
   b->reduction = call.reduction;
-  if (call.rows) {
-    b->p.saved_max = call.rows;
-    b->p.saved_sum = call.rows + b->p.rows;
-    b->denominator = call.rows + 2 * b->p.rows;
-  }
-  return true;
+  return lay_out(call, &b->p) && b->p.classes <= INT32_MAX;
 }
 
 }  // namespace
@@ -480,8 +479,8 @@ Outcome cross_entropy(const LossCall& call, const LossNumbers& numbers, unsigned
   const Plan plan = plan_of(b.p, current_device());
 
   const bool weights =
-      b.p.out && b.reduction == kMean && !numbers.has_normalizer && b.p.rows * b.p.target_bytes > kCountHere;
-  const bool sums = b.loss || b.counts || b.denominator;
+      b.p.out && b.reduction == kMean && !normalized(b) && b.p.rows * b.p.target_bytes > kCountHere;
+  const bool sums = b.loss || b.counts || b.p.saved_denominator;
   const int64_t blocks = plan.grid.blocks / plan.grid.cluster;
   const int64_t words = (6 + b.p.num_topk) * blocks;
   double* memory = nullptr;

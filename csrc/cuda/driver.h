@@ -17,8 +17,7 @@ using Allocate = std::function<void*(int64_t bytes)>;
 // Options of a LossCall that may be on the device; they replace its own.
 struct LossNumbers {
   Number smoothing, z_loss, grad_scale;
-  Number normalizer;
-  bool has_normalizer = false;  // else the sum of the weights
+  Number normalizer;  // one below 0: the sum of the weights
 };
 
 constexpr int kMostTopk = 16;

@@ -21,7 +21,10 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
         copy(ROOT / name, tmp_path / name)
     include, lib = (Path(torch.__file__).parent / part for part in ("include", "lib"))
     library = tmp_path / "esper_kernels" / "lib" / "esper_cpu.so"
-    sources = [str(path) for path in (ROOT / "csrc/ops_cpu.cpp", ROOT / "csrc/call.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp")))]
+    sources = [
+        str(path)
+        for path in (ROOT / "csrc/ops_cpu.cpp", ROOT / "csrc/call.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp")))
+    ]
     flags = ["-shared", "-fPIC", "-O1", "-g", "-std=c++20", "-w", "-fsanitize=address,undefined"]
     flags += [
         "-fno-sanitize-recover=undefined",
