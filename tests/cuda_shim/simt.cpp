@@ -37,6 +37,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
   Barrier barrier;
   std::vector<Warp> warps;
+  int running;  // threads
 };
 
 struct Context {
@@ -124,7 +125,8 @@ void run_cluster(int first_block, const esper::cuda::Grid& grid) {
     blocks.push_back({static_cast<unsigned>(first_block + b),
                       std::unique_ptr<unsigned char[]>(new unsigned char[grid.shared_bytes]),
                       {grid.threads},
-                      {}});
+                      {},
+                      grid.threads});
     std::memset(blocks[b].shared.get(), 0xA5, grid.shared_bytes);
     for (int w = 0; w < grid.threads / 32; ++w) blocks[b].warps.push_back({{32}, {}});
   }
@@ -157,6 +159,8 @@ void run_cluster(int first_block, const esper::cuda::Grid& grid) {
           if (fiber.waiting || fiber.done) continue;
           run(fiber, grid.threads);
           left -= fiber.done;
+          if (fiber.done && --fiber.block->running == 0)  // its shared memory is gone, also for its cluster
+            std::memset(fiber.block->shared.get(), 0xA5, grid.shared_bytes);
           again = moved = true;
         }
       }

@@ -178,6 +178,20 @@ def test_confident_rows_keep_their_digits(device: Device) -> None:
         assert leaf.grad[0, 3].item() == pytest.approx(-expected / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("v", [10, 2000])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_batches_without_a_valid_row(device: Device, rows: int, v: int) -> None:
+    logits, targets = torch.full((rows, v), torch.nan), torch.full((rows,), -100)
+    meter, expected = Meter("cpu"), Meter("cpu")
+    grad = cross_entropy_step(logits, targets, meter, config=CPP)
+    cross_entropy_step(logits, targets, expected, config=EAGER)
+    assert not grad.any()
+    assert torch.equal(meter.counts, expected.counts)
+    assert torch.equal(meter.sums, expected.sums)
+    assert cross_entropy(logits, targets, config=CPP).isnan()
+    assert cross_entropy(logits, targets, reduction="sum", config=CPP).item() == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_numbers_as_tensors_are_read_by_the_kernel(device: Device, dtype: torch.dtype) -> None:
     logits, targets = arguments(6, 40)
