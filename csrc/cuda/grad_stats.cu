@@ -30,7 +30,6 @@ struct Job {
   int num_tensors, num_pieces;
   int64_t piece;  // elements
   Number inv_scale;
-  bool scaled;
   GradStatsOut out;
   Found* pieces;      // [num_pieces]
   double* squares;    // [num_tensors]
@@ -62,40 +61,41 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) job.tickets[job.num_tensors] = 0;
 }
 
-// What one thread sees of a piece. NaN is left out of the maximum and put in at the end. A float32 times a
-// scale is a double, as in the definition.
-template <bool kScaled>
+// What one thread sees of a piece. NaN is left out of the maximum and put in at the end.
+template <class Value>
 struct Look {
-  double squares = 0, max_abs = 0;
+  double squares = 0;
+  Value max_abs = 0;
   unsigned zeros = 0, nans = 0, infs = 0;
-  __device__ void at(float value, double scale) {
-    double x = value;
-    if (kScaled) x *= scale;
-    squares = fma(x, x, squares);
+  __device__ void at(Value x) {
+    squares = fma(static_cast<double>(x), static_cast<double>(x), squares);
     max_abs = fmax(max_abs, fabs(x));
-    zeros += kScaled ? x == 0 : value == 0;
-    nans += kScaled ? x != x : value != value;
-    infs += kScaled ? isinf(x) : isinf(value);
+    zeros += x == 0;
+    nans += x != x;
+    infs += isinf(x);
   }
 };
 
-template <class T, bool kScaled>
-__device__ Found look_at(const Span<const T>& span, double scale) {
-  Look<kScaled> look;
+// Each value multiplied by `scale`, in double: at the end, which comes to the same for a scale that can be
+// squared, or one by one.
+template <class T>
+__device__ Found look_at(const void* data, int64_t begin, int64_t n, double scale) {
+  constexpr int kSize = Vector<T>::kSize;
+  const Span<const T> span{static_cast<const T*>(data) + begin, n};
+  if (!(fabs(scale) > 1e-100 && fabs(scale) < 1e100)) {
+    Look<double> look;
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) look.at(widen(span.data[i]) * scale);
+    return {look.squares, look.max_abs, look.zeros, look.nans, look.infs};
+  }
+  Look<float> look;
   for_vectors(span, 0, span.vectors(), false, [&](int64_t v, const Vector<T>& x) {
     const int64_t first = span.first(v);
     const bool whole = span.whole(first);
 #pragma unroll
-    for (int k = 0; k < Vector<T>::kSize; ++k)
-      if (whole || (first + k >= 0 && first + k < span.n)) look.at(widen(x.x[k]), scale);
+    for (int k = 0; k < kSize; ++k)
+      if (whole || (first + k >= 0 && first + k < n)) look.at(widen(x.x[k]));
   });
-  return {look.squares, look.max_abs, look.zeros, look.nans, look.infs};
-}
-
-template <class T>
-__device__ Found look_at(const void* data, int64_t begin, int64_t n, bool scaled, double scale) {
-  const Span<const T> span{static_cast<const T*>(data) + begin, n};
-  return scaled ? look_at<T, true>(span, scale) : look_at<T, false>(span, scale);
+  return {look.squares * scale * scale, look.max_abs * fabs(scale), look.zeros, look.nans, look.infs};
 }
 
 // The tensor that piece i is part of: the last whose first piece is not behind it, empty ones skipped.
@@ -131,7 +131,7 @@ __device__ void finish_tensor(const Job& job, int t, int first, int pieces, Shar
 
 __global__ void __launch_bounds__(kThreads, 2) measure(const __grid_constant__ Job job) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const double scale = job.scaled ? job.inv_scale.read() : 1;
+  const double scale = job.inv_scale.read();
   const int64_t share = blockIdx.x, shares = gridDim.x;
   const int begin = job.num_pieces * share / shares, end = job.num_pieces * (share + 1) / shares;
   int t = begin < end ? tensor_of(job, begin) : 0;
@@ -140,9 +140,9 @@ __global__ void __launch_bounds__(kThreads, 2) measure(const __grid_constant__ J
     const Tensor x = job.tensors[t];
     const int64_t from = (i - x.first_piece) * job.piece, n = min(job.piece, x.size - from);
     Found found;
-    if (x.dtype == kFloat32) found = look_at<float>(x.data, from, n, job.scaled, scale);
-    if (x.dtype == kBFloat16) found = look_at<BFloat16>(x.data, from, n, job.scaled, scale);
-    if (x.dtype == kFloat16) found = look_at<Float16>(x.data, from, n, job.scaled, scale);
+    if (x.dtype == kFloat32) found = look_at<float>(x.data, from, n, scale);
+    if (x.dtype == kBFloat16) found = look_at<BFloat16>(x.data, from, n, scale);
+    if (x.dtype == kFloat16) found = look_at<Float16>(x.data, from, n, scale);
     found = reduce_block(found, Found{}, shared.scratch, Merge());
     const int pieces = (x.size + job.piece - 1) / job.piece;
     if (pieces == 1) {
@@ -175,7 +175,6 @@ void grad_stats(const std::vector<Array>& arrays, const Number& inv_scale, const
   Job job{};
   job.num_tensors = arrays.size();
   job.inv_scale = inv_scale;
-  job.scaled = inv_scale.at || inv_scale.value != 1;
   job.out = out;
   int64_t elements = 0;
   for (const Array& x : arrays) elements += x.numel();

@@ -218,7 +218,10 @@ def test_gradient_statistics_of_any_number_of_tensors(device: Device, count: int
     if count > 1:
         grads[1] = torch.randn(150_001, generator=generator)  # several pieces, odd ends
         grads[-1] = torch.tensor([0.0, -0.0, torch.inf, torch.nan, 1e-45])
-    for scale in (None, torch.tensor(0.25), torch.tensor(1e-3, dtype=torch.float64)):
+    scales = [None, torch.tensor(0.25), torch.tensor(-1e-3, dtype=torch.float64)]
+    if count == 111:
+        scales += [torch.tensor(x, dtype=torch.float64) for x in (0.0, torch.inf, torch.nan, 1e-200, -1e200)]
+    for scale in scales:
         actual = grad_stats(grads, inv_scale=scale, config=CPP)
         expected = grad_stats(grads, inv_scale=scale, config=EAGER)
         for name in ("zeros", "nans", "infs", "found_inf"):

@@ -22,6 +22,7 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 void __syncthreads();
 inline void __threadfence() {}
+using std::max;
 using std::min;
 inline float __expf(float x) { return expf(x); }
 template <class T>
