@@ -12,7 +12,7 @@ CLEAR := --clear
 endif
 endif
 
-.PHONY: run test test-all lint format table size clean
+.PHONY: run test test-all lint format wheel table size clean
 
 run: $(READY)
 	$(BIN)/esper-train heuristic
@@ -34,6 +34,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
 table: $(READY)
 	$(BIN)/python -m benchmarks.growth
 
@@ -45,7 +48,7 @@ size:
 			$$(find $$package -name '*.py' -exec cat {} + | grep -cv '^ *\(#.*\)\?$$'); done
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
 
 # An interpreter that already has torch lends it; otherwise the pinned torch is installed.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)

@@ -96,11 +96,16 @@ def compiled() -> dict[str, Any]:
         return {}
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
     except ImportError:
         sys.exit(
             "esper-kernels: cannot import torch, against which the kernels are compiled; install it and run "
             "pip with --no-build-isolation, or set ESPER_NO_EXT=1 for pure Python"
+        )
+    if shutil.which(get_cxx_compiler().split()[0]) is None:
+        sys.exit(
+            f"esper-kernels: there is no C++ compiler {get_cxx_compiler()!r}; install one (g++), name it in CXX, "
+            "or set ESPER_NO_EXT=1 for pure Python"
         )
     import pybind11
 

@@ -2,9 +2,9 @@
 
 import sys
 
-from benchmarks import cpu
+from benchmarks import cpu, gpu
 
-BENCHMARKS = {"cpu": cpu.main}
+BENCHMARKS = {"cpu": cpu.main, "gpu": gpu.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:

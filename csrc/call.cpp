@@ -6,6 +6,7 @@ namespace {
 // Dimensions of size 1 vanish and neighbours that follow one another merge; two leading ones may remain.
 bool layout_of(const Array& x, RowLayout* layout) {
   if (x.dims == 0 || (x.sizes[x.dims - 1] != 1 && x.strides[x.dims - 1] != 1)) return false;
+  if (x.numel() == 0) return *layout = {}, true;
   int64_t size[2] = {1, 1}, stride[2] = {0, 0};
   int level = 0;
   for (int64_t d = x.dims - 2; d >= 0; --d) {

@@ -12,7 +12,6 @@ import torch
 from esper_kernels import native
 from esper_kernels.config import KernelConfig
 from esper_kernels.native import Road
-from esper_kernels.version import __version__
 
 OPS = ("cross_entropy", "grad_stats")
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
@@ -30,19 +29,32 @@ class BackendChoice(NamedTuple):
     instruction_set: str = "auto"  # what the config asked for; `cpp` runs it
 
 
-def refusal(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `backend` cannot serve tensors of this device type and dtype; None where it can."""
+def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot serve `op` on tensors of this device type and dtype; None where it can."""
     if backend == "eager":
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
         return None
+    if dtype == torch.float64 and (op, backend) != ("grad_stats", "triton"):
+        return "float64 is served by eager only"
     if backend == "triton":
-        return f"not part of esper-kernels {__version__}"
+        return _triton_unavailable(device_type)
     if device_type != ("cpu" if backend == "cpp" else "cuda"):
         return f"runs on {'the CPU' if backend == 'cpp' else 'CUDA'} only, not on {device_type}"
-    if dtype == torch.float64:
-        return "float64 is served by eager only"
     return native.UNAVAILABLE if backend == "cpp" else native.cuda_unavailable()
+
+
+def _triton_unavailable(device_type: str) -> str | None:
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return f"runs on GPUs that Triton compiles for, not on {device_type}"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    # Triton decides when it is imported; `torch.compile` cannot trace the knob itself.
+    if device_type == "cpu" and isinstance(triton.language.zeros, triton.JITFunction):
+        return "runs on the CPU only in Triton's interpreter, for tests (TRITON_INTERPRET=1 before Python starts)"
+    return None
 
 
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:
@@ -54,7 +66,7 @@ def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig)
         raise ValueError(f"instruction_set={config.instruction_set!r} cannot run here; there are: {had}")
     refused: tuple[tuple[str, str], ...] = ()
     for backend in order:
-        reason = refusal(backend, device_type, dtype)
+        reason = refusal(op, backend, device_type, dtype)
         if reason is None:
             return BackendChoice(backend, refused, config.instruction_set)
         refused += ((backend, reason),)

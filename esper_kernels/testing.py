@@ -92,7 +92,7 @@ def grad_samples(device: torch.device | str = "cpu") -> dict[str, list[Tensor | 
         "many shapes": [normal(7, 3), None, normal(), normal(5, 4, 11), normal(0), normal(20001)],
         "mixed dtypes": [normal(33, dtype=d) for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)],
         "strided": [normal(6, 9).t(), normal(6, 16)[:, ::2], normal(55)[1:], normal(1, 9).expand(6, 9)],
-        "float16 beyond its range": [value(100.0, 1000, dtype=torch.float16) for _ in range(500)],
+        "float16 beyond its range": [value(100.0, 10_000, dtype=torch.float16) for _ in range(50)],
         "1e20 and 1e-30": [value(1e20, 10), value(1e-30, 10)],
         "zeros": [torch.tensor([0.0, -0.0, 1e-45, 1.0], device=device), value(0.0, 5)],
         "NaN": [torch.tensor([nan, 1.0], device=device), normal(3)],

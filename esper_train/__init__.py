@@ -2,6 +2,7 @@
 
 from esper_train.config import (
     CompileConfig,
+    GovernorConfig,
     GradConfig,
     GrowthConfig,
     HeuristicConfig,
@@ -17,6 +18,7 @@ from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
 from esper_train.control.signals import Signals, SignalTracker
 from esper_train.episode import (
+    BadNumbersError,
     EpisodeResult,
     NonFiniteLossError,
     run_fit,
@@ -36,14 +38,14 @@ from esper_train.step import TrainStep, build_train_step
 from esper_train.tasks import Splits, Task, get_task
 from esper_train.telemetry.events import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
-from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, NullSink, Sink
+from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, Sink
 
 # fmt: off
 __all__ = [
-    "Blueprint", "BlueprintRegistry", "CompileConfig", "ConsoleSink", "Decision", "EpisodeResult",
-    "EpochResult", "EvalResult", "Event", "EventType", "GradConfig", "GrowthConfig", "HeuristicConfig",
-    "HeuristicTamiyo", "Host", "HostConfig", "Idle", "JsonlSink", "Measures", "MorphModel",
-    "NonFiniteLossError", "NullSink", "Op", "OptimConfig", "OptimizerRegistry", "Policy", "RunConfig",
+    "BadNumbersError", "Blueprint", "BlueprintRegistry", "CompileConfig", "ConsoleSink", "Decision",
+    "EpisodeResult", "EpochResult", "EvalResult", "Event", "EventType", "GovernorConfig", "GradConfig",
+    "GrowthConfig", "HeuristicConfig", "HeuristicTamiyo", "Host", "HostConfig", "Idle", "JsonlSink", "Measures",
+    "MorphModel", "NonFiniteLossError", "Op", "OptimConfig", "OptimizerRegistry", "Policy", "RunConfig",
     "SeedStage", "SignalTracker", "Signals", "Sink", "SlotState", "Splits", "Task", "TelemetryConfig",
     "TelemetryHub", "TrainConfig", "TrainStep", "build_train_step", "cnn_host", "default_registry", "evaluate",
     "export", "fold", "from_dict", "get_task", "load_run", "load_toml", "run_fit", "run_heuristic_episode",

@@ -3,8 +3,6 @@
 For code that moves over; new code uses what `docs/audited-names.md` names beside each. Nothing of ours calls this.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -27,7 +25,9 @@ def collect_seed_gradients_async(
 
 def materialize_grad_stats(stats: GradStats) -> dict[str, float | bool]:
     """The four audited numbers of `collect_seed_gradients_async`; the host sync."""
-    return _four(stats.compute())
+    health = stats.compute()
+    names = ("gradient_norm", "gradient_health", "has_vanishing", "has_exploding")
+    return {name: getattr(health, name) for name in names}
 
 
 def collect_seed_gradients(
@@ -37,8 +37,8 @@ def collect_seed_gradients(
     return_enhanced: bool = False,
 ) -> dict[str, float | bool] | GradHealth:
     """Gradient statistics at once: the four audited numbers, or with `return_enhanced` all of `GradHealth`."""
-    health = collect_seed_gradients_async(parameters, vanishing_threshold, exploding_threshold).compute()
-    return health if return_enhanced else _four(health)
+    stats = collect_seed_gradients_async(parameters, vanishing_threshold, exploding_threshold)
+    return stats.compute() if return_enhanced else materialize_grad_stats(stats)
 
 
 class DualGradientStats(NamedTuple):
@@ -61,8 +61,7 @@ class DualGradientStats(NamedTuple):
 
 def collect_dual_gradients(host: Iterable[Tensor], seed: Iterable[Tensor]) -> DualGradientStats:
     """Both norms from one pass over the gradients and one host sync."""
-    stats = grad_stats({"host": [p.grad for p in host], "seed": [p.grad for p in seed]})
-    groups = stats.compute().groups
+    groups = grad_stats({"host": [p.grad for p in host], "seed": [p.grad for p in seed]}).compute().groups
     h, s = groups["host"], groups["seed"]
     return DualGradientStats(h.gradient_norm, h.elements, s.gradient_norm, s.elements)
 
@@ -82,19 +81,12 @@ def compute_task_loss_with_metrics(
     """
     if task_type not in LOGITS_DIMS:
         raise unknown_name("task type", task_type, LOGITS_DIMS)
-    meter = Meter(outputs.device)
-    options = criterion_options(criterion)
-    if options is not None:
-        loss = cross_entropy(outputs, targets, meter=meter, **options)
+    meter, options = Meter(outputs.device), criterion_options(criterion)
+    if criterion is None or options is not None:
+        loss = cross_entropy(outputs, targets, meter=meter, **(options or {}))
     else:
-        assert criterion is not None
         loss = criterion(outputs.flatten(0, -2), targets.flatten())
         with torch.no_grad():
             cross_entropy(outputs, targets, meter=meter)
     counts = meter.on_device()
     return loss, counts["correct@1"], counts["valid"]
-
-
-def _four(health: GradHealth) -> dict[str, float | bool]:
-    names = ("gradient_norm", "gradient_health", "has_vanishing", "has_exploding")
-    return {name: getattr(health, name) for name in names}

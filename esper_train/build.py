@@ -1,10 +1,8 @@
 """Makes everything a run owns, and refuses here whatever could not work later. `episode` and `cli` call it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +10,15 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from esper_train.config import OptimConfig, RunConfig
+from esper_train.config import RunConfig
+from esper_train.control.governor import Governor
 from esper_train.control.signals import SignalTracker
-from esper_train.morph.blueprints import BlueprintRegistry, default_registry
+from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.optimizers import OptimizerRegistry
+from esper_train.state import PlainState, RandomState
 from esper_train.step import TrainStep, build_train_step
+from esper_train.stop import StopRequest
 from esper_train.tasks import Task, get_task, load_splits, make_loader
 
 EVALUATION_BATCH = 512
@@ -25,66 +26,92 @@ EVALUATION_BATCH = 512
 
 
 @dataclass(kw_only=True)
-class Episode:
+class Episode(PlainState):
     """Everything one run changes, and nothing another run can see."""
+
+    STATE = ("epoch", "accuracy", "seconds", "seeds_germinated", "decided", "contributions")
 
     config: RunConfig
     task: Task
     model: MorphModel
     optimizers: OptimizerRegistry
     tracker: SignalTracker
+    governor: Governor
     step: TrainStep
+    device: torch.device
     train: DataLoader[Any]
     validation: DataLoader[Any]
     test: DataLoader[Any]
     data_record: Mapping[str, Any]
+    random: RandomState
+    stop: StopRequest = field(default_factory=StopRequest)
+    epoch: int = 0  # finished ones
+    accuracy: float = math.nan  # of the last validation, in percent
+    seconds: float = 0.0
     seeds_germinated: int = 0
+    decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
+    contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run has come, and what grew; weights, momentum and the rest have their own state."""
+        grown = {"slots": self.model.topology(), "groups": list(self.optimizers.parameters())}
+        return super().state_dict() | grown
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Seat the same seeds in a fresh model, with optimizers that can take their state."""
+        super().load_state_dict(state_dict)
+        self.model.rebuild(state_dict["slots"])
+        for group in state_dict["groups"]:  # in their order, which is that of the gradient statistics
+            if group not in self.optimizers:
+                self.attach_optimizer(group)
+
+    def attach_optimizer(self, group: str) -> None:
+        """Give the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own."""
+        slot, _, gate = group.partition(".")
+        module = self.model.slot(slot).gate if gate else self.model.slot(slot).seed
+        parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        lr = self.config.optim.seed_lr
+        self.optimizers.attach(group, make_optimizer(parameters, lr, self.config) if parameters else None)
 
 
 def build_episode(
-    config: RunConfig,
-    *,
-    task: Task | None = None,
-    slots: Sequence[str],
-    registry: BlueprintRegistry | None = None,
+    config: RunConfig, *, task: Task | None = None, slots: Sequence[str], registry: BlueprintRegistry | None = None
 ) -> Episode:
     """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
     task = task or get_task(config.task, config)
-    device = resolve_device(config.device)
+    device, policy = resolve_device(config.device), config.policy
+    resolve_device(config.governor.snapshot_device)
     splits = load_splits(task)
-    with random_state(config.seed, device):
+    order = torch.Generator().manual_seed(config.seed)
+    with RandomState(config.seed, device).active():
         host = task.build_host(config.host).to(device)
-    optim = config.optim
-    host_optimizer = make_optimizer(host.parameters(), optim.host_lr, optim)
+    host_optimizer = make_optimizer(host.parameters(), config.optim.host_lr, config)
     step = build_train_step(task.task_type, config.train)
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
     return Episode(
         config=config,
         task=task,
-        model=MorphModel(
-            host,
-            slots,
-            growth=config.growth,
-            max_epochs=config.max_epochs,
-            registry=registry or default_registry(),
-        ),
+        model=MorphModel(host, slots, growth=config.growth, max_epochs=config.max_epochs, registry=registry),
         optimizers=OptimizerRegistry(host=host_optimizer),
-        tracker=SignalTracker(
-            plateau_threshold=config.policy.plateau_threshold, plateau_epochs=config.policy.plateau_epochs
-        ),
+        tracker=SignalTracker(plateau_threshold=policy.plateau_threshold, plateau_epochs=policy.plateau_epochs),
+        governor=Governor(config.governor, math.log(task.num_classes)),
         step=step,
-        train=make_loader(splits.train, config.batch_size, shuffle_seed=config.seed),
+        device=next(host.parameters()).device,
+        train=make_loader(splits.train, config.batch_size, shuffle=order),
         validation=make_loader(splits.validation, EVALUATION_BATCH),
         test=make_loader(splits.test, EVALUATION_BATCH),
         data_record=splits.record,
+        random=RandomState(config.seed + 1, device, order),
     )
 
 
-def make_optimizer(parameters: Iterable[Tensor], lr: float, config: OptimConfig) -> Optimizer:
+def make_optimizer(parameters: Iterable[Tensor], lr: float, config: RunConfig) -> Optimizer:
     """The optimizer of the host or of one seed."""
-    if config.kind == "adamw":
-        return AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
-    return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optim = config.optim
+    fused = config.train.on_bad_numbers == "skip" or None  # only fused ones can skip; None leaves it to torch
+    if optim.kind == "adamw":
+        return AdamW(parameters, lr=lr, weight_decay=optim.weight_decay, fused=fused)
+    return SGD(parameters, lr=lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=fused)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -97,19 +124,6 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} names no device; usable here: {', '.join(usable)}") from error
-    if f"{device.type}:{device.index or 0}" not in (f"{u}:0" if ":" not in u else u for u in usable):
+    if f"{device.type}:{device.index or 0}" not in ("cpu:0", *usable):
         raise ValueError(f"device {name!r} is not there; usable here: {', '.join(usable)}")
     return device
-
-
-def device_of(model: MorphModel) -> torch.device:
-    """Where the model lives."""
-    return next(model.parameters()).device
-
-
-@contextmanager
-def random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded inside, and as they were afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
-        torch.manual_seed(seed)
-        yield

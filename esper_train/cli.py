@@ -1,12 +1,12 @@
 """The command `esper-train`: reads the config, runs, shows progress, and leaves a run directory with a report.
 
-Exit codes: 0 done, 2 something in the request or the data cannot work, 3 the loss became non-finite,
-130 interrupted. Only this module prints, and only it imports tyro and rich.
+Exit codes: 0 done, 2 something in the request, the data or the disk cannot work, 3 the losses went bad,
+130 stopped by Ctrl-C, 143 by SIGTERM: such a run leaves a checkpoint, and a second signal ends it at once.
+Only this module prints, and only it imports tyro and rich.
 """
 
-from __future__ import annotations
-
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,31 +15,36 @@ from pathlib import Path
 
 from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
-from esper_train import run_directory
-from esper_train.build import build_episode
+from esper_train.build import Episode, build_episode
+from esper_train.checkpoint import Checkpoints, load, restore, saved
 from esper_train.config import RunConfig, load_toml
-from esper_train.control.policy import Idle
+from esper_train.control.policy import Idle, Policy
 from esper_train.episode import (
-    NonFiniteLossError,
+    BadNumbersError,
     episode_configs,
     heuristic_policy,
     require_slots,
     run_episode,
+    run_started,
 )
+from esper_train.run_directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
+from esper_train.stop import Stopped, StopRequest
 from esper_train.tasks import preset
 from esper_train.telemetry.hub import TelemetryHub
+from esper_train.telemetry.loggers import logger_makers
 from esper_train.telemetry.progress import ProgressSink
-from esper_train.telemetry.report import write_report
-from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, Sink
+from esper_train.telemetry.report import write_comparison, write_report
+from esper_train.telemetry.sinks import ConsoleSink, JsonlSink
 
-USAGE = """usage: esper-train {heuristic,fit,info} [options]
+USAGE = """usage: esper-train {heuristic,fit,report,info} [options]
 
   heuristic  grow a network under the heuristic controller (the main job)
   fit        train the same host without slots, by the same loop
+  report     DIR: write its report anew; DIR DIR ... [--out FILE]: compare runs on one page
   info       versions, and which kernel backend serves what, and why
 
 `esper-train heuristic --help` lists every option."""
-EXIT_USAGE, EXIT_NONFINITE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USAGE, EXIT_BAD_NUMBERS, EXIT_SIGNAL = 2, 3, 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,22 +57,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "info":
         print(kernel_info())
         return 0
-    if command not in ("heuristic", "fit"):
+    if command not in ("heuristic", "fit", "report"):
         print(f"{USAGE}\n\nesper-train: error: unknown command {command!r}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        if command == "report":
+            _report(given)
+            return 0
         options = _parse(command, given)
         config = options.run_config()
-        out = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}")
-        for number, episode_config in enumerate(episode_configs(config), start=1):
-            directory = out if config.episodes == 1 else out / f"episode-{number}"
-            _run(episode_config, directory, command, baseline=options.baseline)
-    except KeyboardInterrupt:
+        if options.resume and options.out:
+            raise ValueError("--resume goes on in the directory that it names; leave --out out")
+        new = options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}"
+        with StopRequest() as stop:
+            _run(config, Path(options.resume or new), command, stop, options)
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except NonFiniteLossError as error:
+        return EXIT_SIGNAL + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
+    except BadNumbersError as error:
         print(f"esper-train: {error}", file=sys.stderr)
-        return EXIT_NONFINITE
+        return EXIT_BAD_NUMBERS
     except (ValueError, TypeError, IndexError, OSError, ImportError) as error:
         print(f"esper-train: error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -82,6 +91,8 @@ class _Options(RunConfig):
     """A TOML file with any of these settings; options given beside it win."""
     out: str | None = None
     """Directory of the run, new or empty. None takes one under runs/, named by time, command and task."""
+    resume: str | None = None
+    """Directory of a run that was stopped or killed: go on from its newest checkpoint, with its own config."""
     backend: str | None = None
     """Kernel backend, short for --train.kernel.backend."""
     baseline: bool = True
@@ -102,32 +113,62 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     finder.add_argument("--task")
+    finder.add_argument("--resume")
     given = finder.parse_known_args(arguments)[0]
     task = given.task or (load_toml(given.config).task if given.config else RunConfig().task)
-    run = preset(task) if given.config is None else load_toml(given.config, base=preset(task))
+    run = load_config(Path(given.resume)) if given.resume else preset(task)
+    run = run if given.config is None else load_toml(given.config, base=run)
     default = _Options(**{f.name: getattr(run, f.name) for f in fields(RunConfig)})
     return tyro.cli(_Options, prog=f"esper-train {command}", args=arguments, default=default)
 
 
-def _run(config: RunConfig, directory: Path, mode: str, *, baseline: bool) -> None:
-    """One run into its own directory. Network and report are written however it ends."""
+def _report(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="esper-train report")
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run")
+    parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="of several: the page to write")
+    given = parser.parse_args(arguments)
+    one = len(given.directories) == 1
+    print(f"report: {write_report(*given.directories) if one else write_comparison(given.directories, given.out)}")
+
+
+def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Options) -> None:
+    """Every episode, each in its own directory where there are several, and its baseline."""
     growing = mode == "heuristic"
-    episode = build_episode(config, slots=require_slots(config) if growing else ())
-    policy = heuristic_policy(episode) if growing else Idle()
-    run_directory.create(directory, config)
-    hub = TelemetryHub([JsonlSink(directory / run_directory.METRICS), _display()], config.telemetry)
-    try:
+    for number, config in enumerate(episode_configs(run), start=1):
+        directory = out if run.episodes == 1 else out / f"episode-{number}"
+        episode = build_episode(config, slots=require_slots(config) if growing else ())
+        episode.stop = stop
+        policy = heuristic_policy(episode) if growing else Idle()
+        hub, loggers = TelemetryHub((), config.telemetry), logger_makers(config.telemetry)
+        checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
+        if checkpoints:
+            restore(load(checkpoints[-1]), episode, policy, hub, mode)
+        # up to here whatever cannot work was refused, and nothing was written
+        if run.episodes > 1 and number == 1:
+            create(out, run, resume=options.resume is not None)
+        create(directory, config, resume=options.resume is not None)
+        for make in loggers:
+            hub.add(make(directory))
         try:
-            run_episode(episode, policy, hub, mode=mode)
+            _run_episode(episode, policy, hub, directory, mode)
+            if growing and options.baseline:
+                _run(config, directory / BASELINE, "fit", stop, options)
         finally:
-            hub.close()
-            run_directory.save_network(directory, episode.model)
-        if growing and baseline:
-            _run(config, directory / run_directory.BASELINE, "fit", baseline=False)
+            print(f"report: {write_report(directory)}")
+
+
+def _run_episode(episode: Episode, policy: Policy, hub: TelemetryHub, directory: Path, mode: str) -> None:
+    """One run, from its start or from where it was restored. The network is written however it ends."""
+    cut_back(directory, episode.epoch)
+    display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
+    hub.add(JsonlSink(directory / METRICS))
+    hub.add(display)
+    if episode.epoch:
+        print(f"going on after epoch {episode.epoch}")
+        display.write(run_started(episode, mode))
+    checkpoints = Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint)
+    try:
+        run_episode(episode, policy, hub, mode=mode, checkpoints=checkpoints)
     finally:
-        print(f"report: {write_report(directory)}")
-
-
-def _display() -> Sink:
-    """Live progress on a terminal, plain lines elsewhere."""
-    return ProgressSink() if sys.stdout.isatty() else ConsoleSink()
+        hub.close()
+        save_network(directory, episode.model)

@@ -4,8 +4,6 @@
 has code that obeys it; unknown keys are refused with the nearest known name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import tomllib
@@ -21,11 +19,12 @@ from esper_train.names import unknown_name
 
 T = TypeVar("T")
 TELEMETRY_LEVELS = ("off", "minimal", "normal", "debug")
+POLICIES = ("warn", "skip", "stop", "rollback")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def _require(holds: bool, what: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{what}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +40,8 @@ class CompileConfig:
     """When the first compiled call fails: raise, or go on uncompiled with the reason in the result."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.on_failure in ("raise", "eager"),
-            f"compile.on_failure must be 'raise' or 'eager', got {self.on_failure!r}",
-        )
+        known = self.on_failure in ("raise", "eager")
+        _require(known, "compile.on_failure must be 'raise' or 'eager'", self.on_failure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +58,9 @@ class GradConfig:
     """A gradient tensor with a larger or non-finite L2 norm counts as exploding."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"grad.every must be 0 (never) or a number of batches, got {self.every}")
-        _require(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"grad.clip_norm must be positive or left out, got {self.clip_norm}",
-        )
+        clip = self.clip_norm
+        _require(self.every >= 0, "grad.every must be 0 (never) or a number of batches", self.every)
+        _require(clip is None or clip > 0, "grad.clip_norm must be positive or left out", clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +72,16 @@ class TrainConfig:
     grad: GradConfig = field(default_factory=GradConfig)
     topk: tuple[int, ...] = (1,)
     """Ranks k for which correct@k is counted; 1 is always among them."""
+    on_bad_numbers: Literal["warn", "skip", "stop", "rollback"] = "stop"
+    """NaN, infinity, divergence, bad targets: go on and report; report, and leave out steps with gradients that are
+    not finite; end the run; or return to the last good state. Only "stop" refuses targets outside the classes, the
+    others leave their rows out."""
+
+    def __post_init__(self) -> None:
+        policy = self.on_bad_numbers
+        _require(policy in POLICIES, f"train.on_bad_numbers must be one of {', '.join(POLICIES)}", policy)
+        measured = policy != "skip" or self.grad.every == 1
+        _require(measured, "train.on_bad_numbers 'skip' needs train.grad.every = 1", self.grad.every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +96,10 @@ class OptimConfig:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        _require(self.host_lr > 0 and self.seed_lr > 0, "optim.host_lr and optim.seed_lr must be positive")
-        _require(self.kind in ("sgd", "adamw"), f"optim.kind must be 'sgd' or 'adamw', got {self.kind!r}")
-        _require(0 <= self.momentum < 1, f"optim.momentum must be in [0, 1), got {self.momentum}")
+        rates = (self.host_lr, self.seed_lr)
+        _require(all(rate > 0 for rate in rates), "optim.host_lr and optim.seed_lr must be positive", rates)
+        _require(self.kind in ("sgd", "adamw"), "optim.kind must be 'sgd' or 'adamw'", self.kind)
+        _require(0 <= self.momentum < 1, "optim.momentum must be in [0, 1)", self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,7 @@ class HostConfig:
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"host.{name} must be at least 1, got {value}")
+            _require(value is None or value >= 1, f"host.{name} must be at least 1", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,23 +154,16 @@ class GrowthConfig:
     """A fossilized seed keeps training with its own optimizer, or is frozen."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.on_fossilize in ("keep", "freeze"),
-            f"growth.on_fossilize must be 'keep' or 'freeze', got {self.on_fossilize!r}",
-        )
-        for name, low, high in (
-            ("blending_min_epochs", 0, math.inf),
-            ("probation_min_epochs", 0, math.inf),
-            ("probation_alpha", 0, 1),
-            ("training_dwell_fraction", 0, 1),
-            ("training_timeout", 1, math.inf),
-            ("blending_epochs", 1, math.inf),
-            ("probation_timeout_fraction", 0, 1),
-            ("embargo_epochs", 0, math.inf),
-            ("fossil_check_epochs", 1, math.inf),
+        fates = ("keep", "freeze")
+        _require(self.on_fossilize in fates, "growth.on_fossilize must be 'keep' or 'freeze'", self.on_fossilize)
+        for low, high, names in (
+            (0, 1, ("probation_alpha", "training_dwell_fraction", "probation_timeout_fraction")),
+            (0, math.inf, ("blending_min_epochs", "probation_min_epochs", "embargo_epochs")),
+            (1, math.inf, ("training_timeout", "blending_epochs", "fossil_check_epochs")),
         ):
-            value = getattr(self, name)
-            _require(low <= value <= high, f"growth.{name} must be in [{low}, {high}], got {value}")
+            for name in names:
+                value = getattr(self, name)
+                _require(low <= value <= high, f"growth.{name} must be in [{low}, {high}]", value)
 
     def training_dwell(self, max_epochs: int) -> int:
         """Epochs a seed spends in TRAINING at least, in a run of `max_epochs`."""
@@ -213,10 +212,39 @@ class HeuristicConfig:
     """A blueprint with at least this penalty is passed over while another is below it."""
 
     def __post_init__(self) -> None:
-        _require(self.max_live_seeds >= 1, f"policy.max_live_seeds must be at least 1, got {self.max_live_seeds}")
-        repeated = len(set(self.blueprints)) < len(self.blueprints)
-        _require(not repeated, f"policy.blueprints names one more than once: {', '.join(self.blueprints)}")
-        _require(0 <= self.penalty_decay < 1, f"policy.penalty_decay must be in [0, 1), got {self.penalty_decay}")
+        _require(self.max_live_seeds >= 1, "policy.max_live_seeds must be at least 1", self.max_live_seeds)
+        _require(0 <= self.penalty_decay < 1, "policy.penalty_decay must be in [0, 1)", self.penalty_decay)
+        if len(set(self.blueprints)) < len(self.blueprints):
+            raise ValueError(f"policy.blueprints names one more than once: {', '.join(self.blueprints)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GovernorConfig:
+    """When a finite validation loss counts as gone bad, and what a rollback does. Time in epochs."""
+
+    window: int = 20
+    """Good epochs that a loss is compared with, at most."""
+    min_history: int = 5
+    """Good epochs needed for a comparison."""
+    sensitivity: float = 6.0
+    """Divergence: worse than guessing, above the mean of the window by so many standard deviations, ..."""
+    multiplier: float = 3.0
+    """... and above so many times that mean."""
+    patience: int = 3
+    """Suspicious epochs in a row that make a finding; a loss that is not finite makes one at once."""
+    snapshot_epochs: int = 5
+    """With rollback, keep a checked state every so many epochs."""
+    snapshot_device: str = "cpu"
+    """Where it is kept."""
+    max_rollbacks: int = 3
+    """The finding after so many rollbacks ends the run."""
+    rollback_penalty: float = 10.0
+    """Taken from the reward of an epoch that is rolled back."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "min_history", "patience", "snapshot_epochs", "max_rollbacks"):
+            _require(getattr(self, name) >= 1, f"governor.{name} must be at least 1", getattr(self, name))
+        _require(self.min_history <= self.window, "governor.min_history must not exceed window", self.min_history)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +256,30 @@ class TelemetryConfig:
     lifecycle_only: bool = False
     """Nothing but the run's start and end and the seeds' lives."""
     escalation_epochs: int = 5
-    """After NaN, infinite or exploding gradients, report at debug level for so many epochs; 0 never does."""
+    """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never does."""
+    tensorboard: bool = False
+    """Also write for TensorBoard, into the run directory's tensorboard/."""
+    wandb: bool = False
+    """Also write for Weights & Biases, offline, into the run directory's wandb/; `wandb sync` uploads it."""
 
     def __post_init__(self) -> None:
         known = ", ".join(TELEMETRY_LEVELS)
-        _require(self.level in TELEMETRY_LEVELS, f"telemetry.level must be one of {known}, got {self.level!r}")
-        _require(self.escalation_epochs >= 0, f"telemetry.escalation_epochs must be >= 0, got {self.escalation_epochs}")
+        _require(self.level in TELEMETRY_LEVELS, f"telemetry.level must be one of {known}", self.level)
+        _require(self.escalation_epochs >= 0, "telemetry.escalation_epochs must be >= 0", self.escalation_epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often a run saves all it needs to be resumed, and how much of that it keeps."""
+
+    every: int = 10
+    """Epochs from one checkpoint to the next; the last epoch and a run that is stopped write one in any case."""
+    keep: int = 2
+    """The newest so many are kept."""
+
+    def __post_init__(self) -> None:
+        counts = (self.every, self.keep)
+        _require(min(counts) >= 1, "checkpoint.every and checkpoint.keep must be at least 1", counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,25 +308,23 @@ class RunConfig:
     host: HostConfig = field(default_factory=HostConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     policy: HeuristicConfig = field(default_factory=HeuristicConfig)
+    governor: GovernorConfig = field(default_factory=GovernorConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         for name in ("episodes", "max_epochs", "batch_size"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        kinds = ("shaped", "sparse", "minimal", "loss")
-        _require(self.reward in kinds, f"reward must be one of {', '.join(kinds)}, got {self.reward!r}")
-        _require(
-            self.max_batches is None or self.max_batches >= 1,
-            f"max_batches must be at least 1, or left out for all batches, got {self.max_batches}",
-        )
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        most, kinds = self.max_batches, ("shaped", "sparse", "minimal", "loss")
+        _require(most is None or most >= 1, "max_batches must be at least 1, or left out for all batches", most)
+        _require(self.reward in kinds, f"reward must be one of {', '.join(kinds)}", self.reward)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
     """Build a config dataclass from plain values, as TOML and JSON give them.
 
     Keys left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key (naming the
-    nearest known one) and `TypeError` for a value of the wrong type; `where` is the dotted path to `values`, for
-    the message.
+    nearest known one) and `TypeError` for a value of the wrong type; messages put `where` before the key.
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]

@@ -4,17 +4,16 @@
 those who import the package. Plain training is the same run with no slots and a controller that never acts.
 """
 
-from __future__ import annotations
-
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, build_episode, device_of, make_optimizer, random_state
+from esper_train.build import Episode, build_episode, resolve_device
+from esper_train.checkpoint import Checkpoints
 from esper_train.config import RunConfig
+from esper_train.control.governor import Finding, Snapshot, weights_are_finite
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
 from esper_train.control.rewards import REWARDS
@@ -25,7 +24,7 @@ from esper_train.morph.gates import gradient_ratio
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState, StageChange
 from esper_train.morph.model import MorphModel
 from esper_train.tasks import Task
-from esper_train.telemetry.events import Event, EventType, epoch_event, plain, stage_event
+from esper_train.telemetry.events import Event, EventType, epoch_event, plain, stage_event, trouble_events
 from esper_train.telemetry.hub import TelemetryHub
 
 EPISODE_SEED_STEP = 1000
@@ -34,8 +33,12 @@ JOINT = "+"
 """The variant without any of the seeds measured in an epoch; no slot has this name."""
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the run cannot go on."""
+class BadNumbersError(ArithmeticError):
+    """The losses went bad, and by the run's policy it cannot go on."""
+
+
+class NonFiniteLossError(BadNumbersError):
+    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ def run_heuristic_episode(
 
     Raises:
         ValueError: no slots, unknown or repeated ones, gradients never measured, or bad data.
-        NonFiniteLossError: the loss became NaN or infinite.
+        BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
     """
     episode = build_episode(config, task=task, slots=require_slots(config), registry=registry)
     return run_episode(episode, policy or heuristic_policy(episode), hub, mode="heuristic")
@@ -111,123 +114,166 @@ def heuristic_policy(episode: Episode) -> HeuristicTamiyo:
     return HeuristicTamiyo(episode.config.policy, episode.config.growth, names)
 
 
-def run_episode(episode: Episode, policy: Policy, hub: TelemetryHub | None = None, *, mode: str) -> EpisodeResult:
+def run_episode(
+    episode: Episode,
+    policy: Policy,
+    hub: TelemetryHub | None = None,
+    *,
+    mode: str,
+    checkpoints: Checkpoints | None = None,
+) -> EpisodeResult:
     """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
 
-    However the run ends, its last event is RUN_FINISHED with the status "completed", "interrupted", "nonfinite"
-    or "failed"; what ended it is raised again.
+    An episode restored from a checkpoint goes on with the epoch after it. One that the governor finds gone bad is, by
+    policy, reported, the last, or undone: then nothing is tracked or decided. However the run ends, its last event is
+    RUN_FINISHED with the status "completed", "interrupted", "nonfinite", "diverged" or "failed"; what ended it is
+    raised again.
     """
-    config, model = episode.config, episode.model
-    hub = hub or TelemetryHub()
-    started = time.perf_counter()
-    policy.reset()
-    actions = Counter({op.name: 0 for op in Op})
-    rewards: list[float] = []
-    contributions: list[float] = []
-    accuracy, test, status, epoch = math.nan, None, "failed", 0
-    outcome: dict[str, Any] = {}
-    hub.emit(_run_started(episode, mode))
+    config, hub = episode.config, hub or TelemetryHub()
+    status, why, test = "failed", None, None
+    epoch, started = episode.epoch, time.perf_counter() - episode.seconds
+    if epoch == 0:
+        policy.reset()
+        hub.emit(run_started(episode, mode))
     try:
-        with random_state(config.seed + 1, device_of(model)):
-            for epoch in range(1, config.max_epochs + 1):
+        with episode.random.active():
+            good = _keep(episode, epoch, hub)
+            for epoch in range(episode.epoch + 1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
-                accuracy = validation.accuracy
-                _observe(model, train, validation)
-                signals = episode.tracker.update(
-                    epoch=epoch,
-                    max_epochs=config.max_epochs,
-                    train_loss=train.loss,
-                    train_accuracy=train.accuracy,
-                    val_loss=validation.loss,
-                    val_accuracy=validation.accuracy,
-                    slots=_states(model),
-                )
-                changes = [change for slot in model.slots for change in slot.step_epoch()]
-                stepped = replace(signals, slots=_states(model))
-                decision = policy.decide(stepped)
-                reward = _reward(episode, stepped, decision)
-                made, refusal = _execute(episode, decision)
-                changes += made
-                actions[decision.op.name] += 1
-                rewards.append(reward)
-                for change in changes:
-                    _follow(episode, change)
-                    if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
-                        contributions.append(change.before.contribution)
-                more = {"max_epochs": config.max_epochs, "reward": reward, "refused": refusal}
-                joint = _joint_contribution(validation)
-                hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, joint=joint, **more))
-                for change in changes:
-                    hub.emit(stage_event(epoch, change))
-                _report_gradients(model, train, validation, epoch, hub)
-                _require_finite(train, validation, epoch)
-            test = evaluate(model, episode.test, config.train, task_type=episode.task.task_type, step=episode.step)
+                episode.accuracy = validation.accuracy
+                # a skipped batch is in the training loss, so that is no finding
+                training = validation.loss if config.train.on_bad_numbers == "skip" else train.loss
+                finding = episode.governor.check(training=training, validation=validation.loss)
+                if finding is None or good is None:
+                    _grow(episode, policy, hub, epoch, train, validation)
+                else:
+                    _leave_undecided(episode, hub, epoch, train, validation)
+                _report_numbers(episode.model, train, validation, finding, epoch, hub)
+                if finding is not None and good is not None:
+                    _roll_back(episode, good, finding, epoch, hub)
+                else:
+                    _stop_if_bad(config, finding, epoch)
+                    if epoch % config.governor.snapshot_epochs == 0:
+                        good = _keep(episode, epoch, hub) or good
+                episode.epoch, episode.seconds = epoch, time.perf_counter() - started
+                if checkpoints is not None:
+                    checkpoints.take(episode, policy, hub, mode)
+            batches = map(episode.stop.before, episode.test)
+            kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
+            test = evaluate(episode.model, batches, config.train, **kept)
             status = "completed"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except NonFiniteLossError:
-        status = "nonfinite"
+    except BaseException as error:
+        kinds = ((KeyboardInterrupt, "interrupted"), (NonFiniteLossError, "nonfinite"), (BadNumbersError, "diverged"))
+        status = next((name for kind, name in kinds if isinstance(error, kind)), "failed")
+        why = str(error) if isinstance(error, Exception) else None
         raise
     finally:
-        outcome = {
-            "accuracy": accuracy,
+        model = episode.model
+        outcome: dict[str, Any] = {
+            "accuracy": episode.accuracy,
             "parameters": sum(p.numel() for p in model.parameters()),
             "fossils": model.fossils,
-            "contributions": tuple(contributions),
-            "action_counts": dict(actions),
-            "rewards": tuple(rewards),
+            "contributions": tuple(episode.contributions),
+            "action_counts": {op.name: sum(name == op.name for name, _ in episode.decided) for op in Op},
+            "rewards": tuple(reward for _, reward in episode.decided),
             "seconds": time.perf_counter() - started,
         }
-        hub.emit(Event(EventType.RUN_FINISHED, epoch, {"status": status, "test": test and plain(test), **outcome}))
+        ending = {"status": status, "error": why, "test": test and plain(test)}
+        hub.emit(Event(EventType.RUN_FINISHED, epoch, ending | outcome))
+        if checkpoints is not None:
+            checkpoints.write()
     return EpisodeResult(model=model, test=test, **outcome)
 
 
+def run_started(episode: Episode, mode: str) -> Event:
+    """The first event of a run."""
+    config, model = episode.config, episode.model
+    data = {
+        "mode": mode,
+        "task": episode.task.name,
+        "seed": config.seed,
+        "max_epochs": config.max_epochs,
+        "device": str(episode.device),
+        "backend": episode.step.backend(episode.device),
+        "slots": [state.slot for state in _states(model)],
+        "data": dict(episode.data_record),
+        "host_parameters": sum(p.numel() for p in model.get_host_parameters()),
+    }
+    return Event(EventType.RUN_STARTED, 0, data)
+
+
 def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
-    config, model, task_type = episode.config, episode.model, episode.task.task_type
-    train = train_one_epoch(
-        model,
-        episode.train,
-        episode.optimizers,
-        config.train,
-        task_type=task_type,
-        max_batches=config.max_batches,
-        step=episode.step,
-    )
+    config, model = episode.config, episode.model
+    kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
+    optimizers, most, batches = episode.optimizers, config.max_batches, map(episode.stop.before, episode.train)
+    train = train_one_epoch(model, batches, optimizers, config.train, max_batches=most, **kept)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [s.slot for s in _states(model) if s.alpha > 0 and (s.stage is not SeedStage.FOSSILIZED or check_fossils)]
     variants = {slot: {slot: 0.0} for slot in ablated}
     if len(ablated) > 1:
         variants[JOINT] = dict.fromkeys(ablated, 0.0)
-    validation = evaluate(
-        model, episode.validation, config.train, task_type=task_type, variants=variants, step=episode.step
-    )
-    return train, validation
+    batches = map(episode.stop.before, episode.validation)
+    return train, evaluate(model, batches, config.train, variants=variants, **kept)
 
 
-def _observe(model: MorphModel, train: EpochResult, validation: EvalResult) -> None:
-    """Give each slot the epoch's measurements; a slot without alpha has no contribution to measure."""
+def _grow(
+    episode: Episode, policy: Policy, hub: TelemetryHub, epoch: int, train: EpochResult, validation: EvalResult
+) -> None:
+    """Tracker, the slots' own moves, decision and its execution, of one epoch."""
+    model, config, accuracy = episode.model, episode.config, validation.accuracy
     for slot in model.slots:
         name = slot.state.slot
-        slot.observe(validation.accuracy, _contribution(validation, name), gradient_ratio(train.grad, name))
+        slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
+    signals = episode.tracker.update(
+        epoch=epoch,
+        max_epochs=config.max_epochs,
+        train_loss=train.loss,
+        train_accuracy=train.accuracy,
+        val_loss=validation.loss,
+        val_accuracy=accuracy,
+        slots=_states(model),
+    )
+    changes = [change for slot in model.slots for change in slot.step_epoch()]
+    stepped = replace(signals, slots=_states(model))
+    decision = policy.decide(stepped)
+    parts = _reward(episode, stepped, decision)
+    made, refused = _execute(episode, decision)
+    changes += made
+    more = {"joint": _joint(validation), "refused": refused, **_earn(episode, decision, parts)}
+    hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
+    for change in changes:
+        _follow(episode, change)
+        hub.emit(stage_event(epoch, change))
+        if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
+            episode.contributions.append(change.before.contribution)
 
 
-def _contribution(validation: EvalResult, variant: str) -> float | None:
-    """Percentage points of accuracy that the variant lacks; None where it was not measured."""
-    without = validation.variants.get(variant)
-    return None if without is None else validation.accuracy - without.accuracy
+def _leave_undecided(
+    episode: Episode, hub: TelemetryHub, epoch: int, train: EpochResult, validation: EvalResult
+) -> None:
+    """Report an epoch that is to be undone."""
+    decision = Decision(op=Op.WAIT, reason="the epoch is undone")
+    more = _earn(episode, decision, {"rollback": -episode.config.governor.rollback_penalty})
+    hub.emit(epoch_event(epoch, _states(episode.model), train, validation, decision, **more))
 
 
-def _joint_contribution(validation: EvalResult) -> dict[str, Any] | None:
+def _earn(episode: Episode, decision: Decision, parts: dict[str, float]) -> dict[str, Any]:
+    """Note what a decision earned; what its epoch's line says of that."""
+    reward = math.fsum(parts.values())
+    episode.decided.append((decision.op.name, reward))
+    return {"max_epochs": episode.config.max_epochs, "reward": reward, "reward_parts": parts}
+
+
+def _joint(validation: EvalResult) -> dict[str, Any] | None:
     """What the seeds measured in this epoch contribute together, where there were several."""
-    contribution = _contribution(validation, JOINT)
-    if contribution is None:
+    if JOINT not in validation.variants:
         return None
-    return {"slots": [name for name in validation.variants if name != JOINT], "contribution": contribution}
+    slots = [name for name in validation.variants if name != JOINT]
+    return {"slots": slots, "contribution": validation.contribution(JOINT)}
 
 
-def _reward(episode: Episode, signals: Signals, decision: Decision) -> float:
-    """What a decision earns, before it is executed: on the slot it names, or that of the first live seed."""
+def _reward(episode: Episode, signals: Signals, decision: Decision) -> dict[str, float]:
+    """What a decision earns by parts, before it is executed: on the slot it names, or that of the first live seed."""
     named = [s for s in signals.slots if s.slot == decision.slot or (decision.slot is None and s.stage in LIVE)]
     state = named[0] if named else SlotState(slot="none")
     host_parameters = sum(p.numel() for p in episode.model.get_host_parameters())
@@ -236,55 +282,44 @@ def _reward(episode: Episode, signals: Signals, decision: Decision) -> float:
 
 def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], str | None]:
     """Do what the controller asked; what the model refuses comes back as the reason in words."""
-    model, slot = episode.model, decision.slot or ""
+    model, slot, made = episode.model, decision.slot or "", []
     try:
-        match decision.op:
-            case Op.GERMINATE:
-                seed_id = f"seed_{episode.seeds_germinated}"
-                made = model.germinate_seed(
-                    decision.blueprint or "", seed_id, slot=slot, blend=decision.blend or "sigmoid"
-                )
-                episode.seeds_germinated += 1
-                return made, None
-            case Op.CULL:
-                return model.cull_seed(slot=slot, reason=decision.reason), None
-            case Op.FOSSILIZE:
-                return model.fossilize_seed(slot=slot), None
-            case _:
-                return [], None
+        if decision.op is Op.GERMINATE:
+            blueprint, seed_id = decision.blueprint or "", f"seed_{episode.seeds_germinated}"
+            made = model.germinate_seed(blueprint, seed_id, slot=slot, blend=decision.blend or "sigmoid")
+            episode.seeds_germinated += 1
+        elif decision.op is Op.CULL:
+            made = model.cull_seed(slot=slot, reason=decision.reason)
+        elif decision.op is Op.FOSSILIZE:
+            made = model.fossilize_seed(slot=slot)
     except ValueError as refusal:
         return [], str(refusal)
+    return made, None
 
 
 def _follow(episode: Episode, change: StageChange) -> None:
     """Keep the optimizers in step with the seeds."""
     slot, optimizers = change.before.slot, episode.optimizers
-    gate = f"{slot}.gate"
+    gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
     if change.stage is SeedStage.TRAINING:
-        seated, optim = episode.model.slot(slot), episode.config.optim
-        for group, module in ((slot, seated.seed), (gate, seated.gate)):
-            if module is not None:
-                parameters = [p for p in module.parameters() if p.requires_grad]
-                optimizers.attach(group, make_optimizer(parameters, optim.seed_lr, optim) if parameters else None)
-    elif change.stage is SeedStage.CULLED or (
-        change.stage is SeedStage.FOSSILIZED and episode.config.growth.on_fossilize == "freeze"
-    ):
+        episode.attach_optimizer(slot)
+        if episode.model.slot(slot).gate is not None:
+            episode.attach_optimizer(gate)
+    if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
         optimizers.detach(slot)
     if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):
         optimizers.detach(gate)
 
 
-def _report_gradients(
-    model: MorphModel, train: EpochResult, validation: EvalResult, epoch: int, hub: TelemetryHub
+def _report_numbers(
+    model: MorphModel, train: EpochResult, validation: EvalResult, found: Finding | None, epoch: int, hub: TelemetryHub
 ) -> None:
     """Report bad numbers, and each parameter's gradient where the level asks for it."""
-    grad = train.grad
-    gradients = 0 if grad is None else grad.nan_count + grad.inf_count
-    logits = train.nonfinite + validation.nonfinite
+    troubles = trouble_events(epoch, train, validation, found)
     hub.tick()
-    if logits or gradients:
-        hub.emit(Event(EventType.NONFINITE, epoch, {"logits": logits, "gradients": gradients}))
-    if logits or gradients or (grad is not None and grad.has_exploding):
+    for event in troubles:
+        hub.emit(event)
+    if troubles or (train.grad is not None and train.grad.has_exploding):
         hub.escalate()
     if hub.collects(EventType.LAYER_GRADIENTS):
         names, parameters = zip(*model.named_parameters(), strict=True)
@@ -292,30 +327,45 @@ def _report_gradients(
         hub.emit(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": dict(zip(names, norms, strict=True))}))
 
 
-def _require_finite(train: EpochResult, validation: EvalResult, epoch: int) -> None:
-    if not (math.isfinite(train.loss) and math.isfinite(validation.loss)):
-        raise NonFiniteLossError(
-            f"the loss is not finite in epoch {epoch}: training {train.loss}, validation {validation.loss} "
-            f"({train.nonfinite + validation.nonfinite} rows of logits were NaN or infinite); "
-            "try a smaller learning rate, or train.grad.clip_norm"
-        )
+def _stop_if_bad(config: RunConfig, finding: Finding | None, epoch: int) -> None:
+    """End a run that by its policy must not go on: skipping helps no longer when the weights are bad themselves, and
+    a rollback is none where there never was a good state."""
+    policy = config.train.on_bad_numbers
+    goes_on = policy == "warn" or (policy == "skip" and finding is not None and finding.kind != "nonfinite")
+    if finding is not None and not goes_on:
+        raise _ending(finding, epoch)
+
+
+def _ending(finding: Finding, epoch: int, more: str = "") -> BadNumbersError:
+    kind = NonFiniteLossError if finding.kind == "nonfinite" else BadNumbersError
+    advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
+    return kind(f"in epoch {epoch} {finding.message}{more}; {advice}")
+
+
+def _keep(episode: Episode, epoch: int, hub: TelemetryHub) -> Snapshot | None:
+    """The state to return to, where the policy wants one and the weights are good."""
+    device, model = episode.config.governor.snapshot_device, episode.model
+    if episode.config.train.on_bad_numbers != "rollback" or not weights_are_finite(model):
+        return None
+    hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": device}))
+    return Snapshot(epoch, (model, episode.optimizers, episode.tracker), resolve_device(device))
+
+
+def _roll_back(episode: Episode, good: Snapshot, finding: Finding, epoch: int, hub: TelemetryHub) -> None:
+    """Bring model, optimizers and tracker back; the batches that come next are others. The last one ends the run."""
+    most, gone, governor = episode.config.governor.max_rollbacks, _states(episode.model), episode.governor
+    if governor.rollbacks == most:
+        raise _ending(finding, epoch, f", after {most} rollbacks")
+    governor.rolled_back()
+    episode.model, episode.optimizers, episode.tracker = good.restore()
+    del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
+    states = _states(episode.model)
+    pairs = [(a, b) for a, b in zip(gone, states, strict=True) if (a.stage, a.seed_id) != (b.stage, b.seed_id)]
+    undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in pairs)
+    words = f"rolled back to the state after epoch {good.epoch} ({governor.rollbacks} of {most} times){undone}"
+    data = {"to_epoch": good.epoch, "kind": finding.kind, "number": governor.rollbacks, "message": words}
+    hub.emit(Event(EventType.ROLLBACK, epoch, data | {"slots": [state.to_plain() for state in states]}))
 
 
 def _states(model: MorphModel) -> tuple[SlotState, ...]:
     return tuple(slot.state for slot in model.slots)
-
-
-def _run_started(episode: Episode, mode: str) -> Event:
-    config, model, device = episode.config, episode.model, device_of(episode.model)
-    data = {
-        "mode": mode,
-        "task": episode.task.name,
-        "seed": config.seed,
-        "max_epochs": config.max_epochs,
-        "device": str(device),
-        "backend": episode.step.backend(device),
-        "slots": [slot.state.slot for slot in model.slots],
-        "data": dict(episode.data_record),
-        "host_parameters": sum(p.numel() for p in model.get_host_parameters()),
-    }
-    return Event(EventType.RUN_STARTED, 0, data)

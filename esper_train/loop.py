@@ -4,11 +4,9 @@
 gradient statistics stay on the device; each call reads them once, at its end, which is its only host sync.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper_kernels import GradHealth, GradStats, Meter, MeterResult, clip_grad_norm_, compute_all, grad_stats
-from esper_train.config import GradConfig, TrainConfig
+from esper_train.config import TrainConfig
 from esper_train.optimizers import OptimizerRegistry
 from esper_train.step import Criterion, TrainStep, build_train_step
 
@@ -40,6 +38,8 @@ class Measures:
     """Rows (tokens) that are not ignored."""
     nonfinite: int
     """Valid rows with NaN or infinite logits."""
+    bad_targets: int
+    """Rows left out because their target was outside the classes; see `TrainConfig.on_bad_numbers`."""
     batches: int
 
 
@@ -50,6 +50,8 @@ class EpochResult(Measures):
     grad: GradHealth | None
     """Gradients of the last measured batch, by group, None if none was measured; the NaN and Inf counts (of the
     whole, not of the groups) are sums over the measured batches, and any of them makes the health 0."""
+    skipped: int
+    """Steps left out because gradients were not finite."""
     seconds: float
     backend: str
     compiled: bool
@@ -64,6 +66,11 @@ class EvalResult(Measures):
     backend: str
     variants: dict[str, Measures] = field(default_factory=dict)
     """The same data under each variant's alpha."""
+
+    def contribution(self, variant: str) -> float | None:
+        """Percentage points of accuracy that the variant lacks; None where it was not measured."""
+        without = self.variants.get(variant)
+        return None if without is None else self.accuracy - without.accuracy
 
 
 def train_one_epoch(
@@ -91,25 +98,49 @@ def train_one_epoch(
 
     Raises:
         ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of another shape.
-        IndexError: a target outside the classes: at once on a CPU, at the end of the epoch on other devices.
+        IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the end of the epoch
+            on other devices.
     """
     started = time.perf_counter()
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
     step = step or build_train_step(task_type, config, criterion)
-    device = _device(model)
+    device, grad, kernel = _device(model), config.grad, config.kernel
     meter = Meter(device, topk=config.topk)
-    watch = _GradientWatch(config, device)
+    stats: GradStats | None = None
+    nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # NaN, Inf
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    policy = config.on_bad_numbers
     model.train()
-    for inputs, targets in _batches(loader, device, max_batches):
+    for number, (inputs, targets) in enumerate(_batches(loader, device, max_batches)):
         optimizers.zero_grad()
+        # a batch that is skipped must not stay in running statistics either
+        buffers = [(b, b.clone()) for b in model.buffers()] if policy == "skip" else []
         step(model, inputs, targets, meter)
-        watch.after_backward(optimizers.parameters())
-        optimizers.step()
-    result, grad = watch.read(meter)
+        groups = optimizers.parameters()
+        measure = grad.every > 0 and number % grad.every == 0
+        if measure:
+            grads = {group: [p.grad for p in members] for group, members in groups.items()}
+            stats = grad_stats(grads, vanishing=grad.vanishing, exploding=grad.exploding, config=kernel, out=stats)
+            nonfinite[0] += stats.nans.sum()
+            nonfinite[1] += stats.infs.sum()
+        if grad.clip_norm is not None:
+            flat = [p for members in groups.values() for p in members]
+            clip_grad_norm_(flat, grad.clip_norm, stats=stats if measure else None, config=kernel)
+        if policy == "skip" and stats is not None:
+            skipped += stats.found_inf != 0
+            optimizers.step_unless(stats.found_inf)
+            for buffer, before in buffers:
+                buffer.copy_(torch.where(stats.found_inf != 0, before, buffer))
+        else:
+            optimizers.step()
+    measured, strict = [] if stats is None else [stats], policy == "stop"
+    result, (nans, infs), (left_out,), *health = compute_all(meter, nonfinite, skipped, *measured, strict=strict)
+    spoilt = {"gradient_health": 0.0} if nans or infs else {}
     return EpochResult(
         **_measures(result),
-        grad=grad,
+        grad=replace(health[0], nan_count=nans, inf_count=infs, **spoilt) if health else None,
+        skipped=left_out,
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         compiled=step.compiled,
@@ -137,20 +168,19 @@ def evaluate(
     started = time.perf_counter()
     step = step or build_train_step(task_type, config, criterion)
     device = _device(model)
-    overrides = dict(variants or {})
-    meters = {name: Meter(device, topk=config.topk) for name in overrides}
-    meter = Meter(device, topk=config.topk)
+    overrides = variants or {}
+    meter, *meters = (Meter(device, topk=config.topk) for _ in range(1 + len(overrides)))
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for inputs, targets in _batches(loader, device, max_batches):
                 step.measure(model, inputs, targets, meter)
-                for name, alpha in overrides.items():
-                    step.measure(model, inputs, targets, meters[name], alpha=alpha)
+                for alpha, other in zip(overrides.values(), meters, strict=True):
+                    step.measure(model, inputs, targets, other, alpha=alpha)
     finally:
         model.train(was_training)
-    result, *others = compute_all(meter, *meters.values())
+    result, *others = compute_all(meter, *meters, strict=config.on_bad_numbers == "stop")
     return EvalResult(
         **_measures(result),
         seconds=time.perf_counter() - started,
@@ -170,53 +200,9 @@ def _batches(loader: Batches, device: torch.device, max_batches: int | None) -> 
         raise ValueError("the loader gave no batch: is the data set smaller than a batch with drop_last=True?")
 
 
-class _GradientWatch:
-    """Gradient statistics and clipping of one epoch, between backward and the optimizers' step."""
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self._config: GradConfig = config.grad
-        self._kernel = config.kernel
-        self._batch = 0
-        self._stats: GradStats | None = None
-        self._nonfinite = torch.zeros(2, dtype=torch.int64, device=device)  # NaN, Inf
-
-    def after_backward(self, parameters: Mapping[str, list[Tensor]]) -> None:
-        every, clip = self._config.every, self._config.clip_norm
-        measure = every > 0 and self._batch % every == 0
-        self._batch += 1
-        if measure:
-            self._stats = grad_stats(
-                {group: [p.grad for p in members] for group, members in parameters.items()},
-                vanishing=self._config.vanishing,
-                exploding=self._config.exploding,
-                config=self._kernel,
-                out=self._stats,
-            )
-            self._nonfinite[0] += self._stats.nans.sum()
-            self._nonfinite[1] += self._stats.infs.sum()
-        if clip is not None:
-            flat = [p for members in parameters.values() for p in members]
-            clip_grad_norm_(flat, clip, stats=self._stats if measure else None, config=self._kernel)
-
-    def read(self, meter: Meter) -> tuple[MeterResult, GradHealth | None]:
-        """The epoch's one host sync."""
-        if self._stats is None:
-            return meter.compute(), None
-        result, health, (nans, infs) = compute_all(meter, self._stats, self._nonfinite)
-        spoilt = {"gradient_health": 0.0} if nans or infs else {}
-        return result, replace(health, nan_count=nans, inf_count=infs, **spoilt)
-
-
 def _measures(result: MeterResult) -> dict[str, Any]:
-    return {
-        "loss": result.loss,
-        "mean_batch_loss": result.mean_batch_loss,
-        "accuracy": 100.0 * result.accuracy,
-        "correct": result.correct,
-        "valid": result.valid,
-        "nonfinite": result.nonfinite,
-        "batches": result.batches,
-    }
+    """The fields of `Measures`, with the accuracy in percent."""
+    return {f.name: getattr(result, f.name) for f in fields(Measures)} | {"accuracy": 100.0 * result.accuracy}
 
 
 def _device(model: nn.Module) -> torch.device:

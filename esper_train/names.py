@@ -1,7 +1,5 @@
 """The one way to refuse a name that nobody knows."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,12 +1,11 @@
 """One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and go."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 
 class OptimizerRegistry:
@@ -41,13 +40,30 @@ class OptimizerRegistry:
 
     def zero_grad(self) -> None:
         """Drop all gradients (`set_to_none=True`)."""
-        for optimizer in self._present():
+        for optimizer in self.present():
             optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
         """One step of every optimizer."""
-        for optimizer in self._present():
+        for optimizer in self.present():
             optimizer.step()
+
+    def step_unless(self, skip: Tensor) -> None:
+        """A step of every optimizer that changes no bit where `skip` (float32 []) is 1, decided on the device.
+
+        `ValueError` for an optimizer that cannot leave a step out by itself.
+        """
+        for optimizer in self.present():
+            if not all(group.get("fused") and not group.get("dampening") for group in optimizer.param_groups):
+                raise ValueError(
+                    "to skip a step without a host sync, expected an optimizer made with fused=True and without "
+                    f"dampening, got {type(optimizer).__name__}; make it so, or use another train.on_bad_numbers"
+                )
+            if isinstance(optimizer, SGD):
+                _start_momentum(optimizer)
+            optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer by group."""
@@ -61,5 +77,14 @@ class OptimizerRegistry:
             if optimizer is not None:
                 optimizer.load_state_dict(states[group])
 
-    def _present(self) -> list[Optimizer]:
+    def present(self) -> list[Optimizer]:
+        """The optimizers there are, in the order of attachment."""
         return [optimizer for optimizer in self._optimizers.values() if optimizer is not None]
+
+
+def _start_momentum(optimizer: SGD) -> None:
+    """Momentum of 0 instead of none: torch's fused SGD leaves it uninitialised where its first step is skipped."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -19,7 +19,7 @@ KERNEL_ARROWS = {
     "config": {"version"},
     "sums": set(),
     "native": set(),
-    "backends": {"config", "native", "version"},
+    "backends": {"config", "native"},
     "readback": set(),
     "meter": {"backends", "readback"},
     "cross_entropy": {"backends", "config", "meter", "native", "sums"},
@@ -29,19 +29,22 @@ KERNEL_ARROWS = {
 }
 TRAIN_ARROWS = {
     "names": set(),
+    "state": set(),
+    "stop": set(),
     "config": {"names"},
     "morph": {"config", "names"},
-    "control": {"config", "morph"},
+    "control": {"config", "morph", "optimizers", "state"},
     "tasks": {"config", "morph", "names"},
     "optimizers": set(),
     "step": {"config", "names"},
     "audited": {"names", "step"},
     "loop": {"config", "optimizers", "step"},
     "run_directory": {"config", "morph", "tasks"},
-    "telemetry": {"config", "control", "loop", "morph", "run_directory"},
-    "build": {"config", "control", "morph", "optimizers", "step", "tasks"},
-    "episode": {"build", "config", "control", "loop", "morph", "tasks", "telemetry"},
-    "cli": {"build", "config", "control", "episode", "run_directory", "tasks", "telemetry"},
+    "telemetry": {"config", "control", "loop", "morph", "run_directory", "state"},
+    "build": {"config", "control", "morph", "optimizers", "state", "step", "stop", "tasks"},
+    "checkpoint": {"build", "config", "control", "run_directory", "state", "telemetry"},
+    "episode": {"build", "checkpoint", "config", "control", "loop", "morph", "tasks", "telemetry"},
+    "cli": {"build", "checkpoint", "config", "control", "episode", "run_directory", "stop", "tasks", "telemetry"},
 }
 
 

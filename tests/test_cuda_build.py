@@ -38,7 +38,7 @@ def test_the_decision_is_printed_with_its_reason() -> None:
 
 
 def test_forcing_cuda_without_a_toolkit_fails_with_a_way_out(tmp_path: Path) -> None:
-    done = setup("--name", FORCE_CUDA="1", PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
+    done = setup("--name", FORCE_CUDA="1", PATH=str(tmp_path), CUDA_HOME=str(tmp_path), CXX=sys.executable)
     assert done.returncode != 0
     assert "FORCE_CUDA=1, but there is no nvcc; set CUDA_HOME to a CUDA toolkit" in done.stderr
 

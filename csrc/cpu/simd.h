@@ -232,8 +232,9 @@ INLINE Vec exp(Vec x) {
 #if ESPER_LEVEL == 4
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(shifted - shift));
 #endif
-  const IVec scaled = (IVec)p + ((IVec)shifted << 23);
-  return x < low ? Vec{} : (Vec)scaled;
+  const UVec scaled = (UVec)p + ((UVec)shifted << 23);
+  const Vec number = x == x ? (Vec)scaled : x;  // the shift would make a number of a NaN with low bits set
+  return x < low ? Vec{} : number;
 }
 
 // log(x) for normal x >= 1/2; NaN for NaN. The mantissa in [sqrt(1/2), sqrt(2)) by a polynomial.

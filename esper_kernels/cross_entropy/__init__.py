@@ -13,12 +13,12 @@ from torch import Tensor
 
 from esper_kernels.backends import direct, select_backend
 from esper_kernels.config import KernelConfig
-from esper_kernels.cross_entropy import cpp, reference
+from esper_kernels.cross_entropy import cpp, reference, triton
 from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.meter import Meter
 from esper_kernels.native import Road
 
-_MODULES = {"eager": reference, "cpp": cpp, "cuda": cpp}
+_MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_GRADS = (None,) * (3 + len(Options._fields))  # for what _CrossEntropy takes besides the logits
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -275,8 +275,7 @@ def _check_out(out: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"out must be like the logits ({_describe(logits)}) and not require grad, got {_describe(out)}"
         )
-    if not out.is_contiguous():
-        _check_writable("out", out)
+    _check_writable("out", out)
     if not torch.compiler.is_compiling() and out.device.type != "meta":  # there tensors have no address
         (start, end), (logits_start, logits_end) = _address_range(out), _address_range(logits)
         if start < logits_end and logits_start < end:
@@ -284,8 +283,12 @@ def _check_out(out: Tensor, logits: Tensor) -> None:
 
 
 def _check_writable(name: str, x: Tensor) -> None:
+    if x.is_contiguous():
+        return
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: the class dimension must have stride 1, got strides {x.stride()}")
+    if torch.compiler.is_compiling():  # sizes may be symbols there, which do not sort
+        return
     reach = 0  # from the first to the last element, over the dimensions so far
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach and x.numel() > 0:

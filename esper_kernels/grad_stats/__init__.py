@@ -11,12 +11,12 @@ from torch import Tensor
 
 from esper_kernels.backends import direct, select_backend
 from esper_kernels.config import KernelConfig
-from esper_kernels.grad_stats import cpp, reference
+from esper_kernels.grad_stats import cpp, reference, triton
 from esper_kernels.grad_stats.stats import GradHealth, GradStats
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
-_MODULES = {"eager": reference, "cpp": cpp, "cuda": cpp}
+_MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Grads = Sequence[Tensor | None]
 

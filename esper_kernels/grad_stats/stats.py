@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class GradStats:
     groups: tuple[tuple[str, int], ...] = ()  # (name, number of tensors); empty for a plain list
     vanishing: float = 0.0
     exploding: float = math.inf
+    workspace: dict[str, Any] = field(default_factory=dict, repr=False)  # what a backend keeps for the next call
 
     def over(
         self, numels: tuple[int, ...], groups: tuple[tuple[str, int], ...], vanishing: float, exploding: float

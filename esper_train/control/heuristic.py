@@ -1,7 +1,5 @@
 """The heuristic controller: a few readable rules, one decision an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from esper_train.config import GrowthConfig, HeuristicConfig
@@ -9,17 +7,17 @@ from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
 from esper_train.morph.blending import get_blend
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
+from esper_train.state import PlainState
 
 
-class HeuristicTamiyo:
-    """Germinates on a plateau, culls what harms, fossilizes what pays.
+class HeuristicTamiyo(PlainState):
+    """Germinates on a plateau, culls what harms, fossilizes what pays, at the gate's own threshold.
 
-    Args:
-        config: the rules' numbers.
-        growth: the gates' numbers; the controller fossilizes at the gate's own threshold.
-        blueprints: names that exist for the host's topology, in order of preference. `ValueError` if there is
-            none, or if `config.blueprints` names another.
+    `blueprints` are those for the host's topology, in order of preference. `ValueError` if there is none, or if
+    `config.blueprints` names another.
     """
+
+    STATE = ("_penalties", "_next", "_seated")
 
     def __init__(self, config: HeuristicConfig, growth: GrowthConfig, blueprints: Sequence[str]) -> None:
         unknown = [name for name in config.blueprints if name not in blueprints]
@@ -46,7 +44,10 @@ class HeuristicTamiyo:
         """One decision from one epoch's signals; the slots are seen after their own moves of this epoch."""
         self._penalties = {name: p * self._config.penalty_decay for name, p in self._penalties.items()}
         for state in signals.slots:
-            self._notice_cull(state)
+            if state.blueprint is not None:
+                self._seated[state.slot] = state.blueprint
+            elif (lost := self._seated.pop(state.slot, None)) is not None:
+                self._penalties[lost] = self._penalty(lost) + self._config.cull_penalty
         live = [state for state in signals.slots if state.stage in LIVE]
         judged = [self._judge(state) for state in live]
         action = next((decision for decision in judged if decision.op is not Op.WAIT), None)
@@ -54,24 +55,17 @@ class HeuristicTamiyo:
             return action or judged[0]
         return self._consider_germination(signals)
 
-    def _notice_cull(self, state: SlotState) -> None:
-        if state.blueprint is not None:
-            self._seated[state.slot] = state.blueprint
-        elif (lost := self._seated.pop(state.slot, None)) is not None:
-            self._penalties[lost] = self._penalty(lost) + self._config.cull_penalty
-
     def _judge(self, state: SlotState) -> Decision:
         """What to do with the open seed."""
         slot, age = state.slot, state.epochs_in_stage
         if state.stage is SeedStage.PROBATIONARY:
-            contribution, least = state.contribution, self._growth.fossilize_contribution
-            if contribution is None:
+            c, least = state.contribution, self._growth.fossilize_contribution
+            if c is None:
                 return Decision(op=Op.WAIT, slot=slot, reason="contribution not measured yet")
-            if contribution >= least:
-                confidence = min(1.0, contribution / 5.0)
-                reason = f"contributes {contribution:.2f} points"
-                return Decision(op=Op.FOSSILIZE, slot=slot, reason=reason, confidence=confidence)
-            return Decision(op=Op.WAIT, slot=slot, reason=f"contribution {contribution:.2f} is below {least:.2f}")
+            if c < least:
+                return Decision(op=Op.WAIT, slot=slot, reason=f"contribution {c:.2f} is below {least:.2f}")
+            reason, confidence = f"contributes {c:.2f} points", min(1.0, c / 5.0)
+            return Decision(op=Op.FOSSILIZE, slot=slot, reason=reason, confidence=confidence)
         # before alpha rises the seed has no part in the output, so a fall in accuracy is not its doing
         drop = -(state.improvement or 0.0) if state.alpha > 0 else 0.0
         if age >= self._config.cull_after_epochs and drop > self._config.cull_accuracy_drop:
@@ -80,35 +74,36 @@ class HeuristicTamiyo:
         return Decision(op=Op.WAIT, slot=slot, reason=f"seed is in {state.stage.name} for {age} epochs")
 
     def _consider_germination(self, signals: Signals) -> Decision:
-        config = self._config
+        config, plateau = self._config, signals.plateau_epochs
         needed = self._growth.seed_life(signals.max_epochs) + config.life_margin
         left = signals.max_epochs - signals.epoch
         slot = next((s.slot for s in signals.slots if s.stage is SeedStage.DORMANT), None)
         most, seated = self._growth.max_seeds, sum(s.seed_id is not None for s in signals.slots)
-        if slot is None or (most is not None and seated >= most):
-            return Decision(op=Op.WAIT, reason="no slot is open" if slot is None else f"{seated} seeds are the most")
-        if signals.epoch < config.min_epochs:
-            return Decision(op=Op.WAIT, reason=f"before epoch {config.min_epochs}")
-        if left < needed:
-            return Decision(op=Op.WAIT, reason=f"{left} epochs left, a seed's life needs {needed}")
-        if not signals.host_stable or signals.plateau_epochs < config.plateau_epochs:
-            return Decision(op=Op.WAIT, reason="the host is still learning")
+        hindrances = (
+            (slot is None, "no slot is open"),
+            (most is not None and seated >= most, f"{seated} seeds are the most"),
+            (signals.epoch < config.min_epochs, f"before epoch {config.min_epochs}"),
+            (left < needed, f"{left} epochs left, a seed's life needs {needed}"),
+            (not signals.host_stable or plateau < config.plateau_epochs, "the host is still learning"),
+        )
+        for hinders, reason in hindrances:
+            if hinders:
+                return Decision(op=Op.WAIT, reason=reason)
         return Decision(
             op=Op.GERMINATE,
             slot=slot,
             blueprint=self._choose_blueprint(),
             blend=config.blend,
-            reason=f"accuracy has not risen for {signals.plateau_epochs} epochs",
-            confidence=min(1.0, signals.plateau_epochs / 5.0),
+            reason=f"accuracy has not risen for {plateau} epochs",
+            confidence=min(1.0, plateau / 5.0),
         )
 
     def _choose_blueprint(self) -> str:
         """The next in rotation below the penalty limit; if all are above, the least penalised."""
-        count = len(self._rotation)
-        order = [self._rotation[(self._next + i) % count] for i in range(count)]
+        order = self._rotation[self._next :] + self._rotation[: self._next]
         below = [name for name in order if self._penalty(name) < self._config.penalty_limit]
         chosen = below[0] if below else min(order, key=self._penalty)
-        self._next = (self._rotation.index(chosen) + 1) % count
+        self._next = self._rotation.index(chosen) + 1
         return chosen
 
     def _penalty(self, blueprint: str) -> float:

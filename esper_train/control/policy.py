@@ -1,12 +1,11 @@
 """What a controller is: something that looks at an epoch's signals and decides one operation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
 from esper_train.control.signals import Signals
+from esper_train.state import PlainState, Stateful
 
 
 class Op(IntEnum):
@@ -30,15 +29,15 @@ class Decision:
     confidence: float = 1.0
 
 
-class Policy(Protocol):
-    """A controller. `decide` is called once an epoch, `reset` before each episode."""
+class Policy(Stateful, Protocol):
+    """A controller. `decide` is called once an epoch, `reset` before each episode; its state is part of checkpoints."""
 
     def decide(self, signals: Signals) -> Decision: ...
 
     def reset(self) -> None: ...
 
 
-class Idle:
+class Idle(PlainState):
     """Never does anything: `fit` runs under it."""
 
     def decide(self, signals: Signals) -> Decision:

@@ -1,14 +1,11 @@
-"""What a decision earns in the epoch it is made; getting better is positive in each of the `REWARDS`.
+"""What a decision earns in the epoch it is made, by parts; getting better is positive in each of the `REWARDS`.
 
 Accuracies, contributions and improvements are percentage points, losses nats; None is "not measured".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
-from types import MappingProxyType
+from dataclasses import asdict, astuple, dataclass
 from typing import NamedTuple
 
 from esper_train.control.policy import Op
@@ -17,13 +14,14 @@ from esper_train.morph.lifecycle import SeedStage, SlotState
 
 GAMMA = 0.995
 """Discount of the next epoch; unless a learner uses the same, shaping changes which policy is best."""
-POTENTIALS: Mapping[int, float] = MappingProxyType({2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5, 7: 6.0})
+POTENTIALS: Mapping[int, float] = {2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5, 7: 6.0}
 """What having come to a stage is worth, by its number; the others are worth nothing."""
 MAX_EPOCH_POTENTIAL = 2.0
-COSTS: Mapping[Op, float] = MappingProxyType({Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.01, Op.CULL: 0.005})
+COSTS: Mapping[Op, float] = {Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.01, Op.CULL: 0.005}
 WORTH_KEEPING = 1.0
 """Least contribution that fossilizing is rewarded for, least improvement that a fossil is."""
 Scale = tuple[float, float, float]
+Parts = dict[str, float]
 LOSS_SCALE: Scale = (2.3, 0.3, 0.1)
 """Loss of a guess among ten classes, a loss to reach, and by how much it may change in an epoch."""
 
@@ -40,12 +38,12 @@ class SeedInfo(NamedTuple):
     previous_epochs_in_stage: int = 0
     seed_age_epochs: int = 0
 
-    @staticmethod
-    def from_state(state: SlotState) -> SeedInfo | None:
+    @classmethod
+    def from_state(cls, state: SlotState) -> "SeedInfo | None":
         """The seed in a slot, None if there is none."""
         before = (state.previous_stage or 0, state.previous_epochs_in_stage)
         now = (state.stage, state.improvement, state.total_improvement, state.epochs_in_stage, state.seed_parameters)
-        return None if state.seed_id is None else SeedInfo(*now, *before, state.epochs_alive)
+        return None if state.seed_id is None else cls(*now, *before, state.epochs_alive)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,49 +163,63 @@ def _growth(seed_parameters: int, host_parameters: int) -> float:
     return math.log1p(seed_parameters / host_parameters) if min(seed_parameters, host_parameters) > 0 else 0.0
 
 
-def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> float:
+def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
     """The contribution reward."""
-    seen = (state.contribution, signals.val_accuracy, SeedInfo.from_state(state), signals.epoch, signals.max_epochs)
-    parameters, start = (_seed_parameters(signals), host_parameters), state.accuracy_at_germination
     fossils = [s.total_improvement or 0.0 for s in signals.slots if s.stage is SeedStage.FOSSILIZED]
-    kept = sum(improvement >= WORTH_KEEPING for improvement in fossils)
-    reward = compute_contribution_reward(op, *seen, *parameters, None, start, signals.accuracy_delta, False, 0, kept)
-    assert isinstance(reward, float)
-    return reward
+    result = compute_contribution_reward(
+        op,
+        state.contribution,
+        signals.val_accuracy,
+        SeedInfo.from_state(state),
+        signals.epoch,
+        signals.max_epochs,
+        total_params=_seed_parameters(signals),
+        host_params=host_parameters,
+        acc_at_germination=state.accuracy_at_germination,
+        acc_delta=signals.accuracy_delta,
+        return_components=True,
+        num_contributing_fossilized=sum(improvement >= WORTH_KEEPING for improvement in fossils),
+    )
+    assert isinstance(result, tuple)
+    return asdict(result[1])
 
 
-def sparse_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> float:
+def sparse_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
     """In the last epoch the best accuracy, 0 to 1, less 0.1 for each 500,000 seed parameters, at least -1."""
     reward = signals.best_val_accuracy / 100.0 - 0.1 * _seed_parameters(signals) / 500_000
-    return max(-1.0, reward) if signals.epoch == signals.max_epochs else 0.0
+    return {"final": max(-1.0, reward) if signals.epoch == signals.max_epochs else 0.0}
 
 
-def minimal_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> float:
+def minimal_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
     """The sparse reward, less 0.1 for culling a seed younger than 5 epochs."""
     young = op is Op.CULL and state.seed_id is not None and state.epochs_alive < 5
-    return sparse_reward(op, state, signals, host_parameters) - (0.1 if young else 0.0)
+    return {**sparse_reward(op, state, signals, host_parameters), "operation": -0.1 if young else 0.0}
 
 
-def loss_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int, scale: Scale = LOSS_SCALE) -> float:
+def loss_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int, scale: Scale = LOSS_SCALE) -> Parts:
     """The fall of the validation loss, a rise counting half; in the last epoch the share of the way to the target."""
     baseline, target, typical = scale
     falls = max(-5.0, min((signals.loss_delta or 0.0) / typical, 5.0))
-    reward = 5.0 * falls if falls > 0 else 2.5 * falls
     seed = SeedInfo.from_state(state)
-    if seed is not None:
-        reward += 0.1 * _potential_gain(seed)
-    if seed is None or seed.seed_age_epochs >= 3:
-        reward -= min(0.05 * _growth(_seed_parameters(signals), host_parameters), 5.0)
-    if signals.epoch == signals.max_epochs:
-        reward += max(0.0, min((baseline - signals.val_loss) / (baseline - target), 1.0))
-    return reward
+    rent = min(0.05 * _growth(_seed_parameters(signals), host_parameters), 5.0)
+    final = max(0.0, min((baseline - signals.val_loss) / (baseline - target), 1.0))
+    return {
+        "loss": 5.0 * falls if falls > 0 else 2.5 * falls,
+        "shaping": 0.0 if seed is None else 0.1 * _potential_gain(seed),
+        "rent": -rent if seed is None or seed.seed_age_epochs >= 3 else 0.0,
+        "final": final if signals.epoch == signals.max_epochs else 0.0,
+    }
 
 
 def _seed_parameters(signals: Signals) -> int:
     return sum(state.seed_parameters for state in signals.slots)
 
 
-REWARDS: Mapping[str, Callable[[Op, SlotState, Signals, int], float]] = MappingProxyType(
-    {"shaped": shaped_reward, "sparse": sparse_reward, "minimal": minimal_reward, "loss": loss_reward}
-)
-"""Each takes an operation, the slot it is about, the epoch as the controller saw it, and the host's parameters."""
+REWARDS: Mapping[str, Callable[[Op, SlotState, Signals, int], Parts]] = {
+    "shaped": shaped_reward,
+    "sparse": sparse_reward,
+    "minimal": minimal_reward,
+    "loss": loss_reward,
+}
+"""Each takes an operation, the slot it is about, the epoch as the controller saw it, and the host's parameters, and
+gives the parts whose sum is the reward."""

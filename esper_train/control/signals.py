@@ -1,12 +1,11 @@
 """What a controller sees: the epoch's measurements, their recent course, and the state of every slot."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esper_train.morph.lifecycle import SlotState
+from esper_train.state import PlainState
 
 STABLE_LOSS_CHANGE = (-0.05, 0.03)
 """Relative fall of the validation loss within which an epoch counts as stable."""
@@ -35,12 +34,14 @@ class Signals:
     slots: tuple[SlotState, ...]
 
 
-class SignalTracker:
+class SignalTracker(PlainState):
     """Turns epoch results into `Signals`.
 
     A plateau is measured against the best accuracy so far: differences from epoch to epoch would start it anew
     on noise. The host is stable once the loss barely moved for three epochs in a row, and during a plateau.
     """
+
+    STATE = ("_previous", "_best_loss", "_best_accuracy", "_risen_to", "_plateau", "_stable_streak", "_stable")
 
     def __init__(self, *, plateau_threshold: float = 0.5, plateau_epochs: int = 3) -> None:
         self._threshold = plateau_threshold
@@ -80,11 +81,9 @@ class SignalTracker:
             quiet = previous_loss > 0 and low <= loss_delta / previous_loss <= high
             self._stable_streak = self._stable_streak + 1 if quiet else 0
             self._stable = self._stable or self._stable_streak >= STABLE_EPOCHS
+        self._plateau += 1
         if val_accuracy >= self._risen_to + self._threshold:
-            self._risen_to = val_accuracy
-            self._plateau = 0
-        else:
-            self._plateau += 1
+            self._risen_to, self._plateau = val_accuracy, 0
         self._previous = (val_loss, val_accuracy)
         self._best_loss = min(self._best_loss, val_loss)
         self._best_accuracy = max(self._best_accuracy, val_accuracy)

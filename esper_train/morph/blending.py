@@ -1,14 +1,12 @@
 """How alpha rises while a seed is blended in: schedules from progress to alpha, and a learned gate on top of one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from esper_train.morph.blueprints import zeroed
 from esper_train.names import unknown_name
 
 
@@ -22,9 +20,7 @@ def sigmoid(progress: float) -> float:
     return 1.0 / (1.0 + math.exp(-12.0 * (progress - 0.5)))
 
 
-BLENDS: Mapping[str, Callable[[float], float]] = MappingProxyType(
-    {"linear": linear, "sigmoid": sigmoid, "gated": linear}
-)
+BLENDS: Mapping[str, Callable[[float], float]] = {"linear": linear, "sigmoid": sigmoid, "gated": linear}
 """Name to schedule. "gated" has a `Gate` too, which bends its schedule for each sample."""
 
 
@@ -45,9 +41,7 @@ class Gate(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(1, channels // 4)
-        last = nn.Linear(hidden, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = zeroed(nn.Linear(hidden, 1))
         self.score = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), last)
 
     def forward(self, x: Tensor, alpha: Tensor) -> Tensor:

@@ -4,10 +4,9 @@ Every blueprint is the identity at birth, so that seating a seed changes nothing
 parameter has a non-zero gradient, so that it can learn. Both are checked when it is registered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -60,17 +59,20 @@ class BlueprintRegistry:
         return self._blueprints[topology, name]
 
 
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer itself, all of its parameters 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class Residual(nn.Module):
     """x + f(x), the identity as long as the last layer of f is zero."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.branch = nn.Sequential(*layers)
-        last = layers[-1]
-        assert isinstance(last, (nn.Conv2d, nn.Linear))
-        nn.init.zeros_(last.weight)
-        if last.bias is not None:
-            nn.init.zeros_(last.bias)
+        zeroed(layers[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
@@ -94,9 +96,7 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
         self.squeeze = nn.Linear(channels, max(1, channels // reduction))
-        self.excite = nn.Linear(self.squeeze.out_features, channels)
-        nn.init.zeros_(self.excite.weight)
-        nn.init.zeros_(self.excite.bias)
+        self.excite = zeroed(nn.Linear(self.squeeze.out_features, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         gate = 2 * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
@@ -128,55 +128,18 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def conv_expand(channels: int) -> nn.Module:
-    """3x3 convolution to four times the channels and back by a 1x1: the most capacity for a narrow host."""
-    hidden = 4 * channels
-    return Residual(
-        nn.Conv2d(channels, hidden, 3, padding=1, bias=False),
-        group_norm(hidden),
-        nn.ReLU(),
-        nn.Conv2d(hidden, channels, 1),
-    )
-
-
-def conv_light(channels: int) -> nn.Module:
-    """3x3 convolution at the host's width, then a 1x1."""
-    return Residual(
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        group_norm(channels),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 1),
-    )
-
-
-def depthwise(channels: int) -> nn.Module:
-    """3x3 convolution of each channel by itself, then a 1x1: few parameters for its reach."""
-    return Residual(
-        nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-        group_norm(channels),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 1),
-    )
-
-
-def conv_heavy(channels: int) -> nn.Module:
-    """Two 3x3 convolutions at the host's width."""
-    return Residual(
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        group_norm(channels),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 3, padding=1),
-    )
+def convolution(channels: int, *, expand: int = 1, groups: int = 1, last: int = 1) -> nn.Module:
+    """3x3 convolution to `expand` times the channels, and back by one with a kernel of size `last`."""
+    hidden = expand * channels
+    first = nn.Conv2d(channels, hidden, 3, padding=1, groups=groups, bias=False)
+    back = nn.Conv2d(hidden, channels, last, padding=last // 2)
+    return Residual(first, group_norm(hidden), nn.ReLU(), back)
 
 
 def mlp(channels: int) -> nn.Module:
     """Pre-norm position-wise network with four times the width."""
-    return Residual(
-        nn.LayerNorm(channels),
-        nn.Linear(channels, 4 * channels),
-        nn.GELU(),
-        nn.Linear(4 * channels, channels),
-    )
+    wide = 4 * channels
+    return Residual(nn.LayerNorm(channels), nn.Linear(channels, wide), nn.GELU(), nn.Linear(wide, channels))
 
 
 def attention(channels: int) -> nn.Module:
@@ -186,22 +149,19 @@ def attention(channels: int) -> nn.Module:
 
 def lora(channels: int) -> nn.Module:
     """Linear map of low rank (Hu et al., 2021)."""
-    return Residual(
-        nn.Linear(channels, LORA_RANK, bias=False),
-        nn.Linear(LORA_RANK, channels, bias=False),
-    )
+    return Residual(nn.Linear(channels, LORA_RANK, bias=False), nn.Linear(LORA_RANK, channels, bias=False))
 
 
 def default_registry() -> BlueprintRegistry:
-    """The blueprints that come with the package, most capable first."""
+    """The blueprints that come with the package, in the order to try them."""
     return BlueprintRegistry(
         [
-            Blueprint("conv_expand", "cnn", conv_expand),
-            Blueprint("conv_light", "cnn", conv_light),
+            Blueprint("conv_expand", "cnn", partial(convolution, expand=4)),  # the most capacity for a narrow host
+            Blueprint("conv_light", "cnn", convolution),
             Blueprint("attention", "cnn", ChannelAttention),
             Blueprint("norm", "cnn", lambda channels: GatedNorm(group_norm(channels))),
-            Blueprint("depthwise", "cnn", depthwise),
-            Blueprint("conv_heavy", "cnn", conv_heavy),
+            Blueprint("depthwise", "cnn", lambda channels: convolution(channels, groups=channels)),
+            Blueprint("conv_heavy", "cnn", partial(convolution, last=3)),
             Blueprint("mlp", "transformer", mlp),
             Blueprint("attention", "transformer", attention),
             Blueprint("lora", "transformer", lora),

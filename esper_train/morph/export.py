@@ -1,7 +1,5 @@
 """Turns a grown model into a plain network: fossilized seeds folded in, no slots, nothing of ours needed to load it."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 

@@ -3,12 +3,9 @@
 A measurement that was not made fails its check by name; it is never read as 0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from esper_kernels import GradHealth
 from esper_train.config import GrowthConfig
@@ -40,13 +37,14 @@ def training_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> Ga
 def blending_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
     """G2: long enough in TRAINING, accuracy rose meanwhile, and the seed's gradients are alive."""
     epochs = max(growth.blending_min_epochs, growth.training_dwell(max_epochs))
-    checks = [
+    # without parameters there is no gradient to measure
+    ratio = state.gradient_ratio if state.seed_parameters > 0 else math.inf
+    return _gate(
+        "G2",
         _at_least("epochs in TRAINING", state.epochs_in_stage, epochs),
         _at_least("improvement", state.improvement, growth.blending_improvement),
-    ]
-    if state.seed_parameters > 0:  # without parameters there is no gradient to measure
-        checks.append(_at_least("gradient ratio", state.gradient_ratio, growth.blending_gradient_ratio))
-    return _gate("G2", *checks)
+        _at_least("gradient ratio", ratio, growth.blending_gradient_ratio),
+    )
 
 
 def probation_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
@@ -63,15 +61,13 @@ def fossil_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> Gate
     return _gate("G5", _at_least("contribution", state.contribution, growth.fossilize_contribution))
 
 
-GATES: Mapping[SeedStage, Callable[[SlotState, GrowthConfig, int], GateResult]] = MappingProxyType(
-    {
-        SeedStage.GERMINATED: germination_gate,
-        SeedStage.TRAINING: training_gate,
-        SeedStage.BLENDING: blending_gate,
-        SeedStage.PROBATIONARY: probation_gate,
-        SeedStage.FOSSILIZED: fossil_gate,
-    }
-)
+GATES: Mapping[SeedStage, Callable[[SlotState, GrowthConfig, int], GateResult]] = {
+    SeedStage.GERMINATED: germination_gate,
+    SeedStage.TRAINING: training_gate,
+    SeedStage.BLENDING: blending_gate,
+    SeedStage.PROBATIONARY: probation_gate,
+    SeedStage.FOSSILIZED: fossil_gate,
+}
 """The gate in front of each stage; other stages are entered freely."""
 
 
@@ -80,12 +76,10 @@ def gradient_ratio(grad: GradHealth | None, slot: str) -> float | None:
 
     None where either was not measured or is not finite, or where the host has no gradient to compare with.
     """
-    if grad is None or slot not in grad.groups or "host" not in grad.groups:
+    if grad is None or not {slot, "host"} <= set(grad.groups):
         return None
     seed, host = grad.groups[slot], grad.groups["host"]
-    if seed.elements == 0 or not host.gradient_norm >= 1e-8:
-        return None
-    if not (math.isfinite(seed.gradient_norm) and math.isfinite(host.gradient_norm)):
+    if seed.elements == 0 or not (math.isfinite(seed.gradient_norm) and 1e-8 <= host.gradient_norm < math.inf):
         return None
     return min(10.0, seed.gradient_norm / host.gradient_norm * math.sqrt(host.elements / seed.elements))
 

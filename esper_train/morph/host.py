@@ -1,7 +1,5 @@
 """Host networks: a chain of segments with a slot after each, then a head."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -24,11 +22,7 @@ class Host(nn.Module):
     """
 
     def __init__(
-        self,
-        topology: Topology,
-        segments: Mapping[str, nn.Module],
-        head: nn.Module,
-        slot_channels: Mapping[str, int],
+        self, topology: Topology, segments: Mapping[str, nn.Module], head: nn.Module, slot_channels: Mapping[str, int]
     ) -> None:
         super().__init__()
         if set(segments) != set(slot_channels):

@@ -3,13 +3,11 @@
 `slot` moves along this table, `gates` judge the moves, `control` reads the state; nothing here has effects.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 
 class SeedStage(IntEnum):
@@ -86,11 +84,11 @@ class SlotState:
         """Plain values, stages by name, for JSON and for files without objects of ours."""
         return {key: value.name if isinstance(value, SeedStage) else value for key, value in asdict(self).items()}
 
-    @staticmethod
-    def from_plain(values: Mapping[str, Any]) -> SlotState:
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Self:
         """The state that `to_plain` wrote."""
         stages = {key: SeedStage[values[key]] for key in ("stage", "previous_stage") if values[key] is not None}
-        return SlotState(**{**values, **stages})
+        return cls(**{**values, **stages})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,14 @@
 """A host with slots: an ordinary module that can grow. `loop` calls it, `episode` grows it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from esper_train.config import GrowthConfig
 from esper_train.morph.blueprints import BlueprintRegistry, default_registry
 from esper_train.morph.host import Host
-from esper_train.morph.lifecycle import SeedStage, StageChange
+from esper_train.morph.lifecycle import SeedStage, SlotState, StageChange
 from esper_train.morph.slot import SeedSlot
 from esper_train.names import unknown_name
 
@@ -17,12 +16,8 @@ from esper_train.names import unknown_name
 class MorphModel(nn.Module):
     """A host with seed slots after some of its segments; with no slots, just the host.
 
-    Args:
-        host: the network that grows.
-        slots: names of the open slots; unknown or repeated ones are a `ValueError`.
-        growth: gate thresholds and stage lengths.
-        max_epochs: length of the run, from which some stage lengths follow.
-        registry: the blueprints seeds are made from; None takes the package's own.
+    `slots` names the open ones; unknown or repeated ones are a `ValueError`. Some stage lengths follow from
+    `max_epochs`, the length of the run. Seeds are made from `registry`; None takes the package's own.
     """
 
     def __init__(
@@ -35,23 +30,23 @@ class MorphModel(nn.Module):
         registry: BlueprintRegistry | None = None,
     ) -> None:
         super().__init__()
-        check_slots(slots, host)
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"slots are named more than once: {', '.join(slots)}")
+        unknown = [slot for slot in slots if slot not in host.segments]
+        if unknown:
+            raise unknown_name("slot (of those this host's depth allows)", unknown[0], host.segments)
         self.host = host
         self.registry = registry or default_registry()
-        self.seed_slots = nn.ModuleDict(
-            {
-                slot: SeedSlot(slot, host.slot_channels[slot], growth or GrowthConfig(), max_epochs)
-                for slot in host.segments
-                if slot in slots
-            }
-        )
+        channels = {slot: host.slot_channels[slot] for slot in host.segments if slot in slots}
+        growth = growth or GrowthConfig()
+        self.seed_slots = nn.ModuleDict({s: SeedSlot(s, channels[s], growth, max_epochs) for s in channels})
         self.to(next(host.parameters()).device)
 
     def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None) -> Tensor:
         """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed out."""
         override = alpha or {}
         for name in override:
-            self.slot(name)  # a misspelt one would measure the whole network unnoticed
+            self.slot(name)  # refuses a misspelt one, which would measure the whole network unnoticed
         for name, segment in self.host.segments.items():
             x = segment(x)
             if name in self.seed_slots:
@@ -70,6 +65,19 @@ class MorphModel(nn.Module):
     def slots(self) -> tuple[SeedSlot, ...]:
         """All slots, in the order of execution."""
         return tuple(self.slot(name) for name in self.seed_slots)
+
+    def topology(self) -> list[dict[str, Any]]:
+        """The state of every slot as plain values: what `rebuild` seats again."""
+        return [slot.state.to_plain() for slot in self.slots]
+
+    def rebuild(self, topology: Iterable[Mapping[str, Any]]) -> None:
+        """Seat the seeds of a saved `topology`; their weights follow through `load_state_dict`."""
+        states = [SlotState.from_plain(values) for values in topology]
+        if {state.slot for state in states} != set(self.seed_slots):
+            raise ValueError(f"expected slots {list(self.seed_slots)}, got {[state.slot for state in states]}")
+        for state in states:
+            blueprint = self.registry.require(self.host.topology, state.blueprint) if state.blueprint else None
+            self.slot(state.slot).restore(state, blueprint)
 
     def germinate_seed(self, blueprint: str, seed_id: str, *, slot: str, blend: str = "sigmoid") -> list[StageChange]:
         """Seat a new seed. `ValueError` for an unknown slot, blueprint or blend or a slot that is not open;
@@ -108,12 +116,3 @@ class MorphModel(nn.Module):
     def fossils(self) -> int:
         """Number of fossilized seeds."""
         return sum(slot.state.stage is SeedStage.FOSSILIZED for slot in self.slots)
-
-
-def check_slots(slots: Sequence[str], host: Host) -> None:
-    """Refuse repeated slots and such as the host does not have."""
-    if len(set(slots)) != len(slots):
-        raise ValueError(f"slots are named more than once: {', '.join(slots)}")
-    for slot in slots:
-        if slot not in host.segments:
-            raise unknown_name("slot (of those this host's depth allows)", slot, host.segments)

@@ -4,8 +4,6 @@
 returns the `StageChange`s it made, so that whoever called can attach optimizers and write events.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +14,7 @@ from esper_train.config import GrowthConfig
 from esper_train.morph.blending import Gate, get_blend
 from esper_train.morph.blueprints import Blueprint
 from esper_train.morph.gates import GATES, GateResult
-from esper_train.morph.lifecycle import LIVE, TRANSITIONS, SeedStage, SlotState, StageChange
+from esper_train.morph.lifecycle import TRANSITIONS, SeedStage, SlotState, StageChange
 
 
 class SeedSlot(nn.Module):
@@ -44,47 +42,45 @@ class SeedSlot(nn.Module):
         stage = self.state.stage
         if self.seed is None or alpha == 0.0 or stage is SeedStage.GERMINATED:
             return x
-        if alpha is None and stage is SeedStage.TRAINING:
+        if alpha is not None:
+            return torch.lerp(x, self.seed(_plain(x)), x.new_tensor(alpha))
+        if stage is SeedStage.TRAINING:
             if not torch.is_grad_enabled():
                 return x
             return _StraightThrough.apply(x, self.seed(_plain(x.detach() if self.growth.isolate_training else x)))
         z = self.seed(_plain(x))
-        if alpha is None and stage is not SeedStage.BLENDING:
+        if stage is not SeedStage.BLENDING:
             return z
-        if alpha is not None:
-            weight = x.new_tensor(alpha)
-        else:
-            weight = self.alpha if self.gate is None else self.gate(x, self.alpha)
+        weight = self.alpha if self.gate is None else self.gate(x, self.alpha)
         return torch.lerp(x, z, weight.to(x.dtype))
 
     def germinate(self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid") -> list[StageChange]:
         """Seat a new seed and let it train from the next batch on. `ValueError` unless the slot is DORMANT."""
         self._require_legal(SeedStage.GERMINATED)
         get_blend(blend)
-        seed = blueprint.build(self.channels).to(self.alpha)
-        parameters = sum(p.numel() for p in seed.parameters() if p.requires_grad)
-        self.seed = seed
+        self.seed = blueprint.build(self.channels).to(self.alpha)
         self.gate = self._new_gate(blend)
-        self.state = replace(
-            SlotState(slot=self.state.slot, accuracy=self.state.accuracy),
+        self.state = SlotState(
+            slot=self.state.slot,
             seed_id=seed_id,
             blueprint=blueprint.name,
             blend=blend,
-            seed_parameters=parameters,
+            seed_parameters=sum(p.numel() for p in self.seed.parameters() if p.requires_grad),
+            accuracy=self.state.accuracy,
             accuracy_at_germination=self.state.accuracy,
         )
-        reason = f"{blueprint.name} seated"
-        return [self._enter(SeedStage.GERMINATED, reason), self._enter(SeedStage.TRAINING, "training begins")]
+        germinated = self._enter(SeedStage.GERMINATED, f"{blueprint.name} seated")
+        return [germinated, self._enter(SeedStage.TRAINING, "training begins")]
 
     def observe(self, accuracy: float, contribution: float | None = None, gradient_ratio: float | None = None) -> None:
         """Record one epoch: validation accuracy and contribution in percentage points, None where not measured."""
-        state = self.state
-        seated = self.seed is not None
+        state, seated = self.state, self.seed is not None
+        since_birth, since_entry = state.accuracy_at_germination, state.accuracy_at_stage_start
         self.state = replace(
             state,
             accuracy=accuracy,
-            accuracy_at_germination=_first(state.accuracy_at_germination, accuracy) if seated else None,
-            accuracy_at_stage_start=_first(state.accuracy_at_stage_start, accuracy),
+            accuracy_at_germination=accuracy if seated and since_birth is None else since_birth,
+            accuracy_at_stage_start=accuracy if since_entry is None else since_entry,
             contribution=contribution,
             gradient_ratio=gradient_ratio,
             epochs_in_stage=state.epochs_in_stage + 1,
@@ -122,9 +118,9 @@ class SeedSlot(nn.Module):
     def fossilize(self) -> list[StageChange]:
         """Make the seed permanent. `ValueError` with the gate's reasons where it may not be."""
         self._require_legal(SeedStage.FOSSILIZED)
-        verdict = self.verdict(SeedStage.FOSSILIZED)
-        if not verdict.passed:
-            raise ValueError(f"slot {self.state.slot!r}: {verdict.gate} refuses: {'; '.join(verdict.failures)}")
+        gate = self.verdict(SeedStage.FOSSILIZED)
+        if not gate.passed:
+            raise ValueError(f"slot {self.state.slot!r}: {gate.gate} refuses: {'; '.join(gate.failures)}")
         change = self._enter(SeedStage.FOSSILIZED, "G5 passed")
         self._freeze_fossil()
         return [change]
@@ -173,24 +169,18 @@ class SeedSlot(nn.Module):
         return Gate(self.channels).to(self.alpha) if blend == "gated" else None
 
     def _freeze_fossil(self) -> None:
-        fossil = self.state.stage is SeedStage.FOSSILIZED and self.growth.on_fossilize == "freeze"
-        if fossil and self.seed is not None:
-            self.seed.requires_grad_(False)
+        fossil = self.seed if self.state.stage is SeedStage.FOSSILIZED else None
+        if fossil is not None and self.growth.on_fossilize == "freeze":
+            fossil.requires_grad_(False)
 
     def _raise_alpha(self) -> None:
         """Set the alpha of the blending epoch that comes next; the last one is trained at 1."""
-        epoch, epochs = self.state.epochs_in_stage + 1, self.growth.blending_epochs
-        schedule = get_blend(self.state.blend or "")
-        self._set_alpha(1.0 if epoch >= epochs else schedule(epoch / epochs))
+        progress = (self.state.epochs_in_stage + 1) / self.growth.blending_epochs
+        self._set_alpha(1.0 if progress >= 1 else get_blend(self.state.blend or "")(progress))
 
     def _set_alpha(self, alpha: float) -> None:
         self.alpha.fill_(alpha)
         self.state = replace(self.state, alpha=alpha)
-
-    @property
-    def live(self) -> bool:
-        """Whether a seed is seated whose fate is open."""
-        return self.state.stage in LIVE
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -209,7 +199,3 @@ def _plain(x: Tensor) -> Tensor:
     """x with row-major strides where it needs no gradient: on the CPU, group norm's backward crashes the process
     on such an input in channels-last layout, and a 1x1 map's strides say so even after `contiguous`."""
     return x if x.requires_grad else x.contiguous().view(-1).view(x.shape)
-
-
-def _first(known: float | None, now: float) -> float:
-    return now if known is None else known

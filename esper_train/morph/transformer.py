@@ -1,7 +1,5 @@
 """The decoder-only transformer that grows: pre-norm, causal, with tied embeddings."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
@@ -14,10 +12,7 @@ INITIAL_STD = 0.02
 
 
 class Embedding(nn.Module):
-    """Token plus learned position embedding: tokens [N, T], int64, to features [N, T, width].
-
-    `ValueError` where T exceeds the context.
-    """
+    """Token plus learned position embedding: tokens [N, T], int64, T at most `context`, to [N, T, width]."""
 
     def __init__(self, vocab_size: int, context: int, width: int, dropout: float) -> None:
         super().__init__()

@@ -1,9 +1,6 @@
 """The tasks that `esper-train --task` knows by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 from esper_train.config import RunConfig
 from esper_train.names import unknown_name
@@ -14,12 +11,16 @@ from esper_train.tasks.pysource import pysource
 from esper_train.tasks.synthetic import synthetic, synthetic_lm
 from esper_train.tasks.task import Split, Splits, Task, load_splits, make_loader
 
-TASKS: Mapping[str, Callable[[RunConfig], Task]] = MappingProxyType(
-    {"digits": digits, "pysource": pysource, "cifar10": cifar10, "synthetic": synthetic, "synthetic-lm": synthetic_lm}
-)
+TASKS: Mapping[str, Callable[[RunConfig], Task]] = {
+    "digits": digits,
+    "pysource": pysource,
+    "cifar10": cifar10,
+    "synthetic": synthetic,
+    "synthetic-lm": synthetic_lm,
+}
 
 
-PRESETS: Mapping[str, RunConfig] = MappingProxyType({"pysource": PYSOURCE_PRESET})
+PRESETS: Mapping[str, RunConfig] = {"pysource": PYSOURCE_PRESET}
 """Settings that suit a task, to start from; the other tasks take the defaults."""
 
 

@@ -1,7 +1,5 @@
 """CIFAR-10 from a directory the user has: 60,000 photographs of 32x32 in 10 classes, never downloaded."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 from collections.abc import Iterable

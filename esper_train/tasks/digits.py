@@ -1,12 +1,10 @@
 """The handwritten digits that come with scikit-learn: 1,797 real 8x8 images in 10 classes, no download."""
 
-from __future__ import annotations
-
 import torch
 
 from esper_train.config import HostConfig, RunConfig
 from esper_train.morph.host import Host, cnn_host
-from esper_train.tasks.task import Split, Splits, Task
+from esper_train.tasks.task import Splits, Task
 
 SAMPLES, CLASSES, IMAGE_SIZE, BRIGHTEST = 1797, 10, 8, 16.0
 SPLIT_SEED = 0
@@ -20,11 +18,7 @@ def digits(config: RunConfig) -> Task:
 
 def _host(config: HostConfig) -> Host:
     return cnn_host(
-        image_size=IMAGE_SIZE,
-        in_channels=1,
-        num_classes=CLASSES,
-        width=config.width or 3,
-        depth=config.depth or 3,
+        image_size=IMAGE_SIZE, in_channels=1, num_classes=CLASSES, width=config.width or 3, depth=config.depth or 3
     )
 
 
@@ -39,11 +33,8 @@ def _load() -> Splits:
     if images.shape != (SAMPLES, 1, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"digits: expected {SAMPLES} images of 8x8, got {tuple(images.shape)}: is scikit-learn whole?")
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    train, validation, test = order.split([1078, 359, 360])
-    mean, std = images[train].mean(), images[train].std()
-    images = (images - mean) / std
-
-    def part(rows: torch.Tensor) -> Split:
-        return images[rows], targets[rows]
-
-    return Splits(train=part(train), validation=part(validation), test=part(test))
+    parts = order.split([1078, 359, 360])
+    seen = images[parts[0]]
+    images = (images - seen.mean()) / seen.std()
+    train, validation, test = ((images[rows], targets[rows]) for rows in parts)
+    return Splits(train=train, validation=validation, test=test)

@@ -1,7 +1,5 @@
 """Python's own standard library as text: a language model over its sources, as bytes or as trained byte pairs."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

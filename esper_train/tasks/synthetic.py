@@ -1,7 +1,5 @@
 """Seeded data made on the spot, for tests and for trying things out: noisy patterns, and a Markov chain."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +19,7 @@ def synthetic(config: RunConfig) -> Task:
         width, depth = size.width or 3, size.depth or 3
         return cnn_host(image_size=IMAGE_SIZE, in_channels=1, num_classes=CLASSES, width=width, depth=depth)
 
-    return Task(
-        name="synthetic",
-        task_type="classification",
-        num_classes=CLASSES,
-        load=_load_patterns,
-        build_host=host,
-    )
+    return Task(name="synthetic", task_type="classification", num_classes=CLASSES, load=_load_patterns, build_host=host)
 
 
 def synthetic_lm(config: RunConfig) -> Task:

@@ -1,21 +1,12 @@
 """A task: data, its kind, and the host to learn it with. Write one for your own data and pass it to `episode`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    TensorDataset,
-)
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from esper_train.config import HostConfig
 from esper_train.morph.host import Host
@@ -72,13 +63,11 @@ def load_splits(task: Task) -> Splits:
     return splits
 
 
-def make_loader(split: Split, batch_size: int, *, shuffle_seed: int | None = None) -> DataLoader[Any]:
-    """Batches of a split, the ragged last one included; shuffled anew each epoch from `shuffle_seed`, if given."""
+def make_loader(split: Split, batch_size: int, *, shuffle: torch.Generator | None = None) -> DataLoader[Any]:
+    """Batches of a split, the ragged last one included; shuffled anew each epoch by `shuffle`, if given."""
     data = TensorDataset(*split)
-    order: Sampler[int]
-    if shuffle_seed is None:
-        order = SequentialSampler(data)
-    else:
-        order = RandomSampler(data, generator=torch.Generator().manual_seed(shuffle_seed))
+    order: Sampler[int] = SequentialSampler(data)
+    if shuffle is not None:
+        order = RandomSampler(data, generator=shuffle)
     # the sampler gives whole batches of indices: one indexing operation a batch, not one a sample
     return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)

@@ -1,15 +1,13 @@
 """What a run reports: a few kinds of event, each a flat record that JSON can hold. `episode` makes them all."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Any
 
+from esper_train.control.governor import Finding
 from esper_train.control.policy import Decision
 from esper_train.loop import EpochResult, EvalResult, Measures
 from esper_train.morph.lifecycle import SlotState, StageChange
@@ -24,23 +22,26 @@ class EventType(StrEnum):
     """A slot entered a stage."""
     NONFINITE = "nonfinite"
     """NaN or infinity in logits or gradients."""
+    BAD_TARGETS = "bad_targets"
+    """Rows were left out because of targets outside the classes."""
+    FINDING = "finding"
+    """The governor found the losses gone bad."""
+    SNAPSHOT = "snapshot"
+    """A checked state is kept to return to."""
+    ROLLBACK = "rollback"
+    """The run went back to such a state; the slots are as they were then."""
     LAYER_GRADIENTS = "layer_gradients"
     """Gradient norm of each parameter in the epoch's last batch."""
     RUN_FINISHED = "run_finished"
 
 
 LIFECYCLE = frozenset({EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED})
-LEVEL_OF: Mapping[EventType, str] = MappingProxyType(
-    {
-        EventType.RUN_STARTED: "minimal",
-        EventType.SEED_STAGE: "minimal",
-        EventType.NONFINITE: "minimal",
-        EventType.RUN_FINISHED: "minimal",
-        EventType.EPOCH: "normal",
-        EventType.LAYER_GRADIENTS: "debug",
-    }
-)
-"""The lowest level at which an event is written."""
+LEVELS: Mapping[EventType, str] = {
+    EventType.EPOCH: "normal",
+    EventType.SNAPSHOT: "debug",
+    EventType.LAYER_GRADIENTS: "debug",
+}
+"""The lowest level at which an event is written, where that is not "minimal"."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,7 @@ class Event:
 
 
 def epoch_event(
-    epoch: int,
-    slots: Sequence[SlotState],
-    train: EpochResult,
-    validation: EvalResult,
-    decision: Decision,
-    **more: Any,
+    epoch: int, slots: Sequence[SlotState], train: EpochResult, validation: EvalResult, decision: Decision, **more: Any
 ) -> Event:
     """The epoch's line; slots are as they were while it was trained and measured."""
     data = {
@@ -74,6 +70,22 @@ def epoch_event(
         "seconds": train.seconds + validation.seconds,
     }
     return Event(EventType.EPOCH, epoch, data | more)
+
+
+def trouble_events(epoch: int, train: EpochResult, validation: EvalResult, finding: Finding | None) -> list[Event]:
+    """What was wrong with the numbers of an epoch; each event says so in words too."""
+    found = []
+    grad, logits, skipped = train.grad, train.nonfinite + validation.nonfinite, train.skipped
+    gradients = 0 if grad is None else grad.nan_count + grad.inf_count
+    if logits or gradients:
+        words = f"{logits} rows of logits and {gradients} gradient entries were NaN or infinite"
+        words += f", {skipped} steps were skipped" if skipped else ""
+        data = {"logits": logits, "gradients": gradients, "skipped": skipped, "message": words}
+        found.append(Event(EventType.NONFINITE, epoch, data))
+    if bad := train.bad_targets + validation.bad_targets:
+        words = f"{bad} rows were left out because their target is outside the classes"
+        found.append(Event(EventType.BAD_TARGETS, epoch, {"rows": bad, "message": words}))
+    return found + ([] if finding is None else [Event(EventType.FINDING, epoch, asdict(finding))])
 
 
 def stage_event(epoch: int, change: StageChange) -> Event:

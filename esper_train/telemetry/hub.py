@@ -1,24 +1,29 @@
 """The hub of one run: hands each event to every sink. Owned by the run; there is no global one."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
 from esper_train.config import TELEMETRY_LEVELS, TelemetryConfig
-from esper_train.telemetry.events import LEVEL_OF, LIFECYCLE, Event, EventType
+from esper_train.state import PlainState
+from esper_train.telemetry.events import LEVELS, LIFECYCLE, Event, EventType
 from esper_train.telemetry.sinks import Sink
 
 
-class TelemetryHub:
+class TelemetryHub(PlainState):
     """Fans events out. A sink that fails is reported on stderr once, closed, and left out from then on."""
+
+    STATE = ("_escalated_epochs",)
 
     def __init__(self, sinks: Iterable[Sink] = (), config: TelemetryConfig | None = None) -> None:
         self._sinks = list(sinks)
         self._config = config or TelemetryConfig()
         self._escalated_epochs = 0
+
+    def add(self, sink: Sink) -> None:
+        """Write later events to this sink too."""
+        self._sinks.append(sink)
 
     def collects(self, kind: EventType) -> bool:
         """Whether an event of this kind would be written now, so that what only it needs need not be measured."""
@@ -27,7 +32,7 @@ class TelemetryHub:
         if self._config.lifecycle_only:
             return kind in LIFECYCLE
         level = "debug" if self._escalated_epochs > 0 else self._config.level
-        return TELEMETRY_LEVELS.index(LEVEL_OF[kind]) <= TELEMETRY_LEVELS.index(level)
+        return TELEMETRY_LEVELS.index(LEVELS.get(kind, "minimal")) <= TELEMETRY_LEVELS.index(level)
 
     def emit(self, event: Event) -> None:
         """Write the event to every sink, if the level takes it."""

@@ -1,7 +1,5 @@
 """Live progress on a terminal, by rich: a bar with losses, accuracies, slots and the time left."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn

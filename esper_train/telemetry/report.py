@@ -1,52 +1,63 @@
 """`report.html` of a run directory: its events in words, tables and pictures, one page that opens offline.
 
-`cli` calls `write_report`. The page tells only what the run wrote: its `metrics.jsonl`, that of the baseline,
-and the thresholds in `config.json`. `_tag` and matplotlib escape whatever text comes from there.
+`cli` calls `write_report`, and `write_comparison` for several runs. A page tells only what the runs wrote: their
+`metrics.jsonl`, that of the baseline, and the thresholds in `config.json`. `_tag` and matplotlib escape such text.
 """
-
-from __future__ import annotations
 
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
 from html import escape
-from itertools import groupby
+from itertools import cycle, groupby
+from operator import getitem
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from esper_train.config import GrowthConfig
 from esper_train.morph.lifecycle import SeedStage
-from esper_train.run_directory import BASELINE, CONFIG, METRICS, REPORT, load_config, read_metrics
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from esper_train.run_directory import BASELINE, METRICS, REPORT, load_config, read_metrics
 
 Record = Mapping[str, Any]
-Panel = Callable[["Axes"], None]
+Curve = tuple[Sequence[float], Mapping[str, Any]]
+"""Values of the epochs 1, 2, ..., and how `Axes.plot` is to draw them."""
+Axes = Any  # of matplotlib, which is imported only to draw
+Panel = Callable[[Axes], None]
 
-UNFINISHED = "still running or killed"
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 STAGES = ("#e8e8e8", "#f0e442", "#56b4e9", "#e69f00", "#cc79a7", "#2e9e5b", "#d55e00", "#9a9a9a")
-STAGE_COLORS = MappingProxyType(dict(zip(SeedStage.__members__, STAGES, strict=True)))  # DORMANT is first
-STYLE: Mapping[str, Any] = MappingProxyType(
-    {
-        "font.size": 9,
-        "legend.fontsize": 8,
-        "text.parse_math": False,  # a name may hold dollar signs
-        "svg.fonttype": "none",
-        "svg.hashsalt": "esper",  # without it the ids are random
-    }
-)
-CSS = """
-:root { color-scheme: light dark }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: auto; padding: 1rem }
-h1, p { overflow-wrap: anywhere }
-svg { display: block; width: 100%; max-width: 100%; height: auto; background: #fff }
-div { overflow-x: auto; margin: .5rem 0 }
-table { border-collapse: collapse; font-size: .9rem }
-th, td { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8888 }
+STAGE_COLORS: Mapping[str, str] = dict(zip(SeedStage.__members__, STAGES, strict=True))  # DORMANT is first
+STYLE: Mapping[str, Any] = {
+    "font.size": 9,
+    "legend.fontsize": 8,
+    "text.parse_math": False,  # a name may hold dollar signs
+    "svg.fonttype": "none",
+    "svg.hashsalt": "esper",  # without it the ids are random
+}
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{title}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: auto; padding: 1rem }}
+h1, p {{ overflow-wrap: anywhere }}
+svg {{ display: block; width: 100%; max-width: 100%; height: auto; background: #fff }}
+div > svg {{ min-width: 40rem }}
+div {{ overflow-x: auto; margin: .5rem 0 }}
+table {{ border-collapse: collapse; font-size: .9rem }}
+th, td {{ text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #8888 }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
 """
 
 
@@ -54,32 +65,28 @@ class _Run(NamedTuple):
     """The events of one run, by kind; `finished` is empty where the run reported no end."""
 
     started: Record
-    epochs: list[Record]
-    moves: list[Record]
-    nonfinite: list[Record]
+    epochs: list[Record]  # 1, 2, ...; one that was not reported is empty
+    moves: list[Record]  # without those that a rollback undid
+    troubles: list[Record]  # what says in words what was wrong, or done about it
+    layers: list[Record]
     finished: Record
 
     @property
     def status(self) -> str:
-        return str(self.finished.get("status", UNFINISHED))
+        return str(self.finished.get("status", "still running or killed"))
 
     @property
     def fossilized(self) -> list[Record]:
         return [move for move in self.moves if move["stage"] == "FOSSILIZED"]
 
+    @property
+    def test(self) -> float:
+        """Accuracy in percent, NaN where it was not measured."""
+        return _number(self.finished, "test", "accuracy")
+
     def series(self, *path: str | int) -> list[float]:
         """A number of each epoch, NaN where there is none."""
         return [_number(epoch, *path) for epoch in self.epochs]
-
-
-class _Line(NamedTuple):
-    """A curve over the epochs 1, 2, ..."""
-
-    label: str
-    values: list[float]
-    color: str
-    style: str = "-"
-    width: float = 1.2
 
 
 def write_report(directory: Path) -> Path:
@@ -88,119 +95,108 @@ def write_report(directory: Path) -> Path:
     Accuracies are in percent, contributions in percentage points, losses in nats. A run without events or cut
     short gets a page that says so; of several runs in one file the last is shown.
 
-    Raises:
-        FileNotFoundError: there is no such directory.
-        ImportError: there is something to draw, and no matplotlib.
-        ValueError: a line of `metrics.jsonl` before the last is not JSON.
+    Raises `FileNotFoundError` for a directory that is not there, `ImportError` without matplotlib, `ValueError` where
+    a line of `metrics.jsonl` before the last is not JSON.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; give that of a run")
     run, baseline = _read(directory), _read(directory / BASELINE)
     if run is None:
-        title = "Nothing to report"
-        body = [_tag("h1", title), _tag("p", f"{METRICS} is missing or holds no run.")]
+        title, parts = "Nothing to report", [_tag("p", f"{METRICS} is missing or holds no run.")]
     else:
         title = f"{run.started['task']}, {run.started['mode']}, seed {run.started['seed']}: {run.status}"
-        body = [_tag("h1", title), *_words(run, baseline), *_summary(run, baseline)]
-        growth = _growth(directory)
-        if len(run.epochs) > 1:
-            body += [*_curves(run, baseline), *_stages(run), *_gradients(run)]
-        else:
-            only = "Only one epoch" if run.epochs else "No epoch"
-            body.append(_tag("p", f"{only} was finished: there is no course over epochs to draw."))
-        body += _seeds(run, growth)
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_tag("title", title)}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{CSS}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
-    )
-    path = directory / REPORT
+        note = "The baseline (fit) is the same host, trained without slots."
+        parts = [_words(run), _summary({"run": run} | ({"baseline": baseline} if baseline else {}))]
+        parts.append(_tag("p", note if baseline else "There is no baseline run."))
+        growth = None
+        with suppress(OSError, ValueError, TypeError):  # missing, or of another version
+            growth = load_config(directory).growth
+        parts += [*_curves(run, baseline), *_stages(run, growth), *_gradients(run)]
+        parts += [*_layers(run), *_rewards(run), *_seeds(run)]
+    return _write(directory / REPORT, title, parts)
+
+
+def write_comparison(directories: Sequence[Path], path: Path) -> Path:
+    """Write a page that sets several runs side by side to `path`, and return it.
+
+    Raises `ValueError` for a directory that holds no run, otherwise as `write_report`.
+    """
+    runs, panels = {str(d): run for d in directories if (run := _read(d))}, []
+    if missing := [str(d) for d in directories if str(d) not in runs]:
+        raise ValueError(f"no run in {', '.join(missing)}: {METRICS} is missing or holds none")
+    for key, unit in (("loss", "validation loss (nats)"), ("accuracy", "validation accuracy (%)")):
+        pairs = zip(runs.items(), cycle(COLORS))
+        curves = [_curve(name, run.series("validation", key), color) for (name, run), color in pairs]
+        panels += _panel(unit, curves, log=key == "loss", columns=1)
+    height = 4 + 0.3 * len(runs)  # with room for the names
+    picture = _picture("comparison", "Validation loss and accuracy of each run", panels, height)
+    return _write(path, f"Comparison of {len(runs)} runs", [_summary(runs), *picture])
+
+
+def _write(path: Path, title: str, parts: Iterable[str]) -> Path:
+    page = PAGE.format(title=_tag("title", title), body="\n".join([_tag("h1", title), *parts]))
     path.write_text(page, encoding="utf-8", newline="\n")
     return path
 
 
 def _read(directory: Path) -> _Run | None:
     """The last run in a directory's metrics; None where there is none."""
-    kinds: dict[str, list[Record]] = {}
-    for event in read_metrics(directory) if (directory / METRICS).is_file() else []:
-        if event["event"] == "run_started":
-            kinds = {}
-        kinds.setdefault(event["event"], []).append(event)
-    if "run_started" not in kinds:
+    events = read_metrics(directory) if (directory / METRICS).is_file() else []
+    starts = [place for place, event in enumerate(events) if event["event"] == "run_started"]
+    if not starts:
         return None
-    epochs, moves, nonfinite, ends = (
-        kinds.get(kind, []) for kind in ("epoch", "seed_stage", "nonfinite", "run_finished")
-    )
-    return _Run(kinds["run_started"][0], epochs, moves, nonfinite, ends[0] if ends else {})
+    kinds: dict[str, list[Record]] = defaultdict(list)
+    for event in events[starts[-1] :]:
+        kinds["trouble" if "message" in event else event["event"]].append(event)
+        if event["event"] == "rollback":
+            kinds["seed_stage"] = [move for move in kinds["seed_stage"] if move["epoch"] <= event["to_epoch"]]
+    start, *ends = kinds["run_started"] + kinds["run_finished"]
+    known = {event["epoch"]: event for event in kinds["epoch"]}
+    epochs = [known.get(epoch, {}) for epoch in range(1, 1 + max(known, default=0))]
+    more = kinds["seed_stage"], kinds["trouble"], kinds["layer_gradients"]
+    return _Run(start, epochs, *more, ends[0] if ends else {})
 
 
-def _growth(directory: Path) -> GrowthConfig | None:
-    """The thresholds of the run; None where its config is missing or of another version."""
-    try:
-        return load_config(directory).growth
-    except (OSError, ValueError, TypeError):
-        return None
+def _words(run: _Run) -> str:
+    start, why, last = run.started, run.finished.get("error"), (run.epochs or [run.started])[-1]
+    where = f"{len(run.epochs)} of {last['max_epochs']} epochs on {start['device']} ({start['backend']})"
+    lines = [f"Status: {run.status}, {where}.", *([f"What ended the run: {why}."] if why else [])]
+    return _tag("p", " ".join(lines + [f"In epoch {event['epoch']}: {event['message']}." for event in run.troubles]))
 
 
-def _words(run: _Run, baseline: _Run | None) -> list[str]:
-    start, (test, other) = run.started, (_test(run), _test(baseline))
-    where = f"{len(run.epochs)} of {start['max_epochs']} epochs on {start['device']} ({start['backend']})"
-    lines = [f"Status: {run.status}, {where}."]
-    if run.status == "nonfinite":
-        lines.append("The loss became NaN or infinite, which ended the run.")
-    for event in run.nonfinite:
-        counts = f"{event['logits']} rows of logits and {event['gradients']} gradient entries"
-        lines.append(f"In epoch {event['epoch']}, {counts} were NaN or infinite.")
-    parts = ["Test accuracy was not measured" if math.isnan(test) else f"Test accuracy {test:.2f}%"]
-    if not math.isnan(other):
-        parts[0] += f" (fit baseline: {other:.2f}%)"
-    if run.finished:
-        parts.append(f"{run.finished['parameters']:,} parameters (host: {start['host_parameters']:,})")
-    if start["slots"]:
-        kept = ", ".join(f"{m['seed_id']} {_show(m['contribution'], '+.2f')} points" for m in run.fossilized)
-        parts.append(f"seeds fossilized: {len(run.fossilized)}" + (f" ({kept})" if kept else ""))
-    return [_tag("p", " ".join(lines)), _tag("p", "; ".join(parts) + ".")]
-
-
-def _summary(run: _Run, baseline: _Run | None) -> list[str]:
-    def column(r: _Run) -> list[str]:
+def _summary(runs: Mapping[str, _Run]) -> str:
+    def column(name: str, r: _Run) -> dict[str, str]:
         accuracy, loss = r.series("validation", "accuracy"), r.series("validation", "loss")
-        return [
-            r.status,
-            _show(_test(r), ".2f", "%"),
-            _show(max(_finite(accuracy), default=None), ".2f", "%"),
-            _show(accuracy[-1] if accuracy else None, ".2f", "%"),
-            _show(loss[-1], ".4f", none="not finite") if loss else "not measured",
-            _show(r.finished.get("parameters"), ","),
-            _show(r.finished.get("seconds"), ".1f"),
-        ]
+        return {
+            "": name,
+            "status": r.status,
+            "test accuracy": _show(r.test, ".2f", "%"),
+            "best validation accuracy": _show(max(_finite(accuracy), default=None), ".2f", "%"),
+            "last validation accuracy": _show(accuracy[-1] if accuracy else None, ".2f", "%"),
+            "last validation loss": _show(loss[-1], ".4f", none="not finite") if loss else "not measured",
+            "parameters": _show(r.finished.get("parameters"), ","),
+            "parameters of the host": _show(r.started["host_parameters"], ","),
+            "seeds fossilized": str(len(r.fossilized)),
+            "seconds": _show(r.finished.get("seconds"), ".1f"),
+        }
 
-    best, last = "best validation accuracy", ("last validation accuracy", "last validation loss")
-    columns = [["status", "test accuracy", best, *last, "parameters", "seconds"], column(run)]
-    if baseline is None:
-        return [_table(["", "run"], zip(*columns, strict=True)), _tag("p", "There is no baseline run.")]
-    rows = zip(*columns, column(baseline), strict=True)
-    note = "The baseline (fit) is the same host, trained without slots."
-    return [_table(["", "run", "baseline"], rows), _tag("p", note)]
+    columns = [column(name, run) for name, run in runs.items()]
+    return _table([name, *(c[name] for c in columns)] for name in columns[0])
 
 
 def _curves(run: _Run, baseline: _Run | None) -> list[str]:
-    notes, panels = [], []
+    panels: list[Panel] = []
     for key, unit in (("loss", "loss (nats)"), ("accuracy", "accuracy (%)")):
-        train, validation = run.series("train", key), run.series("validation", key)
-        lines = [_Line("training", train, COLORS[0]), _Line("validation", validation, COLORS[1])]
+        curves = [_curve(name, run.series(name, key), COLORS[name == "validation"]) for name in ("train", "validation")]
         if baseline:
-            lines.append(_Line("baseline's validation", baseline.series("validation", key), "#777777", "--"))
-        pairs = enumerate(zip(train, validation, strict=True), start=1)
-        gaps = ", ".join(str(epoch) for epoch, pair in pairs if len(_finite(pair)) < 2)
-        if gaps:
-            notes.append(_tag("p", f"No finite {key} to draw in epoch {gaps}."))
-        panels += _panel(unit, lines, log=key == "loss", moves=run.moves)
+            other = baseline.series("validation", key)
+            curves.append(_curve("baseline's validation", other, "#777777", ls="--"))
+        panels += _panel(unit, curves, log=key == "loss", moves=run.moves)
     picture = _picture("curves", "Loss and accuracy over epochs", panels)
-    return [_tag("h2", "Loss and accuracy"), *picture, *notes]
+    return [_tag("h2", "Loss and accuracy"), *(picture or [_tag("p", "There is no finite number to draw.")])]
 
 
-def _stages(run: _Run) -> list[str]:
+def _stages(run: _Run, growth: GrowthConfig | None) -> list[str]:
     heading, slots = _tag("h2", "Slots"), run.started["slots"]
     if not run.moves:
         why = "No seed was germinated." if slots else "This run had no slots to grow in."
@@ -209,110 +205,128 @@ def _stages(run: _Run) -> list[str]:
     def draw(axes: Axes) -> None:
         seen: dict[str, Any] = {}
         for place in range(len(slots)):
-            stages = [epoch["slots"][place]["stage"] for epoch in run.epochs]
+            stages = [epoch["slots"][place]["stage"] if epoch else None for epoch in run.epochs]
             for stage, span in groupby(range(len(stages)), key=stages.__getitem__):
                 first, *more = span
-                seen[stage] = axes.barh(place, 1 + len(more), 0.8, first + 0.5, color=STAGE_COLORS[stage])
-            alpha = run.series("slots", place, "alpha")
-            height = [place + 0.4 - 0.8 * a if a > 0 else math.nan for a in alpha]
-            (seen["alpha"],) = axes.plot(range(1, 1 + len(alpha)), height, color="#000000")
+                if stage is not None:
+                    seen[stage] = axes.barh(place, 1 + len(more), 0.8, first + 0.5, color=STAGE_COLORS[stage])
         axes.set_yticks(range(len(slots)), slots)
         axes.set_ylim(len(slots) - 0.5, -0.5)
-        names = [name for name in (*STAGE_COLORS, "alpha") if name in seen]
-        _legend(axes, [seen[name] for name in names], names)
+        names = [name for name in STAGE_COLORS if name in seen]
+        _legend(axes, handles=[seen[name] for name in names], labels=names)
 
-    picture = _picture("stages", "Stage of each slot over epochs", [draw], 1 + 0.4 * len(slots))
-    note = "The line in a band is alpha, the seed's share of the slot's output, from 0 (bottom) to 1 (top)."
-    return [heading, *picture, _tag("p", note)]
+    panels: list[Panel] = [draw]
+    measured = {"alpha": "alpha", "gradient_ratio": "seed / host gradient", "contribution": "contribution (points)"}
+    for key, name in measured.items():
+        colors = zip(slots, cycle(COLORS[1:]))
+        lines = [_curve(slot, run.series("slots", i, key), color) for i, (slot, color) in enumerate(colors)]
+        if growth and key == "contribution":
+            least = [growth.fossilize_contribution] * len(run.epochs)
+            lines.append(_curve(f"least to be fossilized: {least[0]:g}", least, "#777777", ls="--", marker=""))
+        panels += _panel(name, lines, log=key == "gradient_ratio")
+    note = "Alpha is the seed's share of the slot's output; the ratio is corrected for the numbers of parameters."
+    title = "Stage, alpha, gradient ratio and contribution of each slot over epochs"
+    return [heading, *_picture("stages", title, panels), _tag("p", note)]
 
 
 def _gradients(run: _Run) -> list[str]:
-    slots = run.started["slots"]
-
-    def norms(name: str) -> list[float]:
-        groups = ("grad", "groups", name)
-        pairs = zip(run.series(*groups, "gradient_norm"), run.series(*groups, "tensors"), strict=True)
-        return [norm if tensors > 0 else math.nan for norm, tensors in pairs]  # over no tensor it is 0
-
-    total = _Line("total", run.series("grad", "gradient_norm"), "#cccccc", width=4)
-    lines, ratios = [total, _Line("host", norms("host"), COLORS[0])], []
-    for i, slot in enumerate(slots):
-        color = COLORS[1 + i % (len(COLORS) - 1)]
-        lines.append(_Line(slot, norms(slot), color))
-        ratios.append(_Line(slot, run.series("slots", i, "gradient_ratio"), color))
-    health = _Line("all gradients", run.series("grad", "gradient_health"), "#000000")
-    panels = _panel("gradient norm", lines, log=True) + _panel("health", [health], limits=(-0.05, 1.05))
+    heading, colors = _tag("h2", "Gradients"), zip(("host", *run.started["slots"]), cycle(COLORS))
+    curves = [_curve("total", run.series("grad", "gradient_norm"), "#cccccc", lw=4)]
+    for name, color in colors:
+        norms, tensors = (run.series("grad", "groups", name, key) for key in ("gradient_norm", "tensors"))
+        if any(count > 0 for count in tensors):  # the norm over none is 0, and no measurement
+            curves.append(_curve(name, norms, color))
+    health = _curve("all gradients", run.series("grad", "gradient_health"), "#000000")
+    panels = _panel("gradient norm", curves, log=True) + _panel("health", [health], limits=(-0.05, 1.05))
     if not panels:
-        return [_tag("h2", "Gradients"), _tag("p", "Gradients were not measured.")]
-    ratio = _panel("seed / host gradient", ratios, log=True)
+        return [heading, _tag("p", "Gradients were not measured.")]
     note = "A gap is an epoch without a measurement; a line that falls out of a log scale is at 0."
-    if not ratio:
-        note += " No seed's gradient was measured against the host's."
-    picture = _picture("gradients", "Gradient norms, health and ratios over epochs", panels + ratio)
-    return [_tag("h2", "Gradients"), *picture, _tag("p", note)]
+    picture = _picture("gradients", "Gradient norms and health over epochs", panels)
+    return [heading, *picture, _tag("p", note)]
 
 
-def _seeds(run: _Run, growth: GrowthConfig | None) -> list[str]:
-    heading, fossils = _tag("h2", "Seeds"), run.fossilized
-    if not run.moves:
-        return [heading, _tag("p", "There was no seed in this run.")]
+def _layers(run: _Run) -> list[str]:
+    heading, norms = _tag("h2", "Gradients by layer"), {event["epoch"]: event["norms"] for event in run.layers}
+    names = list(dict.fromkeys(name for event in norms.values() for name in event))
+    if not names:
+        return [heading, _tag("p", "Each parameter's gradient is reported at the level debug, and after bad numbers.")]
+    size = [[math.log10(norms.get(i, {}).get(name) or math.nan) for i in range(1, 1 + max(norms))] for name in names]
+    decades = _finite(value for row in size for value in row) or [0.0]
+    bad = [(i, row) for i, event in norms.items() for row, name in enumerate(names) if event.get(name, 0) is None]
 
     def draw(axes: Axes) -> None:
-        values = [_number(move, "contribution") for move in fossils]
-        names = [f"{move['seed_id']}, {move['slot']}\n{move['blueprint']}" for move in fossils]
-        bars = axes.barh(names, values, 0.5, color=STAGE_COLORS["FOSSILIZED"])
-        axes.bar_label(bars, [_show(value, "+.2f") for value in values], padding=3)
+        from matplotlib.colors import BoundaryNorm
+
+        edges = [[i + 0.5 for i in range(1 + max(norms))], [row - 0.5 for row in range(1 + len(names))]]
+        steps = BoundaryNorm(range(math.floor(min(decades)), math.floor(max(decades)) + 2), 256)
+        mesh = axes.pcolormesh(*edges, size, norm=steps)
+        axes.figure.colorbar(mesh, ax=axes, label="log10 of the gradient norm")
+        if bad:
+            axes.plot(*zip(*bad, strict=True), "rx", ms=4, label="not finite")
+            _legend(axes)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.margins(x=0.25)  # room for the numbers
-        axes.set_xlabel("contribution (percentage points)")
-        if growth:
-            line = axes.axvline(growth.fossilize_contribution, color="#000000", ls="--")
-            _legend(axes, [line], [f"least to be fossilized: {growth.fossilize_contribution:g}"])
 
-    title, height = "Contribution of each seed when it was fossilized", 1 + 0.45 * len(fossils)
-    parts = _picture("contributions", title, [draw], height, epochs=False) if fossils else []
+    picture = _picture("layers", "Gradient norm of each parameter over epochs", [draw], 1 + 0.16 * len(names))
+    note = "Of the last batch of an epoch. White: not reported, no gradient, or 0."
+    return [heading, "<div>", *picture, "</div>", _tag("p", note)]
+
+
+def _rewards(run: _Run) -> list[str]:
+    names = dict.fromkeys(name for epoch in run.epochs for name in epoch.get("reward_parts") or ())
+    parts = {name: run.series("reward_parts", name) for name in names}
+    curves = [_curve("reward", run.series("reward"), "#cccccc", lw=4)]
+    colored = zip(parts.items(), cycle((*COLORS, "#999999")))
+    curves += [_curve(name, values, color) for (name, values), color in colored if any(_finite(values))]
+    return [_tag("h2", "Rewards"), *_picture("rewards", "Reward of each decision, by parts", _panel("reward", curves))]
+
+
+def _seeds(run: _Run) -> list[str]:
+    heading = _tag("h2", "Seeds")
+    if not run.moves:
+        return [heading, _tag("p", "There was no seed in this run.")]
     note = "Moves are made at the end of their epoch; contributions are points of validation accuracy."
-    if not fossils:
+    if not run.fossilized:
         note = f"No seed was fossilized. {note}"
-    elif growth is None:
-        note += f" The least contribution that was asked is not known: {CONFIG} is missing or does not fit."
-    columns = ["seed", "slot", "blueprint", "germinated", "end", "epoch", "contribution", "parameters"]
-    return [heading, *parts, _table([*columns, "reason"], _lives(run)), _tag("p", note)]
+    columns = ["seed", "slot", "blueprint", "germinated", "end", "epoch", "contribution", "parameters", "reason"]
+    return [heading, _table([columns, *_lives(run)]), _tag("p", note)]
 
 
-def _lives(run: _Run) -> list[list[str]]:
+def _lives(run: _Run) -> Iterator[list[str]]:
     """A row a seed: germination and end or, while that is open, the last move and newest contribution."""
-    rows = []
     for seed in dict.fromkeys(move["seed_id"] for move in run.moves if move["seed_id"] is not None):
         moves = [move for move in run.moves if move["seed_id"] == seed]
         end = next((move for move in moves if move["stage"] in ("FOSSILIZED", "CULLED")), None)
-        last = end or moves[-1]
-        now = [] if end else [s for epoch in run.epochs[-1:] for s in epoch["slots"] if s["seed_id"] == seed]
-        end_stage = last["stage"] if end else f"open ({last['stage']})"
-        contribution = _show([last, *now][-1]["contribution"], "+.2f")
-        row = [seed, last["slot"], last["blueprint"], moves[0]["epoch"], end_stage, last["epoch"]]
-        row += [contribution, f"{last['seed_parameters']:,}", last["reason"]]
-        rows.append([str(cell) for cell in row])
-    return rows
+        last = newest = end or moves[-1]
+        if end is None and run.epochs:
+            newest = next((slot for slot in run.epochs[-1]["slots"] if slot["seed_id"] == seed), last)
+        row = [seed, last["slot"], last["blueprint"], moves[0]["epoch"]]
+        row += [last["stage"] if end else f"open ({last['stage']})", last["epoch"]]
+        row += [_show(newest["contribution"], "+.2f"), f"{last['seed_parameters']:,}", last["reason"]]
+        yield [str(cell) for cell in row]
+
+
+def _curve(label: str, values: list[float], color: str, **style: Any) -> Curve:
+    # the markers show a value between two gaps
+    return values, {"label": label, "color": color, "lw": 1.2, "marker": ".", "ms": 3} | style
 
 
 def _panel(
     name: str,
-    lines: Iterable[_Line],
+    curves: Sequence[Curve],
     *,
     log: bool = False,
     limits: tuple[float, float] | None = None,
     moves: Sequence[Record] = (),
+    columns: int = 4,
 ) -> list[Panel]:
     """One panel of curves over the epochs, marked where a seed was kept or culled; none without a number."""
-    drawn = [line for line in lines if _finite(line.values)]
-    positive = [value for line in drawn for value in _finite(line.values) if value > 0]
+    drawn = [curve for curve in curves if _finite(curve[0])]
+    positive = [value for values, _ in drawn for value in _finite(values) if value > 0]
 
     def draw(axes: Axes) -> None:
-        for label, values, color, style, width in drawn:
-            epochs = range(1, 1 + len(values))
-            # the markers show a value between two gaps
-            axes.plot(epochs, values, label=label, color=color, ls=style, lw=width, marker=".", ms=3)
+        for values, style in drawn:
+            axes.plot(range(1, 1 + len(values)), values, **style)
         # over less than two decades a log scale may have no tick to label
         if log and positive and max(positive) > 100 * min(positive):
             axes.set_yscale("log")
@@ -320,25 +334,23 @@ def _panel(
             axes.yaxis.set_minor_formatter("")
         if limits:
             axes.set_ylim(*limits)
-        for stage, style in (("FOSSILIZED", "-"), ("CULLED", "--")):
+        for stage, ls in (("FOSSILIZED", "-"), ("CULLED", "--")):
             at = [move["epoch"] + 0.5 for move in moves if move["stage"] == stage]
             if at:
                 heights, color = axes.get_xaxis_transform(), STAGE_COLORS[stage]
-                axes.vlines(at, 0, 1, transform=heights, color=color, lw=1, ls=style, label=stage.lower())
+                axes.vlines(at, 0, 1, transform=heights, color=color, lw=1, ls=ls, label=stage.lower())
         axes.set_ylabel(name)
-        _legend(axes, *axes.get_legend_handles_labels())
+        _legend(axes, columns=columns)
 
     return [draw] if drawn else []
 
 
-def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+def _legend(axes: Axes, columns: int = 4, **given: Any) -> None:
     """Above the panel, where it covers nothing."""
-    axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False, **given)
 
 
-def _picture(
-    name: str, title: str, panels: Sequence[Panel], height: float | None = None, *, epochs: bool = True
-) -> list[str]:
+def _picture(name: str, title: str, panels: Sequence[Panel], height: float | None = None) -> list[str]:
     """The panels one below the other as inline SVG, or nothing. `name` is unique on the page."""
     if not panels:
         return []
@@ -352,10 +364,8 @@ def _picture(
         rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for axes, draw in zip(rows, panels, strict=True):
             draw(axes)
-        if epochs:
-            rows[-1].set_xlabel("epoch")
-            rows[-1].set_xlim(left=0.5)
-            rows[-1].xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="epoch", xlim=(0.5, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
@@ -364,19 +374,11 @@ def _picture(
     return [re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)]
 
 
-def _test(run: _Run | None) -> float:
-    """Test accuracy in percent, NaN where it was not measured."""
-    return _number(run and run.finished, "test", "accuracy")
-
-
 def _number(record: Any, *path: str | int) -> float:
     """The number at the end of the path; NaN for a null, and where the path breaks off."""
-    for key in path:
-        try:
-            record = record[key]
-        except (LookupError, TypeError):
-            return math.nan
-    return math.nan if record is None else float(record)
+    with suppress(LookupError, TypeError):
+        return float(reduce(getitem, path, record))
+    return math.nan
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -391,7 +393,7 @@ def _tag(name: str, text: str) -> str:
     return f"<{name}>{escape(text)}</{name}>"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = ["".join(_tag("th", cell) for cell in header)]
-    lines += ["".join(_tag("td", cell) for cell in row) for row in rows]
+def _table(rows: Iterable[Iterable[str]]) -> str:
+    """Rows of cells, the first one the header."""
+    lines = ["".join(_tag("td" if i else "th", cell) for cell in row) for i, row in enumerate(rows)]
     return "<div><table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"

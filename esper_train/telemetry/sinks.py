@@ -1,6 +1,4 @@
-"""Where events go: nowhere, a terminal line, a JSONL file."""
-
-from __future__ import annotations
+"""Where events go: a terminal line, a JSONL file."""
 
 import sys
 from collections.abc import Mapping
@@ -16,16 +14,6 @@ class Sink(Protocol):
     def write(self, event: Event) -> None: ...
 
     def close(self) -> None: ...
-
-
-class NullSink:
-    """Drops everything."""
-
-    def write(self, event: Event) -> None:
-        """Drop the event."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 class JsonlSink:
@@ -84,9 +72,12 @@ def describe(event: Event) -> str:
         case EventType.LAYER_GRADIENTS:
             largest = max(data["norms"], key=data["norms"].__getitem__)
             return f"  largest gradient of {len(data['norms'])} parameters: {largest} {data['norms'][largest]:.3g}"
-        case EventType.NONFINITE:
-            return f"  not finite in epoch {epoch}: {data['logits']} rows, {data['gradients']} gradient entries"
+        case EventType.SNAPSHOT:
+            return f"  the state after epoch {epoch} is kept"
+        case EventType.NONFINITE | EventType.BAD_TARGETS | EventType.FINDING | EventType.ROLLBACK:
+            return f"  epoch {epoch}: {data['message']}"
         case EventType.RUN_FINISHED:
             accuracy = "" if data["test"] is None else f", test accuracy {data['test']['accuracy']:.2f}%"
             counts = f"{data['fossils']} fossilized, {data['parameters']} parameters"
-            return f"{data['status']}: {counts}{accuracy}, {data['seconds']:.1f} s"
+            why = f" ({data['error']})" if data["error"] else ""
+            return f"{data['status']}{why}: {counts}{accuracy}, {data['seconds']:.1f} s"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esper_kernels import KernelConfig, Meter, cross_entropy_step, grad_stats
+from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 from esper_kernels.native import INSTRUCTION_SETS
 from esper_kernels.testing import cross_entropy_samples, plain_torch_cross_entropy, relative_error
 
@@ -25,20 +25,30 @@ def arguments(n: int, v: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, v, generator=GENERATOR), torch.randint(v, (n,), generator=GENERATOR)
 
 
-def test_ops_are_what_their_schemas_say() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("full", [False, True])
+def test_ops_are_what_their_schemas_say(full: bool, dtype: torch.dtype) -> None:
+    """Each op as it is called: with nothing that may be left out, and with all of it."""
     logits, targets = arguments(5, 40)
-    meter, loss, rows = Meter("cpu"), torch.empty(()), torch.empty(11)
-    options = (None, -100, 0.1, 0.0, 0.0)
-    rest = (-1.0, 1.0, [], 0, 0, meter.sums, meter.counts, [1], loss, rows, torch.empty_like(logits))
-    torch.library.opcheck(torch.ops.esper.cross_entropy.default, (logits, targets, *options, *rest))
-    torch.ops.esper.cross_entropy(logits, targets, *options, *rest)
-    rest = ([], 0, rows, torch.empty_like(logits))
-    backward = torch.ops.esper.cross_entropy_backward.default
-    torch.library.opcheck(backward, (torch.ones(()), logits, targets, *options, *rest))
-    numbers = [torch.empty(2, dtype=torch.float64) for _ in range(2)]
-    counts = [torch.empty(2, dtype=torch.int64) for _ in range(3)]
-    columns = (*numbers, *counts, torch.empty((), dtype=torch.float64), torch.empty(()))
-    torch.library.opcheck(torch.ops.esper.grad_stats.default, ([logits, logits[0]], None, 0, *columns))
+    logits, meter = logits.to(dtype), Meter("cpu", topk=(5,))
+    weight = torch.rand(40, generator=GENERATOR)
+    numbers = [torch.tensor(0.1), None, torch.tensor(3.0), torch.tensor(2.0, dtype=torch.float64)]
+    loss, rows, grad = torch.empty(5 if full else ()), torch.empty(11), torch.empty_like(logits)
+    options = (weight if full else None, -100, 0.1, 0.0, 5.0 if full else 0.0)
+    accumulators = (meter.sums, meter.counts, meter.topk) if full else (None, None, (1,))
+    forward = torch.ops.esper.cross_entropy.default
+    rest = (-1.0, 1.0, numbers if full else [], 2 if full else 0, 0, *accumulators, loss, rows)
+    for out in (grad, None):
+        torch.library.opcheck(forward, (logits, targets, *options, *rest, out))
+        forward(logits, targets, *options, *rest, out)
+    torch.library.opcheck(
+        torch.ops.esper.cross_entropy_backward.default,
+        (torch.ones_like(loss), logits, targets, *options, numbers[:2] if full else [], 0, rows, grad),
+    )
+    norms, counts = torch.empty(2, 2, dtype=torch.float64), torch.empty(3, 2, dtype=torch.int64)
+    columns = (*norms.unbind(), *counts.unbind(), torch.empty((), dtype=torch.float64), torch.empty(()))
+    inv_scale = torch.tensor(0.5, dtype=torch.float64) if full else None
+    torch.library.opcheck(torch.ops.esper.grad_stats.default, ([logits, logits[0]], inv_scale, 0, *columns))
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
@@ -79,8 +89,11 @@ def test_threads_change_no_bit(name: str, shape: tuple[int, int]) -> None:
         meter = Meter("cpu", topk=(5,))
         config = KernelConfig(instruction_set=name)
         grad = cross_entropy_step(logits, targets, meter, label_smoothing=0.1, config=config)
+        leaf = logits.clone().requires_grad_()
+        loss = cross_entropy(leaf, targets, softcap=5.0, config=config)
+        loss.backward()
         stats = grad_stats([logits, targets.float(), logits[:1]], config=config)
-        found.append((grad, meter.sums, meter.counts, stats.norms, stats.total_norm))
+        found.append((grad, meter.sums, meter.counts, loss, leaf.grad, stats.norms, stats.total_norm))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

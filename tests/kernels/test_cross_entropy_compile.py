@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, record_loss
 
@@ -56,6 +57,37 @@ def test_compiled_step_and_record_equal_eager(config: KernelConfig, compiler: st
     torch.testing.assert_close(compiled(LOGITS, meters[0]), step(LOGITS, meters[1]))
     torch.testing.assert_close(meters[0].sums, meters[1].sums)
     assert torch.equal(meters[0].counts, meters[1].counts)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS[1:])
+@pytest.mark.parametrize("form", ["loss", "step", "inplace", "out"])
+def test_batches_of_any_size_need_two_compilations(config: KernelConfig, compiler: str, form: str) -> None:
+    """One for the first size, one for all others; ignored rows and a label smoothing that changes need none."""
+
+    def gradient(hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: Tensor, meter: Meter) -> Tensor:
+        logits = hidden @ weight
+        if form == "loss":
+            return cross_entropy(logits, targets, label_smoothing=smoothing, meter=meter, config=config)
+        memory = {"inplace": {"inplace": True}, "out": {"out": torch.empty_like(logits)}}.get(form, {})
+        return cross_entropy_step(logits, targets, meter, label_smoothing=smoothing, **memory, config=config)
+
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(gradient, fullgraph=True, backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 33, generator=generator, requires_grad=form == "loss")
+    meters = Meter("cpu"), Meter("cpu")
+    for step, rows in enumerate((6, 3, 17, 2, 40, 6)):
+        hidden, targets = torch.randn(rows, 4, generator=generator), torch.randint(33, (rows,), generator=generator)
+        targets[::3] = -100
+        found = []
+        for function, meter in zip((gradient, compiled), meters, strict=True):
+            result = function(hidden, weight, targets, torch.tensor(step / 10), meter)
+            found.append((result, *(torch.autograd.grad(result, weight) if form == "loss" else ())))
+        torch.testing.assert_close(found[1], found[0])
+    assert counter.frame_count <= 2
+    torch.testing.assert_close(meters[1].sums, meters[0].sums)
+    assert torch.equal(meters[1].counts, meters[0].counts)
+    assert meters[1].compute().batches == 6
 
 
 def test_compiled_bad_target_raises_and_leaves_the_meter(config: KernelConfig) -> None:

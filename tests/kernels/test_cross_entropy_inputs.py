@@ -33,6 +33,17 @@ def test_nonfinite_row_is_valid_nan_and_never_correct(config: KernelConfig, row:
     assert (result.valid, result.nonfinite, result.correct) == (2, 1, {1: 1, 3: 1})
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
+def test_every_nan_is_a_nan(config: KernelConfig, bits: int) -> None:
+    """Whatever its sign and payload: -1 is memory filled with ones."""
+    for classes in (3, 40):
+        logits, meter = torch.zeros(2, classes), Meter("cpu")
+        logits[0, 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        grad = cross_entropy_step(logits, torch.tensor([0, 0]), meter, config=config)
+        assert grad.isnan().all(1).tolist() == [True, False]
+        assert (meter.compute().nonfinite, meter.compute().correct[1]) == (1, 1)
+
+
 def test_inf_is_judged_after_softcap(config: KernelConfig) -> None:
     logits, meter = leaf([[INF, 0, -INF], [-INF] * 3, [NAN, 0, 0]]), Meter("cpu")
     cross_entropy(logits, torch.tensor([0, 0, 0]), softcap=2.0, meter=meter, config=config)
@@ -96,7 +107,7 @@ def test_rank_uses_the_logits_before_softcap(config: KernelConfig) -> None:
 finite_or_not = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 1e4, -1e4, INF, -INF, NAN])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     rows=st.integers(0, 5),
@@ -295,6 +306,8 @@ def test_dtensor_is_refused_by_name(config: KernelConfig) -> None:
 
 
 def test_meta_tensors_give_shapes(config: KernelConfig) -> None:
+    if config.backend == "triton":
+        pytest.skip("refused on the meta device")
     logits = torch.empty(4, 5, device="meta", requires_grad=True)
     targets = torch.empty(4, dtype=torch.int64, device="meta")
     cross_entropy(logits, targets, meter=Meter("meta"), config=config).backward()

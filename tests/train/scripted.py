@@ -1,6 +1,11 @@
 """For tests of whole runs: a scripted controller, a sink that keeps what it is given, growth without hurdles."""
 
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor
+
 from esper_train import Decision, Event, EventType, GrowthConfig, Op, Signals
+from esper_train.state import PlainState
 
 # a seed's whole life in few epochs: every threshold that asks for a gain is taken away
 EASY = GrowthConfig(
@@ -31,7 +36,7 @@ class Recorder:
         return [(e.epoch, e.data["slot"], e.data["stage"]) for e in self.of(EventType.SEED_STAGE)]
 
 
-class Script:
+class Script(PlainState):
     """A controller that asks for given operations at given epochs, and keeps the signals it saw."""
 
     def __init__(self, **by_epoch: Decision) -> None:
@@ -47,3 +52,37 @@ class Script:
 
 def germinate(slot: str = "early", blueprint: str = "conv_light", blend: str = "linear") -> Decision:
     return Decision(op=Op.GERMINATE, slot=slot, blueprint=blueprint, blend=blend)
+
+
+Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Planted:
+    """A loader that gives some batches changed, by (epoch, number of the batch), both from 1."""
+
+    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], change: Change, *places: tuple[int, int]) -> None:
+        self.loader, self.change, self.places, self.epoch = loader, change, places, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.epoch += 1
+        for number, (inputs, targets) in enumerate(self.loader, start=1):
+            planted = (self.epoch, number) in self.places
+            yield self.change(inputs, targets) if planted else (inputs, targets)
+
+
+def not_a_number(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return inputs * float("nan"), targets
+
+
+def mislabelled(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first target is outside ten classes."""
+    targets = targets.clone()
+    targets[0] = 10
+    return inputs, targets
+
+
+def ignored(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first target is ignored."""
+    targets = targets.clone()
+    targets[0] = -100
+    return inputs, targets

@@ -31,7 +31,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 def test_heuristic_leaves_a_whole_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert cli.main(["heuristic", *QUICK, "--out", str(out)]) == 0
-    names = {"config.json", "environment.json", "metrics.jsonl", "network.pt", "report.html"}
+    names = {"checkpoints", "config.json", "environment.json", "metrics.jsonl", "network.pt", "report.html"}
     assert {p.name for p in out.iterdir()} == names | {"baseline"}
     assert {p.name for p in (out / "baseline").iterdir()} == names
     events = read_metrics(out)
@@ -132,11 +132,41 @@ def test_a_diverging_run_ends_with_its_own_code_and_a_report(
     arguments = ["fit", "--task", "synthetic", "--optim.host-lr", "1e30", "--out", str(tmp_path / "run")]
     code, text = fails(capsys, *arguments)
     assert code == 3
-    assert "the loss is not finite in epoch" in text
+    assert "the loss is not finite" in text
     events = read_metrics(tmp_path / "run")
     assert "nonfinite" in [e["event"] for e in events]
     assert events[-1]["event"] == "run_finished"
     assert "nonfinite" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_report_rewrites_a_page_and_compares_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        assert cli.main(["fit", *QUICK, "--out", name]) == 0
+    Path("a/report.html").unlink()
+    assert cli.main(["report", "a"]) == 0
+    assert "synthetic, fit" in Path("a/report.html").read_text()
+    assert cli.main(["report", "a", "b"]) == 0
+    assert "Comparison of 2 runs" in Path("comparison.html").read_text()
+    assert cli.main(["report", "a", "b", "--out", "other.html"]) == 0
+    assert "report: other.html" in capsys.readouterr().out
+    code, text = fails(capsys, "report", "a", "nowhere")
+    assert (code, "no run in nowhere" in text) == (2, True)
+    assert fails(capsys, "report")[0] == 2
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_logger_is_refused_before_anything_is_made(
+    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, text = fails(capsys, "fit", *QUICK, f"--telemetry.{package}", "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert f"telemetry.{package} needs the package {package}: pip install 'esper-kernels[log]'" in text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:

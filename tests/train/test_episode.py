@@ -35,7 +35,7 @@ from esper_train import (
 from esper_train import episode as episode_module
 from esper_train.build import build_episode, resolve_device
 from esper_train.episode import run_episode
-from esper_train.morph.blueprints import conv_light
+from esper_train.morph.blueprints import convolution
 from tests.train.scripted import EASY, Recorder, Script, germinate
 
 SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4)
@@ -179,7 +179,7 @@ def test_fossils_keep_training_or_are_frozen(on_fossilize: str) -> None:
 
 def test_seed_without_parameters_lives() -> None:
     registry = BlueprintRegistry(
-        [Blueprint("pass", "cnn", lambda channels: nn.Identity()), Blueprint("conv_light", "cnn", conv_light)]
+        [Blueprint("pass", "cnn", lambda channels: nn.Identity()), Blueprint("conv_light", "cnn", convolution)]
     )
     config = replace(SHORT, max_epochs=8, growth=EASY)
     _, recorder = scripted(config, Script(e1=germinate(blueprint="pass")), registry=registry)
@@ -307,7 +307,7 @@ def test_a_users_own_task_runs() -> None:
 def test_a_loss_that_is_not_finite_ends_the_run_with_an_event() -> None:
     recorder = Recorder()
     config = replace(SHORT, optim=OptimConfig(host_lr=1e30))
-    with pytest.raises(NonFiniteLossError, match="not finite in epoch"):
+    with pytest.raises(NonFiniteLossError, match="in epoch 1 the loss is not finite"):
         run_fit(config, hub=TelemetryHub([recorder]))
     (finding,) = recorder.of(EventType.NONFINITE)
     assert finding.data["logits"] > 0

@@ -224,4 +224,4 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestLives.settings = settings(max_examples=25, stateful_step_count=30)

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper_kernels import KernelConfig
 from esper_kernels.testing import SyncCounter
 from esper_train import (
     GradConfig,
+    HostConfig,
     MorphModel,
     OptimizerRegistry,
     SeedStage,
@@ -21,6 +23,7 @@ from esper_train import (
     train_one_epoch,
 )
 from esper_train.loop import Batches
+from esper_train.tasks import get_task, load_splits
 
 CONFIG = TrainConfig()
 
@@ -74,6 +77,25 @@ def test_train_one_epoch_trains_and_measures_as_plain_torch_does() -> None:
     assert (result.correct, result.valid, result.batches, result.nonfinite) == ({1: correct}, 19, 3, 0)
     assert not result.compiled
     assert result.backend == "cpp"
+
+
+def test_digits_are_learned_alike_by_the_compiled_kernels_and_by_torch() -> None:
+    curves: list[list[float]] = []
+    for backend in ("cpp", "eager"):
+        config, task = TrainConfig(kernel=KernelConfig(backend=backend)), get_task("digits")
+        splits = load_splits(task)
+        torch.manual_seed(0)
+        model = task.build_host(HostConfig())
+        optimizer, data = sgd(model), list(zip(*(part.split(64) for part in splits.train), strict=True))
+        curves.append([])
+        for _ in range(3):
+            result = train_one_epoch(model, data, optimizer, config, task_type="classification")
+            held_out = evaluate(model, [splits.validation], config, task_type="classification")
+            assert result.grad is not None
+            assert (result.backend, held_out.backend) == (backend, backend)
+            curves[-1] += [result.loss, result.grad.gradient_norm, held_out.loss]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert curves[0][6] < curves[0][0] / 2  # it did learn
 
 
 def test_short_last_batch_is_weighted_by_its_rows() -> None:

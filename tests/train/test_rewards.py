@@ -325,19 +325,23 @@ SIGNALS = Signals(
 LAST = replace(SIGNALS, epoch=25)
 
 
+def earned(name: str, op: Op, state: SlotState, signals: Signals, host_parameters: int) -> float:
+    return math.fsum(REWARDS[name](op, state, signals, host_parameters).values())
+
+
 def test_shaped_is_the_contribution_reward_of_the_slot() -> None:
     """The fossil's 3 points make it contribute; all seeds pay rent."""
     for op in Op:
         expected = compute_contribution_reward(
             op, 2.0, 60.0, SeedInfo.from_state(STATE), 25, 25, 3336, HOST, None, 57.0, 2.0, False, 1, 1
         )
-        assert REWARDS["shaped"](op, STATE, LAST, HOST) == expected
+        assert earned("shaped", op, STATE, LAST, HOST) == expected
 
 
 def test_shaped_counts_only_fossils_that_improved_by_a_point() -> None:
     enough, little = (replace(KEPT, accuracy_at_germination=start) for start in (59.0, 59.1))
     bonus, none = (
-        REWARDS["shaped"](Op.WAIT, STATE, replace(LAST, slots=(fossil, STATE, EMPTY)), HOST)
+        earned("shaped", Op.WAIT, STATE, replace(LAST, slots=(fossil, STATE, EMPTY)), HOST)
         for fossil in (enough, little)
     )
     assert bonus - none == pytest.approx(3.0)
@@ -345,10 +349,10 @@ def test_shaped_counts_only_fossils_that_improved_by_a_point() -> None:
 
 def test_sparse_is_the_best_accuracy_less_parameters_at_the_end() -> None:
     """3,336 parameters cost .1 * 3336 / 500000 = .0006672."""
-    assert REWARDS["sparse"](Op.WAIT, STATE, SIGNALS, HOST) == 0.0
-    assert REWARDS["sparse"](Op.WAIT, STATE, LAST, HOST) == pytest.approx(0.7493328, abs=1e-12)
+    assert earned("sparse", Op.WAIT, STATE, SIGNALS, HOST) == 0.0
+    assert earned("sparse", Op.WAIT, STATE, LAST, HOST) == pytest.approx(0.7493328, abs=1e-12)
     huge = replace(LAST, slots=(replace(KEPT, seed_parameters=10**9),))
-    assert REWARDS["sparse"](Op.WAIT, STATE, huge, HOST) == -1.0
+    assert earned("sparse", Op.WAIT, STATE, huge, HOST) == -1.0
 
 
 @pytest.mark.parametrize(
@@ -361,9 +365,9 @@ def test_sparse_is_the_best_accuracy_less_parameters_at_the_end() -> None:
     ],
 )
 def test_minimal_is_sparse_and_punishes_culling_the_young(op: Op, state: SlotState, expected: float) -> None:
-    assert REWARDS["minimal"](op, state, SIGNALS, HOST) == pytest.approx(expected)
-    end = REWARDS["sparse"](op, state, LAST, HOST)
-    assert REWARDS["minimal"](op, state, LAST, HOST) == pytest.approx(end + expected)
+    assert earned("minimal", op, state, SIGNALS, HOST) == pytest.approx(expected)
+    end = earned("sparse", op, state, LAST, HOST)
+    assert earned("minimal", op, state, LAST, HOST) == pytest.approx(end + expected)
 
 
 @pytest.mark.parametrize(
@@ -373,33 +377,33 @@ def test_minimal_is_sparse_and_punishes_culling_the_young(op: Op, state: SlotSta
 def test_loss_reward_is_positive_for_a_fall_of_the_loss(delta: float | None, expected: float) -> None:
     """In units of .1 and within 5 of them, times 5; a rise counts half."""
     bare = replace(SIGNALS, loss_delta=delta, slots=(EMPTY,))
-    assert REWARDS["loss"](Op.WAIT, EMPTY, bare, HOST) == pytest.approx(expected)
+    assert earned("loss", Op.WAIT, EMPTY, bare, HOST) == pytest.approx(expected)
 
 
 def test_loss_reward_takes_rent_and_shapes_by_stages() -> None:
     """.05 * ln(1 + 3336/6418) = .0209285 after three epochs; .1 * (.995 * 3.5 - 3.5) = -.00175 within a stage."""
     flat = replace(SIGNALS, loss_delta=None)
-    assert loss_reward(Op.WAIT, STATE, flat, HOST) == pytest.approx(-0.00175 - 0.0209285, abs=1e-6)
-    assert loss_reward(Op.WAIT, replace(STATE, epochs_alive=2), flat, HOST) == pytest.approx(-0.00175, abs=1e-6)
-    at_three = loss_reward(Op.WAIT, replace(STATE, epochs_alive=3), flat, HOST)
+    assert earned("loss", Op.WAIT, STATE, flat, HOST) == pytest.approx(-0.00175 - 0.0209285, abs=1e-6)
+    assert earned("loss", Op.WAIT, replace(STATE, epochs_alive=2), flat, HOST) == pytest.approx(-0.00175, abs=1e-6)
+    at_three = earned("loss", Op.WAIT, replace(STATE, epochs_alive=3), flat, HOST)
     assert at_three == pytest.approx(-0.00175 - 0.0209285, abs=1e-6)
-    assert loss_reward(Op.WAIT, EMPTY, flat, HOST) == pytest.approx(-0.0209285, abs=1e-6)
+    assert earned("loss", Op.WAIT, EMPTY, flat, HOST) == pytest.approx(-0.0209285, abs=1e-6)
     huge = replace(flat, slots=(replace(KEPT, seed_parameters=10**60),))
-    assert loss_reward(Op.WAIT, EMPTY, huge, HOST) == -5.0
+    assert earned("loss", Op.WAIT, EMPTY, huge, HOST) == -5.0
     entered = replace(STATE, epochs_in_stage=0, epochs_alive=0)  # .1 * (.995 * 3.5 - 2)
-    assert loss_reward(Op.WAIT, entered, flat, HOST) == pytest.approx(0.14825, abs=1e-6)
+    assert earned("loss", Op.WAIT, entered, flat, HOST) == pytest.approx(0.14825, abs=1e-6)
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(1.3, 0.5), (0.1, 1.0), (5.0, 0.0)])
 def test_loss_reward_ends_with_the_share_of_the_way_to_the_target(loss: float, expected: float) -> None:
     """From 2.3 to .3."""
     last = replace(LAST, loss_delta=None, val_loss=loss, slots=(EMPTY,))
-    assert loss_reward(Op.WAIT, EMPTY, last, HOST) == pytest.approx(expected)
+    assert earned("loss", Op.WAIT, EMPTY, last, HOST) == pytest.approx(expected)
 
 
 def test_loss_reward_takes_the_scale_of_a_task() -> None:
     last = replace(LAST, val_loss=7.15, loss_delta=0.15, slots=(EMPTY,))
-    assert loss_reward(Op.WAIT, EMPTY, last, HOST, (10.8, 3.5, 0.15)) == pytest.approx(5.0 + 0.5)
+    assert math.fsum(loss_reward(Op.WAIT, EMPTY, last, HOST, (10.8, 3.5, 0.15)).values()) == pytest.approx(5.0 + 0.5)
 
 
 @pytest.mark.parametrize("name", ["shaped", "sparse", "minimal", "loss"])
@@ -416,4 +420,4 @@ def test_a_better_epoch_never_earns_less(name: str) -> None:
         for accuracy, loss in ((50.0, 2.0), (70.0, 1.0))
     )
     state = replace(STATE, contribution=None)
-    assert REWARDS[name](Op.WAIT, state, better, HOST) > REWARDS[name](Op.WAIT, state, worse, HOST)
+    assert earned(name, Op.WAIT, state, better, HOST) > earned(name, Op.WAIT, state, worse, HOST)

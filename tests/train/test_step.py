@@ -1,6 +1,8 @@
 """The step of one batch: task types, criteria, and compilation that belongs to one run only."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +85,75 @@ def test_logits_and_meter_on_different_devices_are_refused() -> None:
     step = build_train_step("classification", TrainConfig())
     with pytest.raises(ValueError, match=r"cpu.*meta"):
         step(linear(), INPUTS, TARGETS, Meter("meta"))
+
+
+class SavesItsOutput(torch.autograd.Function):
+    """exp, kept where autograd's version counter does not see it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.y = x.exp()
+        return ctx.y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.y
+
+
+class Made(nn.Module):
+    """Logits [N, ..., 3] as `make` makes them of inputs [N, 4], a weight [4, 3] and an offset [6, 3]."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 3, generator=generator))
+        self.offset = nn.Parameter(torch.randn(6, 3, generator=generator))
+        self.logits: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = self.make(inputs, self.weight, self.offset)
+        if logits.requires_grad:
+            logits.register_hook(self.gradients.append)
+        self.logits.append(logits)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("where", "make"),
+    [
+        ("logits", lambda x, w, b: x @ w),
+        ("logits", lambda x, w, b: F.linear(x, w.t(), b[0])),
+        ("logits", lambda x, w, b: torch.addmm(b, x, w)),
+        ("logits", lambda x, w, b: torch.bmm(x.view(2, 3, 4), w.expand(2, 4, 3))),
+        ("logits", lambda x, w, b: F.linear(x.view(2, 3, 4), w.t(), b[0])),  # a view of a product
+        ("logits", lambda x, w, b: F.linear(x.view(2, 3, 4), w.t())),
+        ("kept", lambda x, w, b: (x @ w).relu()),  # needs its result
+        ("kept", lambda x, w, b: (x @ w).add_(b).sigmoid()),
+        ("kept", lambda x, w, b: F.log_softmax(x @ w, -1)),
+        ("kept", lambda x, w, b: SavesItsOutput.apply(x @ w)),
+        ("kept", lambda x, w, b: SavesItsOutput.apply(x @ w).view(2, 3, 3)),
+        ("kept", lambda x, w, b: x @ w + b),  # hands the gradient itself on, to a parameter
+        ("kept", lambda x, w, b: b.view(2, 3, 3)),
+        ("fresh", lambda x, w, b: (w.t() @ x.t()).t()),  # classes apart
+    ],
+)
+def test_memory_of_the_gradient_never_changes_what_is_learned(
+    where: str, make: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> None:
+    """Over the logits, in memory kept for the next batch, or fresh; gradients add up over two batches."""
+    ours, plain = Made(make), Made(make)
+    dims = make(INPUTS, ours.weight, ours.offset).dim()
+    step = build_train_step("classification" if dims == 2 else "lm", TrainConfig())
+    for inputs in (INPUTS, INPUTS.flip(0) + 1):
+        step(ours, inputs, TARGETS.view(2, 3) if dims == 3 else TARGETS, Meter("cpu"))
+        F.cross_entropy(plain(inputs).flatten(0, -2), TARGETS).backward()
+    for mine, torchs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, torchs.grad)
+    over = [g.data_ptr() == x.data_ptr() for g, x in zip(ours.gradients, ours.logits, strict=True)]
+    same = ours.gradients[0].data_ptr() == ours.gradients[1].data_ptr()
+    assert (over, same) == ([where == "logits"] * 2, where == "kept")
 
 
 class Counting:

@@ -259,7 +259,8 @@ def epoch(loader: Any) -> list[list[int]]:
 def test_make_loader_gives_every_sample_once_an_epoch(
     count: int, batch_size: int, sizes: list[int], shuffle_seed: int | None
 ) -> None:
-    loader = make_loader(numbered(count), batch_size, shuffle_seed=shuffle_seed)
+    shuffle = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+    loader = make_loader(numbered(count), batch_size, shuffle=shuffle)
     assert len(loader) == len(sizes)
     for _ in range(3):
         batches = epoch(loader)
@@ -273,7 +274,8 @@ def test_make_loader_keeps_the_order_without_a_seed() -> None:
 
 
 def test_make_loader_shuffles_anew_each_epoch_and_repeats_for_the_same_seed() -> None:
-    first, again, other = (make_loader(numbered(50), 16, shuffle_seed=seed) for seed in (3, 3, 4))
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
+    first, again, other = (make_loader(numbered(50), 16, shuffle=generator) for generator in generators)
     epochs = [epoch(first) for _ in range(3)]
     torch.manual_seed(0)  # the order owes nothing to the global random state
     assert [epoch(again) for _ in range(3)] == epochs

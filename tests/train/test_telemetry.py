@@ -3,26 +3,41 @@
 import io
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from esper_train.config import GrowthConfig, OptimConfig, RunConfig, TelemetryConfig
+from esper_train.build import build_episode
+from esper_train.config import (
+    GovernorConfig,
+    GradConfig,
+    GrowthConfig,
+    OptimConfig,
+    RunConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
 from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
-from esper_train.episode import NonFiniteLossError, run_heuristic_episode
+from esper_train.episode import NonFiniteLossError, run_episode, run_heuristic_episode
 from esper_train.telemetry.events import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.progress import ProgressSink
-from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, NullSink, describe
+from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, describe
+from tests.train.scripted import Planted, mislabelled, not_a_number
 
 
 @dataclass
@@ -76,6 +91,19 @@ def broken_run() -> list[Event]:
     config = RunConfig(task="synthetic", max_epochs=2, max_batches=4, optim=OptimConfig(host_lr=1e30))
     with pytest.raises(NonFiniteLossError):
         run_heuristic_episode(config, hub=TelemetryHub([recorder]))
+    return recorder.events
+
+
+@pytest.fixture(scope="module")
+def troubled_run() -> list[Event]:
+    """All events, at the level debug, of a run that meets a bad label in epoch 2 and goes back once, in epoch 3."""
+    recorder, base = Recorder(), RunConfig(task="synthetic", max_epochs=4, max_batches=4)
+    train, telemetry = TrainConfig(on_bad_numbers="rollback"), TelemetryConfig(level="debug")
+    config = replace(base, train=train, governor=GovernorConfig(snapshot_epochs=2))
+    episode = build_episode(config, slots=("early", "mid", "late"))
+    loader = Planted(episode.train, mislabelled, (2, 1))
+    episode.train = Planted(loader, not_a_number, (3, 1))  # type: ignore[assignment]
+    run_episode(episode, Scripted(), TelemetryHub([recorder], telemetry), mode="heuristic")
     return recorder.events
 
 
@@ -142,7 +170,7 @@ def expected(value: Any) -> Any:
     return None if value != value or value in (math.inf, -math.inf) else value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(value=VALUES)
 def test_to_json_is_one_line_that_reads_back(value: Any) -> None:
     line = Event(EventType.NONFINITE, 3, {"value": value}).to_json()
@@ -156,6 +184,10 @@ def test_event_types_are_the_words_in_the_files() -> None:
         "epoch",
         "seed_stage",
         "nonfinite",
+        "bad_targets",
+        "finding",
+        "snapshot",
+        "rollback",
         "layer_gradients",
         "run_finished",
     ]
@@ -198,12 +230,6 @@ def test_jsonl_sink_appends_to_what_is_there(tmp_path: Path) -> None:
     assert [(line["epoch"], line["word"]) for line in read] == [(1, "ä"), (2, "ä")]
 
 
-def test_null_sink_takes_anything() -> None:
-    sink = NullSink()
-    assert sink.write(Event(EventType.EPOCH, 1, {})) is None  # type: ignore[func-returns-value]
-    assert sink.close() is None  # type: ignore[func-returns-value]
-
-
 STARTED = {
     "mode": "heuristic",
     "task": "digits",
@@ -222,7 +248,14 @@ STAGE = {
     "reason": "G3 passed",
     "contribution": 3.456,
 }
-FINISHED = {"status": "completed", "fossils": 1, "parameters": 1396, "seconds": 0.72, "test": {"accuracy": 73.046}}
+FINISHED = {
+    "status": "completed",
+    "fossils": 1,
+    "parameters": 1396,
+    "seconds": 0.72,
+    "test": {"accuracy": 73.046},
+    "error": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -276,16 +309,17 @@ FINISHED = {"status": "completed", "fossils": 1, "parameters": 1396, "seconds": 
             "  early: slot EMBARGOED -> DORMANT (over)",
         ),
         (
-            Event(EventType.NONFINITE, 3, {"logits": 12, "gradients": 5}),
-            "  not finite in epoch 3: 12 rows, 5 gradient entries",
+            Event(EventType.NONFINITE, 3, {"logits": 12, "gradients": 5, "skipped": 0, "message": "12 rows"}),
+            "  epoch 3: 12 rows",
         ),
+        (Event(EventType.SNAPSHOT, 5, {"device": "cpu"}), "  the state after epoch 5 is kept"),
         (
             Event(EventType.RUN_FINISHED, 75, FINISHED),
             "completed: 1 fossilized, 1396 parameters, test accuracy 73.05%, 0.7 s",
         ),
         (
-            Event(EventType.RUN_FINISHED, 3, FINISHED | {"status": "interrupted", "test": None}),
-            "interrupted: 1 fossilized, 1396 parameters, 0.7 s",
+            Event(EventType.RUN_FINISHED, 3, FINISHED | {"status": "failed", "error": "disk full", "test": None}),
+            "failed (disk full): 1 fossilized, 1396 parameters, 0.7 s",
         ),
     ],
 )
@@ -298,14 +332,20 @@ LINES = {
     EventType.EPOCH: r"epoch +\d+/\d+  train loss (\d+\.\d{4}|nan|inf) acc +\d+\.\d\d%  validation loss .*  "
     r"early:[a-z]+ mid:[a-z]+ late:[a-z]+",
     EventType.SEED_STAGE: r"  (early|mid): (seed_[01]|slot) [A-Z]+ -> [A-Z]+ \(.+\)",
-    EventType.NONFINITE: r"  not finite in epoch 1: \d+ rows, \d+ gradient entries",
-    EventType.LAYER_GRADIENTS: r"  largest gradient of 11 parameters: host\.[\w.]+ (nan|inf|[\d.e+-]+)",
-    EventType.RUN_FINISHED: r"(completed|nonfinite): [01] fossilized, \d+ parameters, .*\d s",
+    EventType.NONFINITE: r"  epoch \d+: \d+ rows of logits and \d+ gradient entries were NaN or infinite(, \d .*)?",
+    EventType.BAD_TARGETS: r"  epoch 2: 1 rows were left out because their target is outside the classes",
+    EventType.FINDING: r"  epoch \d+: the loss is not finite: training .*, validation .*",
+    EventType.SNAPSHOT: r"  the state after epoch \d+ is kept",
+    EventType.ROLLBACK: r"  epoch \d+: rolled back to the state after epoch \d+ \(1 of 3 times\).*",
+    EventType.LAYER_GRADIENTS: r"  largest gradient of \d+ parameters: host\.[\w.]+ (nan|inf|[\d.e+-]+)",
+    EventType.RUN_FINISHED: r"(completed|nonfinite \(.*\)): [01] fossilized, \d+ parameters, .*\d s",
 }
 
 
-def test_describe_knows_every_event_of_a_run(run: list[Event], broken_run: list[Event]) -> None:
-    events = [*run, *broken_run]
+def test_every_kind_of_event_is_emitted_and_described(
+    run: list[Event], broken_run: list[Event], troubled_run: list[Event]
+) -> None:
+    events = [*run, *broken_run, *troubled_run]
     assert {event.type for event in events} == set(EventType)
     for event in events:
         assert re.fullmatch(LINES[event.type], describe(event)), describe(event)
@@ -346,8 +386,8 @@ def test_console_sink_prints_a_line_an_event_and_leaves_the_stream_open(run: lis
 
 
 def test_console_sink_prints_to_standard_output_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    ConsoleSink().write(Event(EventType.NONFINITE, 3, {"logits": 1, "gradients": 2}))
-    assert capsys.readouterr().out == "  not finite in epoch 3: 1 rows, 2 gradient entries\n"
+    ConsoleSink().write(Event(EventType.SNAPSHOT, 3, {}))
+    assert capsys.readouterr().out == "  the state after epoch 3 is kept\n"
 
 
 # the hub
@@ -539,3 +579,69 @@ def test_close_goes_on_past_a_sink_that_fails(capsys: pytest.CaptureFixture[str]
     TelemetryHub([Broken(), other]).close()
     assert other.closed == 1
     assert capsys.readouterr().err.count("Broken failed") == 1
+
+
+# what a level takes, and that none of it changes the training
+
+
+@pytest.mark.parametrize("lifecycle_only", [False, True])
+@pytest.mark.parametrize("level", ["off", "minimal", "normal", "debug"])
+def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None:
+    """Germination, a cull, exploding gradients and the escalation after them: the weights are those of silence."""
+    growth = GrowthConfig(blending_min_epochs=1, blending_improvement=-100.0, blending_epochs=2, embargo_epochs=2)
+    train = TrainConfig(grad=GradConfig(exploding=0.5))
+    config = RunConfig(task="synthetic", max_epochs=5, max_batches=4, growth=growth, train=train)
+    recorder = Recorder()
+    telemetry = TelemetryConfig(level=level, lifecycle_only=lifecycle_only, escalation_epochs=2)
+    watched = run_heuristic_episode(config, policy=Scripted(), hub=TelemetryHub([recorder], telemetry))
+    silent = run_heuristic_episode(config, policy=Scripted())
+    for name, value in silent.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
+    kinds = {event.type for event in recorder.events}
+    lives = {EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED}
+    # exploding gradients escalate every level but off
+    everything = lives | {EventType.EPOCH, EventType.LAYER_GRADIENTS}
+    assert kinds == (set() if level == "off" else lives if lifecycle_only else everything)
+
+
+def test_a_level_takes_its_kinds_until_it_is_escalated() -> None:
+    taken = {"minimal": set(EventType) - {EventType.EPOCH, EventType.SNAPSHOT, EventType.LAYER_GRADIENTS}}
+    taken |= {"off": set(), "normal": taken["minimal"] | {EventType.EPOCH}, "debug": set(EventType)}
+    for level, kinds in taken.items():
+        hub = TelemetryHub([Recorder()], TelemetryConfig(level=level, escalation_epochs=2))  # type: ignore[arg-type]
+        assert {kind for kind in EventType if hub.collects(kind)} == kinds
+        hub.escalate()
+        for left in (2, 1, 0):
+            escalated = set(EventType) if left and level != "off" else kinds
+            assert {kind for kind in EventType if hub.collects(kind)} == escalated
+            hub.tick()
+
+
+def test_bad_numbers_escalate_to_debug(broken_run: list[Event]) -> None:
+    assert EventType.LAYER_GRADIENTS in {event.type for event in broken_run}
+
+
+def test_a_killed_run_keeps_every_event_it_reported(tmp_path: Path) -> None:
+    """The process kills itself, as no handler could see, right after its third epoch was reported."""
+    path = tmp_path / "metrics.jsonl"
+    code = f"""
+import os, signal
+from esper_train import EventType, JsonlSink, RunConfig, TelemetryHub, run_fit
+
+class Killer(JsonlSink):
+    def write(self, event):
+        super().write(event)
+        if event.type is EventType.EPOCH and event.epoch == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run_fit(RunConfig(task="synthetic", max_batches=2), hub=TelemetryHub([Killer({str(path)!r})]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    read = [strict(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(line["event"], line["epoch"]) for line in read] == [
+        ("run_started", 0),
+        ("epoch", 1),
+        ("epoch", 2),
+        ("epoch", 3),
+    ]

@@ -1,0 +1,128 @@
+"""Registers, shared memory and spills of every Triton kernel a launch can select, compiled here without a GPU.
+
+    python -m benchmarks.triton_resources    # writes results/triton-resources.json
+
+An op joins `VARIANTS` with a function that lists what its launches can select; `recorded` makes that list from calls
+of the backend's own functions. Needs Triton with its interpreter off.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton import compile as compile_ahead
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from benchmarks import record
+from esper_kernels import Meter, grad_stats
+from esper_kernels.cross_entropy import triton as cross_entropy
+from esper_kernels.cross_entropy.reference import Options
+from esper_kernels.grad_stats import triton as grad_stats_triton
+
+TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
+
+
+class Variant(NamedTuple):
+    """One specialization of a kernel, in the terms of `ASTSource`."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]  # num_warps, num_stages, ...
+
+
+def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
+    """What the launches inside `call` would compile on an NVIDIA GPU. None is carried out: CPU tensors will do."""
+    variants, backend = [], make_backend(TARGETS[0])
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = bind(*arguments, **options)
+        _, *facts = kernel._pack_args(backend, options, bound, specialization, options)
+        variants.append(Variant(f"{name}: {kernel.fn.__name__} {len(variants)}", kernel, *facts, options))
+
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "cuda", "any"):
+        call()
+    return variants
+
+
+def grad_stats_variants() -> Iterator[Variant]:
+    """The dtypes of `inv_scale`, or none; those of the gradients are all in one kernel."""
+    grads = [torch.ones(3, dtype=dtype) for dtype in grad_stats_triton.DTYPES]
+    stats = grad_stats(grads)
+    for scale in (None, *(torch.ones((), dtype=dtype) for dtype in grad_stats_triton.DTYPES)):
+        name = f"grad_stats, inv_scale {None if scale is None else scale.dtype}"
+        yield from recorded(name, lambda scale=scale: grad_stats_triton.fill(grads, scale, stats))
+
+
+def cross_entropy_variants() -> Iterator[Variant]:
+    """Every launch choice, on an H200: its classes, dtypes and, heavy, every option; the autograd form at some."""
+    for classes in (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144):
+        targets, weight = torch.zeros(64, dtype=torch.int64), torch.ones(classes)
+        plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
+        heavy = Options(weight, -100, 0.1, 1e-4, 30.0, "mean", None)
+        for dtype in (torch.bfloat16, torch.float32):
+            logits, meter = torch.zeros(64, classes, dtype=dtype), Meter("cpu", topk=(5,))
+            for options in (plain, heavy):
+                name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
+                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, None, None)
+                if classes in (1000, 16000, 262144) and dtype == torch.bfloat16:
+                    yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+
+
+def _on_an_h200(name: str, function: Callable[..., Any], *arguments: Any) -> list[Variant]:
+    with mock.patch.object(cross_entropy, "_device", return_value=(132, 50 << 20)):
+        return recorded(name, lambda: function(*arguments))
+
+
+def _autograd(logits: torch.Tensor, targets: torch.Tensor, options: Options, meter: Meter) -> None:
+    loss, kept = cross_entropy.forward(logits, targets, options, meter, keep=True)
+    cross_entropy.forward(logits, targets, options, meter, keep=False)
+    cross_entropy.backward(torch.ones_like(loss), logits, targets, kept, options)
+
+
+VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants, cross_entropy_variants)
+
+
+def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
+    """Compile for one GPU; what does not fit into registers is on the stack."""
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    compiled = compile_ahead(source, target=target, options=variant.options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(\w+):(\d+)", usage[usage.index("REG:") :]))
+    return {
+        "variant": variant.name,
+        "sm": target.arch,
+        "registers": int(found["REG"]),
+        "shared_bytes": compiled.metadata.shared,
+        "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),
+        **variant.options,
+    }
+
+
+def measure() -> list[dict[str, Any]]:
+    """The resources of every variant of every op on every target."""
+    return [resources(variant, target) for variants in VARIANTS for variant in variants() for target in TARGETS]
+
+
+if __name__ == "__main__":
+    rows = measure()
+    for row in rows:
+        print(row)
+    print(record.write("triton-resources", rows))

@@ -1,0 +1,306 @@
+"""The Triton kernels of cross entropy; `triton` launches them. Importing this needs Triton.
+
+An argument that is None is a constant to the compiler, and what belongs to it is left out. Numbers come by value or,
+where they are tensors of the device, by pointer; nothing that may change from batch to batch is compiled in.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
+LANES = tl.constexpr(256)  # results of other programs that the last program reads at a time
+
+
+@triton.jit
+def _number(x):
+    value = x
+    if value.dtype.is_ptr():
+        value = tl.load(value).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _tanh(x):
+    size, z = tl.abs(x), x * x
+    # The odd polynomial that Cephes uses near 0, where 1 - exp(..) would cancel.
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = ((p * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    s = tl.exp(-2.0 * size)
+    large = (1.0 - s) / (1.0 + s)
+    return tl.where(size < 0.625, p * z * x + x, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _capped(x, softcap):
+    if softcap is not None:
+        x = softcap * _tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def _read(x_row, c, mask, softcap, EVICT: tl.constexpr = ""):
+    """A tile [rows, block]: the logits as stored, and after softcap; -inf where masked."""
+    x = tl.load(x_row[:, None] + c, mask, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
+    if softcap is None:
+        return x, x
+    else:
+        return x, tl.where(mask, _capped(x, softcap), -float("inf"))
+
+
+@triton.jit
+def _class_weights(weight, c, V):
+    if weight is None:
+        return 1.0
+    else:
+        return tl.load(weight + c, c < V, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _classify(targets, row, rows, V, IGNORE: tl.constexpr):
+    """The target, 0 where not valid; whether a row is valid, or ignored."""
+    target = tl.load(targets + row, row < rows, other=IGNORE).to(tl.int64)
+    valid = (row < rows) & (target >= 0) & (target < V) & (target != IGNORE)
+    return tl.where(valid, target, 0), valid, (row < rows) & (target == IGNORE)
+
+
+@triton.jit
+def _row_weights(targets, weight, rows, first, step, V, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+    """The weights of the valid rows in every step-th block of rows, added up."""
+    lanes = tl.zeros([BLOCK], tl.float32)
+    for block in tl.range(first, tl.cdiv(rows, BLOCK), step):
+        target, valid, _ = _classify(targets, block * BLOCK + tl.arange(0, BLOCK).to(tl.int64), rows, V, IGNORE)
+        lanes += tl.where(valid, _class_weights(weight, target, V), 0.0)
+    return tl.sum(lanes.to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["targets"])
+def count(targets, weight, counted, rows: tl.int64, V: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+    """counted [programs] float64: the rows' weights, added up."""
+    program = tl.program_id(0)
+    tl.store(counted + program, _row_weights(targets, weight, rows, program, tl.num_programs(0), V, IGNORE, BLOCK))
+
+
+@triton.jit
+def _offset(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
+    """Of a row in memory, by strides in units; rows are [outer, inner] where inner is not None."""
+    if inner is None:
+        return row * inner_stride * UNIT
+    else:
+        return (row // inner * outer_stride + row % inner * inner_stride) * UNIT
+
+
+@triton.jit
+def _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, softcap, V):
+    """Of a tile [rows, block]; p times of_softmax is the softmax' part, x is after softcap."""
+    grad = p * of_softmax[:, None]
+    grad = tl.where(c == target[:, None], grad - at_target[:, None], grad)
+    if everywhere is not None:
+        grad -= everywhere[:, None] * _class_weights(weight, c, V)
+    if softcap is not None:
+        grad *= 1.0 - (x / softcap) * (x / softcap)
+    return tl.where(live[:, None], grad, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "inner", "logits_outer", "logits_inner", "grad_outer", "grad_inner"],
+    do_not_specialize_on_alignment=["targets", "label_smoothing", "z_loss", "normalizer", "grad_scale", "recorded"],
+)
+def batch(
+    logits,
+    targets,
+    weight,  # [V]
+    label_smoothing,
+    z_loss,
+    softcap,
+    normalizer,  # None: the rows' weights, added up here
+    grad_scale,  # or the gradient of the loss, [rows] with PER_ROW
+    given,  # what an earlier launch kept
+    recorded,  # the loss that other code computed, to be metered instead
+    loss,  # [], or [rows] with PER_ROW, written
+    kept,  # [2 rows + 1] float32, written: maximum and sum of exponentials of each row; the rows' weights, added up
+    grad,  # like logits, written; may be the logits
+    sums,  # of the meter
+    counts,
+    partials,  # [columns, programs] float64
+    ticket,
+    rows: tl.int64,
+    inner,
+    logits_outer,
+    logits_inner,
+    grad_outer,
+    grad_inner,
+    V: tl.constexpr,
+    UNIT: tl.constexpr,
+    IGNORE: tl.constexpr,
+    TOPK: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
+):
+    """Whatever a batch needs: row losses, gradient, counts, and by the program that ends last, their sums."""
+    COLUMNS: tl.constexpr = 6 + len(TOPK)
+    PADDED: tl.constexpr = triton.next_power_of_2(COLUMNS)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c, column = tl.arange(0, BLOCK)[None, :], tl.arange(0, PADDED)
+    limit = tl.zeros([PADDED], tl.int32)  # the first rank that is not correct
+    for i in tl.static_range(len(TOPK)):
+        limit = tl.where(column == 6 + i, TOPK[i], limit)
+    weight_sum = tl.full([ROWS], V, tl.float32)
+    if weight is not None and label_smoothing is not None:
+        class_weights = tl.zeros([1, BLOCK], tl.float32)
+        for block in tl.range(0, tl.cdiv(V, BLOCK)):
+            class_weights += _class_weights(weight, block * BLOCK + c, V)
+        weight_sum = tl.sum(class_weights, 1) + tl.zeros([ROWS], tl.float32)
+    if grad is not None:
+        if normalizer is not None:
+            denominator = _number(normalizer)
+        elif given is not None:
+            denominator = tl.load(given + 2 * rows)
+        else:
+            denominator = _row_weights(targets, weight, rows, 0, 1, V, IGNORE, COUNT_BLOCK).to(tl.float32)
+        denominator = tl.full([ROWS], denominator, tl.float32)
+    loss_lanes, weight_lanes = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    count_lanes = tl.zeros([ROWS, PADDED], tl.int32)
+
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES if RESIDENT else 1):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        target, valid, ignored = _classify(targets, row, rows, V, IGNORE)
+        x_row = logits + _offset(row, inner, logits_outer, logits_inner, UNIT)
+        target_logit = tl.load(x_row + target, valid, other=0.0).to(tl.float32)
+        target_x = _capped(target_logit, softcap)
+        rank, smooth = tl.zeros([ROWS], tl.int32), target_x
+        if given is not None:
+            row_max, row_sum = tl.load(given + row, valid, other=0.0), tl.load(given + rows + row, valid, other=1.0)
+        if RESIDENT:
+            mask = valid[:, None] & (c < V)
+            stored, x = _read(x_row, c, mask, softcap)
+            if counts is not None:
+                earlier = (stored == target_logit[:, None]) & (c < target[:, None])
+                rank = tl.sum(((stored > target_logit[:, None]) | earlier).to(tl.int32), 1)
+            if given is None:
+                row_max = tl.max(x, 1)
+            p = tl.exp(x - row_max[:, None])
+            if given is None:
+                row_sum = tl.sum(p, 1)
+            if label_smoothing is not None:
+                smooth = tl.sum(tl.where(mask, _class_weights(weight, c, V) * (x - row_max[:, None]), 0.0), 1)
+        elif given is None:
+            # A maximum and a sum a lane, from below all logits, so that no lane subtracts -inf from -inf.
+            lane_max, lane_sum = tl.full([ROWS, BLOCK], LOWEST, tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+            lane_rank, lane_smooth = tl.zeros([ROWS, BLOCK], tl.int32), tl.zeros([ROWS, BLOCK], tl.float32)
+            # The maximum is not known yet, and sums of large logits would cancel.
+            origin = tl.where(tl.abs(target_x) < float("inf"), target_x, 0.0)
+            for block in tl.range(0, tl.cdiv(V, BLOCK) * tl.max(valid.to(tl.int32), 0), num_stages=STAGES):
+                at = block * BLOCK + c
+                stored, x = _read(x_row, at, at < V, softcap)
+                if counts is not None:
+                    earlier = (stored == target_logit[:, None]) & (at < target[:, None])
+                    lane_rank += ((stored > target_logit[:, None]) | earlier).to(tl.int32)
+                if label_smoothing is not None:
+                    lane_smooth += tl.where(at < V, _class_weights(weight, at, V) * (x - origin[:, None]), 0.0)
+                p = tl.exp(-tl.abs(x - lane_max))
+                lane_sum = tl.where(x > lane_max, lane_sum * p + 1.0, lane_sum + p)
+                lane_max = tl.maximum(lane_max, x)
+            row_max = tl.max(lane_max, 1)
+            row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max[:, None]), 1)
+            row_sum = tl.where(row_sum == 0, float("nan"), row_sum)  # nothing but -inf
+            rank, smooth = tl.sum(lane_rank, 1), tl.sum(lane_smooth, 1) + weight_sum * (origin - row_max)
+
+        row_weight = tl.full([ROWS], 1.0, tl.float32)
+        if weight is not None:
+            row_weight = tl.load(weight + target, valid, other=0.0).to(tl.float32)
+        log_sum = tl.log(row_sum)  # NaN exactly where the row is non-finite
+        row_loss = row_weight * (log_sum - (target_x - row_max))
+        if label_smoothing is not None:
+            e = _number(label_smoothing)
+            row_loss *= 1.0 - e
+            row_loss += tl.where(e > 0, e / V * (weight_sum * log_sum - smooth), 0.0)
+        if z_loss is not None:
+            row_loss += _number(z_loss) * (row_max + log_sum) * (row_max + log_sum)
+        row_loss = tl.where(valid, row_loss, 0.0)
+        loss_lanes += row_loss.to(tl.float64)
+        weight_lanes += tl.where(valid, row_weight, 0.0).to(tl.float64)
+        finite, bad = row_sum == row_sum, (row < rows) & ~valid & ~ignored
+        flags = (valid & finite)[:, None] & (rank[:, None] < limit[None, :])
+        flags |= (valid[:, None] & (column == 0)) | (ignored[:, None] & (column == 1))
+        flags |= ((valid & ~finite)[:, None] & (column == 2)) | (bad[:, None] & (column == 3))
+        count_lanes += flags.to(tl.int32)
+
+        if PER_ROW and loss is not None:
+            if counts is None:
+                row_loss = tl.where(bad, float("nan"), row_loss)  # no meter will tell
+            tl.store(loss + row, row_loss, row < rows)
+        if kept is not None:
+            tl.store(kept + row, row_max, row < rows)
+            tl.store(kept + rows + row, row_sum, row < rows)
+        if grad is not None:
+            if PER_ROW:
+                scale = tl.load(grad_scale + row, valid, other=0.0).to(tl.float32) / denominator
+            else:
+                scale = _number(grad_scale) / denominator
+            at_target, everywhere = row_weight * scale, None
+            of_softmax = at_target
+            if label_smoothing is not None:
+                e = _number(label_smoothing)
+                at_target, everywhere = at_target * (1.0 - e), e / V * scale
+                of_softmax = at_target + everywhere * weight_sum
+            if z_loss is not None:
+                of_softmax += 2.0 * _number(z_loss) * (row_max + log_sum) * scale
+            of_softmax /= row_sum
+            live = valid & (denominator != 0)
+            g_row = grad + _offset(row, inner, grad_outer, grad_inner, UNIT)
+            if RESIDENT:
+                g = _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, softcap, V)
+                tl.store(g_row[:, None] + c, g, (row < rows)[:, None] & (c < V))
+            else:
+                for block in tl.range(0, tl.cdiv(V, BLOCK), num_stages=STAGES):
+                    at = (tl.cdiv(V, BLOCK) - 1 - block) * BLOCK + c
+                    _, x = _read(x_row, at, live[:, None] & (at < V), softcap, "evict_first")
+                    p = tl.exp(x - row_max[:, None])
+                    g = _gradient(p, x, at, target, live, of_softmax, at_target, everywhere, weight, softcap, V)
+                    tl.store(g_row[:, None] + at, g, at < V, cache_modifier=".cs")
+
+    if partials is not None:
+        # Columns as the meter's counts; `batches` and `batches_with_valid` need no sum and make room for two.
+        sum_of = tl.where(column == 4, tl.sum(loss_lanes), tl.sum(count_lanes, 0).to(tl.float64))
+        sum_of = tl.where(column == 5, tl.sum(weight_lanes), sum_of)
+        tl.store(partials + column * programs + program, sum_of, column < COLUMNS)
+        tl.debug_barrier()  # all threads have stored
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
+            tl.store(ticket, 0)  # for the next launch
+            lanes = tl.zeros([PADDED, LANES], tl.float64)
+            for start in tl.range(0, programs, LANES):
+                lane = (start + tl.arange(0, LANES))[None, :]
+                at, mask = column[:, None] * programs + lane, (column < COLUMNS)[:, None] & (lane < programs)
+                # Past the first-level cache, which does not see what other multiprocessors store.
+                lanes += tl.load(partials + at, mask, other=0.0, cache_modifier=".cg")
+            _finish(tl.sum(lanes, 1), column, loss, kept, sums, counts, normalizer, recorded, rows, COLUMNS, PER_ROW)
+
+
+@triton.jit
+def _finish(total, column, loss, kept, sums, counts, normalizer, recorded, rows, COLUMNS, PER_ROW: tl.constexpr):
+    """Into the meter and the loss. total [PADDED] float64: the columns of all programs, added up in their order."""
+    valid, bad = tl.sum(tl.where(column == 0, total, 0.0)), tl.sum(tl.where(column == 3, total, 0.0))
+    loss_sum, weight_sum = tl.sum(tl.where(column == 4, total, 0.0)), tl.sum(tl.where(column == 5, total, 0.0))
+    if recorded is not None:
+        loss_sum, weight_sum = tl.where(valid > 0, tl.load(recorded).to(tl.float64) * valid, 0.0), valid
+    if counts is not None:
+        added = tl.where(column == 4, 1.0, tl.where(column == 5, (valid > 0).to(tl.float64), total)).to(tl.int64)
+        tl.store(counts + column, tl.load(counts + column, column < COLUMNS) + added, column < COLUMNS)
+        tl.store(sums, tl.load(sums) + loss_sum)
+        tl.store(sums + 1, tl.load(sums + 1) + weight_sum)
+        tl.store(sums + 2, tl.load(sums + 2) + tl.where(valid > 0, loss_sum / weight_sum, 0.0))
+    if kept is not None:
+        tl.store(kept + 2 * rows, weight_sum.to(tl.float32))
+    if loss is not None and not PER_ROW:
+        denominator = weight_sum
+        if normalizer is not None:
+            denominator = _number(normalizer).to(tl.float64)
+        unknown = denominator == 0
+        if counts is None:
+            unknown |= bad > 0
+        tl.store(loss, tl.where(unknown, float("nan"), loss_sum / denominator).to(tl.float32))

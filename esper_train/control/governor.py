@@ -1,0 +1,113 @@
+"""The governor: says when a run's losses have gone bad, and keeps a state from before.
+
+`episode` asks it once an epoch, reports what it finds and does what `train.on_bad_numbers` says.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper_kernels import grad_stats
+from esper_train.config import GovernorConfig
+from esper_train.control.signals import SignalTracker
+from esper_train.morph.model import MorphModel
+from esper_train.optimizers import OptimizerRegistry
+from esper_train.state import PlainState
+
+LEARNED, NEAR_GUESS = 0.6, 0.065
+"""A loss below this share of a guess's has learned something; one this close to a guess's has forgotten it."""
+Owned = tuple[MorphModel, OptimizerRegistry, SignalTracker]
+"""What a rollback brings back, together: the optimizers hold the model's own parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What is wrong with an epoch: "nonfinite", "divergence" or "collapse", and the reason in words."""
+
+    kind: str
+    message: str
+
+
+class Governor(PlainState):
+    """Compares each epoch's losses with those of the run's good epochs and with that of a guess.
+
+    `guess` is the loss of guessing, ln of the number of classes, so that one rule serves every task.
+    """
+
+    STATE = ("history", "suspicious", "rollbacks")
+
+    def __init__(self, config: GovernorConfig, guess: float) -> None:
+        self._config = config
+        self._guess = guess
+        self.history: list[float] = []
+        self.suspicious = self.rollbacks = 0
+
+    def check(self, *, training: float, validation: float) -> Finding | None:
+        """Judge an epoch by its losses in nats. A suspicious one does not join the history it would spoil."""
+        if not (math.isfinite(training) and math.isfinite(validation)):
+            losses = f"training {training}, validation {validation}"
+            return Finding(kind="nonfinite", message=f"the loss is not finite: {losses}")
+        found = self._compare(validation)
+        if found is None:
+            self.history = [*self.history, validation][-self._config.window :]
+        self.suspicious = 0 if found is None else self.suspicious + 1
+        return found if self.suspicious >= self._config.patience else None
+
+    def _compare(self, loss: float) -> Finding | None:
+        config, guess = self._config, self._guess
+        if len(self.history) < config.min_history:
+            return None
+        mean, deviation = fmean(self.history), pstdev(self.history)
+        usual = f"the mean of the last {len(self.history)} good epochs is {mean:.4g}"
+        if loss > max(guess, mean + config.sensitivity * deviation, config.multiplier * mean):
+            return Finding(kind="divergence", message=f"the validation loss diverged to {loss:.4g}; {usual}")
+        if mean < LEARNED * guess and abs(loss - guess) < NEAR_GUESS * guess:
+            return Finding(kind="collapse", message=f"the validation loss {loss:.4g} is that of a guess; {usual}")
+        return None
+
+    def rolled_back(self) -> None:
+        """Count a rollback; the epochs that are to come are judged afresh."""
+        self.rollbacks, self.suspicious = self.rollbacks + 1, 0
+
+
+class Snapshot:
+    """A copy of all that a rollback brings back, on a device of its own. Whoever takes one has checked the epoch."""
+
+    def __init__(self, epoch: int, owned: Owned, device: torch.device) -> None:
+        self.epoch = epoch
+        tensors = _tensors(owned)
+        self._devices = [tensor.device for tensor in tensors]
+        self._owned = _copy(owned, [device] * len(tensors))
+
+    def restore(self) -> Owned:
+        """The objects as they were, on the devices they were on. The snapshot stays as it is."""
+        return _copy(self._owned, self._devices)
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether no parameter and no buffer holds NaN or infinity: a seed that trains shows in no loss. A host sync."""
+    numbers = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    health = grad_stats(numbers).compute()
+    return health.nan_count + health.inf_count == 0
+
+
+def _tensors(owned: Owned) -> list[Tensor]:
+    model, optimizers, _ = owned
+    states = [value for o in optimizers.present() for state in o.state.values() for value in state.values()]
+    return [*model.parameters(), *model.buffers(), *(value for value in states if isinstance(value, Tensor))]
+
+
+def _copy(owned: Owned, devices: Sequence[torch.device]) -> Owned:
+    """Copies that share nothing with the originals but refer to each other as those do; gradients are left out."""
+    memo: dict[int, Any] = {}
+    for tensor, device in zip(_tensors(owned), devices, strict=True):
+        value = tensor.detach().to(device, copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+    return copy.deepcopy(owned, memo)

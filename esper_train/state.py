@@ -1,0 +1,90 @@
+"""State that can be saved and given back: the interface, objects of a few plain attributes, random numbers."""
+
+import copy
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+
+class Stateful(Protocol):
+    """Gives its state as dicts, lists, tuples, strings, numbers, None and tensors, and takes it back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any: ...
+
+
+class PlainState:
+    """An object whose whole state is the attributes that `STATE` names, with plain values."""
+
+    STATE: ClassVar[tuple[str, ...]] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.STATE}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        for name in self.STATE:
+            setattr(self, name, copy.deepcopy(state_dict[name]))
+
+
+class RandomState:
+    """A run's random numbers: the order of its data and, while `active`, python's, numpy's, torch's and the device's.
+
+    Outside of `active` the global generators are the caller's. On a device of another kind they start from the seed.
+    """
+
+    def __init__(self, seed: int, device: torch.device, order: torch.Generator | None = None) -> None:
+        self._seed = seed
+        self._device = device
+        self._order = order or torch.Generator()
+        self._restored: Mapping[str, Any] | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from the run's stream inside, from its beginning or from where `load_state_dict` put it."""
+        callers = _get(self._device)
+        try:
+            random.seed(self._seed)
+            torch.manual_seed(self._seed)
+            if numpy := _numpy():
+                numpy.random.seed(self._seed % 2**32)
+            if self._restored is not None:
+                _set(self._restored, self._device)
+            yield
+        finally:
+            _set(callers, self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every generator stands; called while `active`."""
+        return _get(self._device) | {"order": self._order.get_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        self._order.set_state(state_dict["order"])
+        self._restored = state_dict
+
+
+def _numpy() -> Any:
+    return sys.modules.get("numpy")  # torch has imported it where there is one
+
+
+def _get(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if numpy := _numpy():
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = kind, tuple(keys.tolist()), *rest
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set(state: Mapping[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if (numpy := _numpy()) and "numpy" in state:
+        numpy.random.set_state(state["numpy"])
+    if device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], device)
