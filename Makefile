@@ -27,12 +27,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc)
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files csrc)
+	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 
 wheel: $(READY)
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
@@ -51,7 +51,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
 
 # An interpreter that already has torch lends it; otherwise the pinned torch is installed.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \
 		$(PYTHON) -m venv $(CLEAR) --system-site-packages $(VENV); \

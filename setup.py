@@ -1,10 +1,14 @@
 """Build entry point: metadata is in pyproject.toml, the compiled kernels are here.
 
-ESPER_NO_EXT=1 leaves them out; MAX_JOBS limits the compilers that run at once.
+ESPER_NO_EXT=1 leaves them out; MAX_JOBS limits the compilers that run at once. CUDA kernels are built where torch is
+built with CUDA and a toolkit is found (CUDA_HOME, or nvcc on the path), for TORCH_CUDA_ARCH_LIST; no GPU is needed.
+FORCE_CUDA=1 builds them or fails, against any torch; NO_CUDA=1 leaves them out.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from setuptools import Extension, setup
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own AVX-512 header
 KERNELS = [
+    "csrc/call.cpp",
     "csrc/cpu/driver.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/avx512.cpp",
@@ -22,6 +27,66 @@ KERNELS = [
 ]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # every torch from 2.10 on
 HEADERS = ["driver.h", "kernels.h", "simd.h", "cross_entropy.h", "grad_stats.h"]
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # those that nvcc knows; newer GPUs compile from the last
+CUDA_KERNELS = ["csrc/cuda/cross_entropy.cu", "csrc/cuda/grad_stats.cu"]
+CUDA_LIBRARIES = ["-ltorch", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+CUDA_DEPENDS = ["csrc/call.h", "csrc/tensors.h", *(f"csrc/cuda/{name}.h" for name in ("driver", "rows", "simt"))]
+
+
+def find_cuda(torch_cuda: str | None) -> tuple[Path | None, str]:
+    """The folder of the toolkit to build with, or None; and why."""
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if os.environ.get("NO_CUDA") == "1":
+        return None, "NO_CUDA=1"
+    if not forced and torch_cuda is None:
+        return None, "this torch is built without CUDA (FORCE_CUDA=1 builds them all the same)"
+    nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin") or shutil.which("nvcc")
+    if nvcc is not None:
+        # It may be a script or a link that stands elsewhere; what it would do says where it is at home.
+        plan = subprocess.run([nvcc, "--dryrun", "-c", "nothing.cu"], capture_output=True, text=True).stderr
+        home = re.search(r"^#\$ TOP=(\S+)", plan, re.MULTILINE)
+        if home is not None:
+            return Path(home[1]).resolve(), "FORCE_CUDA=1" if forced else f"torch is built with CUDA {torch_cuda}"
+    if forced:
+        sys.exit("esper-kernels: FORCE_CUDA=1, but there is no nvcc; set CUDA_HOME to a CUDA toolkit")
+    return None, "there is no nvcc (set CUDA_HOME to a CUDA toolkit)"
+
+
+def gencode(cuda: Path) -> list[str]:
+    """Options of nvcc for TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX", also with ;), or for what we choose."""
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not names:
+        known = subprocess.check_output([cuda / "bin/nvcc", "--list-gpu-arch"], text=True).split()
+        names = [name for name in CUDA_ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
+        names[-1] += "+PTX"
+    options = []
+    for name in names:
+        if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", name):
+            sys.exit(f"esper-kernels: TORCH_CUDA_ARCH_LIST holds numbers such as 9.0 or 9.0+PTX, got {name!r}")
+        number = name.removesuffix("+PTX").replace(".", "")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def compile_cuda(cuda: Path, folder: Path) -> list[str]:
+    """Objects of the CUDA kernels; torch's own build step would ask for a torch built with CUDA."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = gencode(cuda)
+    objects = []
+    for source in CUDA_KERNELS:
+        made = folder / f"{Path(source).stem}.o"
+        told = folder / f"{Path(source).stem}.options"
+        newest = max(Path(path).stat().st_mtime for path in (source, *CUDA_DEPENDS))
+        if not made.exists() or made.stat().st_mtime < newest or told.read_text() != " ".join(options):
+            command = [str(cuda / "bin/nvcc"), "-c", "-std=c++17", "-O3", "-Icsrc", *options]
+            command += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"--threads={os.environ.get('MAX_JOBS', '0')}"]
+            print(" ".join([*command, source]))
+            subprocess.run([*command, source, "-o", str(made)], check=True)
+            told.write_text(" ".join(options))
+        objects.append(str(made))
+    return objects
 
 
 def compiled() -> dict[str, Any]:
@@ -45,7 +110,7 @@ def compiled() -> dict[str, Any]:
     import pybind11
 
     Path("esper_kernels/lib").mkdir(exist_ok=True)  # where an editable build copies the library of ops to
-    depends = [f"csrc/cpu/{name}" for name in HEADERS]
+    depends = ["csrc/call.h", "csrc/tensors.h", *(f"csrc/cpu/{name}" for name in HEADERS)]
     ops = CppExtension(
         "esper_kernels.lib.esper_cpu",  # in a folder of its own: it is no Python module
         ["csrc/ops_cpu.cpp", *KERNELS],
@@ -62,10 +127,35 @@ def compiled() -> dict[str, Any]:
         extra_compile_args=["-std=c++17", *FLAGS],
         extra_link_args=["-s"],
     )
-    print(f"esper-kernels: building CPU kernels against torch {torch.__version__}; for pure Python set ESPER_NO_EXT=1")
+    extensions = [ops, facts]
+    cuda, why = find_cuda(torch.version.cuda)
+    if cuda is not None:
+        gpu_ops = CppExtension(
+            "esper_kernels.lib.esper_cuda",
+            ["csrc/ops_cuda.cpp", "csrc/call.cpp", "csrc/cuda/driver.cpp"],
+            depends=CUDA_DEPENDS,
+            include_dirs=[str(Path("csrc").absolute()), str(cuda / "include")],
+            extra_compile_args=[*FLAGS, STABLE_ABI, "-DUSE_CUDA"],
+            # The CUDA runtime is inside: torch's may be of another version. libtorch brings libtorch_cuda.
+            extra_link_args=["-s", "-Wl,--exclude-libs,ALL,--no-as-needed", f"-L{cuda}/lib64", *CUDA_LIBRARIES],
+            py_limited_api=True,
+        )
+        extensions.append(gpu_ops)
+
+    class Build(BuildExtension):  # type: ignore[misc]
+        def build_extensions(self) -> None:
+            if cuda is not None:
+                gpu_ops.extra_objects = compile_cuda(cuda, Path(self.build_temp) / "cuda")
+            super().build_extensions()
+
+    print(
+        f"esper-kernels: building CPU kernels against torch {torch.__version__}; "
+        f"{f'CUDA kernels with {cuda}' if cuda else 'no CUDA kernels'}, because: {why}; "
+        "for pure Python set ESPER_NO_EXT=1"
+    )
     return {
-        "ext_modules": [ops, facts],
-        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
     }
 
 

@@ -1,22 +1,18 @@
 // The CPU ops, registered through libtorch's stable ABI: for compiled graphs, tracers and profilers, which
 // see what passes through torch's dispatcher. bindings.cpp is the shorter road to the same calls.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <cmath>
 #include <vector>
 
 #include "cpu/driver.h"
+#include "tensors.h"
 
 namespace {
 
 using esper::Array;
-using esper::Outcome;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using esper::array_of;
+using esper::data;
+using esper::MaybeTensor;
+using esper::memory;
+using esper::Tensor;
 
 void parallel_for(int64_t n, const esper::Range& f) { torch::stable::parallel_for(0, n, 1, f); }
 
@@ -26,56 +22,20 @@ const esper::Kernels& kernels_of(int64_t instruction_set) {
   return *found;
 }
 
-esper::Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return esper::kFloat32;
-    case ScalarType::BFloat16:
-      return esper::kBFloat16;
-    case ScalarType::Half:
-      return esper::kFloat16;
-    case ScalarType::Double:
-      return esper::kFloat64;
-    case ScalarType::Long:
-      return esper::kInt64;
-    case ScalarType::Int:
-      return esper::kInt32;
-    case ScalarType::Byte:
-      return esper::kUInt8;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or a target's type");
-  }
-}
-
-Array array_of(const Tensor& x) {
-  return {x.data_ptr(), x.dim(), x.sizes().data(), x.strides().data(), dtype_of(x)};
-}
-
-template <class T>
-T* data(const MaybeTensor& x) {
-  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
-}
-
-// Options given as tensors: float64 [smoothing, z_loss, normalizer, grad_scale], NaN where the number counts.
-void override(const MaybeTensor& numbers, std::vector<double*> values) {
-  if (!numbers) return;
-  const double* given = data<double>(numbers);
-  for (size_t i = 0; i < values.size(); ++i)
-    if (!std::isnan(given[i])) *values[i] = given[i];
-}
-
-void check(Outcome outcome) {
-  STD_TORCH_CHECK(outcome != Outcome::kBadTargets, "targets are outside [0, classes) and not ignore_index");
-  STD_TORCH_CHECK(outcome == Outcome::kDone, "expected contiguous targets and rows, class stride 1");
+// The numbers, each replaced where a tensor is given for it.
+void override(const std::vector<MaybeTensor>& tensors, std::vector<double*> numbers) {
+  for (size_t i = 0; i < numbers.size(); ++i)
+    *numbers[i] = esper::number_of(*numbers[i], esper::at(tensors, i), false).value;
 }
 
 void cross_entropy(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index, double smoothing,
-                   double z_loss, double softcap, double normalizer, double grad_scale, MaybeTensor numbers,
-                   int64_t reduction, int64_t instruction_set, MaybeTensor sums, MaybeTensor counts,
-                   std::vector<int64_t> topk, MaybeTensor loss, MaybeTensor rows, MaybeTensor out) {
+                   double z_loss, double softcap, double normalizer, double grad_scale,
+                   std::vector<MaybeTensor> numbers, int64_t reduction, int64_t instruction_set,
+                   MaybeTensor sums, MaybeTensor counts, std::vector<int64_t> topk, MaybeTensor loss,
+                   MaybeTensor rows, MaybeTensor out, MaybeTensor) {
   override(numbers, {&smoothing, &z_loss, &normalizer, &grad_scale});
   const Array written = out ? array_of(*out) : Array{};
-  check(esper::cross_entropy(
+  esper::check(esper::cross_entropy(
       {array_of(logits), array_of(targets), data<float>(weight), ignore_index, smoothing, z_loss, softcap,
        normalizer, grad_scale, reduction, data<double>(sums), data<int64_t>(counts), topk, data<float>(loss),
        data<float>(rows), out ? &written : nullptr},
@@ -84,14 +44,15 @@ void cross_entropy(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ig
 
 void cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor targets, MaybeTensor weight,
                             int64_t ignore_index, double smoothing, double z_loss, double softcap,
-                            MaybeTensor numbers, int64_t instruction_set, Tensor rows, Tensor out) {
+                            std::vector<MaybeTensor> numbers, int64_t instruction_set, Tensor rows,
+                            Tensor out) {
   override(numbers, {&smoothing, &z_loss});
   const Array written = array_of(out);
   esper::LossCall call{
       array_of(logits), array_of(targets), data<float>(weight), ignore_index, smoothing, z_loss, softcap};
-  call.rows = static_cast<float*>(rows.data_ptr());
+  call.rows = memory<float>(rows);
   call.out = &written;
-  check(
+  esper::check(
       esper::cross_entropy_backward(call, array_of(grad_output), kernels_of(instruction_set), parallel_for));
 }
 
@@ -103,12 +64,11 @@ void grad_stats(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t inst
     arrays.push_back(array_of(x));
     STD_TORCH_CHECK(arrays.back().dtype <= esper::kFloat16, "expected float32, bfloat16 or float16");
   }
-  const auto doubles = [](const Tensor& x) { return static_cast<double*>(x.data_ptr()); };
-  const auto integers = [](const Tensor& x) { return static_cast<int64_t*>(x.data_ptr()); };
-  esper::grad_stats(arrays, inv_scale ? *data<double>(inv_scale) : 1,
-                    {doubles(norms), doubles(max_abs), integers(zeros), integers(nans), integers(infs),
-                     doubles(total_norm), static_cast<float*>(found_inf.data_ptr())},
-                    kernels_of(instruction_set), parallel_for);
+  esper::grad_stats(
+      arrays, esper::number_of(1, inv_scale, false).value,
+      {memory<double>(norms), memory<double>(max_abs), memory<int64_t>(zeros), memory<int64_t>(nans),
+       memory<int64_t>(infs), memory<double>(total_norm), memory<float>(found_inf)},
+      kernels_of(instruction_set), parallel_for);
 }
 
 }  // namespace
@@ -131,19 +91,7 @@ extern "C" __attribute__((visibility("default"))) const esper::Api* esper_api() 
 }
 
 STABLE_TORCH_LIBRARY(esper, m) {
-  m.def(
-      "cross_entropy(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, float smoothing, "
-      "float z_loss, float softcap, float normalizer, float grad_scale, Tensor? numbers, int reduction, "
-      "int instruction_set, Tensor(a!)? sums, Tensor(b!)? counts, int[] topk, Tensor(c!)? loss, "
-      "Tensor(d!)? rows, Tensor(e!)? out) -> ()");
-  m.def(
-      "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor targets, Tensor? weight, "
-      "int ignore_index, float smoothing, float z_loss, float softcap, Tensor? numbers, int instruction_set, "
-      "Tensor rows, Tensor(a!) out) -> ()");
-  m.def(
-      "grad_stats(Tensor[] tensors, Tensor? inv_scale, int instruction_set, Tensor(a!) norms, "
-      "Tensor(b!) max_abs, Tensor(c!) zeros, Tensor(d!) nans, Tensor(e!) infs, Tensor(f!) total_norm, "
-      "Tensor(g!) found_inf) -> ()");
+  for (const char* schema : esper::kSchemas) m.def(schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(esper, CPU, m) {

@@ -12,7 +12,6 @@ import torch
 from esper_kernels import native
 from esper_kernels.config import KernelConfig
 from esper_kernels.native import Road
-from esper_kernels.version import __version__
 
 OPS = ("cross_entropy", "grad_stats")
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
@@ -36,15 +35,13 @@ def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
         return None
-    if backend == "cuda":
-        return f"not part of esper-kernels {__version__}"
     if dtype == torch.float64 and (op, backend) != ("grad_stats", "triton"):
         return "float64 is served by eager only"
     if backend == "triton":
         return _triton_unavailable(device_type)
-    if device_type != "cpu":
-        return f"runs on the CPU only, not on {device_type}"
-    return native.UNAVAILABLE
+    if device_type != ("cpu" if backend == "cpp" else "cuda"):
+        return f"runs on {'the CPU' if backend == 'cpp' else 'CUDA'} only, not on {device_type}"
+    return native.UNAVAILABLE if backend == "cpp" else native.cuda_unavailable()
 
 
 def _triton_unavailable(device_type: str) -> str | None:

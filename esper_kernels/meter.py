@@ -68,7 +68,7 @@ class Meter:
         with torch.inference_mode(False):  # a meter made inside inference mode must work outside of it
             self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
             self.counts = torch.zeros(len(COUNTS) + len(self.topk), dtype=torch.int64, device=device)
-            self.ticket = torch.zeros(1, dtype=torch.int32, device=device)  # 0 between launches; see `triton_kernels`
+            self.ticket = torch.zeros(1, dtype=torch.int32, device=device)  # of a launch's blocks, 0 between launches
         self.device = self.sums.device  # "cuda" has become "cuda:0"
 
     def reset(self) -> None:

@@ -1,11 +1,14 @@
-"""The compiled CPU kernels: loads the ops of `csrc/` once, and says why where they cannot be had.
+"""The compiled kernels: loads the ops of `csrc/` once, and says why where they cannot be had.
 
-`UNAVAILABLE` is None where `torch.ops.esper` is ready. `INSTRUCTION_SETS` are those this machine can run.
+`UNAVAILABLE` is None where `torch.ops.esper` is ready on the CPU, `cuda_unavailable()` where it is on CUDA.
+`INSTRUCTION_SETS` are those this machine can run.
 `ROAD` has the same calls past torch's dispatcher, for plain CPU tensors: a few hundred nanoseconds instead of
 four microseconds; `NO_ROAD` says why it is None.
 """
 
+import ctypes
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 _LIBRARY = Path(__file__).with_name("lib") / "esper_cpu.so"
+_CUDA_LIBRARY = _LIBRARY.with_name("esper_cuda.so")
 
 
 class Road(NamedTuple):
@@ -39,7 +43,7 @@ def _load() -> _Loaded:
         torch.ops.load_library(str(_LIBRARY))
         native: Any = import_module("esper_kernels._native")  # after the library, which it looks into
     except (OSError, ImportError, RuntimeError) as error:
-        return _Loaded(f"the CPU kernels do not load: {' '.join(str(error).split())[:300]}")
+        return _Loaded(f"the CPU kernels do not load: {_one_line(error)}")
     for name in ("cross_entropy", "cross_entropy_backward", "grad_stats"):
         torch.library.register_fake(f"esper::{name}", _writes_only)
     facts = (None, tuple(native.instruction_sets(str(_LIBRARY))), native.compiler)
@@ -47,6 +51,37 @@ def _load() -> _Loaded:
         return _Loaded(*facts, Road(*native.road(str(_LIBRARY), torch.Tensor)), None)
     except (AttributeError, RuntimeError) as error:
         return _Loaded(*facts, None, f"torch {torch.__version__} does not offer it: {error}")
+
+
+@cache
+def _load_cuda() -> str | None:
+    if UNAVAILABLE is not None:  # it defines the ops
+        return UNAVAILABLE
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if not _CUDA_LIBRARY.exists():
+        return "the CUDA kernels are not built; a CUDA toolkit has to be there at the build"
+    try:
+        torch.ops.load_library(str(_CUDA_LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"the CUDA kernels do not load: {_one_line(error)}"
+    reason = ctypes.create_string_buffer(300)
+    ctypes.CDLL(str(_CUDA_LIBRARY)).esper_cuda_refusal(reason, ctypes.c_int64(len(reason)))
+    return reason.value.decode() or None
+
+
+def cuda_unavailable() -> str | None:
+    """Why the CUDA kernels cannot run, None where they can. Asks for a device, so not before somebody needs it."""
+    return _load_cuda()
+
+
+torch.compiler.assume_constant_result(cuda_unavailable)  # compilers trace the choice of a backend
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _writes_only(*arguments: object) -> None:

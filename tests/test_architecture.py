@@ -19,12 +19,12 @@ KERNEL_ARROWS = {
     "config": {"version"},
     "sums": set(),
     "native": set(),
-    "backends": {"config", "native", "version"},
+    "backends": {"config", "native"},
     "readback": set(),
     "meter": {"backends", "readback"},
     "cross_entropy": {"backends", "config", "meter", "native", "sums"},
     "grad_stats": {"backends", "config", "native", "readback", "sums"},
-    "info": {"backends", "config", "native", "version"},
+    "info": {"backends", "config", "cross_entropy", "grad_stats", "meter", "native", "testing", "version"},
     "testing": {"cross_entropy", "grad_stats", "meter", "config"},
 }
 TRAIN_ARROWS = {

@@ -11,28 +11,6 @@ constexpr int64_t kSerial = 65536;
 // Outputs larger than this are stored past the caches: they would have left them before they are read again.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-// Dimensions of size 1 vanish and neighbours that follow one another merge; two leading ones may remain.
-bool layout_of(const Array& x, RowLayout* layout) {
-  if (x.dims == 0 || (x.sizes[x.dims - 1] != 1 && x.strides[x.dims - 1] != 1)) return false;
-  if (x.numel() == 0) return *layout = {}, true;
-  int64_t size[2] = {1, 1}, stride[2] = {0, 0};
-  int level = 0;
-  for (int64_t d = x.dims - 2; d >= 0; --d) {
-    if (x.sizes[d] == 1) continue;
-    if (size[level] == 1) {
-      size[level] = x.sizes[d], stride[level] = x.strides[d];
-    } else if (x.strides[d] == stride[level] * size[level]) {
-      size[level] *= x.sizes[d];
-    } else if (level == 0) {
-      level = 1, size[1] = x.sizes[d], stride[1] = x.strides[d];
-    } else {
-      return false;
-    }
-  }
-  *layout = {size[0], stride[1], stride[0]};
-  return true;
-}
-
 // For each block of rows, in parallel: f(block, scratch).
 template <class F>
 void for_blocks(int64_t blocks, bool serial, int64_t scratch_size, ParallelFor parallel_for, const F& f) {
@@ -99,33 +77,14 @@ void run(const Kernels& kernels, ParallelFor parallel_for, const CrossEntropy& p
 
 // What both passes have in common; false where the tensors are not as promised.
 bool start(const LossCall& call, CrossEntropy* p) {
-  const Array &logits = call.logits, &targets = call.targets;
-  if (logits.dtype > kFloat16 || targets.dtype < kInt64 || !targets.contiguous() || logits.dims == 0)
-    return false;
-  if (!layout_of(logits, &p->logits_at)) return false;
-  p->classes = logits.sizes[logits.dims - 1];
-  p->rows = targets.numel();
-  if (p->classes == 0 || p->rows * p->classes != logits.numel()) return false;
-  p->dtype = logits.dtype;
-  p->logits = logits.data;
-  p->targets = targets.data;
-  p->target_bytes = bytes_of(targets.dtype);
-  p->ignore_index = call.ignore_index;
-  p->weight = call.weight;
-  p->weight_sum = p->classes;
+  if (!lay_out(call, p)) return false;
   if (p->weight && call.smoothing > 0) {
     double sum = 0;
     for (int64_t c = 0; c < p->classes; ++c) sum += p->weight[c];
     p->weight_sum = sum;
   }
-  p->smoothing = call.smoothing;
-  p->z_loss = call.z_loss;
-  p->softcap = call.softcap;
-  if (!call.out) return true;
-  p->out = call.out->data;
-  p->stream = p->out != p->logits && p->rows * p->classes * bytes_of(p->dtype) > kStreamBytes;
-  return call.out->dtype == logits.dtype && call.out->numel() == logits.numel() &&
-         layout_of(*call.out, &p->out_at);
+  p->stream = p->out && p->out != p->logits && p->rows * p->classes * bytes_of(p->dtype) > kStreamBytes;
+  return true;
 }
 
 }  // namespace
@@ -145,17 +104,13 @@ Outcome cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor 
   p.topk = call.topk.data();
   p.num_topk = call.topk.size();
   if (call.reduction == kNone) p.row_loss = call.loss;
-  if (call.rows) {
-    p.saved_max = call.rows;
-    p.saved_sum = p.saved_max + p.rows;
-  }
   p.zero = denominator == 0;
   p.scale = call.grad_scale / denominator;
   run(kernels, parallel_for, p, call.counts != nullptr, &sums);
 
   if (call.loss && call.reduction != kNone)
     *call.loss = denominator == 0 ? std::nan("") : sums.loss / denominator;
-  if (call.rows) call.rows[2 * p.rows] = denominator;
+  if (call.rows) *p.saved_denominator = denominator;
   if (!call.counts) return Outcome::kDone;
   double* s = call.sums;
   s[0] += sums.loss;
@@ -177,9 +132,7 @@ Outcome cross_entropy_backward(const LossCall& call, const Array& grad_output, c
   if (!call.out || grad_output.dtype != kFloat32 || !grad_output.contiguous() || !start(call, &p))
     return Outcome::kUnsupported;
   p.backward = true;
-  p.saved_max = call.rows;
-  p.saved_sum = p.saved_max + p.rows;
-  const double denominator = p.saved_max[2 * p.rows];
+  const double denominator = *p.saved_denominator;
   p.zero = denominator == 0;
   const float* given = static_cast<const float*>(grad_output.data);
   if (grad_output.numel() == 1 && p.rows != 1) {

@@ -18,7 +18,7 @@ from esper_kernels.cross_entropy.reference import Options
 from esper_kernels.meter import Meter
 from esper_kernels.native import Road
 
-_MODULES = {"eager": reference, "cpp": cpp, "triton": triton}
+_MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_GRADS = (None,) * (3 + len(Options._fields))  # for what _CrossEntropy takes besides the logits
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -58,7 +58,7 @@ def cross_entropy(
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
     differentiable = isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()
     loss: Tensor | None
-    if type(logits) is Tensor and (road := direct(config)) is not None:
+    if type(logits) is Tensor and logits.is_cpu and (road := direct(config)) is not None:
         plain = _with_instruction_set(options, config)
         if differentiable:
             loss = _CrossEntropy.apply(logits, targets, meter, road, *plain)
@@ -101,7 +101,7 @@ def cross_entropy_step(
     Returns the gradient [..., V] in the logits' dtype.
     """
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
-    if type(logits) is Tensor and (road := direct(config)) is not None:
+    if type(logits) is Tensor and logits.is_cpu and (road := direct(config)) is not None:
         plain = _with_instruction_set(options, config)
         grad = cpp.direct_step(road, logits, targets, plain, meter, grad_scale, out, inplace)
         if grad is not None:

@@ -1,9 +1,8 @@
-"""Cross entropy on the CPU by the compiled ops of `csrc/ops_cpu.cpp`: one op a call.
+"""Cross entropy by the compiled ops of `csrc/`, on the CPU and on CUDA: one op a call, the same for both.
 
-The op looks at the targets before it writes anything. Where it finds a bad one, the reference names it.
+On the CPU the op looks at the targets before it writes anything, and where it finds a bad one, the reference names it.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ _REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/ops_cpu.cpp
 
 
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
-    """The loss and, to keep for `backward`, float32 [2 N + 1]: maximum and sum of a row, then the denominator."""
+    """The loss and, to keep for `backward`, float32 [2 N + 1]: two numbers a row, then the denominator."""
     loss = logits.new_empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
     rows = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
     _call(logits, targets, options, meter, loss=loss, rows=rows)
@@ -28,18 +27,17 @@ def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | No
 
 
 def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, rows: Tensor, options: Options) -> Tensor:
-    grad, road = _fresh_like(logits), direct()
+    grad, road = _fresh_like(logits), direct() if logits.is_cpu else None
     if road is not None and road.cross_entropy_backward(logits, targets, *options, grad_output, rows, grad):
         return grad
-    ignore_index, numbers = options.ignore_index, _numbers(options, None)
     torch.ops.esper.cross_entropy_backward.default(
         grad_output.float().contiguous(),
         _rows(logits),
         targets.contiguous(),
         _weight(options),
-        ignore_index,
+        options.ignore_index,
         *_floats(options),
-        numbers,
+        _numbers(options.label_smoothing, options.z_loss),
         INSTRUCTION_SETS.index(options.instruction_set),
         rows,
         grad,
@@ -152,7 +150,7 @@ def _call(
             *_floats(options),
             -1.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
             1.0 if grad_scale is None or isinstance(grad_scale, Tensor) else float(grad_scale),
-            _numbers(options, grad_scale),
+            _numbers(options.label_smoothing, options.z_loss, normalizer, grad_scale),
             _REDUCTIONS.index(options.reduction),
             INSTRUCTION_SETS.index(options.instruction_set),
             None if meter is None else meter.sums,
@@ -161,6 +159,7 @@ def _call(
             loss,
             rows,
             out,
+            None if meter is None else meter.ticket,
         )
     except RuntimeError:
         if not torch.compiler.is_compiling():
@@ -171,7 +170,7 @@ def _call(
 def _fresh_like(logits: Tensor) -> Tensor:
     """Memory for the gradient [..., V], contiguous."""
     grad = logits.new_empty(logits.shape)
-    if grad.numel() > _LARGE and (road := direct()) is not None:
+    if grad.numel() > _LARGE and grad.is_cpu and (road := direct()) is not None:
         road.use_huge_pages(grad)
     return grad
 
@@ -201,10 +200,12 @@ def _floats(options: Options) -> tuple[float, float, float]:
     )
 
 
-def _numbers(options: Options, grad_scale: float | Tensor | None) -> Tensor | None:
-    """float64 [4]: the options that are tensors, NaN for the others, so that a schedule does not recompile."""
-    given: tuple[Any, ...] = (options.label_smoothing, options.z_loss, options.normalizer, grad_scale)
+def _numbers(*given: Any) -> list[Tensor | None]:
+    """The options that are tensors, None for the others, so that a schedule does not recompile; [] without any."""
     if not any(isinstance(x, Tensor) for x in given):
-        return None
-    unset = torch.tensor(math.nan, dtype=torch.float64)
-    return torch.stack([x.detach().to(unset) if isinstance(x, Tensor) else unset for x in given])
+        return []
+    return [_float(x.detach()) if isinstance(x, Tensor) else None for x in given]
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.double()

@@ -16,7 +16,7 @@ from esper_kernels.grad_stats.stats import GradHealth, GradStats
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
-_MODULES = {"eager": reference, "cpp": cpp, "triton": triton}
+_MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Grads = Sequence[Tensor | None]
 
@@ -48,7 +48,8 @@ def grad_stats(
         tensors = [tensor for members in grads.values() for tensor in members]
     else:
         tensors = list(grads)
-    if (road := direct(config)) is not None and (out is None or len(out.numels) == len(tensors)):
+    on_cpu = all(getattr(tensor, "is_cpu", True) for tensor in tensors[:1])
+    if on_cpu and (road := direct(config)) is not None and (out is None or len(out.numels) == len(tensors)):
         stats = _allocate(len(tensors), torch.device("cpu")) if out is None else out
         numels = cpp.direct_fill(road, tensors, inv_scale, stats, "auto" if config is None else config.instruction_set)
         if numels is not None:

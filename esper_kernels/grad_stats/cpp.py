@@ -1,4 +1,4 @@
-"""Gradient statistics on the CPU by the compiled op of `csrc/ops_cpu.cpp`: one read of all tensors."""
+"""Gradient statistics by the compiled op of `csrc/`, on the CPU and on CUDA: one read of all tensors."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ def fill(
     tensors: Sequence[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str = "auto"
 ) -> None:
     """Write the statistics of `tensors`, each value multiplied by inv_scale, into the tensors of `stats`."""
-    nothing = torch.empty(0)
+    nothing = stats.found_inf.new_empty(0)
     torch.ops.esper.grad_stats.default(
         [nothing if x is None else x for x in tensors],
-        None if inv_scale is None else inv_scale.double(),
+        inv_scale if inv_scale is None or inv_scale.dtype == torch.float32 else inv_scale.double(),
         INSTRUCTION_SETS.index(instruction_set),
         stats.norms,
         stats.max_abs,

@@ -10,6 +10,7 @@ from esper_kernels.backends import OPS, select_backend
 from esper_kernels.version import __version__
 
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
+_UNVERIFIED = "tested in a simulator on the CPU, not yet on a GPU: check with python -m esper_kernels.info --check"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -40,6 +41,7 @@ class Info:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
         lines.append(f"CUDA device: {'yes' if self.cuda_available else 'no'}")
         lines.append(f"CPU kernels: {', '.join(self.instruction_sets) or native.UNAVAILABLE}")
+        lines.append(f"CUDA kernels: {native.cuda_unavailable() or 'ready'}; {_UNVERIFIED}")
         lines.append(f"CPU calls past the dispatcher: {native.NO_ROAD or 'yes'}")
         dtypes: dict[tuple[str, str, str, str], list[str]] = {}
         for row in self.choices:

@@ -1,10 +1,12 @@
 """The choice of a backend: pure, in the open, and never swapped silently."""
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ import torch
 import esper_kernels
 from esper_kernels import KernelConfig, backends, cross_entropy, info, native, select_backend
 from esper_kernels.backends import OPS
-
-NOT_YET = "not part of esper-kernels 0.1.0"
+from esper_kernels.cross_entropy import cpp
+from esper_kernels.info import check as checks
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -27,13 +29,17 @@ def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    assert select_backend(op, "cuda", torch.float32) == ("triton", (("cuda", NOT_YET),), "auto")
+    config = KernelConfig()  # of _select nothing is cached
+    monkeypatch.setattr(native, "cuda_unavailable", lambda: None)
+    assert backends._select(op, "cuda", torch.float32, config) == ("cuda", (), "auto")
+    monkeypatch.setattr(native, "cuda_unavailable", lambda: "no GPU")
+    assert backends._select(op, "cuda", torch.float32, config) == ("triton", (("cuda", "no GPU"),), "auto")
     assert select_backend(op, "xpu", torch.bfloat16) == ("triton", (), "auto")
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    choice = backends._select(op, "cuda", torch.float32, KernelConfig())  # not cached
+    choice = backends._select(op, "cuda", torch.float32, config)
     assert choice.name == "eager"
     (_, cuda), (_, triton) = choice.refused
-    assert cuda == NOT_YET
+    assert cuda == "no GPU"
     assert triton.startswith("triton does not import: ")
 
 
@@ -41,9 +47,9 @@ def test_by_name_is_served_or_raises_with_the_reason() -> None:
     eager = KernelConfig(backend="eager")
     assert select_backend("cross_entropy", "cpu", torch.float64, eager).refused == ()
     cuda = KernelConfig(backend="cuda")
-    with pytest.raises(ValueError, match=f"backend='cuda': cuda: {NOT_YET}"):
+    with pytest.raises(ValueError, match="backend='cuda': cuda: runs on CUDA only, not on cpu"):
         select_backend("grad_stats", "cpu", torch.float32, cuda)
-    with pytest.raises(ValueError, match=NOT_YET):
+    with pytest.raises(ValueError, match="runs on CUDA only, not on cpu"):
         cross_entropy(torch.zeros(1, 2), torch.tensor([0]), config=cuda)
     triton = KernelConfig(backend="triton")
     with pytest.raises(ValueError, match="triton: float64 is served by eager only"):
@@ -123,6 +129,30 @@ def test_info_is_printed_without_a_warning() -> None:
     lines = done.stdout.splitlines()
     assert lines[0].startswith("esper_kernels 0.1.0  torch ")
     assert any(line.split()[:3] == ["cross_entropy", "cpu", "cpp"] for line in lines)
+
+
+def test_check_compares_the_backends_that_serve_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_SHAPES", ((4, 10), (3, 2000)))
+    lines = {line: good for line, good in checks.check() if line.startswith("cpu cpp")}
+    assert lines["cpu cpp bfloat16 3 x 2000: ok"]
+    assert all(lines.values())
+
+    def wrong(*arguments: Any) -> torch.Tensor:
+        return step(*arguments).mul_(1.01)
+
+    step = cpp.step
+    monkeypatch.setattr(cpp, "step", wrong)
+    monkeypatch.setattr(native, "ROAD", None)
+    assert not any(good for line, good in checks.check() if "cpp float32" in line)
+
+
+@pytest.mark.slow
+def test_check_is_a_command() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "esper_kernels.info", "--check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cpu cpp float16 2 x 262144: ok" in done.stdout
 
 
 def test_info_stays_a_function_when_its_module_is_imported() -> None:

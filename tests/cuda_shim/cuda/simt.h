@@ -1,0 +1,107 @@
+// In place of csrc/cuda/simt.h: the kernels as ordinary C++ on the host. The blocks of a launch run in turn,
+// a cluster's together; their threads are fibers, which run from one barrier or shuffle to the next.
+#pragma once
+#include <cuda_runtime_api.h>
+#include <math.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct Index {
+  unsigned x;
+};
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+
+void __syncthreads();
+inline void __threadfence() {}
+using std::max;
+using std::min;
+inline float __expf(float x) { return expf(x); }
+template <class T>
+T __ldcg(const T* x) {
+  return *x;
+}
+inline unsigned atomicAdd(unsigned* to, unsigned x) {
+  const unsigned before = *to;
+  *to += x;
+  return before;
+}
+
+namespace esper::cuda {
+
+constexpr int kWarp = 32;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+using Float16 = _Float16;
+
+inline float widen(float x) { return x; }
+inline float widen(Float16 x) { return x; }
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+template <class T>
+T narrow(float x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return {0x7fff};
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// The 8 bytes that the lane `distance` away holds out.
+uint64_t exchange(uint64_t mine, int distance);
+template <class T>
+T shuffle_xor(T x, int distance) {
+  uint64_t words[(sizeof(T) + 7) / 8] = {};
+  std::memcpy(words, &x, sizeof(T));
+  for (uint64_t& word : words) word = exchange(word, distance);
+  std::memcpy(&x, words, sizeof(T));
+  return x;
+}
+
+unsigned char* shared_memory();
+
+struct Cluster {
+  int num_blocks() const;
+  int block_rank() const;
+  void sync() const;
+  unsigned char* shared_memory_of(int rank) const;
+  template <class T>
+  T* map_shared_rank(T* mine, int rank) const {
+    const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
+    return reinterpret_cast<T*>(shared_memory_of(rank) + offset);
+  }
+};
+inline Cluster cluster() { return {}; }
+
+struct Grid {
+  int blocks, threads;
+  int64_t shared_bytes = 0;
+  int cluster = 1;
+};
+
+cudaError_t run_grid(const Grid&, const std::function<void()>& thread);
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t,
+                   const Arguments&... arguments) {
+  return run_grid(grid, [&] { kernel(Parameters(arguments)...); });
+}
+
+}  // namespace esper::cuda

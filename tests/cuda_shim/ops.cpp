@@ -1,0 +1,23 @@
+// The ops of csrc/ops_cuda.cpp for CPU tensors, under a name of their own.
+#include "ops_cuda.cpp"
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+// torch's own refuses where there is no accelerator.
+extern "C" AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return 0;
+}
+extern "C" AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
+
+STABLE_TORCH_LIBRARY(esper_shim, m) {
+  for (const char* schema : esper::kSchemas) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(esper_shim, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward));
+  m.impl("grad_stats", TORCH_BOX(&esper::grad_stats));
+}

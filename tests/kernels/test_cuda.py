@@ -1,0 +1,294 @@
+"""The CUDA kernels without a GPU: compiled for the host and run by tests/cuda_shim, compiled for GPUs by nvcc.
+
+On a GPU the other kernel tests run them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats, native
+from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_entropy, relative_error
+from tests.cuda_shim.build import ROOT, SANITIZERS, build, load
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EAGER, CPP = KernelConfig(backend="eager"), KernelConfig(backend="cpp")
+# Multiprocessors, bytes of shared memory a block, architecture: rows whole in a block; in clusters; read twice.
+DEVICES = {"whole": (3, 227 << 10, 9), "clusters": (16, 6000, 9), "twice": (2, 2000, 8)}
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
+
+Device = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def library() -> Any:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    return load()
+
+
+@pytest.fixture
+def device(library: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """Calls of the `cpp` backend run the CUDA kernels; what is given sets the make-believe device."""
+
+    def choose(name: str = "whole", backwards: bool = False) -> None:
+        library.esper_shim_device(*DEVICES[name], backwards)
+
+    monkeypatch.setattr(torch.ops, "esper", torch.ops.esper_shim)
+    monkeypatch.setattr(native, "ROAD", None)
+    choose()
+    yield choose
+    choose()
+
+
+def arguments(n: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[n // 2 :: 3] = -100
+    return (torch.randn(n, v, generator=generator) * 3).to(dtype), targets
+
+
+def check_step(logits: Tensor, targets: Tensor, **options: Any) -> None:
+    """Gradient, loss and counts against float64, eager torch and the reference."""
+    leaf, rival = logits.double().requires_grad_(), logits.clone().requires_grad_()
+    loss = plain_torch_cross_entropy(leaf, targets, **options)
+    (truth,) = torch.autograd.grad(loss, leaf)
+    (eager,) = torch.autograd.grad(plain_torch_cross_entropy(rival, targets, **options), rival)
+    meters = [Meter("cpu", topk=(1, 5)) for _ in range(3)]
+    grad = cross_entropy_step(logits, targets, meters[0], **options, config=CPP)
+    assert_no_worse_than_eager(grad, eager, truth)
+    actual = cross_entropy(rival, targets, **options, meter=meters[1], config=CPP)
+    assert relative_error(actual, loss) <= 2e-6
+    (grad,) = torch.autograd.grad(actual, rival)
+    assert_no_worse_than_eager(grad, eager, truth)
+    cross_entropy(logits, targets, **options, meter=meters[2], config=EAGER)
+    for meter in meters[:2]:
+        assert torch.equal(meter.counts, meters[2].counts)
+        torch.testing.assert_close(meter.sums, meters[2].sums, rtol=2e-6, atol=0)
+        assert meter.ticket.item() == 0
+
+
+def check_sizes(sizes: tuple[int, ...], dtype: torch.dtype, rows: int) -> None:
+    for v in sizes:
+        logits, targets = arguments(rows, v, dtype, seed=v)
+        check_step(logits, targets)
+        check_step(logits, targets, weight=torch.linspace(0.5, 2.0, v), **EVERYTHING)
+        check_step(logits.repeat_interleave(2, -1)[:, :v], targets)  # ties, and rows further apart than they are long
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_every_kind_agree_with_float64(device: Device, name: str, dtype: torch.dtype) -> None:
+    device(name)
+    check_sizes((1, 9, 257, 1025, 3001), dtype, rows=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_every_size_agree_with_float64(device: Device, name: str, dtype: torch.dtype) -> None:
+    device(name)
+    check_sizes((3, 7, 8, 16, 31, 32, 33, 64, 65, 127, 128, 255, 256, 511, 512, 513), dtype, rows=7)
+    check_sizes((1000, 1023, 1024, 1026, 2047, 2048, 4095, 8191, 10000, 16385, 32001), dtype, rows=3)
+    check_sizes((50257, 65537, 131072, 200003, 262144), dtype, rows=2)
+
+
+@pytest.mark.parametrize("offset", range(9))
+def test_rows_may_begin_and_end_anywhere(device: Device, offset: int) -> None:
+    """Each of the 16-byte phases, for input and output alike or not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, targets = arguments(3, 1100 + offset, dtype)
+        check_step(torch.nn.functional.pad(logits, (offset, 3))[:, offset:-3], targets)
+        out = torch.full((3 * logits.shape[1] + 8,), 7.0, dtype=dtype)
+        place = out[8 - offset % 8 :][: logits.numel()].view_as(logits)
+        grad = cross_entropy_step(logits, targets, None, out=place, config=CPP)
+        assert torch.equal(grad, cross_entropy_step(logits, targets, None, config=CPP))
+        assert (out == 7).sum() == 8  # nothing around it is written
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("shape", [(700, 10), (40, 300), (9, 2000)])
+def test_order_of_blocks_and_threads_changes_no_bit(device: Device, name: str, shape: tuple[int, int]) -> None:
+    """A missing barrier would let threads that run last to first see other values."""
+    logits, targets = arguments(*shape)
+    found = []
+    for backwards in (False, True):
+        device(name, backwards)
+        meter = Meter("cpu")
+        grad = cross_entropy_step(logits, targets, meter, **EVERYTHING, config=CPP)
+        stats = grad_stats([logits, logits[:, 0], logits.new_zeros(0), logits.repeat(40, 3)], config=CPP)
+        found.append((grad, meter.sums, meter.counts, stats.norms, stats.zeros, stats.total_norm))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("v", [3, 300, 2000])
+def test_bad_targets_have_no_gradient_and_are_counted_or_make_the_loss_nan(device: Device, v: int) -> None:
+    logits, _ = arguments(4, v)
+    targets = torch.tensor([-1, 1, v, 2**40])
+    meter = Meter("cpu")
+    grad = cross_entropy_step(logits, targets, meter, config=CPP)
+    expected = cross_entropy_step(logits[1:2], targets[1:2], None, config=CPP)
+    assert torch.equal(grad[1:2], expected)
+    assert not grad[[0, 2, 3]].any()
+    result = meter.compute(strict=False)
+    assert (result.valid, result.bad_targets) == (1, 3)
+    assert cross_entropy(logits, targets, config=CPP).isnan()
+    assert cross_entropy(logits, targets, meter=meter, config=CPP).isfinite()
+    losses = cross_entropy(logits, targets, reduction="none", config=CPP)
+    assert losses.isnan().tolist() == [True, False, True, True]
+    with pytest.raises(IndexError, match="6 targets"):
+        meter.compute()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.int32, torch.uint8))], ids=str
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_rows_are_counted_before(device: Device, dtype: torch.dtype, weighted: bool) -> None:
+    """More targets than a block looks through by itself."""
+    generator = torch.Generator().manual_seed(0)
+    n = 140_000 // dtype.itemsize
+    logits, targets = torch.randn(n, 3, generator=generator), torch.randint(4, (n,), generator=generator)
+    options: dict[str, Any] = {"ignore_index": 3, "weight": torch.tensor([0.5, 1.0, 3.0]) if weighted else None}
+    check_step(logits, targets.to(dtype), **options)
+
+
+def test_confident_rows_keep_their_digits(device: Device) -> None:
+    """A target far ahead: 1 - softmax and the loss are some e^-30, not a difference of rounded ones."""
+    for v in (10, 5000):
+        logits = torch.zeros(2, v)
+        logits[:, 3] = 30.0
+        leaf, truth = logits.requires_grad_(), logits.detach().double().requires_grad_()
+        loss = cross_entropy(leaf, torch.tensor([3, 3]), config=CPP)
+        exact = plain_torch_cross_entropy(truth, torch.tensor([3, 3]))
+        torch.autograd.backward((loss, exact))
+        assert leaf.grad is not None
+        assert truth.grad is not None
+        expected = (v - 1) * 2.718281828459045**-30
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        assert leaf.grad[0, 3].item() == pytest.approx(-expected / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("v", [10, 2000])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_batches_without_a_valid_row(device: Device, rows: int, v: int) -> None:
+    logits, targets = torch.full((rows, v), torch.nan), torch.full((rows,), -100)
+    meter, expected = Meter("cpu"), Meter("cpu")
+    grad = cross_entropy_step(logits, targets, meter, config=CPP)
+    cross_entropy_step(logits, targets, expected, config=EAGER)
+    assert not grad.any()
+    assert torch.equal(meter.counts, expected.counts)
+    assert torch.equal(meter.sums, expected.sums)
+    assert cross_entropy(logits, targets, config=CPP).isnan()
+    assert cross_entropy(logits, targets, reduction="sum", config=CPP).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_numbers_as_tensors_are_read_by_the_kernel(device: Device, dtype: torch.dtype) -> None:
+    logits, targets = arguments(6, 40)
+    numbers = {"label_smoothing": 0.25, "z_loss": 0.5, "normalizer": 3.0, "grad_scale": 1024.0}
+    tensors = {name: torch.tensor(value, dtype=dtype) for name, value in numbers.items()}
+    expected = cross_entropy_step(logits, targets, None, **numbers, config=CPP)
+    assert torch.equal(cross_entropy_step(logits, targets, None, **tensors, config=CPP), expected)
+
+
+def test_more_k_than_a_launch_counts_are_refused(device: Device) -> None:
+    logits, targets = arguments(2, 40)
+    cross_entropy_step(logits, targets, Meter("cpu", topk=range(1, 17)), config=CPP)
+    with pytest.raises(RuntimeError, match="up to 16 k, got 17"):
+        cross_entropy_step(logits, targets, Meter("cpu", topk=range(1, 18)), config=CPP)
+
+
+@pytest.mark.parametrize("count", [0, 1, 111, 321, *(pytest.param(n, marks=pytest.mark.slow) for n in (771, 2241))])
+def test_gradient_statistics_of_any_number_of_tensors(device: Device, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    grads: list[Tensor | None] = []
+    for i in range(count):
+        size = (1, 0, 37, 4097, 16)[i % 5] + i % 7 * (i % 5 != 1)
+        grads.append(None if i % 31 == 7 else torch.randn(size, generator=generator).to(DTYPES[i % 3])[i % 2 :])
+    if count > 1:
+        grads[1] = torch.randn(150_001, generator=generator)  # several pieces, odd ends
+        grads[-1] = torch.tensor([0.0, -0.0, torch.inf, torch.nan, 1e-45])
+    scales = [None, torch.tensor(0.25), torch.tensor(-1e-3, dtype=torch.float64)]
+    if count == 111:
+        scales += [torch.tensor(x, dtype=torch.float64) for x in (0.0, torch.inf, torch.nan, 1e-200, -1e200)]
+    for scale in scales:
+        actual = grad_stats(grads, inv_scale=scale, config=CPP)
+        expected = grad_stats(grads, inv_scale=scale, config=EAGER)
+        for name in ("zeros", "nans", "infs", "found_inf"):
+            assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+        for name in ("norms", "max_abs", "total_norm"):
+            a, b = getattr(actual, name), getattr(expected, name)
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_why_the_kernels_cannot_run_is_a_constant_to_compilers() -> None:
+    reason = native.cuda_unavailable()
+    if torch.version.cuda is None:
+        assert reason == f"torch {torch.__version__} is built without CUDA"
+
+    def function(x: Tensor) -> Tensor:
+        return x + 1 if native.cuda_unavailable() is None else x + 2
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())).item() == (1 if reason is None else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    library = tmp_path / "shim.so"
+    build(library, *SANITIZERS)
+
+    def runtime(name: str) -> str:
+        command = ["g++", f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(ROOT),
+        "ESPER_SHIM": str(library),
+    }
+    names = ("cross_entropy", "cross_entropy_step", "cross_entropy_inputs", "grad_stats", "meter")
+    files = [f"tests/kernels/test_{name}.py" for name in names]
+    for tests in (["-k", "cpp", "-p", "tests.cuda_shim.plugin", *files], ["tests/kernels/test_cuda.py"]):
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("source", ["cross_entropy", "grad_stats"])
+def test_kernels_compile_for_gpus_without_spilling(
+    source: str, architecture: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here")
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", f"-arch={architecture}", "-Xptxas=-v", "-cubin"]
+    command += [f"csrc/cuda/{source}.cu", "-o", str(tmp_path / "cubin")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        done.stderr,
+        re.DOTALL,
+    )
+    assert kernels, done.stderr
+    for name, stores, loads, registers in kernels:
+        record_property(name, registers)
+        assert (int(stores), int(loads)) == (0, 0), name
