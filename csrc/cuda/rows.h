@@ -35,7 +35,7 @@ __device__ T reduce_block(T x, T identity, T* scratch, F f) {
 }
 
 // Whether this block is the last of `blocks` to come here; it then sees what the others wrote before. The
-// ticket is 0 before the first and after the last. flag: shared.
+// ticket is 0 before the first and after the last. flag: shared, free after the next barrier.
 __device__ inline bool is_last(unsigned* ticket, unsigned blocks, unsigned* flag) {
   __threadfence();
   __syncthreads();
@@ -44,10 +44,8 @@ __device__ inline bool is_last(unsigned* ticket, unsigned blocks, unsigned* flag
     if (*flag) *ticket = 0;
   }
   __syncthreads();
-  const bool last = *flag;
-  __syncthreads();  // the flag may be written again
   __threadfence();
-  return last;
+  return *flag;
 }
 
 template <class T>
