@@ -16,7 +16,8 @@ from esper_kernels.native import Road
 OPS = ("cross_entropy", "grad_stats")
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
-_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
+# The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the safer of two unproven.
+_ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 _ORDER_ELSEWHERE = ("triton", "eager")
 _DEFAULT = KernelConfig()
 

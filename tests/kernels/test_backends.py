@@ -31,16 +31,17 @@ def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(op: str, monkeyp
     pytest.importorskip("triton")
     config = KernelConfig()  # of _select nothing is cached
     monkeypatch.setattr(native, "cuda_unavailable", lambda: None)
-    assert backends._select(op, "cuda", torch.float32, config) == ("cuda", (), "auto")
-    monkeypatch.setattr(native, "cuda_unavailable", lambda: "no GPU")
-    assert backends._select(op, "cuda", torch.float32, config) == ("triton", (("cuda", "no GPU"),), "auto")
+    assert backends._select(op, "cuda", torch.float32, config) == ("triton", (), "auto")
     assert select_backend(op, "xpu", torch.bfloat16) == ("triton", (), "auto")
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
     choice = backends._select(op, "cuda", torch.float32, config)
-    assert choice.name == "eager"
-    (_, cuda), (_, triton) = choice.refused
-    assert cuda == "no GPU"
+    assert choice.name == "cuda"
+    ((_, triton),) = choice.refused
     assert triton.startswith("triton does not import: ")
+    monkeypatch.setattr(native, "cuda_unavailable", lambda: "no GPU")
+    choice = backends._select(op, "cuda", torch.float32, config)
+    assert choice.name == "eager"
+    assert choice.refused == (("triton", triton), ("cuda", "no GPU"))
 
 
 def test_by_name_is_served_or_raises_with_the_reason() -> None:
