@@ -54,12 +54,9 @@ def step(
     out: Tensor | None,  # may be the logits
 ) -> Tensor:
     grad = _fresh_like(logits) if out is None else out
-    written = _rows(grad)
-    if written is not grad:  # more leading dimensions than the op follows
-        _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
-        return grad.copy_(written)
+    written = _rows(grad)  # a copy where there are more leading dimensions than the op follows
     _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
-    return grad
+    return grad if written is grad else grad.copy_(written)
 
 
 # The direct road: the checked call in one step past the dispatcher. These give None, and have written nothing, for

@@ -19,13 +19,7 @@ def fill(
         [nothing if x is None else x for x in tensors],
         inv_scale if inv_scale is None or inv_scale.dtype == torch.float32 else inv_scale.double(),
         INSTRUCTION_SETS.index(instruction_set),
-        stats.norms,
-        stats.max_abs,
-        stats.zeros,
-        stats.nans,
-        stats.infs,
-        stats.total_norm,
-        stats.found_inf,
+        *_memory(stats),
     )
 
 
@@ -35,15 +29,10 @@ def direct_fill(
     """`fill` past the dispatcher, checks included; gives the sizes, or None for what it leaves to the checked road."""
     if inv_scale is not None and not isinstance(inv_scale, Tensor):
         return None
-    return road.grad_stats(
-        tensors,
-        inv_scale,
-        instruction_set,
-        stats.norms,
-        stats.max_abs,
-        stats.zeros,
-        stats.nans,
-        stats.infs,
-        stats.total_norm,
-        stats.found_inf,
-    )
+    return road.grad_stats(tensors, inv_scale, instruction_set, *_memory(stats))
+
+
+def _memory(stats: GradStats) -> tuple[Tensor, ...]:
+    """What is written, in the order of the op and of the road."""
+    columns = stats.norms, stats.max_abs, stats.zeros, stats.nans, stats.infs
+    return *columns, stats.total_norm, stats.found_inf
