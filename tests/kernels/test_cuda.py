@@ -3,6 +3,7 @@
 On a GPU the other kernel tests run them.
 """
 
+import ctypes
 import os
 import re
 import shutil
@@ -48,6 +49,37 @@ def device(library: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     choose()
     yield choose
     choose()
+
+
+@pytest.mark.parametrize(
+    ("driver", "devices", "kernels", "reason"),
+    [
+        (0, 0, True, "there is no NVIDIA driver"),
+        (
+            12080,
+            1,
+            True,
+            "the driver serves CUDA 12.8, the kernels were built with 13.0; it takes a driver from R580 on, or a build "
+            "with a CUDA 12 toolkit",
+        ),
+        (13010, 0, True, "there is no CUDA device"),
+        (
+            13000,
+            1,
+            False,
+            "the kernels were not built for this GPU; name its architecture in TORCH_CUDA_ARCH_LIST",
+        ),
+        (14000, 1, True, ""),
+    ],
+)
+def test_a_gpu_that_cannot_serve_is_refused_with_the_reason(
+    library: Any, driver: int, devices: int, kernels: bool, reason: str
+) -> None:
+    said = ctypes.create_string_buffer(300)
+    library.esper_shim_machine(driver, devices, kernels)
+    library.esper_cuda_refusal(said, ctypes.c_int64(len(said)))
+    library.esper_shim_machine(13000, 1, True)
+    assert said.value.decode() == reason
 
 
 def arguments(n: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
