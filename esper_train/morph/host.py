@@ -53,17 +53,18 @@ def cut(blocks: Sequence[nn.Module]) -> dict[str, nn.Sequential]:
 def cnn_host(*, image_size: int, in_channels: int, num_classes: int, width: int = 3, depth: int = 3) -> Host:
     """Plain CNN over images [N, in_channels, image_size, image_size], logits [N, num_classes].
 
-    Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, ReLU, and a 2x2 max-pool while
-    the image is large enough to halve; then the mean over positions and a linear head.
+    Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, a 2x2 max-pool while the image is
+    large enough to halve, and ReLU; then the mean over positions and a linear head.
     """
     blocks: list[nn.Module] = []
     channels, size = in_channels, image_size
     for i in range(depth):
         out = width * 2**i
-        layers = [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        layers = [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)]
         if size >= 2:
             layers.append(nn.MaxPool2d(2))
             size //= 2
+        layers.append(nn.ReLU())  # the same before the pool and after it, but for four times the work
         blocks.append(nn.Sequential(*layers))
         channels = out
     segments = cut(blocks)
