@@ -222,7 +222,8 @@ def images_pay_channels_last(case: Case) -> bool:
 def loop_cost(case: Case, rounds: int) -> dict[str, float]:
     """Microseconds a batch that `train_one_epoch` takes beyond the plainest loop with no loss and no metric in it.
 
-    Pairs of epochs alternate; the median of their differences. Beside it the time to read the gradients once.
+    Pairs of epochs alternate; the median of their differences, of all and of each half of the epochs, as it must not
+    grow with them. Beside it the time to read the gradients once.
     """
     split, model = data_of(case), model_of(case)
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
@@ -245,13 +246,21 @@ def loop_cost(case: Case, rounds: int) -> dict[str, float]:
 
     everything = torch.cat([p.detach().flatten() for p in model.parameters()])
     times = [(seconds(bare), seconds(whole), seconds(everything.sum)) for _ in range(rounds + 1)][1:]
-    more = median(w - b for b, w, _ in times) / len(batches)
-    return {"us a batch": 1e6 * more, "us of a read": 1e6 * median(r for *_, r in times)}
+    more = [1e6 * (w - b) / len(batches) for b, w, _ in times]
+    return {
+        "us a batch": median(more),
+        "us in the first half": median(more[: rounds // 2]),
+        "us in the second half": median(more[rounds // 2 :]),
+        "us of a read": 1e6 * median(r for *_, r in times),
+    }
 
 
 def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
-    """Time of `evaluate` with each slot ablated in turn over that without, and what it would be at best."""
-    split, model, slots = data_of(case), model_of(case), SLOTS[: case.slots]
+    """Time of `evaluate` with each slot ablated in turn over that without, and what it would be at best.
+
+    Of three slots, the last two.
+    """
+    split, model, slots = data_of(case), model_of(case), SLOTS[1:] if case.slots == 3 else SLOTS[: case.slots]
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
     if images_pay_channels_last(case):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
