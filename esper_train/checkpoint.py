@@ -4,7 +4,6 @@
 file beside it; both appear whole and the digest first, so a kill at any moment leaves the checkpoints before.
 """
 
-import copy
 import hashlib
 import io
 import json
@@ -14,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from esper_train.build import Episode
 from esper_train.config import CheckpointConfig
 from esper_train.control.policy import Policy
 from esper_train.run_directory import write_file
-from esper_train.state import Stateful
+from esper_train.state import Stateful, copied
 from esper_train.telemetry.hub import TelemetryHub
 
 FORMAT = 1
 """Version of the layout of a checkpoint."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
 """Config keys that may change where a run is resumed."""
-PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def parts(episode: Episode, policy: Policy, hub: TelemetryHub) -> dict[str, Stateful]:
@@ -58,7 +55,8 @@ class Checkpoints:
 
     def take(self, episode: Episode, policy: Policy, hub: TelemetryHub, mode: str) -> None:
         """At the end of an epoch. `OSError` as `write`; `TypeError` for a state beyond tensors and plain values."""
-        state = {name: _copied(part.state_dict()) for name, part in parts(episode, policy, hub).items()}
+        cpu = torch.device("cpu")
+        state = {name: copied(part.state_dict(), cpu) for name, part in parts(episode, policy, hub).items()}
         self._unwritten = episode.epoch, {"format": FORMAT, "run": _identity(episode, mode), "parts": state}
         if episode.epoch % self._config.every == 0 or episode.epoch == episode.config.max_epochs:
             self.write()
@@ -136,18 +134,3 @@ def _identity(episode: Episode, mode: str) -> dict[str, Any]:
     """The config, and what else makes it another run."""
     data = json.dumps(dict(episode.data_record), sort_keys=True)
     return {"mode": mode, "data_record": data, **asdict(episode.config)}
-
-
-def _copied(value: Any) -> Any:
-    """A copy on the CPU, which further training leaves alone."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        copied = copy.copy(value)  # with the attributes that a module's state has
-        copied.update((key, _copied(item)) for key, item in value.items())
-        return copied
-    if type(value) in (list, tuple):
-        return type(value)(value if set(map(type, value)) <= PLAIN else map(_copied, value))
-    if type(value) not in PLAIN:
-        raise TypeError(f"a checkpoint holds tensors and plain values only, got {value!r} in a part's state")
-    return value

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, build_episode, resolve_device
+from esper_train.build import Episode, build_episode
 from esper_train.checkpoint import Checkpoints
 from esper_train.config import RunConfig
-from esper_train.control.governor import Finding, Snapshot, weights_are_finite
+from esper_train.control.governor import Finding, weights_are_finite
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
 from esper_train.control.rewards import REWARDS
@@ -342,28 +342,27 @@ def _ending(finding: Finding, epoch: int, more: str = "") -> BadNumbersError:
     return kind(f"in epoch {epoch} {finding.message}{more}; {advice}")
 
 
-def _keep(episode: Episode, epoch: int, hub: TelemetryHub) -> Snapshot | None:
+def _keep(episode: Episode, epoch: int, hub: TelemetryHub) -> dict[str, Any] | None:
     """The state to return to, where the policy wants one and the weights are good."""
-    device, model = episode.config.governor.snapshot_device, episode.model
-    if episode.config.train.on_bad_numbers != "rollback" or not weights_are_finite(model):
+    if episode.config.train.on_bad_numbers != "rollback" or not weights_are_finite(episode.model):
         return None
-    hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": device}))
-    return Snapshot(epoch, (model, episode.optimizers, episode.tracker), resolve_device(device))
+    hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": episode.config.governor.snapshot_device}))
+    return episode.snapshot() | {"epoch": epoch}
 
 
-def _roll_back(episode: Episode, good: Snapshot, finding: Finding, epoch: int, hub: TelemetryHub) -> None:
+def _roll_back(episode: Episode, good: dict[str, Any], finding: Finding, epoch: int, hub: TelemetryHub) -> None:
     """Bring model, optimizers and tracker back; the batches that come next are others. The last one ends the run."""
     most, gone, governor = episode.config.governor.max_rollbacks, _states(episode.model), episode.governor
     if governor.rollbacks == most:
         raise _ending(finding, epoch, f", after {most} rollbacks")
     governor.rolled_back()
-    episode.model, episode.optimizers, episode.tracker = good.restore()
+    episode.go_back(good)
     del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
     states = _states(episode.model)
     pairs = [(a, b) for a, b in zip(gone, states, strict=True) if (a.stage, a.seed_id) != (b.stage, b.seed_id)]
     undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in pairs)
-    words = f"rolled back to the state after epoch {good.epoch} ({governor.rollbacks} of {most} times){undone}"
-    data = {"to_epoch": good.epoch, "kind": finding.kind, "number": governor.rollbacks, "message": words}
+    words = f"rolled back to the state after epoch {good['epoch']} ({governor.rollbacks} of {most} times){undone}"
+    data = {"to_epoch": good["epoch"], "kind": finding.kind, "number": governor.rollbacks, "message": words}
     hub.emit(Event(EventType.ROLLBACK, epoch, data | {"slots": [state.to_plain() for state in states]}))
 
 

@@ -25,7 +25,7 @@ from esper_train.checkpoint import Checkpoints, load, restore, save, saved
 from esper_train.config import CheckpointConfig
 from esper_train.episode import run_episode
 from esper_train.run_directory import cut_back, read_metrics, write_file
-from esper_train.state import RandomState
+from esper_train.state import RandomState, copied
 from esper_train.telemetry.report import write_report
 from tests.train.growing_run import reported, resume, start
 
@@ -517,12 +517,12 @@ def test_the_hub_stays_escalated() -> None:
 def test_a_copy_does_not_follow_the_training() -> None:
     weight = torch.zeros(3)
     state = {"a": weight, "b": [1, {"c": weight}], "d": (1, "x", None)}
-    copied = checkpoint._copied(state)
+    taken = copied(state)
     weight += 1
     state["b"].append(2)  # type: ignore[union-attr]
-    assert copied["a"].tolist() == [0, 0, 0]
-    assert copied["b"][1]["c"].tolist() == [0, 0, 0]
-    assert len(copied["b"]) == 2
+    assert taken["a"].tolist() == [0, 0, 0]
+    assert taken["b"][1]["c"].tolist() == [0, 0, 0]
+    assert len(taken["b"]) == 2
 
 
 def test_cut_back_keeps_what_was_reported_up_to_an_epoch(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from esper_train import (
     train_one_epoch,
 )
 from esper_train.build import Episode, build_episode
-from esper_train.control.governor import Governor, Snapshot, weights_are_finite
+from esper_train.control.governor import Governor, weights_are_finite
 from esper_train.episode import run_episode
 from esper_train.telemetry.report import write_report
 from esper_train.telemetry.sinks import JsonlSink
@@ -261,35 +261,47 @@ def grown() -> Episode:
 
 def test_a_snapshot_brings_everything_back(grown: Episode) -> None:
     batches = list(grown.validation)
-    taken = Snapshot(8, owned(grown), torch.device("cpu"))
+    taken, states, tracked = grown.snapshot(), [s.state for s in grown.model.slots], grown.tracker.state_dict()
     expected = [value.clone() for value in bits(owned(grown))]
     some_epochs(owned(grown), batches)
     moved = [value.clone() for value in bits(owned(grown))]
     assert not all(torch.equal(a, b) for a, b in zip(expected, moved, strict=True))
-    first = taken.restore()
-    assert all(torch.equal(a, b) for a, b in zip(expected, bits(first), strict=True))
-    assert [s.state for s in first[0].slots] == [s.state for s in grown.model.slots]
-    assert vars(first[2]) == vars(grown.tracker)
-    some_epochs(first, batches)  # a second time from there, the same: so nothing was left behind
-    assert all(torch.equal(a, b) for a, b in zip(moved, bits(first), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(expected, bits(taken.restore()), strict=True))
+    grown.model.cull_seed(slot="mid")
+    grown.optimizers.detach("mid")
+    grown.tracker.reset()
+    grown.go_back(taken)
+    assert all(torch.equal(a, b) for a, b in zip(expected, bits(owned(grown)), strict=True))
+    assert [s.state for s in grown.model.slots] == states
+    assert grown.tracker.state_dict() == tracked
+    some_epochs(owned(grown), batches)  # a second time from there, the same: so nothing was left behind
+    assert all(torch.equal(a, b) for a, b in zip(moved, bits(owned(grown)), strict=True))
+    grown.go_back(taken)  # it was left alone
+    assert all(torch.equal(a, b) for a, b in zip(expected, bits(owned(grown)), strict=True))
 
 
 def test_restored_optimizers_hold_the_restored_models_parameters(grown: Episode) -> None:
-    model, optimizers, _ = Snapshot(8, owned(grown), torch.device("cpu")).restore()
-    groups = {name: {id(p) for p in members} for name, members in optimizers.parameters().items()}
-    assert groups["host"] == {id(p) for p in model.get_host_parameters()}
+    before, attached = list(grown.model.parameters()), list(grown.optimizers.parameters())
+    hosts = set(map(id, grown.model.get_host_parameters()))
+    grown.go_back(grown.snapshot())
+    groups = {name: {id(p) for p in members} for name, members in grown.optimizers.parameters().items()}
+    assert list(groups) == attached
+    assert groups["host"] == hosts
+    assert groups["host"] == {id(p) for p in grown.model.get_host_parameters()}
     for slot in ("early", "mid"):
-        assert groups[slot] == {id(p) for p in model.get_seed_parameters(slot)}
-    assert not {id(p) for p in model.parameters()} & {id(p) for p in grown.model.parameters()}
+        assert groups[slot] == {id(p) for p in grown.model.get_seed_parameters(slot)}
+        assert not groups[slot] & {id(p) for p in before}
 
 
-def test_a_snapshot_is_kept_on_its_device() -> None:
+def test_a_snapshot_is_kept_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On `meta`, which has no memory, so that what is really moved shows without an accelerator."""
-    episode = build_episode(SHORT, slots=("early",))
+    monkeypatch.setattr("esper_train.build.resolve_device", torch.device)
+    episode = build_episode(replace(SHORT, governor=GovernorConfig(snapshot_device="meta")), slots=("early",))
     some_epochs(owned(episode), list(episode.validation))
-    taken = Snapshot(0, owned(episode), torch.device("meta"))
-    assert {value.device.type for value in bits(taken._owned)} == {"meta"}
+    taken = episode.snapshot()
+    states = [state for group in taken["optimizers"].values() for state in group["state"].values()]
+    kept = [*taken["model"].values(), *(value for state in states for value in state.values())]
+    assert len(kept) == len(bits(owned(episode)))
+    assert {value.device.type for value in kept} == {"meta"}
     assert {value.device.type for value in bits(owned(episode))} == {"cpu"}
 
 
