@@ -15,18 +15,11 @@ from pathlib import Path
 
 from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
-from esper_train.build import Episode, build_episode
+from esper_train.build import Episode
 from esper_train.checkpoint import Checkpoints, load, restore, saved
 from esper_train.config import RunConfig, load_toml
-from esper_train.control.policy import Idle, Policy
-from esper_train.episode import (
-    BadNumbersError,
-    episode_configs,
-    heuristic_policy,
-    require_slots,
-    run_episode,
-    run_started,
-)
+from esper_train.control.policy import Policy
+from esper_train.episode import BadNumbersError, episode_configs, prepare, run_episode, run_started
 from esper_train.profile import write_profile
 from esper_train.run_directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
 from esper_train.stop import Stopped, StopRequest
@@ -139,9 +132,8 @@ def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Opti
     growing = mode == "heuristic"
     for number, config in enumerate(episode_configs(run), start=1):
         directory = out if run.episodes == 1 else out / f"episode-{number}"
-        episode = build_episode(config, slots=require_slots(config) if growing else ())
+        episode, policy = prepare(config, mode)
         episode.stop = stop
-        policy = heuristic_policy(episode) if growing else Idle()
         hub, loggers = TelemetryHub((), config.telemetry), logger_makers(config.telemetry)
         checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
         if checkpoints:

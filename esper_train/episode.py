@@ -1,6 +1,6 @@
 """A run from first to last epoch: builds what it owns, then trains, measures, decides and grows, epoch by epoch.
 
-`cli` calls `build_episode` and `run_episode`; `run_heuristic_episode`, `train_heuristic` and `run_fit` do both for
+`cli` calls `prepare` and `run_episode`; `run_heuristic_episode`, `train_heuristic` and `run_fit` do both for
 those who import the package. Plain training is the same run with no slots and a controller that never acts.
 """
 
@@ -78,8 +78,7 @@ def run_heuristic_episode(
         ValueError: no slots, unknown or repeated ones, gradients never measured, or bad data.
         BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
     """
-    episode = build_episode(config, task=task, slots=require_slots(config), registry=registry)
-    return run_episode(episode, policy or heuristic_policy(episode), hub, mode="heuristic")
+    return run_episode(*prepare(config, "heuristic", task, policy, registry), hub, mode="heuristic")
 
 
 def train_heuristic(
@@ -91,7 +90,7 @@ def train_heuristic(
 
 def run_fit(config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | None = None) -> EpisodeResult:
     """Train the same host without slots, by the same loop."""
-    return run_episode(build_episode(config, task=task, slots=()), Idle(), hub, mode="fit")
+    return run_episode(*prepare(config, "fit", task), hub, mode="fit")
 
 
 def episode_configs(config: RunConfig) -> list[RunConfig]:
@@ -99,19 +98,23 @@ def episode_configs(config: RunConfig) -> list[RunConfig]:
     return [replace(config, seed=config.seed + EPISODE_SEED_STEP * i, episodes=1) for i in range(config.episodes)]
 
 
-def require_slots(config: RunConfig) -> tuple[str, ...]:
-    """The slots of a run that is to grow; `ValueError` if it could not."""
+def prepare(
+    config: RunConfig,
+    mode: str,
+    task: Task | None = None,
+    policy: Policy | None = None,
+    registry: BlueprintRegistry | None = None,
+) -> tuple[Episode, Policy]:
+    """What a "heuristic" or "fit" run owns, and its controller. `ValueError` for what could not work."""
+    if mode == "fit":
+        return build_episode(config, task=task, slots=()), Idle()
     if not config.slots:
         raise ValueError("no slots: name at least one of early, mid, late, or use `fit` to train without growth")
     if config.train.grad.every == 0:
         raise ValueError("train.grad.every is 0: growth needs the gradient statistics; use 1, or `fit`")
-    return config.slots
-
-
-def heuristic_policy(episode: Episode) -> HeuristicTamiyo:
-    """The heuristic controller for this run's host."""
+    episode = build_episode(config, task=task, slots=config.slots, registry=registry)
     names = episode.model.registry.names(episode.model.host.topology)
-    return HeuristicTamiyo(episode.config.policy, episode.config.growth, names)
+    return episode, policy or HeuristicTamiyo(config.policy, config.growth, names)
 
 
 def run_episode(
