@@ -74,8 +74,9 @@ def test_build_host_of_the_sequence_task_takes_width_and_depth_from_the_config()
     assert build(HostConfig()).slot_channels == {"early": 16, "mid": 16, "late": 16}
     host = build(HostConfig(width=7, depth=2))
     assert host.slot_channels == {"early": 7, "mid": 7}
-    # an embedding of 32 tokens, two square layers with bias, a head with bias
-    assert sum(p.numel() for p in host.parameters()) == 32 * 7 + 2 * (7 * 7 + 7) + (7 * 32 + 32)
+    # 32 tokens and 16 positions; a block has two norms, four square maps of attention, and two of the mlp; a last norm
+    block = 2 * 14 + 4 * (7 * 7 + 7) + (7 * 28 + 28) + (28 * 7 + 7)
+    assert sum(p.numel() for p in host.parameters()) == (32 + 16) * 7 + 2 * block + 14
 
 
 def test_build_host_draws_from_torchs_global_random_state() -> None:
