@@ -39,7 +39,7 @@ from esper_train import (
     transformer_host,
 )
 from esper_train.build import make_optimizer
-from esper_train.tasks import Loader, make_loader
+from esper_train.tasks import Loader
 from esper_train.tasks.task import Split
 
 LR, SLOTS = 0.01, ("early", "mid", "late")
@@ -168,12 +168,12 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
 
     def shuffled() -> Loader:
-        return make_loader(split, case.batch, shuffle=torch.Generator().manual_seed(0))
+        return Loader(split, case.batch, shuffle=torch.Generator().manual_seed(0))
 
     def plain(own_loader: bool) -> Callable[[], list[float]]:
         model = model_of(case)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-        validation: Iterable[Any] = make_loader(split, case.batch)
+        validation: Iterable[Any] = Loader(split, case.batch)
         train: Iterable[Any] = shuffled()
         if own_loader:  # sample by sample, as a DataLoader comes; its order is its own
             train = DataLoader(TensorDataset(*split), case.batch, shuffle=True)
@@ -187,8 +187,8 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
         sgd = OptimConfig(momentum=0.9, weight_decay=0.0)
         optimizer = make_optimizer(list(model.parameters()), LR, sgd)
         train, validation = (
-            make_loader(split, case.batch, shuffle=torch.Generator().manual_seed(0)),
-            make_loader(split, case.batch),
+            Loader(split, case.batch, shuffle=torch.Generator().manual_seed(0)),
+            Loader(split, case.batch),
         )
         shared: dict[str, Any] = {"task_type": task_type, "step": step}
         variants = {slot: {slot: 0.0} for slot in slots}

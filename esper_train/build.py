@@ -19,7 +19,7 @@ from esper_train.optimizers import OptimizerRegistry
 from esper_train.state import PlainState, RandomState, copied
 from esper_train.step import TrainStep, build_train_step
 from esper_train.stop import StopRequest
-from esper_train.tasks import Loader, Task, get_task, load_splits, make_loader
+from esper_train.tasks import Loader, Task, get_task, load_splits
 
 EVALUATION_BATCH = 512
 """Rows a batch where nothing is trained, so memory is all that limits it."""
@@ -113,7 +113,7 @@ def build_episode(
     step = build_train_step(task.task_type, config.train)
     where: dict[str, Any] = {"device": device, "workers": config.workers}
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
-    train = make_loader(splits.train, config.batch_size, shuffle=order, **where)
+    train = Loader(splits.train, config.batch_size, shuffle=order, **where)
     batches = min(len(train), config.max_batches or len(train))
     episode = Episode(
         config=config,
@@ -125,8 +125,8 @@ def build_episode(
         step=step,
         device=next(host.parameters()).device,
         train=train,
-        validation=make_loader(splits.validation, EVALUATION_BATCH, **where),
-        test=make_loader(splits.test, EVALUATION_BATCH, **where),
+        validation=Loader(splits.validation, EVALUATION_BATCH, **where),
+        test=Loader(splits.test, EVALUATION_BATCH, **where),
         steps=math.ceil(batches / config.train.accumulate),
         data_record=splits.record,
         random=RandomState(config.seed + 1, device, order),

@@ -9,7 +9,7 @@ from esper_train.tasks.digits import digits
 from esper_train.tasks.pysource import PRESET as PYSOURCE_PRESET
 from esper_train.tasks.pysource import pysource
 from esper_train.tasks.synthetic import synthetic, synthetic_lm
-from esper_train.tasks.task import Loader, Split, Splits, Task, load_splits, make_loader
+from esper_train.tasks.task import Loader, Split, Splits, Task, load_splits
 
 TASKS: Mapping[str, Callable[[RunConfig], Task]] = {
     "digits": digits,
@@ -36,4 +36,4 @@ def preset(name: str) -> RunConfig:
     return PRESETS.get(name, RunConfig(task=name))
 
 
-__all__ = ["PRESETS", "TASKS", "Loader", "Split", "Splits", "Task", "get_task", "load_splits", "make_loader", "preset"]
+__all__ = ["PRESETS", "TASKS", "Loader", "Split", "Splits", "Task", "get_task", "load_splits", "preset"]
