@@ -82,11 +82,6 @@ class _Run(NamedTuple):
     def fossilized(self) -> list[Record]:
         return [move for move in self.moves if move["stage"] == "FOSSILIZED"]
 
-    @property
-    def test(self) -> float:
-        """Accuracy in percent, NaN where it was not measured."""
-        return _number(self.finished, "test", "accuracy")
-
     def series(self, *path: str | int) -> list[float]:
         """A number of each epoch, NaN where there is none."""
         return [_number(epoch, *path) for epoch in self.epochs]
@@ -172,7 +167,7 @@ def _summary(runs: Mapping[str, _Run]) -> str:
         return {
             "": name,
             "status": r.status,
-            "test accuracy": _show(r.test, ".2f", "%"),
+            "test accuracy": _show(_number(r.finished, "test", "accuracy"), ".2f", "%"),
             "best validation accuracy": _show(max(_finite(accuracy), default=None), ".2f", "%"),
             "last validation accuracy": _show(accuracy[-1] if accuracy else None, ".2f", "%"),
             "last validation loss": _show(loss[-1], ".4f", none="not finite") if loss else "not measured",
