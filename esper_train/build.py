@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from esper_train.config import OptimConfig, RunConfig, ScheduleConfig
 from esper_train.control.governor import Governor
+from esper_train.control.policy import Idle, Policy
 from esper_train.control.signals import SignalTracker
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
@@ -20,6 +21,7 @@ from esper_train.state import PlainState, RandomState, copied
 from esper_train.step import TrainStep, build_train_step
 from esper_train.stop import StopRequest
 from esper_train.tasks import Loader, Task, get_task, load_splits
+from esper_train.telemetry.hub import TelemetryHub
 
 EVALUATION_BATCH = 512
 """Rows a batch where nothing is trained, so memory is all that limits it."""
@@ -47,6 +49,9 @@ class Episode(PlainState):
     steps: int  # of an epoch
     data_record: Mapping[str, Any]
     random: RandomState
+    mode: str = "fit"
+    policy: Policy = field(default_factory=Idle)
+    hub: TelemetryHub = field(default_factory=TelemetryHub)
     stop: StopRequest = field(default_factory=StopRequest)
     epoch: int = 0  # finished ones
     accuracy: float = math.nan  # of the last validation, in percent

@@ -15,7 +15,7 @@ from esper_train.checkpoint import Checkpoints
 from esper_train.config import RunConfig
 from esper_train.control.governor import Finding, weights_are_finite
 from esper_train.control.heuristic import HeuristicTamiyo
-from esper_train.control.policy import Decision, Idle, Op, Policy
+from esper_train.control.policy import Decision, Op, Policy
 from esper_train.control.rewards import REWARDS
 from esper_train.control.signals import Signals
 from esper_train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
@@ -78,7 +78,7 @@ def run_heuristic_episode(
         ValueError: no slots, unknown or repeated ones, gradients never measured, or bad data.
         BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
     """
-    return run_episode(*prepare(config, "heuristic", task, policy, registry), hub, mode="heuristic")
+    return run_episode(prepare(config, "heuristic", task=task, policy=policy, hub=hub, registry=registry))
 
 
 def train_heuristic(
@@ -90,7 +90,7 @@ def train_heuristic(
 
 def run_fit(config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | None = None) -> EpisodeResult:
     """Train the same host without slots, by the same loop."""
-    return run_episode(*prepare(config, "fit", task), hub, mode="fit")
+    return run_episode(prepare(config, "fit", task=task, hub=hub))
 
 
 def episode_configs(config: RunConfig) -> list[RunConfig]:
@@ -101,30 +101,27 @@ def episode_configs(config: RunConfig) -> list[RunConfig]:
 def prepare(
     config: RunConfig,
     mode: str,
+    *,
     task: Task | None = None,
     policy: Policy | None = None,
-    registry: BlueprintRegistry | None = None,
-) -> tuple[Episode, Policy]:
-    """What a "heuristic" or "fit" run owns, and its controller. `ValueError` for what could not work."""
-    if mode == "fit":
-        return build_episode(config, task=task, slots=()), Idle()
-    if not config.slots:
-        raise ValueError("no slots: name at least one of early, mid, late, or use `fit` to train without growth")
-    if config.train.grad.every == 0:
-        raise ValueError("train.grad.every is 0: growth needs the gradient statistics; use 1, or `fit`")
-    episode = build_episode(config, task=task, slots=config.slots, registry=registry)
-    names = episode.model.registry.names(episode.model.host.topology)
-    return episode, policy or HeuristicTamiyo(config.policy, config.growth, names)
-
-
-def run_episode(
-    episode: Episode,
-    policy: Policy,
     hub: TelemetryHub | None = None,
-    *,
-    mode: str,
-    checkpoints: Checkpoints | None = None,
-) -> EpisodeResult:
+    registry: BlueprintRegistry | None = None,
+) -> Episode:
+    """What a "heuristic" or "fit" run owns. `ValueError` for what could not work."""
+    growing = mode == "heuristic"
+    if growing and not config.slots:
+        raise ValueError("no slots: name at least one of early, mid, late, or use `fit` to train without growth")
+    if growing and config.train.grad.every == 0:
+        raise ValueError("train.grad.every is 0: growth needs the gradient statistics; use 1, or `fit`")
+    episode = build_episode(config, task=task, slots=config.slots if growing else (), registry=registry)
+    episode.mode, episode.hub = mode, hub or TelemetryHub()
+    if growing:
+        names = episode.model.registry.names(episode.model.host.topology)
+        episode.policy = policy or HeuristicTamiyo(config.policy, config.growth, names)
+    return episode
+
+
+def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> EpisodeResult:
     """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
 
     An episode restored from a checkpoint goes on with the epoch after it. One that the governor finds gone bad is, by
@@ -132,15 +129,15 @@ def run_episode(
     RUN_FINISHED with the status "completed", "interrupted", "nonfinite", "diverged" or "failed"; what ended it is
     raised again.
     """
-    config, hub = episode.config, hub or TelemetryHub()
+    config, hub = episode.config, episode.hub
     status, why, test = "failed", None, None
     epoch, started = episode.epoch, time.perf_counter() - episode.seconds
     if epoch == 0:
-        policy.reset()
-        hub.emit(run_started(episode, mode))
+        episode.policy.reset()
+        hub.emit(run_started(episode))
     try:
         with episode.random.active():
-            good = _keep(episode, epoch, hub)
+            good = _keep(episode, epoch)
             for epoch in range(episode.epoch + 1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
                 episode.accuracy = validation.accuracy
@@ -148,19 +145,19 @@ def run_episode(
                 training = validation.loss if config.train.on_bad_numbers == "skip" else train.loss
                 finding = episode.governor.check(training=training, validation=validation.loss)
                 if finding is None or good is None:
-                    _grow(episode, policy, hub, epoch, train, validation)
+                    _grow(episode, epoch, train, validation)
                 else:
-                    _leave_undecided(episode, hub, epoch, train, validation)
-                _report_numbers(episode.model, train, validation, finding, epoch, hub)
+                    _leave_undecided(episode, epoch, train, validation)
+                _report_numbers(episode, epoch, train, validation, finding)
                 if finding is not None and good is not None:
-                    _roll_back(episode, good, finding, epoch, hub)
+                    _roll_back(episode, epoch, good, finding)
                 else:
                     _stop_if_bad(config, finding, epoch)
                     if epoch % config.governor.snapshot_epochs == 0:
-                        good = _keep(episode, epoch, hub) or good
+                        good = _keep(episode, epoch) or good
                 episode.epoch, episode.seconds = epoch, time.perf_counter() - started
                 if checkpoints is not None:
-                    checkpoints.take(episode, policy, hub, mode)
+                    checkpoints.take(episode)
             batches = map(episode.stop.before, episode.test)
             kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
             test = evaluate(episode.model, batches, config.train, **kept)
@@ -188,11 +185,11 @@ def run_episode(
     return EpisodeResult(model=model, test=test, **outcome)
 
 
-def run_started(episode: Episode, mode: str) -> Event:
+def run_started(episode: Episode) -> Event:
     """The first event of a run."""
     config, model = episode.config, episode.model
     data = {
-        "mode": mode,
+        "mode": episode.mode,
         "task": episode.task.name,
         "seed": config.seed,
         "max_epochs": config.max_epochs,
@@ -219,9 +216,7 @@ def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, Eval
     return train, evaluate(model, batches, config.train, variants=variants, **kept)
 
 
-def _grow(
-    episode: Episode, policy: Policy, hub: TelemetryHub, epoch: int, train: EpochResult, validation: EvalResult
-) -> None:
+def _grow(episode: Episode, epoch: int, train: EpochResult, validation: EvalResult) -> None:
     """Tracker, the slots' own moves, decision and its execution, of one epoch."""
     model, config, accuracy = episode.model, episode.config, validation.accuracy
     for slot in model.slots:
@@ -238,26 +233,24 @@ def _grow(
     )
     changes = [change for slot in model.slots for change in slot.step_epoch()]
     stepped = replace(signals, slots=_states(model))
-    decision = policy.decide(stepped)
+    decision = episode.policy.decide(stepped)
     parts = _reward(episode, stepped, decision)
     made, refused = _execute(episode, decision)
     changes += made
     more = {"joint": _joint(validation), "refused": refused, **_earn(episode, decision, parts)}
-    hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
+    episode.hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
     for change in changes:
         _follow(episode, change, epoch)
-        hub.emit(stage_event(epoch, change))
+        episode.hub.emit(stage_event(epoch, change))
         if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
             episode.contributions.append(change.before.contribution)
 
 
-def _leave_undecided(
-    episode: Episode, hub: TelemetryHub, epoch: int, train: EpochResult, validation: EvalResult
-) -> None:
+def _leave_undecided(episode: Episode, epoch: int, train: EpochResult, validation: EvalResult) -> None:
     """Report an epoch that is to be undone."""
     decision = Decision(op=Op.WAIT, reason="the epoch is undone")
     more = _earn(episode, decision, {"rollback": -episode.config.governor.rollback_penalty})
-    hub.emit(epoch_event(epoch, _states(episode.model), train, validation, decision, **more))
+    episode.hub.emit(epoch_event(epoch, _states(episode.model), train, validation, decision, **more))
 
 
 def _earn(episode: Episode, decision: Decision, parts: dict[str, float]) -> dict[str, Any]:
@@ -315,17 +308,17 @@ def _follow(episode: Episode, change: StageChange, epoch: int = 0) -> None:
 
 
 def _report_numbers(
-    model: MorphModel, train: EpochResult, validation: EvalResult, found: Finding | None, epoch: int, hub: TelemetryHub
+    episode: Episode, epoch: int, train: EpochResult, validation: EvalResult, found: Finding | None
 ) -> None:
     """Report bad numbers, and each parameter's gradient where the level asks for it."""
-    troubles = trouble_events(epoch, train, validation, found)
+    hub, troubles = episode.hub, trouble_events(epoch, train, validation, found)
     hub.tick()
     for event in troubles:
         hub.emit(event)
     if troubles or (train.grad is not None and train.grad.has_exploding):
         hub.escalate()
     if hub.collects(EventType.LAYER_GRADIENTS):
-        names, parameters = zip(*model.named_parameters(), strict=True)
+        names, parameters = zip(*episode.model.named_parameters(), strict=True)
         (norms,) = compute_all(grad_stats([p.grad for p in parameters]).norms)  # a host sync
         hub.emit(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": dict(zip(names, norms, strict=True))}))
 
@@ -345,15 +338,15 @@ def _ending(finding: Finding, epoch: int, more: str = "") -> BadNumbersError:
     return kind(f"in epoch {epoch} {finding.message}{more}; {advice}")
 
 
-def _keep(episode: Episode, epoch: int, hub: TelemetryHub) -> dict[str, Any] | None:
+def _keep(episode: Episode, epoch: int) -> dict[str, Any] | None:
     """The state to return to, where the policy wants one and the weights are good."""
     if episode.config.train.on_bad_numbers != "rollback" or not weights_are_finite(episode.model):
         return None
-    hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": episode.config.governor.snapshot_device}))
+    episode.hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": episode.config.governor.snapshot_device}))
     return episode.snapshot() | {"epoch": epoch}
 
 
-def _roll_back(episode: Episode, good: dict[str, Any], finding: Finding, epoch: int, hub: TelemetryHub) -> None:
+def _roll_back(episode: Episode, epoch: int, good: dict[str, Any], finding: Finding) -> None:
     """Bring model, optimizers and tracker back; the batches that come next are others. The last one ends the run."""
     most, gone, governor = episode.config.governor.max_rollbacks, _states(episode.model), episode.governor
     if governor.rollbacks == most:
@@ -366,7 +359,7 @@ def _roll_back(episode: Episode, good: dict[str, Any], finding: Finding, epoch: 
     undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in pairs)
     words = f"rolled back to the state after epoch {good['epoch']} ({governor.rollbacks} of {most} times){undone}"
     data = {"to_epoch": good["epoch"], "kind": finding.kind, "number": governor.rollbacks, "message": words}
-    hub.emit(Event(EventType.ROLLBACK, epoch, data | {"slots": [state.to_plain() for state in states]}))
+    episode.hub.emit(Event(EventType.ROLLBACK, epoch, data | {"slots": [state.to_plain() for state in states]}))
 
 
 def _states(model: MorphModel) -> tuple[SlotState, ...]:

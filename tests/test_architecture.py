@@ -42,8 +42,8 @@ TRAIN_ARROWS = {
     "loop": {"config", "optimizers", "step"},
     "run_directory": {"config", "morph", "tasks"},
     "telemetry": {"config", "control", "loop", "morph", "run_directory", "state"},
-    "build": {"config", "control", "morph", "optimizers", "state", "step", "stop", "tasks"},
-    "checkpoint": {"build", "config", "control", "run_directory", "state", "telemetry"},
+    "build": {"config", "control", "morph", "optimizers", "state", "step", "stop", "tasks", "telemetry"},
+    "checkpoint": {"build", "config", "run_directory", "state"},
     "episode": {"build", "checkpoint", "config", "control", "loop", "morph", "tasks", "telemetry"},
     "profile": {"build", "config", "loop", "state"},
     "cli": {

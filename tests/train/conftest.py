@@ -6,10 +6,10 @@ import pytest
 
 from esper_train.build import build_episode
 from esper_train.config import GovernorConfig, GrowthConfig, OptimConfig, RunConfig, TelemetryConfig, TrainConfig
-from esper_train.episode import NonFiniteLossError, run_episode, run_heuristic_episode
+from esper_train.episode import NonFiniteLossError, run_heuristic_episode
 from esper_train.telemetry.events import Event
 from esper_train.telemetry.hub import TelemetryHub
-from tests.train.scripted import Planted, Recorder, a_life_and_a_cull, mislabelled, not_a_number
+from tests.train.scripted import Planted, Recorder, a_life_and_a_cull, mislabelled, not_a_number, run_under
 
 
 @pytest.fixture(scope="session")
@@ -44,5 +44,5 @@ def troubled_events() -> list[Event]:
     episode = build_episode(config, slots=("early", "mid", "late"))
     loader = Planted(episode.train, mislabelled, (2, 1))
     episode.train = Planted(loader, not_a_number, (3, 1))  # type: ignore[assignment]
-    run_episode(episode, a_life_and_a_cull(), TelemetryHub([recorder], telemetry), mode="heuristic")
+    run_under(episode, a_life_and_a_cull(), TelemetryHub([recorder], telemetry))
     return recorder.events

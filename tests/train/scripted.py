@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from esper_train import Decision, Event, EventType, GrowthConfig, Op, Signals
+from esper_train import Decision, EpisodeResult, Event, EventType, GrowthConfig, Op, Policy, Signals, TelemetryHub
+from esper_train.build import Episode
+from esper_train.checkpoint import Checkpoints
+from esper_train.episode import run_episode
 from esper_train.state import PlainState
 
 # a seed's whole life in few epochs: every threshold that asks for a gain is taken away
@@ -66,6 +69,19 @@ def a_life_and_a_cull() -> Script:
         e3=Decision(op=Op.CULL, slot="mid", reason="script"),
         e4=Decision(op=Op.FOSSILIZE, slot="late", reason="to be refused"),
     )
+
+
+def run_under(
+    episode: Episode,
+    policy: Policy,
+    hub: TelemetryHub | None = None,
+    *,
+    mode: str = "heuristic",
+    checkpoints: Checkpoints | None = None,
+) -> EpisodeResult:
+    """Run an episode under another controller."""
+    episode.policy, episode.hub, episode.mode = policy, hub or TelemetryHub(), mode
+    return run_episode(episode, checkpoints)
 
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -30,10 +30,19 @@ from esper_train import (
 )
 from esper_train.build import Episode, build_episode
 from esper_train.control.governor import Governor, weights_are_finite
-from esper_train.episode import run_episode
 from esper_train.telemetry.report import write_report
 from esper_train.telemetry.sinks import JsonlSink
-from tests.train.scripted import EASY, Planted, Recorder, Script, germinate, ignored, mislabelled, not_a_number
+from tests.train.scripted import (
+    EASY,
+    Planted,
+    Recorder,
+    Script,
+    germinate,
+    ignored,
+    mislabelled,
+    not_a_number,
+    run_under,
+)
 
 QUICK = GovernorConfig(min_history=2, patience=1, snapshot_epochs=2)
 # seeds whose seeds contribute, here and below
@@ -254,7 +263,7 @@ def grown() -> Episode:
     """A trained network with a seed that blends in, a fossil, and momentum."""
     episode = build_episode(replace(SHORT, max_epochs=8), slots=("early", "mid"))
     policy = Script(e1=germinate(), e4=germinate("mid", "norm"), e8=Decision(op=Op.FOSSILIZE, slot="early"))
-    run_episode(episode, policy, mode="heuristic")
+    run_under(episode, policy)
     assert [s.state.stage for s in episode.model.slots] == [SeedStage.FOSSILIZED, SeedStage.BLENDING]
     return episode
 
@@ -345,7 +354,7 @@ def run(episode: Episode, directory: Path) -> tuple[list[dict[str, Any]], str, E
     run_directory.create(directory, episode.config)
     hub, ended = TelemetryHub([JsonlSink(directory / run_directory.METRICS)]), None
     try:
-        run_episode(episode, Script(), hub, mode="fit")
+        run_under(episode, Script(), hub, mode="fit")
     except (BadNumbersError, IndexError) as error:
         ended = error
     hub.close()
@@ -469,7 +478,7 @@ def test_rollback_restores_seeds_whatever_became_of_them(tmp_path: Path) -> None
         ),
     )
     episode.train = Planted(episode.train, not_a_number, (9, 1))  # type: ignore[assignment]
-    result = run_episode(episode, signals, TelemetryHub([recorder]), mode="heuristic")
+    result = run_under(episode, signals, TelemetryHub([recorder]))
     (back,) = recorder.of(EventType.ROLLBACK)
     assert (back.epoch, back.data["to_epoch"]) == (9, 6)
     restored = {slot["slot"]: (slot["seed_id"], slot["stage"]) for slot in back.data["slots"]}
@@ -497,7 +506,7 @@ def test_rollback_unmakes_a_fossil(tmp_path: Path) -> None:
     directory = run_directory.create(tmp_path / "run", base)
     recorder = Recorder()
     hub = TelemetryHub([recorder, JsonlSink(directory / run_directory.METRICS)])
-    result = run_episode(episode, Script(e1=germinate(), e8=keep, e10=keep), hub, mode="heuristic")
+    result = run_under(episode, Script(e1=germinate(), e8=keep, e10=keep), hub)
     hub.close()
     kept = [epoch for epoch, _, stage in recorder.stages() if stage == "FOSSILIZED"]
     assert kept == [8, 10]
@@ -533,7 +542,7 @@ def test_no_snapshot_is_taken_of_bad_weights() -> None:
             return super().decide(signals)
 
     hub = TelemetryHub([recorder], TelemetryConfig(level="debug"))
-    run_episode(episode, Saboteur(e1=germinate()), hub, mode="heuristic")
+    run_under(episode, Saboteur(e1=germinate()), hub)
     assert [event.epoch for event in recorder.of(EventType.SNAPSHOT)] == [0, 2]
     assert recorder.of(EventType.ROLLBACK)[:1] == [] or recorder.of(EventType.ROLLBACK)[0].data["to_epoch"] == 2
 
@@ -543,7 +552,7 @@ def test_a_good_run_is_the_same_under_every_policy() -> None:
     weights = []
     for policy in ("warn", "stop", "rollback"):
         recorder, episode = Recorder(), build_episode(config(policy), slots=("early",))
-        result = run_episode(episode, Script(e1=germinate()), TelemetryHub([recorder]), mode="heuristic")
+        result = run_under(episode, Script(e1=germinate()), TelemetryHub([recorder]))
         weights.append(result.model.state_dict())
         assert recorder.of(EventType.FINDING) == []
     for name, value in weights[0].items():
