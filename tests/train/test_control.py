@@ -10,7 +10,7 @@ from esper_train.config import GrowthConfig, HeuristicConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op
 from esper_train.control.signals import Signals, SignalTracker
-from esper_train.morph.gates import GATES
+from esper_train.morph.gates import judge
 from esper_train.morph.lifecycle import SeedStage, SlotState
 
 # the tracker
@@ -303,7 +303,7 @@ def test_decide_fossilizes_at_the_gates_threshold(contribution: float | None, op
 def test_decide_fossilizes_exactly_when_the_gate_would_pass(contribution: float) -> None:
     growth = GrowthConfig(fossilize_contribution=2.5)
     state = seated(SeedStage.PROBATIONARY, contribution=contribution)
-    passed = GATES[SeedStage.FOSSILIZED](state, growth, 75).passed
+    passed = judge(SeedStage.FOSSILIZED, state, growth, 75).passed
     assert passed is (contribution >= 2.5)
     assert (policy(growth=growth).decide(signals(state)).op is Op.FOSSILIZE) is passed
 
