@@ -17,7 +17,7 @@ from esper_train.control.governor import Finding, weights_are_finite
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Op, Policy
 from esper_train.control.rewards import REWARDS
-from esper_train.control.signals import Signals
+from esper_train.control.signals import Observation, Signals
 from esper_train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.gates import gradient_ratio
@@ -52,7 +52,7 @@ class EpisodeResult:
     parameters: int
     fossils: int
     contributions: tuple[float, ...]
-    """Measured contribution of each fossilized seed when it was kept, in percentage points."""
+    """Observation contribution of each fossilized seed when it was kept, in percentage points."""
     action_counts: dict[str, int]
     rewards: tuple[float, ...]
     """Reward of each epoch's decision, of the kind that `config.reward` names."""
@@ -222,7 +222,7 @@ def _grow(episode: Episode, epoch: int, train: EpochResult, validation: EvalResu
     for slot in model.slots:
         name = slot.state.slot
         slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
-    signals = episode.tracker.update(
+    measured = Observation(
         epoch=epoch,
         max_epochs=config.max_epochs,
         train_loss=train.loss,
@@ -231,6 +231,7 @@ def _grow(episode: Episode, epoch: int, train: EpochResult, validation: EvalResu
         val_accuracy=accuracy,
         slots=_states(model),
     )
+    signals = episode.tracker.update(measured)
     changes = [change for slot in model.slots for change in slot.step_epoch()]
     stepped = replace(signals, slots=_states(model))
     decision = episode.policy.decide(stepped)
