@@ -59,6 +59,7 @@ class Episode(PlainState):
     seeds_germinated: int = 0
     decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
     contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
+    good: Mapping[str, Any] | None = None  # a snapshot to return to, in no checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come, and what grew; weights, momentum and the rest have their own state."""

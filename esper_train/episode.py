@@ -137,24 +137,22 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
         hub.emit(run_started(episode))
     try:
         with episode.random.active():
-            good = _keep(episode, epoch)
+            _keep(episode, epoch)
             for epoch in range(episode.epoch + 1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
                 episode.accuracy = validation.accuracy
                 # a skipped batch is in the training loss, so that is no finding
                 training = validation.loss if config.train.on_bad_numbers == "skip" else train.loss
                 finding = episode.governor.check(training=training, validation=validation.loss)
-                if finding is None or good is None:
+                if finding is None or episode.good is None:
                     _grow(episode, epoch, train, validation)
                 else:
                     _leave_undecided(episode, epoch, train, validation)
                 _report_numbers(episode, epoch, train, validation, finding)
-                if finding is not None and good is not None:
-                    _roll_back(episode, epoch, good, finding)
-                else:
-                    _stop_if_bad(config, finding, epoch)
-                    if epoch % config.governor.snapshot_epochs == 0:
-                        good = _keep(episode, epoch) or good
+                if finding is not None:
+                    _answer(episode, epoch, finding)
+                elif epoch % config.governor.snapshot_epochs == 0:
+                    _keep(episode, epoch)
                 episode.epoch, episode.seconds = epoch, time.perf_counter() - started
                 if checkpoints is not None:
                     checkpoints.take(episode)
@@ -324,42 +322,37 @@ def _report_numbers(
         hub.emit(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": dict(zip(names, norms, strict=True))}))
 
 
-def _stop_if_bad(config: RunConfig, finding: Finding | None, epoch: int) -> None:
-    """End a run that by its policy must not go on: skipping helps no longer when the weights are bad themselves, and
-    a rollback is none where there never was a good state."""
-    policy = config.train.on_bad_numbers
-    goes_on = policy == "warn" or (policy == "skip" and finding is not None and finding.kind != "nonfinite")
-    if finding is not None and not goes_on:
-        raise _ending(finding, epoch)
+def _keep(episode: Episode, epoch: int) -> None:
+    """Keep the state to return to, where the policy wants one and the weights are good."""
+    if episode.config.train.on_bad_numbers == "rollback" and weights_are_finite(episode.model):
+        episode.hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": episode.config.governor.snapshot_device}))
+        episode.good = {"epoch": epoch, **episode.snapshot()}
 
 
-def _ending(finding: Finding, epoch: int, more: str = "") -> BadNumbersError:
-    kind = NonFiniteLossError if finding.kind == "nonfinite" else BadNumbersError
-    advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
-    return kind(f"in epoch {epoch} {finding.message}{more}; {advice}")
-
-
-def _keep(episode: Episode, epoch: int) -> dict[str, Any] | None:
-    """The state to return to, where the policy wants one and the weights are good."""
-    if episode.config.train.on_bad_numbers != "rollback" or not weights_are_finite(episode.model):
-        return None
-    episode.hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": episode.config.governor.snapshot_device}))
-    return episode.snapshot() | {"epoch": epoch}
-
-
-def _roll_back(episode: Episode, epoch: int, good: dict[str, Any], finding: Finding) -> None:
-    """Bring model, optimizers and tracker back; the batches that come next are others. The last one ends the run."""
-    most, gone, governor = episode.config.governor.max_rollbacks, _states(episode.model), episode.governor
-    if governor.rollbacks == most:
-        raise _ending(finding, epoch, f", after {most} rollbacks")
+def _answer(episode: Episode, epoch: int, finding: Finding) -> None:
+    """Do what the policy says: go on, return to the last good state (the batches that come next are others), or end."""
+    policy, governor, most = (
+        episode.config.train.on_bad_numbers,
+        episode.governor,
+        episode.config.governor.max_rollbacks,
+    )
+    # skipping helps no longer when the weights are bad themselves
+    if policy == "warn" or (policy == "skip" and finding.kind != "nonfinite"):
+        return
+    if episode.good is None or governor.rollbacks == most:
+        kind = NonFiniteLossError if finding.kind == "nonfinite" else BadNumbersError
+        after = "" if episode.good is None else f", after {most} rollbacks"
+        advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
+        raise kind(f"in epoch {epoch} {finding.message}{after}; {advice}")
     governor.rolled_back()
-    episode.go_back(good)
+    gone, to_epoch = _states(episode.model), episode.good["epoch"]
+    episode.go_back(episode.good)
     del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
     states = _states(episode.model)
     pairs = [(a, b) for a, b in zip(gone, states, strict=True) if (a.stage, a.seed_id) != (b.stage, b.seed_id)]
     undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in pairs)
-    words = f"rolled back to the state after epoch {good['epoch']} ({governor.rollbacks} of {most} times){undone}"
-    data = {"to_epoch": good["epoch"], "kind": finding.kind, "number": governor.rollbacks, "message": words}
+    words = f"rolled back to the state after epoch {to_epoch} ({governor.rollbacks} of {most} times){undone}"
+    data = {"to_epoch": to_epoch, "kind": finding.kind, "number": governor.rollbacks, "message": words}
     episode.hub.emit(Event(EventType.ROLLBACK, epoch, data | {"slots": [state.to_plain() for state in states]}))
 
 
