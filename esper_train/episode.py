@@ -331,11 +331,8 @@ def _keep(episode: Episode, epoch: int) -> None:
 
 def _answer(episode: Episode, epoch: int, finding: Finding) -> None:
     """Do what the policy says: go on, return to the last good state (the batches that come next are others), or end."""
-    policy, governor, most = (
-        episode.config.train.on_bad_numbers,
-        episode.governor,
-        episode.config.governor.max_rollbacks,
-    )
+    config, governor = episode.config, episode.governor
+    policy, most = config.train.on_bad_numbers, config.governor.max_rollbacks
     # skipping helps no longer when the weights are bad themselves
     if policy == "warn" or (policy == "skip" and finding.kind != "nonfinite"):
         return
