@@ -10,10 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import reduce
 from html import escape
 from itertools import groupby
-from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -366,7 +364,9 @@ def _picture(name: str, title: str, panels: Sequence[Panel], height: float | Non
 def _number(record: Any, *path: str | int) -> float:
     """The number at the end of the path; NaN for a null, and where the path breaks off."""
     with suppress(LookupError, TypeError):
-        return float(reduce(getitem, path, record))
+        for key in path:
+            record = record[key]
+        return float(record)
     return math.nan
 
 
