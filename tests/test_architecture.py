@@ -33,7 +33,7 @@ TRAIN_ARROWS = {
     "stop": set(),
     "config": {"names"},
     "morph": {"config", "names"},
-    "control": {"config", "morph", "state"},
+    "control": {"config", "morph", "names", "state"},
     "tasks": {"config", "morph", "names"},
     "optimizers": set(),
     "amp": {"config"},
