@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from esper_kernels import KernelConfig
-from esper_train.names import unknown_name
+from esper_train.names import require_known
 
 T = TypeVar("T")
 TELEMETRY_LEVELS = ("off", "minimal", "normal", "debug")
@@ -368,11 +368,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
     nearest known one) and `TypeError` for a value of the wrong type; messages put `where` before the key.
     """
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = [where + f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
-        if key not in names:
-            raise unknown_name("config key", where + key, [where + name for name in names])
+        require_known("config key", where + key, names)
         arguments[key] = _convert(hints[key], value, where + key, getattr(base, key, None))
     return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)  # type: ignore[type-var]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from esper_train.config import RunConfig
-from esper_train.names import unknown_name
+from esper_train.names import require_known
 from esper_train.tasks.cifar10 import cifar10
 from esper_train.tasks.digits import digits
 from esper_train.tasks.pysource import PRESET as PYSOURCE_PRESET
@@ -26,8 +26,7 @@ PRESETS: Mapping[str, RunConfig] = {"pysource": PYSOURCE_PRESET}
 
 def get_task(name: str, config: RunConfig | None = None) -> Task:
     """A task by name, with what the config says of its data; `ValueError` names the known ones."""
-    if name not in TASKS:
-        raise unknown_name("task", name, TASKS)
+    require_known("task", name, TASKS)
     return TASKS[name](config or RunConfig(task=name))
 
 
