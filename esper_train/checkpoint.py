@@ -53,8 +53,7 @@ class Checkpoints:
 
     def take(self, episode: Episode) -> None:
         """At the end of an epoch. `OSError` as `write`; `TypeError` for a state beyond tensors and plain values."""
-        cpu = torch.device("cpu")
-        state = {name: copied(part.state_dict(), cpu) for name, part in parts(episode).items()}
+        state = {name: copied(part.state_dict(), "cpu") for name, part in parts(episode).items()}
         self._unwritten = episode.epoch, {"format": FORMAT, "run": _identity(episode), "parts": state}
         if episode.epoch % self._config.every == 0 or episode.epoch == episode.config.max_epochs:
             self.write()

@@ -21,7 +21,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any: ...
 
 
-def copied(value: Any, device: torch.device | None = None) -> Any:
+def copied(value: Any, device: torch.device | str | None = None) -> Any:
     """A copy of a state which further training leaves alone, on `device` or where it is; `TypeError` for a state
     beyond tensors and plain values."""
     if isinstance(value, Tensor):
