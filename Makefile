@@ -34,8 +34,17 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 
+# For other machines: with CUDA kernels wherever a toolkit is, whatever torch is here. auditwheel names the oldest system
+# that it runs on, and shows why; the libraries of torch and of the driver stay out of it.
 wheel: $(READY)
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+	rm -rf dist build/wheel build/lib.* && mkdir -p build/wheel
+	PATH="$(BIN):$$PATH" FORCE_CUDA=$${FORCE_CUDA-$$(PATH="$$CUDA_HOME/bin:$$PATH" command -v nvcc >/dev/null && echo 1)} \
+		$(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w build/wheel . >build/wheel.log 2>&1 \
+		|| { tail -n 30 build/wheel.log; exit 1; }
+	@grep -m1 'esper-kernels: ' build/wheel.log
+	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair -w dist \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda.so.*' build/wheel/*.whl
+	$(BIN)/python -m auditwheel show dist/*.whl
 
 table: $(READY)
 	$(BIN)/python -m benchmarks.growth
@@ -60,7 +69,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 		$(PYTHON) -m venv $(CLEAR) $(VENV) && cp constraints.txt $(VENV)/constraints.txt && \
 		$(BIN)/python -m pip install -c constraints.txt torch; \
 	fi
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools ninja pybind11
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools ninja
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,text,dev]'
 	@echo '$(PYTHON)' > $(VENV)/.python
 	@touch $@

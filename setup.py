@@ -107,8 +107,6 @@ def compiled() -> dict[str, Any]:
             f"esper-kernels: there is no C++ compiler {get_cxx_compiler()!r}; install one (g++), name it in CXX, "
             "or set ESPER_NO_EXT=1 for pure Python"
         )
-    import pybind11
-
     Path("esper_kernels/lib").mkdir(exist_ok=True)  # where an editable build copies the library of ops to
     depends = ["csrc/call.h", "csrc/tensors.h", *(f"csrc/cpu/{name}" for name in HEADERS)]
     ops = CppExtension(
@@ -123,7 +121,8 @@ def compiled() -> dict[str, Any]:
         "esper_kernels._native",
         ["csrc/bindings.cpp"],
         depends=depends,
-        include_dirs=[pybind11.get_include(), *include_paths()],  # ATen/dlpack.h
+        include_dirs=include_paths(),  # ATen/dlpack.h
+        define_macros=[("Py_LIMITED_API", "0x030B0000")],
         extra_compile_args=["-std=c++17", *FLAGS],
         extra_link_args=["-s"],
     )
@@ -156,6 +155,7 @@ def compiled() -> dict[str, Any]:
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for this Python and every later one
     }
 
 

@@ -1,13 +1,14 @@
 // The compiled part of the package as Python sees it: build facts, and the calls of cpu/driver.h on plain CPU
-// tensors, past torch's dispatcher. No torch types here, as torch carries its own pybind11: tensors are read
-// through the DLPack exchange table that torch.Tensor offers, in nanoseconds.
+// tensors, past torch's dispatcher. Written to Python's limited interface, so that one build serves every
+// version; no torch types, as tensors are read through the DLPack exchange table that torch.Tensor offers, in
+// nanoseconds.
+#include <Python.h>
+
 #include <ATen/dlpack.h>  // a C header, without torch in it
 #include <dlfcn.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cmath>
 #include <stdexcept>
@@ -18,7 +19,6 @@
 
 namespace {
 
-namespace py = pybind11;
 using esper::Array;
 
 constexpr int64_t kKeepLock = 65536;  // elements: below, other Python threads wait for the kernel
@@ -30,13 +30,6 @@ const esper::Api* find_api(const std::string& library) {
   void* symbol = handle ? dlsym(handle, "esper_api") : nullptr;
   if (!symbol) throw std::runtime_error("load " + library + " with torch.ops.load_library first");
   return reinterpret_cast<const esper::Api* (*)()>(symbol)();
-}
-
-std::vector<std::string> instruction_sets(const std::string& library) {
-  std::vector<std::string> names;
-  for (int64_t i = 1; i < 4; ++i)
-    if (const esper::Kernels* found = find_api(library)->kernels_at(i)) names.push_back(found->name);
-  return names;
 }
 
 struct Road {
@@ -95,7 +88,7 @@ struct Road {
   // A number in [low, high], `otherwise` for None, or what a [] tensor holds.
   bool number(PyObject* x, double low, double high, double otherwise, double* to) const {
     if (x == Py_None) return *to = otherwise, true;
-    if (PyFloat_Check(x)) return *to = PyFloat_AS_DOUBLE(x), *to >= low && *to <= high;
+    if (PyFloat_Check(x)) return *to = PyFloat_AsDouble(x), *to >= low && *to <= high;
     Array a;
     if (array(x, &a)) {
       if (a.dims != 0 || (a.dtype != esper::kFloat32 && a.dtype != esper::kFloat64)) return false;
@@ -122,10 +115,15 @@ bool same_sizes(const Array& x, const Array& y, int64_t dims) {
 
 const Road& road_of(PyObject* self) { return *static_cast<const Road*>(PyCapsule_GetPointer(self, kRoad)); }
 
+struct WithoutLock {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutLock() { PyEval_RestoreThread(state); }
+};
+
 template <class F>
 void without_lock(int64_t elements, const F& f) {
   if (elements <= kKeepLock) return f();
-  py::gil_scoped_release released;
+  WithoutLock released;
   f();
 }
 
@@ -207,8 +205,8 @@ PyObject* cross_entropy(PyObject* self, PyObject* const* a, Py_ssize_t n) {
       Py_RETURN_FALSE;
     if (call.counts) {
       call.topk.clear();
-      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[13]); ++i)
-        call.topk.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(a[13], i)));
+      for (Py_ssize_t i = 0; i < PyTuple_Size(a[13]); ++i)
+        call.topk.push_back(PyLong_AsLongLong(PyTuple_GetItem(a[13], i)));
     }
     if (a[16] != Py_None && !read_out(road, a[0], a[16], &call, &written)) Py_RETURN_FALSE;
     esper::Outcome outcome;
@@ -242,17 +240,18 @@ PyObject* grad_stats(PyObject* self, PyObject* const* a, Py_ssize_t n) {
   return guarded([&]() -> PyObject* {
     const Road& road = road_of(self);
     if (n != 10 || !(PyList_Check(a[0]) || PyTuple_Check(a[0]))) Py_RETURN_NONE;
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(a[0]);
-    PyObject** items = PySequence_Fast_ITEMS(a[0]);
+    const bool list = PyList_Check(a[0]);
+    const Py_ssize_t count = list ? PyList_Size(a[0]) : PyTuple_Size(a[0]);
     std::vector<Array> arrays(count);
     int64_t elements = 0;
     static constexpr int64_t none[] = {0};
     for (Py_ssize_t i = 0; i < count; ++i) {
-      if (items[i] == Py_None) {
+      PyObject* item = list ? PyList_GetItem(a[0], i) : PyTuple_GetItem(a[0], i);
+      if (item == Py_None) {
         arrays[i] = {nullptr, 1, none, none, esper::kFloat32};
         continue;
       }
-      if (!road.array(items[i], &arrays[i]) || arrays[i].dtype > esper::kFloat16 || !arrays[i].contiguous())
+      if (!road.array(item, &arrays[i]) || arrays[i].dtype > esper::kFloat16 || !arrays[i].contiguous())
         Py_RETURN_NONE;
       elements += arrays[i].numel();
     }
@@ -272,8 +271,7 @@ PyObject* grad_stats(PyObject* self, PyObject* const* a, Py_ssize_t n) {
     without_lock(elements, [&] { road.api->grad_stats(arrays, inv_scale, out, *kernels); });
     PyObject* numels = PyTuple_New(count);
     if (!numels) return nullptr;
-    for (Py_ssize_t i = 0; i < count; ++i)
-      PyTuple_SET_ITEM(numels, i, PyLong_FromLongLong(arrays[i].numel()));
+    for (Py_ssize_t i = 0; i < count; ++i) PyTuple_SetItem(numels, i, PyLong_FromLongLong(arrays[i].numel()));
     return numels;
   });
 }
@@ -298,34 +296,61 @@ PyMethodDef method(const char* name, PyObject* (*call)(PyObject*, PyObject* cons
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL, ""};
 }
 
-// The four calls above, in a tuple. Plain C functions: pybind11 would spend a microsecond on their arguments.
-py::tuple road(const std::string& library, const py::type& tensor) {
+// instruction_sets(path of the library of ops) -> names of those that this machine can run, best first
+PyObject* instruction_sets(PyObject*, PyObject* path) {
+  return guarded([&]() -> PyObject* {
+    const char* library = PyUnicode_AsUTF8AndSize(path, nullptr);
+    if (!library) return nullptr;
+    const esper::Api* api = find_api(library);
+    PyObject* names = PyList_New(0);
+    for (int64_t i = 1; names && i < 4; ++i) {
+      const esper::Kernels* found = api->kernels_at(i);
+      PyObject* name = found ? PyUnicode_FromString(found->name) : nullptr;
+      if (found && (!name || PyList_Append(names, name) != 0)) Py_CLEAR(names);
+      Py_XDECREF(name);
+    }
+    return names;
+  });
+}
+
+void forget(PyObject* capsule) { delete static_cast<Road*>(PyCapsule_GetPointer(capsule, kRoad)); }
+
+// road(path of the library of ops, torch.Tensor) -> the four calls above in a tuple
+PyObject* road(PyObject*, PyObject* const* a, Py_ssize_t n) {
   static PyMethodDef methods[] = {method("cross_entropy", cross_entropy),
                                   method("cross_entropy_backward", cross_entropy_backward),
                                   method("use_huge_pages", use_huge_pages), method("grad_stats", grad_stats)};
-  const py::object table = tensor.attr("__dlpack_c_exchange_api__");
-  void* pointer = PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api");
-  if (!pointer) throw py::error_already_set();
-  const auto* exchange = static_cast<const DLPackExchangeAPI*>(pointer);
-  if (exchange->header.version.major != DLPACK_MAJOR_VERSION || !exchange->dltensor_from_py_object_no_sync)
-    throw std::runtime_error("torch offers another major version of DLPack");
-  const py::capsule self(
-      new Road{find_api(library), exchange->dltensor_from_py_object_no_sync,
-               reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr())},
-      kRoad, [](PyObject* capsule) { delete static_cast<Road*>(PyCapsule_GetPointer(capsule, kRoad)); });
-  py::tuple functions(std::size(methods));
-  for (size_t i = 0; i < std::size(methods); ++i)
-    functions[i] = py::reinterpret_steal<py::object>(PyCFunction_New(&methods[i], self.ptr()));
-  return functions;
+  return guarded([&]() -> PyObject* {
+    const char* library = n == 2 ? PyUnicode_AsUTF8AndSize(a[0], nullptr) : nullptr;
+    if (!library) throw std::runtime_error("expected the path of the library of ops and torch.Tensor");
+    PyObject* table = PyObject_GetAttrString(a[1], "__dlpack_c_exchange_api__");
+    if (!table) return nullptr;
+    const void* pointer = PyCapsule_GetPointer(table, "dlpack_exchange_api");
+    Py_DECREF(table);  // torch keeps what it points to
+    if (!pointer) return nullptr;
+    const auto* exchange = static_cast<const DLPackExchangeAPI*>(pointer);
+    if (exchange->header.version.major != DLPACK_MAJOR_VERSION || !exchange->dltensor_from_py_object_no_sync)
+      throw std::runtime_error("torch offers another major version of DLPack");
+    const esper::Api* api = find_api(library);
+    Py_INCREF(a[1]);  // for as long as the calls
+    auto* self_data =
+        new Road{api, exchange->dltensor_from_py_object_no_sync, reinterpret_cast<PyTypeObject*>(a[1])};
+    PyObject* self = PyCapsule_New(self_data, kRoad, forget);
+    PyObject* calls = PyTuple_New(std::size(methods));
+    for (size_t i = 0; self && calls && i < std::size(methods); ++i)
+      PyTuple_SetItem(calls, i, PyCFunction_NewEx(&methods[i], self, nullptr));
+    Py_XDECREF(self);  // the calls hold it
+    return calls;
+  });
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "Build facts of the compiled kernels, and the road to them past torch's dispatcher";
-  m.attr("compiler") = __VERSION__;
-  m.def("instruction_sets", &instruction_sets, py::arg("library"),
-        "Instruction sets built into the library of ops that this machine can run, best first");
-  m.def("road", &road, py::arg("library"), py::arg("tensor_type"),
-        "cross_entropy, cross_entropy_backward, grad_stats on plain CPU tensors");
+PyMODINIT_FUNC PyInit__native() {
+  static PyMethodDef functions[] = {
+      {"instruction_sets", instruction_sets, METH_O, ""}, method("road", road), {}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, functions};
+  PyObject* module = PyModule_Create(&definition);
+  if (module && PyModule_AddStringConstant(module, "compiler", __VERSION__) != 0) Py_CLEAR(module);
+  return module;
 }

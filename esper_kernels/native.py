@@ -37,6 +37,8 @@ class _Loaded(NamedTuple):
 
 
 def _load() -> _Loaded:
+    if torch.__version__ < "2.10":
+        return _Loaded(f"the compiled kernels need torch 2.10 or newer, this is {torch.__version__}")
     if not _LIBRARY.exists():
         return _Loaded("the CPU kernels are not built (pure Python install)")
     try:
@@ -81,7 +83,7 @@ torch.compiler.assume_constant_result(cuda_unavailable)  # compilers trace the c
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error.__cause__ or error).split())[:300]  # the cause says what is wrong with the file
 
 
 def _writes_only(*arguments: object) -> None:

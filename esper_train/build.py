@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from esper_train.capture import Capture, CudaGraphs
 from esper_train.config import OptimConfig, RunConfig, ScheduleConfig
 from esper_train.control.governor import Governor
 from esper_train.control.policy import Idle, Policy
@@ -119,6 +120,8 @@ def build_episode(
     step = build_train_step(task.task_type, config.train)
     where: dict[str, Any] = {"device": device, "workers": config.workers}
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
+    if config.train.capture:
+        step.capture = Capture(CudaGraphs(device))
     train = Loader(splits.train, config.batch_size, shuffle=order, **where)
     batches = min(len(train), config.max_batches or len(train))
     episode = Episode(

@@ -130,6 +130,10 @@ class TrainConfig:
     accumulate: int = 1
     """Batches a step. Their gradient is that of the mean over all their valid rows; with a criterion other than
     cross entropy, that of the mean over the batches."""
+    capture: bool = False
+    """Replay each step, from forward to optimizer, as one CUDA graph: captured after three steps, and anew when seeds,
+    optimizers or settings change. The forward must do the same for every batch, since its Python code runs only at
+    the capture; batches of another shape than the first run eagerly. Learning rates are float32 then."""
     topk: tuple[int, ...] = (1,)
     """Ranks k for which correct@k is counted; 1 is always among them."""
     on_bad_numbers: Literal["warn", "skip", "stop", "rollback"] = "stop"
@@ -143,6 +147,11 @@ class TrainConfig:
         measured = policy != "skip" or self.grad.every == 1
         _require(measured, "train.on_bad_numbers 'skip' needs train.grad.every = 1", self.grad.every)
         _require(self.accumulate >= 1, "train.accumulate must be at least 1", self.accumulate)
+        if self.capture:
+            alone = not self.compile.enabled
+            _require(alone, "train.capture does not go with train.compile.enabled; leave one of them out", True)
+            measured = self.grad.clip_norm is None or self.grad.every == 1
+            _require(measured, "train.capture with train.grad.clip_norm needs train.grad.every = 1", self.grad.every)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ gradient statistics stay on the device; each call reads them once, at its end, w
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper_kernels import GradHealth, GradStats, Meter, MeterResult, clip_grad_norm_, compute_all, grad_stats
+from esper_train.capture import Batch, Capture, CudaGraphs
 from esper_train.config import TrainConfig
 from esper_train.optimizers import OptimizerRegistry
 from esper_train.step import Criterion, Span, TrainStep, build_train_step
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Batch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class EpochResult(Measures):
     backend: str
     compiled: bool
     compile_failure: str | None
+    replayed: int
+    """Steps that were replays of a CUDA graph; see `TrainConfig.capture`."""
+    not_replayed: dict[str, int]
+    """Why other steps were not, and how many; empty without `capture`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,54 +110,30 @@ def train_one_epoch(
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
     step = step or build_train_step(task_type, config, criterion)
-    device, grad, kernel, scaler, span = _device(model), config.grad, config.kernel, step.scaler, step.span
-    meter = Meter(device, topk=config.topk)
-    groups = optimizers.parameters()
-    parameters = [p for members in groups.values() for p in members]
-    stats: GradStats | None = None
-    nonfinite: tuple[Tensor, Tensor] | None = None
-    skipped = torch.zeros((), dtype=torch.int64, device=device)
-    skips = config.on_bad_numbers == "skip"
-    if scaler is not None:
-        scaler.to(device)
+    device, capture = _device(model), None
+    if step.scaler is not None:
+        step.scaler.to(device)
+
+    def make() -> _Steps:
+        return _Steps(model, optimizers, config, step, device)
+
+    if config.capture:
+        capture = step.capture = step.capture or Capture(CudaGraphs(device))
+        steps = capture.begin(model, optimizers, config, make)
+        steps.reset()
+    else:
+        steps = make()
+    run: Callable[[Sequence[Batch], bool], None] = capture.run if capture else steps
     model.train()
-    batches = _batches(loader, device, max_batches, span)
+    batches = _batches(loader, None if capture else device, max_batches, step.span)
     for number, group in enumerate(iter(lambda: list(islice(batches, config.accumulate)), [])):
-        for p in parameters:
-            p.grad = None
-        # a batch that is skipped must not stay in running statistics either
-        buffers = [(b, b.clone()) for b in model.buffers()] if skips else []
-        divisor = step.divisor([targets for _, targets in group])
-        for inputs, targets in group:
-            step(model, inputs, targets, meter, divisor)
-        measure = scaler is not None or (grad.every > 0 and number % grad.every == 0)
-        if measure:
-            with span("statistics"):
-                grads = {name: [p.grad for p in members] for name, members in groups.items()}
-                inv_scale = None if scaler is None else scaler.inv_scale()
-                limits = {"vanishing": grad.vanishing, "exploding": grad.exploding}
-                stats = grad_stats(grads, **limits, inv_scale=inv_scale, config=kernel, out=stats)
-                if nonfinite is None:
-                    nonfinite = stats.nans.clone(), stats.infs.clone()
-                else:
-                    nonfinite[0].add_(stats.nans)
-                    nonfinite[1].add_(stats.infs)
-        with span("optimizer"):
-            if grad.clip_norm is not None:
-                clip_grad_norm_(parameters, grad.clip_norm, stats=stats if measure else None, config=kernel)
-            if stats is not None and (scaler is not None or skips):
-                skipped += stats.found_inf != 0
-                optimizers.step_unless(stats.found_inf, None if scaler is None else scaler.scale)
-                for buffer, before in buffers:
-                    buffer.copy_(torch.where(stats.found_inf != 0, before, buffer))
-                if scaler is not None:
-                    scaler.update(stats.found_inf)
-            else:
-                optimizers.step()
-            optimizers.advance("step")
+        run(group, step.scaler is not None or (config.grad.every > 0 and number % config.grad.every == 0))
+        optimizers.advance("step")
+    if capture:
+        capture.end()
     optimizers.advance("epoch")
-    more: list[Any] = [] if stats is None or nonfinite is None else [stats, *nonfinite]
-    result, (left_out,), *measured = compute_all(meter, skipped, *more, strict=config.on_bad_numbers == "stop")
+    strict = config.on_bad_numbers == "stop"
+    result, (left_out,), *measured = compute_all(steps.meter, steps.skipped, *steps.measured(), strict=strict)
     return EpochResult(
         **_measures(result),
         grad=_whole_epoch(*measured) if measured else None,
@@ -161,7 +142,79 @@ def train_one_epoch(
         backend=step.backend(device),
         compiled=step.compiled,
         compile_failure=step.compile_failure,
+        replayed=capture.replayed if capture else 0,
+        not_replayed=dict(capture.eager) if capture else {},
     )
+
+
+class _Steps:
+    """Steps of the optimizers, each a call, and what they add up on the device until the epoch's end.
+
+    A captured step finds all of this where it was, so it serves for more than one epoch then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: OptimizerRegistry,
+        config: TrainConfig,
+        step: TrainStep,
+        device: torch.device,
+    ) -> None:
+        self._model, self._optimizers, self._config, self._step = model, optimizers, config, step
+        self._groups = optimizers.parameters()
+        self._parameters = [p for members in self._groups.values() for p in members]
+        self._stats: GradStats | None = None  # of the last measured step
+        self._nonfinite: list[Tensor] = []  # NaN and Inf of each tensor, int64 [T] each, over the measured steps
+        self.meter = Meter(device, topk=config.topk)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """Forget what was added up."""
+        self.meter.reset()
+        for total in (self.skipped, *self._nonfinite):
+            total.zero_()
+
+    def measured(self) -> list[GradStats | Tensor]:
+        """Statistics of the last measured step, and NaN and Inf counts of all; empty where none was."""
+        return [] if self._stats is None else [self._stats, *self._nonfinite]
+
+    def __call__(self, group: Sequence[Batch], measure: bool) -> None:
+        config, step, optimizers = self._config, self._step, self._optimizers
+        grad, kernel, scaler, skips = config.grad, config.kernel, step.scaler, config.on_bad_numbers == "skip"
+        if config.capture:  # a graph finds gradients where they were
+            for optimizer in optimizers.present():
+                optimizer.zero_grad(set_to_none=False)
+        else:
+            for p in self._parameters:
+                p.grad = None
+        # a batch that is skipped must not stay in running statistics either
+        buffers = [(b, b.clone()) for b in self._model.buffers()] if skips else []
+        divisor = step.divisor([targets for _, targets in group])
+        for inputs, targets in group:
+            step(self._model, inputs, targets, self.meter, divisor)
+        if measure:
+            with step.span("statistics"):
+                grads = {name: [p.grad for p in members] for name, members in self._groups.items()}
+                inv_scale = None if scaler is None else scaler.inv_scale()
+                limits = {"vanishing": grad.vanishing, "exploding": grad.exploding}
+                stats = self._stats = grad_stats(grads, **limits, inv_scale=inv_scale, config=kernel, out=self._stats)
+                self._nonfinite = self._nonfinite or [torch.zeros_like(stats.nans), torch.zeros_like(stats.infs)]
+                self._nonfinite[0].add_(stats.nans)
+                self._nonfinite[1].add_(stats.infs)
+        with step.span("optimizer"):
+            if grad.clip_norm is not None:
+                clip_grad_norm_(self._parameters, grad.clip_norm, stats=self._stats if measure else None, config=kernel)
+            if self._stats is not None and (scaler is not None or skips):
+                found = self._stats.found_inf
+                self.skipped += found != 0
+                optimizers.step_unless(found, None if scaler is None else scaler.scale)
+                for buffer, before in buffers:
+                    buffer.copy_(torch.where(found != 0, before, buffer))
+                if scaler is not None:
+                    scaler.update(found)
+            else:
+                optimizers.step()
 
 
 def evaluate(
@@ -205,7 +258,8 @@ def evaluate(
     )
 
 
-def _batches(loader: Batches, device: torch.device, most: int | None, span: Span) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: Batches, device: torch.device | None, most: int | None, span: Span) -> Iterator[Batch]:
+    """The loader's batches, `most` of them at most, on `device`; None leaves them where they are."""
     if most is not None and most < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {most}")
     drawn, empty = iter(islice(loader, most)), True
@@ -214,7 +268,9 @@ def _batches(loader: Batches, device: torch.device, most: int | None, span: Span
             batch = next(drawn, None)
             if batch is None:
                 break
-            inputs, targets = (part.to(device, non_blocking=True) for part in batch)
+            inputs, targets = batch
+            if device is not None:
+                inputs, targets = (part.to(device, non_blocking=True) for part in batch)
         empty = False
         yield inputs, targets
     if empty:

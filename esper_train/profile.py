@@ -1,5 +1,6 @@
 """Where the time of an epoch goes: a few batches under torch's profiler, as a trace and a table. `cli` calls it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ TABLE, TRACE = "profile.md", "profile.json"
 def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) -> str:
     """Profile a few batches of a run like this, of which the run itself sees nothing, and return the table.
 
-    Writes it to `profile.md`, and a trace for `chrome://tracing` or Perfetto to `profile.json`.
+    Writes it to `profile.md`, and a trace for `chrome://tracing` or Perfetto to `profile.json`. Steps are not captured
+    as CUDA graphs, which would have no parts.
     """
+    config = replace(config, train=replace(config.train, capture=False))
     episode = build_episode(config, slots=slots)
     shared: dict[str, Any] = {"task_type": episode.task.task_type, "max_batches": BATCHES, "step": episode.step}
 

@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy, cross_entropy_step, record_loss, select_backend
 from esper_train.amp import LossScaler
+from esper_train.capture import Capture
 from esper_train.config import TrainConfig
 from esper_train.names import unknown_name
 
@@ -64,6 +65,8 @@ class TrainStep:
         self.scaler = LossScaler(config.amp) if config.amp.dtype == "float16" else None
         self.span: Span = _no_span
         """Entered around each part of the work, by its name; a profiler puts its own here."""
+        self.capture: Capture | None = None
+        """The graphs of whole steps, where the config asks for them; the loop makes it for a run that did not."""
         self.compile_failure: str | None = None
         """Why the step runs uncompiled although the config asked for it."""
         if config.compile.enabled:
@@ -251,11 +254,17 @@ def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion |
             callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
 
     Raises:
-        ValueError: unknown task type, or an `nn.CrossEntropyLoss` that does not reduce to one number.
+        ValueError: unknown task type, an `nn.CrossEntropyLoss` that does not reduce to one number, or another
+            criterion where `config.capture` asks for CUDA graphs.
     """
     if task_type not in LOGITS_DIMS:
         raise unknown_name("task type", task_type, LOGITS_DIMS)
     options = criterion_options(criterion)
+    if config.capture and options is None:
+        raise ValueError(
+            "train.capture takes no criterion but nn.CrossEntropyLoss, since the Python code of another would run at "
+            f"the capture only, got {criterion!r}; leave train.capture out"
+        )
     return TrainStep(task_type, config, criterion if options is None else None, options or {})
 
 

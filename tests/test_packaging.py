@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.cpp_extension import get_cxx_compiler
+
+from esper_kernels.native import INSTRUCTION_SETS
 
 ROOT = Path(__file__).parent.parent
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "csrc")
@@ -39,6 +43,30 @@ assert torch.equal(meters[0].counts, meters[1].counts)
 print(esper_kernels.__file__)
 """
 
+# A Python without torch loads torch's library, in which there is no Python, then the ops, then the module.
+OTHER_PYTHON = """
+import ctypes, importlib.util, sys
+libtorch, library, module = sys.argv[1:]
+ctypes.CDLL(libtorch, mode=ctypes.RTLD_GLOBAL)
+ctypes.CDLL(library)
+found = importlib.util.spec_from_file_location("_native", module)
+native = importlib.util.module_from_spec(found)
+found.loader.exec_module(native)
+print(*native.instruction_sets(library))
+"""
+
+# What the library of CUDA ops thinks of this machine, and whether its ops are registered.
+CUDA = """
+import ctypes, torch, esper_kernels
+from esper_kernels.native import _CUDA_LIBRARY
+torch.ops.load_library(str(_CUDA_LIBRARY))
+reason = ctypes.create_string_buffer(300)
+ctypes.CDLL(str(_CUDA_LIBRARY)).esper_cuda_refusal(reason, ctypes.c_int64(300))
+print(reason.value.decode())
+ops = ("cross_entropy", "cross_entropy_backward", "grad_stats")
+print(all(torch._C._dispatch_has_kernel_for_dispatch_key(f"esper::{op}", "CUDA") for op in ops))
+"""
+
 
 def run(command: list[object], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     arguments = [str(word) for word in command]
@@ -64,14 +92,29 @@ def sources(to: Path, built: bool = False) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What `make wheel` made, with CUDA kernels where there is a toolkit, and what it printed."""
     for tool in (get_cxx_compiler().split()[0], "make"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} here")
     folder = sources(tmp_path_factory.mktemp("wheel") / "esper")
-    output(["make", "-o", ".venv/.ready", "wheel", f"BIN={BIN}"], folder)  # with the environment of this test
+    # With the environment of this test.
+    said = output(["make", "-o", ".venv/.ready", "wheel", f"BIN={BIN}"], folder, TORCH_CUDA_ARCH_LIST="9.0+PTX")
     (built,) = (folder / "dist").iterdir()
-    return built
+    return built, said
+
+
+@pytest.fixture(scope="module")
+def wheel(made: tuple[Path, str]) -> Path:
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -87,34 +130,78 @@ def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)  # close to a gigabyte
 
 
-def test_wheel_holds_both_packages_and_the_kernels(wheel: Path) -> None:
-    tag = f"cp3{sys.version_info.minor}"
-    assert wheel.name.startswith(f"esper_kernels-0.1.0-{tag}-{tag}-")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        metadata = archive.read("esper_kernels-0.1.0.dist-info/METADATA").decode()
+def test_wheel_holds_both_packages_and_the_kernels(wheel: Path, unpacked: Path) -> None:
+    assert re.fullmatch(r"esper_kernels-0\.1\.0-cp311-abi3-manylinux_2_\d+_\w+\.whl", wheel.name)
+    names = sorted(str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file())
     assert {name.split("/")[0] for name in names} == {
         "esper_kernels",
         "esper_train",
         "esper_kernels-0.1.0.dist-info",
     }
     binaries = [name for name in names if not name.endswith((".py", "py.typed")) and "dist-info" not in name]
-    assert binaries == ["esper_kernels/_native.so", "esper_kernels/lib/esper_cpu.so"]
+    libraries = ["esper_cpu.so", "esper_cuda.so"] if shutil.which("nvcc") else ["esper_cpu.so"]
+    assert binaries == ["esper_kernels/_native.so", *(f"esper_kernels/lib/{name}" for name in libraries)]
+    metadata = (unpacked / "esper_kernels-0.1.0.dist-info/METADATA").read_text()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert required == ["Requires-Dist: torch>=2.10"]
 
 
-def test_ops_need_nothing_of_torch_but_its_stable_interface(wheel: Path, tmp_path: Path) -> None:
-    """And nothing of Python: one library for every torch from 2.10 on, and every Python."""
+def test_making_it_says_what_it_needs(made: tuple[Path, str]) -> None:
+    wheel, said = made
+    kernels = "CUDA kernels with " if shutil.which("nvcc") else "no CUDA kernels, because: "
+    assert re.search(rf"building CPU kernels against torch \S+; {kernels}", said)
+    needs = " ".join(said.split())
+    assert "libc.so.6 with versions {" in needs
+    assert f'constrains the platform tag to "{wheel.stem.split("-")[-1]}"' in needs
+
+
+def test_libraries_need_nothing_of_torch_but_its_stable_interface(unpacked: Path) -> None:
+    """And nothing of Python: one for every torch from 2.10 on, and every Python."""
     if shutil.which("nm") is None:
         pytest.skip("no nm here")
-    with zipfile.ZipFile(wheel) as archive:
-        library = archive.extract("esper_kernels/lib/esper_cpu.so", tmp_path)
-    names = [line.split()[-1] for line in output(["nm", "-DC", "--undefined-only", library], tmp_path).splitlines()]
-    torchs = [name for name in names if "torch" in name or "c10" in name or name.startswith("at::")]
-    assert "torch_call_dispatcher" in torchs
-    assert [name for name in torchs if not name.startswith(("aoti_torch_", "torch_"))] == []
-    assert [name for name in names if name.startswith(("Py", "_Py"))] == []
+    for library in (unpacked / "esper_kernels/lib").iterdir():
+        undefined = output(["nm", "-DC", "--undefined-only", library], unpacked).splitlines()
+        names = [line.split()[-1] for line in undefined]
+        torchs = [name for name in names if "torch" in name or "c10" in name or name.startswith("at::")]
+        assert "torch_call_dispatcher" in torchs
+        assert [name for name in torchs if not name.startswith(("aoti_torch_", "torch_"))] == []
+        assert [name for name in names if name.startswith(("Py", "_Py", "cuda", "cu"))] == []
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
+def test_wheel_serves_other_pythons(version: str, wheel: Path, tmp_path: Path) -> None:
+    """Installed by their own pip, and as far as can be tried where they have no torch."""
+    python = find_python(version)
+    target = tmp_path / "target"
+    output([python, "-m", "pip", "install", "--no-index", "--no-deps", "--target", target, wheel], tmp_path)
+    package, libtorch = target / "esper_kernels", Path(torch.__file__).with_name("lib") / "libtorch.so"
+    command = [python, "-c", OTHER_PYTHON, libtorch, package / "lib/esper_cpu.so", package / "_native.so"]
+    assert output(command, tmp_path).split() == list(INSTRUCTION_SETS)
+
+
+def find_python(version: str) -> str:
+    """An interpreter of this version, or the test is skipped."""
+    found = shutil.which(f"python{version}")
+    if found is not None and run([found, "-m", "pip", "--version"], ROOT).returncode != 0 and shutil.which("pyenv"):
+        # a launcher without a version behind it: it has them under names of their own
+        versions = run(["pyenv", "whence", f"python{version}"], ROOT).stdout.split()
+        prefix = run(["pyenv", "prefix", *versions[-1:]], ROOT).stdout.strip()
+        found = f"{prefix}/bin/python{version}" if versions else None
+    if found is None or run([found, "-m", "pip", "--version"], ROOT).returncode != 0:
+        pytest.skip(f"no python{version} with pip here")
+    return found
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="here `make` builds it, and the other kernel tests run it")
+def test_cuda_library_loads_without_a_gpu(unpacked: Path, tmp_path: Path) -> None:
+    if not (unpacked / "esper_kernels/lib/esper_cuda.so").exists():
+        pytest.skip("no nvcc here")
+    # A torch without CUDA lacks one function that the library needs.
+    stub = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }"
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(tmp_path / "stub.so")]
+    subprocess.run(command, input=stub, text=True, check=True)
+    said = output([sys.executable, "-c", CUDA], tmp_path, LD_PRELOAD=f"{tmp_path}/stub.so", PYTHONPATH=str(unpacked))
+    assert said.splitlines() == ["there is no NVIDIA driver", "True"]
 
 
 def test_wheel_works_beside_torch_alone_and_changes_nothing_else(

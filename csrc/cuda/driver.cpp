@@ -28,7 +28,8 @@ std::string refusal() {
   if (driver == 0) return "there is no NVIDIA driver";
   if (driver / 1000 < built / 1000)
     return "the driver serves CUDA " + name(driver) + ", the kernels were built with " + name(built) +
-           "; update the driver, or build with a CUDA " + std::to_string(driver / 1000) + " toolkit";
+           "; it takes a driver from R" + (built < 13000 ? "525" : "580") + " on, or a build with a CUDA " +
+           std::to_string(driver / 1000) + " toolkit";
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     cudaGetLastError();
     return "there is no CUDA device";

@@ -197,7 +197,9 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def _with_instruction_set(options: Options, config: KernelConfig | None) -> Options:
-    return options if config is None else options._replace(instruction_set=config.instruction_set)
+    if config is None or config.instruction_set == options.instruction_set:
+        return options
+    return options._replace(instruction_set=config.instruction_set)
 
 
 def _choose(logits: Tensor, targets: Tensor, options: Options, config: KernelConfig | None) -> tuple[str, Options]:

@@ -61,6 +61,8 @@ class GradStats:
         self, numels: tuple[int, ...], groups: tuple[tuple[str, int], ...], vanishing: float, exploding: float
     ) -> "GradStats":
         """The same memory as the statistics of other tensors."""
+        if (numels, groups, vanishing, exploding) == (self.numels, self.groups, self.vanishing, self.exploding):
+            return self
         return replace(self, numels=numels, groups=groups, vanishing=vanishing, exploding=exploding)
 
     def compute(self) -> GradHealth:

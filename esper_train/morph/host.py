@@ -53,15 +53,16 @@ def cut(blocks: Sequence[nn.Module]) -> dict[str, nn.Sequential]:
 def cnn_host(*, image_size: int, in_channels: int, num_classes: int, width: int = 3, depth: int = 3) -> Host:
     """Plain CNN over images [N, in_channels, image_size, image_size], logits [N, num_classes].
 
-    Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, ReLU, and a 2x2 max-pool while
-    the image is large enough to halve; then the mean over positions and a linear head.
+    Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, a 2x2 max-pool while the image is
+    large enough to halve, and ReLU; then the mean over positions and a linear head.
     """
     channels = [in_channels, *(width * 2**i for i in range(depth))]
     blocks = []
     for i, (before, after) in enumerate(itertools.pairwise(channels)):
-        layers = [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         pool = [nn.MaxPool2d(2)] if image_size >= 2 ** (i + 1) else []
-        blocks.append(nn.Sequential(*layers, *pool))
+        # ReLU is the same before the pool and after it, but for four times the work
+        layers = [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), *pool, nn.ReLU()]
+        blocks.append(nn.Sequential(*layers))
     segments = cut(blocks)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
     depths = itertools.accumulate(map(len, segments.values()))

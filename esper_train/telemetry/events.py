@@ -61,8 +61,9 @@ def epoch_event(
     epoch: int, slots: Sequence[SlotState], train: EpochResult, validation: EvalResult, decision: Decision, **more: Any
 ) -> Event:
     """The epoch's line; slots are as they were while it was trained and measured."""
+    how = ("compiled", "compile_failure", "replayed", "not_replayed")
     data = {
-        "train": plain(train) | {"compiled": train.compiled, "compile_failure": train.compile_failure},
+        "train": plain(train) | {name: getattr(train, name) for name in how},
         "validation": plain(validation),
         "grad": train.grad and asdict(train.grad),
         "slots": [state.to_plain() for state in slots],

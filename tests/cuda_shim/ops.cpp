@@ -12,6 +12,11 @@ extern "C" AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHan
 }
 extern "C" AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
 
+// What esper_cuda_refusal finds.
+extern "C" void esper_shim_machine(int driver, int devices, bool kernels) {
+  make_believe_driver = driver, make_believe_devices = devices, make_believe_kernels = kernels;
+}
+
 STABLE_TORCH_LIBRARY(esper_shim, m) {
   for (const char* schema : esper::kSchemas) m.def(schema);
 }

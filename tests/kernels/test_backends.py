@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from esper_kernels import KernelConfig, backends, cross_entropy, info, native, s
 from esper_kernels.backends import OPS
 from esper_kernels.cross_entropy import cpp
 from esper_kernels.info import check as checks
+
+Damage = Callable[[Path], object]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -74,17 +78,65 @@ def test_instruction_set_is_one_of_the_machine_or_raises(monkeypatch: pytest.Mon
         backends._select("cross_entropy", "cpu", torch.float32, KernelConfig(instruction_set="avx2"))  # not cached
 
 
-def test_without_the_library_eager_serves_and_says_why(tmp_path: Path) -> None:
-    shutil.copytree(Path(esper_kernels.__file__).parent, tmp_path / "esper_kernels", ignore=lambda *_: ["lib"])
-    code = "import esper_kernels as k, torch; print(k.select_backend('cross_entropy', 'cpu', torch.float32))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "name='eager'" in done.stdout
-    assert "the CPU kernels are not built" in done.stdout
-    (tmp_path / "esper_kernels" / "lib").mkdir()
-    (tmp_path / "esper_kernels" / "lib" / "esper_cpu.so").write_bytes(b"no library")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "name='eager'" in done.stdout
-    assert "the CPU kernels do not load" in done.stdout
+def without_library(package: Path) -> None:
+    (package / "lib/esper_cpu.so").unlink()
+
+
+def spoilt(name: str) -> Damage:
+    return lambda package: (package / name).write_bytes(b"no library")
+
+
+def of_another_machine(package: Path) -> None:
+    library = bytearray((package / "lib/esper_cpu.so").read_bytes())
+    library[18:20] = (183 if platform.machine() != "aarch64" else 62).to_bytes(2, "little")  # the ELF header's machine
+    (package / "lib/esper_cpu.so").write_bytes(library)
+
+
+def beside_an_old_torch(package: Path) -> None:
+    code = "import torch\ntorch.__version__ = torch.torch_version.TorchVersion('2.9.1+cpu')\n"
+    (package / "__init__.py").write_text(code + (package / "__init__.py").read_text())
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (without_library, "the CPU kernels are not built (pure Python install)"),
+        (spoilt("_native.so"), "the CPU kernels do not load: {package}/_native.so: file too short"),
+        (spoilt("lib/esper_cpu.so"), "the CPU kernels do not load: {package}/lib/esper_cpu.so: file too short"),
+        (of_another_machine, "the CPU kernels do not load: {package}/lib/esper_cpu.so: cannot open shared object file"),
+        (beside_an_old_torch, "the compiled kernels need torch 2.10 or newer, this is 2.9.1+cpu"),
+    ],
+    ids=["no library", "spoilt module", "spoilt library", "another machine", "old torch"],
+)
+def test_where_the_kernels_cannot_load_eager_serves_and_says_why(damage: Damage, reason: str, tmp_path: Path) -> None:
+    package = tmp_path / "esper_kernels"
+    shutil.copytree(Path(esper_kernels.__file__).parent, package)
+    damage(package)
+    command = [sys.executable, "-m", "esper_kernels.info"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    row = next(line for line in done.stdout.splitlines() if line.split()[:2] == ["cross_entropy", "cpu"])
+    assert row.split()[2] == "eager"
+    assert f"(cpp: {reason.format(package=package)}" in row
+
+
+def test_where_the_cuda_kernels_cannot_load_the_reason_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    load_cuda = native._load_cuda.__wrapped__
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert load_cuda() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_cuda() == "torch finds no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "_CUDA_LIBRARY", tmp_path / "esper_cuda.so")
+    assert load_cuda() == "the CUDA kernels are not built; a CUDA toolkit has to be there at the build"
+    (tmp_path / "esper_cuda.so").write_bytes(b"no library")
+    assert load_cuda().startswith("the CUDA kernels do not load: ")
+    assert "\n" not in load_cuda()
+    monkeypatch.setattr(native, "UNAVAILABLE", "no compiler")
+    assert load_cuda() == "no compiler"
 
 
 def test_device_without_float64_is_refused() -> None:

@@ -3,8 +3,9 @@
 On a GPU the other kernel tests run them.
 """
 
+import ctypes
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import cuda_resources
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats, native
 from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_entropy, relative_error
 from tests.cuda_shim.build import ROOT, SANITIZERS, build, load
@@ -48,6 +50,37 @@ def device(library: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     choose()
     yield choose
     choose()
+
+
+@pytest.mark.parametrize(
+    ("driver", "devices", "kernels", "reason"),
+    [
+        (0, 0, True, "there is no NVIDIA driver"),
+        (
+            12080,
+            1,
+            True,
+            "the driver serves CUDA 12.8, the kernels were built with 13.0; it takes a driver from R580 on, or a build "
+            "with a CUDA 12 toolkit",
+        ),
+        (13010, 0, True, "there is no CUDA device"),
+        (
+            13000,
+            1,
+            False,
+            "the kernels were not built for this GPU; name its architecture in TORCH_CUDA_ARCH_LIST",
+        ),
+        (14000, 1, True, ""),
+    ],
+)
+def test_a_gpu_that_cannot_serve_is_refused_with_the_reason(
+    library: Any, driver: int, devices: int, kernels: bool, reason: str
+) -> None:
+    said = ctypes.create_string_buffer(300)
+    library.esper_shim_machine(driver, devices, kernels)
+    library.esper_cuda_refusal(said, ctypes.c_int64(len(said)))
+    library.esper_shim_machine(13000, 1, True)
+    assert said.value.decode() == reason
 
 
 def arguments(n: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -272,23 +305,16 @@ def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("source", ["cross_entropy", "grad_stats"])
-def test_kernels_compile_for_gpus_without_spilling(
-    source: str, architecture: str, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("source", cuda_resources.SOURCES)
+def test_kernels_compile_for_gpus_without_spilling(source: str, architecture: int) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
-    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", f"-arch={architecture}", "-Xptxas=-v", "-cubin"]
-    command += [f"csrc/cuda/{source}.cu", "-o", str(tmp_path / "cubin")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels = re.findall(
-        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        done.stderr,
-        re.DOTALL,
-    )
-    assert kernels, done.stderr
-    for name, stores, loads, registers in kernels:
-        record_property(name, registers)
-        assert (int(stores), int(loads)) == (0, 0), name
+    rows = cuda_resources.resources(source, architecture)
+    assert len(rows) == {"cross_entropy": 25, "grad_stats": 2}[source]
+    for row in rows:
+        assert 0 < row["registers"] <= 255, row
+        assert row["spilled_bytes"] == 0, row
+    recorded = json.loads((ROOT / "benchmarks/results/cuda-resources.json").read_text())["figures"]
+    names = {row["kernel"] for row in recorded if row["sm"] == architecture}
+    assert {row["kernel"] for row in rows} <= names

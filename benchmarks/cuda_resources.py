@@ -1,0 +1,58 @@
+"""Registers and spills of every CUDA kernel, compiled here without a GPU.
+
+python -m benchmarks.cuda_resources    # writes results/cuda-resources.json
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("cross_entropy", "grad_stats")
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# What the assembler says of one kernel.
+_KERNEL = re.compile(
+    r"entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def resources(source: str, architecture: int) -> list[dict[str, Any]]:
+    """Each kernel of `csrc/cuda/SOURCE.cu` on GPUs of one architecture. Shared memory is given at the launch."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin"]
+        command += [f"csrc/cuda/{source}.cu", "-o", f"{folder}/cubin"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc does not compile {source}.cu for sm_{architecture}: {done.stderr}")
+    found = [_KERNEL.search(part) for part in done.stderr.split("Compiling ")[1:]]
+    return [
+        {
+            "kernel": _readable(kernel["name"]),
+            "sm": architecture,
+            "registers": int(kernel["registers"]),
+            "spilled_bytes": int(kernel["stores"]) + int(kernel["loads"]),
+        }
+        for kernel in found
+        if kernel is not None
+    ]
+
+
+def _readable(mangled: str) -> str:
+    """The kernel's name and template arguments."""
+    whole = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"^void |\w+::|\(.*", "", whole.replace("(anonymous namespace)::", ""))
+
+
+if __name__ == "__main__":
+    rows = [row for source in SOURCES for sm in ARCHITECTURES for row in resources(source, sm)]
+    for row in rows:
+        print(row)
+    print(record.write("cuda-resources", rows))
