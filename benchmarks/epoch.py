@@ -44,7 +44,7 @@ from esper_train import (
     transformer_host,
 )
 from esper_train.build import EVALUATION_BATCH, make_optimizer
-from esper_train.tasks import Loader, make_loader
+from esper_train.tasks import Loader
 from esper_train.tasks.task import Split
 
 LR, SGD, SLOTS = 0.01, OptimConfig(momentum=0.9, weight_decay=0.0), ("early", "mid", "late")
@@ -173,12 +173,12 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
 
     def shuffled() -> Loader:
-        return make_loader(split, case.batch, shuffle=torch.Generator().manual_seed(0))
+        return Loader(split, case.batch, shuffle=torch.Generator().manual_seed(0))
 
     def plain(own_loader: bool) -> Callable[[], list[float]]:
         model = model_of(case)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-        validation: Iterable[Any] = make_loader(split, case.batch)
+        validation: Iterable[Any] = Loader(split, case.batch)
         train: Iterable[Any] = shuffled()
         if own_loader:  # sample by sample, as a DataLoader comes; its order is its own
             train = DataLoader(TensorDataset(*split), case.batch, shuffle=True)
@@ -190,7 +190,7 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
         if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(list(model.parameters()), LR, SGD)
-        train, validation = shuffled(), make_loader(split, EVALUATION_BATCH)
+        train, validation = shuffled(), Loader(split, EVALUATION_BATCH)
         shared: dict[str, Any] = {"task_type": task_type, "step": step}
         variants = {slot: {slot: 0.0} for slot in slots}
 
@@ -229,7 +229,7 @@ def loop_cost(case: Case, rounds: int) -> dict[str, float]:
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
     optimizer, config = make_optimizer(list(model.parameters()), LR, SGD), TrainConfig()
     step = build_train_step(task_type, config)
-    batches = list(make_loader(split, case.batch))
+    batches = list(Loader(split, case.batch))
     with torch.no_grad():
         gradients = [torch.randn_like(model(inputs)) / inputs.shape[0] for inputs, _ in batches]
 
@@ -264,7 +264,7 @@ def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
     if images_pay_channels_last(case):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    config, batches = TrainConfig(), list(make_loader(split, EVALUATION_BATCH))
+    config, batches = TrainConfig(), list(Loader(split, EVALUATION_BATCH))
     step = build_train_step(task_type, config)
 
     def measured(*names: str) -> Callable[[], object]:

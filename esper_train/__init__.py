@@ -18,7 +18,7 @@ from esper_train.config import (
 )
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
-from esper_train.control.signals import Signals, SignalTracker
+from esper_train.control.signals import Observation, Signals, SignalTracker
 from esper_train.episode import (
     BadNumbersError,
     EpisodeResult,
@@ -47,7 +47,7 @@ __all__ = [
     "AmpConfig", "BadNumbersError", "Blueprint", "BlueprintRegistry", "CompileConfig", "ConsoleSink", "Decision",
     "EpisodeResult", "EpochResult", "EvalResult", "Event", "EventType", "GovernorConfig", "GradConfig",
     "GrowthConfig", "HeuristicConfig", "HeuristicTamiyo", "Host", "HostConfig", "Idle", "JsonlSink", "Measures",
-    "MorphModel", "NonFiniteLossError", "Op", "OptimConfig", "OptimizerRegistry", "Policy", "RunConfig",
+    "MorphModel", "NonFiniteLossError", "Observation", "Op", "OptimConfig", "OptimizerRegistry", "Policy", "RunConfig",
     "ScheduleConfig", "SeedStage", "SignalTracker", "Signals", "Sink", "SlotState", "Splits", "Task", "TelemetryConfig",
     "TelemetryHub", "TrainConfig", "TrainStep", "build_train_step", "cnn_host", "default_registry", "evaluate",
     "export", "fold", "from_dict", "get_task", "load_run", "load_toml", "run_fit", "run_heuristic_episode",

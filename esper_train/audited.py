@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels import GradHealth, GradStats, Meter, cross_entropy, grad_stats
-from esper_train.names import unknown_name
+from esper_train.names import require_known
 from esper_train.step import LOGITS_DIMS, Criterion, criterion_options
 
 
@@ -79,8 +79,7 @@ def compute_task_loss_with_metrics(
     An `nn.CrossEntropyLoss`, or None, runs as the fused op; any other criterion gets rows [M, V] and targets [M].
     `ValueError` for an unknown task type.
     """
-    if task_type not in LOGITS_DIMS:
-        raise unknown_name("task type", task_type, LOGITS_DIMS)
+    require_known("task type", task_type, LOGITS_DIMS)
     meter, options = Meter(outputs.device), criterion_options(criterion)
     if criterion is None or options is not None:
         loss = cross_entropy(outputs, targets, meter=meter, **(options or {}))

@@ -13,17 +13,21 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from esper_train.capture import Capture, CudaGraphs
 from esper_train.config import OptimConfig, RunConfig, ScheduleConfig
 from esper_train.control.governor import Governor
+from esper_train.control.policy import Idle, Policy
 from esper_train.control.signals import SignalTracker
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.optimizers import OptimizerRegistry
-from esper_train.state import PlainState, RandomState
+from esper_train.state import PlainState, RandomState, copied
 from esper_train.step import TrainStep, build_train_step
 from esper_train.stop import StopRequest
-from esper_train.tasks import Loader, Task, get_task, load_splits, make_loader
+from esper_train.tasks import Loader, Task, get_task, load_splits
+from esper_train.telemetry.hub import TelemetryHub
 
 EVALUATION_BATCH = 512
 """Rows a batch where nothing is trained, so memory is all that limits it."""
+UNDONE = ("model", "optimizers", "tracker")
+"""Parts of an episode that a rollback brings back."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +50,9 @@ class Episode(PlainState):
     steps: int  # of an epoch
     data_record: Mapping[str, Any]
     random: RandomState
+    mode: str = "fit"
+    policy: Policy = field(default_factory=Idle)
+    hub: TelemetryHub = field(default_factory=TelemetryHub)
     stop: StopRequest = field(default_factory=StopRequest)
     epoch: int = 0  # finished ones
     accuracy: float = math.nan  # of the last validation, in percent
@@ -53,19 +60,34 @@ class Episode(PlainState):
     seeds_germinated: int = 0
     decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
     contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
+    good: Mapping[str, Any] | None = None  # a snapshot to return to, in no checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come, and what grew; weights, momentum and the rest have their own state."""
-        grown = {"slots": self.model.topology(), "groups": list(self.optimizers.parameters())}
-        return super().state_dict() | grown
+        return super().state_dict() | {"slots": self.model.topology(), "groups": list(self.optimizers.parameters())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        """Seat the same seeds in a fresh model, with optimizers that can take their state."""
         super().load_state_dict(state_dict)
-        self.model.rebuild(state_dict["slots"])
-        for group in state_dict["groups"]:  # in their order, which is that of the gradient statistics
-            if group not in self.optimizers:
-                self.attach_optimizer(group)
+        self._grow_again(state_dict)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `go_back` needs, on `governor.snapshot_device`."""
+        state = {"episode": self.state_dict()} | {name: getattr(self, name).state_dict() for name in UNDONE}
+        return copied(state, resolve_device(self.config.governor.snapshot_device))
+
+    def go_back(self, snapshot: Mapping[str, Any]) -> None:
+        """Network, seeds, optimizers and tracker as they were. The snapshot stays as it is."""
+        self._grow_again(snapshot["episode"])
+        for name in UNDONE:
+            getattr(self, name).load_state_dict(copied(snapshot[name]))
+
+    def _grow_again(self, state: Mapping[str, Any]) -> None:
+        """Seat the same seeds, with optimizers that can take their state."""
+        self.model.rebuild(state["slots"])
+        for group in self.optimizers.parameters():
+            self.optimizers.detach(group)
+        for group in state["groups"]:  # in their order, which is that of the gradient statistics
+            self.attach_optimizer(group)
 
     def attach_optimizer(self, group: str, epoch: int = 0) -> None:
         """Give the host, the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own, with a
@@ -100,7 +122,7 @@ def build_episode(
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
     if config.train.capture:
         step.capture = Capture(CudaGraphs(device))
-    train = make_loader(splits.train, config.batch_size, shuffle=order, **where)
+    train = Loader(splits.train, config.batch_size, shuffle=order, **where)
     batches = min(len(train), config.max_batches or len(train))
     episode = Episode(
         config=config,
@@ -112,8 +134,8 @@ def build_episode(
         step=step,
         device=next(host.parameters()).device,
         train=train,
-        validation=make_loader(splits.validation, EVALUATION_BATCH, **where),
-        test=make_loader(splits.test, EVALUATION_BATCH, **where),
+        validation=Loader(splits.validation, EVALUATION_BATCH, **where),
+        test=Loader(splits.test, EVALUATION_BATCH, **where),
         steps=math.ceil(batches / config.train.accumulate),
         data_record=splits.record,
         random=RandomState(config.seed + 1, device, order),

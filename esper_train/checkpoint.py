@@ -4,7 +4,6 @@
 file beside it; both appear whole and the digest first, so a kill at any moment leaves the checkpoints before.
 """
 
-import copy
 import hashlib
 import io
 import json
@@ -14,23 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from esper_train.build import Episode
 from esper_train.config import CheckpointConfig
-from esper_train.control.policy import Policy
 from esper_train.run_directory import write_file
-from esper_train.state import Stateful
-from esper_train.telemetry.hub import TelemetryHub
+from esper_train.state import Stateful, copied
 
 FORMAT = 1
 """Version of the layout of a checkpoint."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
 """Config keys that may change where a run is resumed."""
-PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
-def parts(episode: Episode, policy: Policy, hub: TelemetryHub) -> dict[str, Stateful]:
+def parts(episode: Episode) -> dict[str, Stateful]:
     """Everything that a run changes, in the order in which it is restored. A new object with state joins here."""
     return {
         "episode": episode,  # seats the seeds
@@ -39,8 +34,8 @@ def parts(episode: Episode, policy: Policy, hub: TelemetryHub) -> dict[str, Stat
         "step": episode.step,
         "tracker": episode.tracker,
         "governor": episode.governor,
-        "policy": policy,
-        "telemetry": hub,
+        "policy": episode.policy,
+        "telemetry": episode.hub,
         "random": episode.random,
     }
 
@@ -56,10 +51,10 @@ class Checkpoints:
         self._config = config
         self._unwritten: tuple[int, dict[str, Any]] | None = None
 
-    def take(self, episode: Episode, policy: Policy, hub: TelemetryHub, mode: str) -> None:
+    def take(self, episode: Episode) -> None:
         """At the end of an epoch. `OSError` as `write`; `TypeError` for a state beyond tensors and plain values."""
-        state = {name: _copied(part.state_dict()) for name, part in parts(episode, policy, hub).items()}
-        self._unwritten = episode.epoch, {"format": FORMAT, "run": _identity(episode, mode), "parts": state}
+        state = {name: copied(part.state_dict(), "cpu") for name, part in parts(episode).items()}
+        self._unwritten = episode.epoch, {"format": FORMAT, "run": _identity(episode), "parts": state}
         if episode.epoch % self._config.every == 0 or episode.epoch == episode.config.max_epochs:
             self.write()
 
@@ -109,18 +104,18 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def restore(state: Mapping[str, Any], episode: Episode, policy: Policy, hub: TelemetryHub, mode: str) -> None:
+def restore(state: Mapping[str, Any], episode: Episode) -> None:
     """Bring what was just built to where a checkpoint was taken.
 
     Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer epochs than are
     done, or a network that does not fit; what was built is of no use then.
     """
-    for key, asked in _identity(episode, mode).items():
+    for key, asked in _identity(episode).items():
         if key not in FREE and asked != (was := state["run"].get(key)):
             free = ", ".join(FREE)
             raise ValueError(f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a new run")
     try:
-        for name, part in parts(episode, policy, hub).items():
+        for name, part in parts(episode).items():
             part.load_state_dict(state["parts"][name])
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"the checkpoint does not fit the run that was built: {error}") from error
@@ -132,22 +127,7 @@ def _digest_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _identity(episode: Episode, mode: str) -> dict[str, Any]:
+def _identity(episode: Episode) -> dict[str, Any]:
     """The config, and what else makes it another run."""
     data = json.dumps(dict(episode.data_record), sort_keys=True)
-    return {"mode": mode, "data_record": data, **asdict(episode.config)}
-
-
-def _copied(value: Any) -> Any:
-    """A copy on the CPU, which further training leaves alone."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        copied = copy.copy(value)  # with the attributes that a module's state has
-        copied.update((key, _copied(item)) for key, item in value.items())
-        return copied
-    if type(value) in (list, tuple):
-        return type(value)(value if set(map(type, value)) <= PLAIN else map(_copied, value))
-    if type(value) not in PLAIN:
-        raise TypeError(f"a checkpoint holds tensors and plain values only, got {value!r} in a part's state")
-    return value
+    return {"mode": episode.mode, "data_record": data, **asdict(episode.config)}

@@ -10,23 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
-from esper_train.build import Episode, build_episode
+from esper_train.build import Episode
 from esper_train.checkpoint import Checkpoints, load, restore, saved
 from esper_train.config import RunConfig, load_toml
-from esper_train.control.policy import Idle, Policy
-from esper_train.episode import (
-    BadNumbersError,
-    episode_configs,
-    heuristic_policy,
-    require_slots,
-    run_episode,
-    run_started,
-)
+from esper_train.episode import BadNumbersError, episode_configs, prepare, run_episode, run_started
 from esper_train.profile import write_profile
 from esper_train.run_directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
 from esper_train.stop import Stopped, StopRequest
@@ -94,18 +85,13 @@ class _Options(RunConfig):
     """Directory of the run, new or empty. None takes one under runs/, named by time, command and task."""
     resume: str | None = None
     """Directory of a run that was stopped or killed: go on from its newest checkpoint, with its own config."""
-    backend: str | None = None
-    """Kernel backend, short for --train.kernel.backend."""
     baseline: bool = True
     """With heuristic, also train the host without slots, for the report to compare with."""
     profile: bool = False
     """First profile a few batches, into profile.md and profile.json; the run itself is as without."""
 
     def run_config(self) -> RunConfig:
-        run = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
-        if self.backend is None:
-            return run
-        return replace(run, train=replace(run.train, kernel=KernelConfig(backend=self.backend)))
+        return RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
 
 
 def _parse(command: str, arguments: Sequence[str]) -> _Options:
@@ -139,13 +125,11 @@ def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Opti
     growing = mode == "heuristic"
     for number, config in enumerate(episode_configs(run), start=1):
         directory = out if run.episodes == 1 else out / f"episode-{number}"
-        episode = build_episode(config, slots=require_slots(config) if growing else ())
-        episode.stop = stop
-        policy = heuristic_policy(episode) if growing else Idle()
-        hub, loggers = TelemetryHub((), config.telemetry), logger_makers(config.telemetry)
+        episode = prepare(config, mode, hub=TelemetryHub((), config.telemetry))
+        episode.stop, loggers = stop, logger_makers(config.telemetry)
         checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
         if checkpoints:
-            restore(load(checkpoints[-1]), episode, policy, hub, mode)
+            restore(load(checkpoints[-1]), episode)
         # up to here whatever cannot work was refused, and nothing was written
         if run.episodes > 1 and number == 1:
             create(out, run, resume=options.resume is not None)
@@ -153,27 +137,26 @@ def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Opti
         if options.profile:
             print(write_profile(config, config.slots if growing else (), directory))
         for make in loggers:
-            hub.add(make(directory))
+            episode.hub.add(make(directory))
         try:
-            _run_episode(episode, policy, hub, directory, mode)
+            _run_episode(episode, directory)
             if growing and options.baseline:
                 _run(config, directory / BASELINE, "fit", stop, options)
         finally:
             print(f"report: {write_report(directory)}")
 
 
-def _run_episode(episode: Episode, policy: Policy, hub: TelemetryHub, directory: Path, mode: str) -> None:
+def _run_episode(episode: Episode, directory: Path) -> None:
     """One run, from its start or from where it was restored. The network is written however it ends."""
     cut_back(directory, episode.epoch)
     display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
-    hub.add(JsonlSink(directory / METRICS))
-    hub.add(display)
+    episode.hub.add(JsonlSink(directory / METRICS))
+    episode.hub.add(display)
     if episode.epoch:
         print(f"going on after epoch {episode.epoch}")
-        display.write(run_started(episode, mode))
-    checkpoints = Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint)
+        display.write(run_started(episode))
     try:
-        run_episode(episode, policy, hub, mode=mode, checkpoints=checkpoints)
+        run_episode(episode, Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint))
     finally:
-        hub.close()
+        episode.hub.close()
         save_network(directory, episode.model)

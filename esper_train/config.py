@@ -7,19 +7,54 @@ has code that obeys it; unknown keys are refused with the nearest known name.
 import dataclasses
 import math
 import tomllib
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from esper_kernels import KernelConfig
-from esper_train.names import unknown_name
+from esper_train.names import require_known
 
 T = TypeVar("T")
 TELEMETRY_LEVELS = ("off", "minimal", "normal", "debug")
 POLICIES = ("warn", "skip", "stop", "rollback")
+
+
+class Limit(NamedTuple):
+    """What a setting must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
+CountOrNone = Annotated[int | None, Limit("at least 1 or left out", lambda value: value is None or value >= 1)]
+CountOrZero = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
+Positive = Annotated[float, Limit("positive", lambda value: value > 0)]
+Share = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
+Decay = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
+
+
+class Settings:
+    """When made, refuses a value that is not among its field's choices or outside the `Limit` of its type.
+
+    `table` is where the fields are in a TOML file.
+    """
+
+    _table: ClassVar[str]
+
+    def __init_subclass__(cls, table: str = "") -> None:
+        cls._table = table
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            value, choices = getattr(self, name), typing.get_args(hint)
+            if typing.get_origin(hint) is Literal:
+                _require(value in choices, f"{self._table}{name} must be one of {', '.join(choices)}", value)
+            elif typing.get_origin(hint) is Annotated:
+                limit = hint.__metadata__[0]
+                _require(limit.holds(value), f"{self._table}{name} must be {limit.words}", value)
 
 
 def _require(holds: bool, what: str, value: Any) -> None:
@@ -120,107 +155,77 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings, table="optim.schedule."):
     """How learning rates change over what is left of the run when their optimizer is made."""
 
     kind: Literal["constant", "cosine", "onecycle"] = "constant"
     """Constant, or torch's CosineAnnealingLR or OneCycleLR."""
     each: Literal["step", "epoch"] = "step"
     """When the rate changes."""
-    final: float = 0.0
+    final: Share = 0.0
     """cosine: the share of the rate that is left at the end."""
-    warmup: float = 0.3
+    warmup: Share = 0.3
     """onecycle: the share of the time in which the rate rises to its own value, before it falls."""
-
-    def __post_init__(self) -> None:
-        kinds, times = ("constant", "cosine", "onecycle"), ("step", "epoch")
-        _require(self.kind in kinds, f"schedule.kind must be one of {', '.join(kinds)}", self.kind)
-        _require(self.each in times, "schedule.each must be 'step' or 'epoch'", self.each)
-        for name in ("final", "warmup"):
-            _require(0 <= getattr(self, name) <= 1, f"schedule.{name} must be in [0, 1]", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings, table="optim."):
     """One optimizer for the host and, with its own learning rate and state, one for each seed."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
-    host_lr: float = 0.01
-    seed_lr: float = 0.03
-    momentum: float = 0.9
+    host_lr: Positive = 0.01
+    seed_lr: Positive = 0.03
+    momentum: Decay = 0.9
     """Of SGD; AdamW keeps torch's own betas."""
     weight_decay: float = 5e-4
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
-    def __post_init__(self) -> None:
-        rates = (self.host_lr, self.seed_lr)
-        _require(all(rate > 0 for rate in rates), "optim.host_lr and optim.seed_lr must be positive", rates)
-        _require(self.kind in ("sgd", "adamw"), "optim.kind must be 'sgd' or 'adamw'", self.kind)
-        _require(0 <= self.momentum < 1, "optim.momentum must be in [0, 1)", self.momentum)
-
 
 @dataclass(frozen=True, kw_only=True)
-class HostConfig:
+class HostConfig(Settings, table="host."):
     """Size of the host network that a task builds."""
 
-    width: int | None = None
+    width: CountOrNone = None
     """CNN: channels of the first block, each further one doubles them. Sequence models: size of an embedding.
     None takes the task's default."""
-    depth: int | None = None
+    depth: CountOrNone = None
     """Number of blocks; None takes the task's default."""
-
-    def __post_init__(self) -> None:
-        for name in ("width", "depth"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"host.{name} must be at least 1", value)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrowthConfig:
+class GrowthConfig(Settings, table="growth."):
     """Thresholds of the quality gates and lengths of the stages. Accuracy in percentage points, time in epochs."""
 
     blending_improvement: float = 0.5
     """G2: validation accuracy gained since the seed began to train."""
-    blending_min_epochs: int = 3
+    blending_min_epochs: CountOrZero = 3
     """G2: epochs in TRAINING, at least; see also `training_dwell_fraction`."""
     blending_gradient_ratio: float = 0.05
     """G2: size-corrected gradient norm of the seed over that of the host."""
-    probation_min_epochs: int = 3
+    probation_min_epochs: CountOrZero = 3
     """G3: epochs in BLENDING."""
-    probation_alpha: float = 0.95
+    probation_alpha: Share = 0.95
     """G3: share of the seed in the slot's output."""
     fossilize_contribution: float = 1.0
     """G5: validation accuracy with the seed minus accuracy without it."""
-    training_dwell_fraction: float = 0.1
+    training_dwell_fraction: Share = 0.1
     """Share of the run a seed stays in TRAINING at least."""
-    training_timeout: int = 15
+    training_timeout: Count = 15
     """A seed that has not reached BLENDING after this many epochs, or twice the dwell, is culled."""
-    blending_epochs: int = 5
+    blending_epochs: Count = 5
     """Epochs over which alpha rises from 0 to 1."""
-    probation_timeout_fraction: float = 0.1
+    probation_timeout_fraction: Share = 0.1
     """Share of the run (5 epochs at least) after which a seed on probation is culled."""
-    embargo_epochs: int = 5
+    embargo_epochs: CountOrZero = 5
     """Epochs for which the slot of a culled seed stays closed."""
     max_seeds: int | None = None
     """Seeds seated at most at a time, fossilized ones included; None allows one in each slot."""
-    fossil_check_epochs: int = 5
+    fossil_check_epochs: Count = 5
     """A fossilized seed's contribution is measured again every so many epochs."""
     isolate_training: bool = True
     """In TRAINING the seed learns without sending gradients into the host."""
     on_fossilize: Literal["keep", "freeze"] = "keep"
     """A fossilized seed keeps training with its own optimizer, or is frozen."""
-
-    def __post_init__(self) -> None:
-        fates = ("keep", "freeze")
-        _require(self.on_fossilize in fates, "growth.on_fossilize must be 'keep' or 'freeze'", self.on_fossilize)
-        for low, high, names in (
-            (0, 1, ("probation_alpha", "training_dwell_fraction", "probation_timeout_fraction")),
-            (0, math.inf, ("blending_min_epochs", "probation_min_epochs", "embargo_epochs")),
-            (1, math.inf, ("training_timeout", "blending_epochs", "fossil_check_epochs")),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                _require(low <= value <= high, f"growth.{name} must be in [{low}, {high}]", value)
 
     def training_dwell(self, max_epochs: int) -> int:
         """Epochs a seed spends in TRAINING at least, in a run of `max_epochs`."""
@@ -241,14 +246,14 @@ class GrowthConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeuristicConfig:
+class HeuristicConfig(Settings, table="policy."):
     """Rules of the heuristic controller and of the signal tracker that feeds it."""
 
     plateau_threshold: float = 0.5
     """Percentage points by which validation accuracy must beat its last best to end a plateau."""
     plateau_epochs: int = 3
     """Length of a plateau after which a seed is germinated."""
-    max_live_seeds: int = 1
+    max_live_seeds: Count = 1
     """Seeds whose fate is open at most at a time."""
     min_epochs: int = 5
     """No germination before this epoch."""
@@ -263,84 +268,73 @@ class HeuristicConfig:
     blend: str = "sigmoid"
     cull_penalty: float = 2.0
     """Added to a blueprint's penalty when a seed made from it is culled."""
-    penalty_decay: float = 0.9
+    penalty_decay: Decay = 0.9
     """Factor a penalty keeps each epoch; slow enough that a penalty outlives the slot's embargo."""
     penalty_limit: float = 1.0
     """A blueprint with at least this penalty is passed over while another is below it."""
 
     def __post_init__(self) -> None:
-        _require(self.max_live_seeds >= 1, "policy.max_live_seeds must be at least 1", self.max_live_seeds)
-        _require(0 <= self.penalty_decay < 1, "policy.penalty_decay must be in [0, 1)", self.penalty_decay)
+        super().__post_init__()
         if len(set(self.blueprints)) < len(self.blueprints):
             raise ValueError(f"policy.blueprints names one more than once: {', '.join(self.blueprints)}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GovernorConfig:
+class GovernorConfig(Settings, table="governor."):
     """When a finite validation loss counts as gone bad, and what a rollback does. Time in epochs."""
 
-    window: int = 20
+    window: Count = 20
     """Good epochs that a loss is compared with, at most."""
-    min_history: int = 5
+    min_history: Count = 5
     """Good epochs needed for a comparison."""
     sensitivity: float = 6.0
     """Divergence: worse than guessing, above the mean of the window by so many standard deviations, ..."""
     multiplier: float = 3.0
     """... and above so many times that mean."""
-    patience: int = 3
+    patience: Count = 3
     """Suspicious epochs in a row that make a finding; a loss that is not finite makes one at once."""
-    snapshot_epochs: int = 5
+    snapshot_epochs: Count = 5
     """With rollback, keep a checked state every so many epochs."""
     snapshot_device: str = "cpu"
     """Where it is kept."""
-    max_rollbacks: int = 3
+    max_rollbacks: Count = 3
     """The finding after so many rollbacks ends the run."""
     rollback_penalty: float = 10.0
     """Taken from the reward of an epoch that is rolled back."""
 
     def __post_init__(self) -> None:
-        for name in ("window", "min_history", "patience", "snapshot_epochs", "max_rollbacks"):
-            _require(getattr(self, name) >= 1, f"governor.{name} must be at least 1", getattr(self, name))
+        super().__post_init__()
         _require(self.min_history <= self.window, "governor.min_history must not exceed window", self.min_history)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TelemetryConfig:
+class TelemetryConfig(Settings, table="telemetry."):
     """What a run reports. Telemetry never changes what is trained."""
 
     level: Literal["off", "minimal", "normal", "debug"] = "normal"
     """minimal: the run, the seeds' lives, bad numbers. normal: each epoch too. debug: each parameter's gradient too."""
     lifecycle_only: bool = False
     """Nothing but the run's start and end and the seeds' lives."""
-    escalation_epochs: int = 5
+    escalation_epochs: CountOrZero = 5
     """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never does."""
     tensorboard: bool = False
     """Also write for TensorBoard, into the run directory's tensorboard/."""
     wandb: bool = False
     """Also write for Weights & Biases, offline, into the run directory's wandb/; `wandb sync` uploads it."""
 
-    def __post_init__(self) -> None:
-        known = ", ".join(TELEMETRY_LEVELS)
-        _require(self.level in TELEMETRY_LEVELS, f"telemetry.level must be one of {known}", self.level)
-        _require(self.escalation_epochs >= 0, "telemetry.escalation_epochs must be >= 0", self.escalation_epochs)
-
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings, table="checkpoint."):
     """How often a run saves all it needs to be resumed, and how much of that it keeps."""
 
-    every: int = 10
+    every: Count = 10
     """Epochs from one checkpoint to the next; the last epoch and a run that is stopped write one in any case."""
-    keep: int = 2
+    keep: Count = 2
     """The newest so many are kept."""
-
-    def __post_init__(self) -> None:
-        counts = (self.every, self.keep)
-        _require(min(counts) >= 1, "checkpoint.every and checkpoint.keep must be at least 1", counts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """One run of `esper-train`, whole."""
 
     task: str = "digits"
@@ -351,13 +345,13 @@ class RunConfig:
     device: str = "cpu"
     slots: tuple[str, ...] = ("early", "mid", "late")
     """Slots open for seeds, of those that the host's depth allows."""
-    episodes: int = 1
+    episodes: Count = 1
     """Runs in a row, with the seeds seed, seed + 1000, ..."""
-    max_epochs: int = 75
-    max_batches: int | None = None
+    max_epochs: Count = 75
+    max_batches: CountOrNone = None
     """Batches of an epoch at most; None takes all."""
-    batch_size: int = 64
-    workers: int = 0
+    batch_size: Count = 64
+    workers: CountOrZero = 0
     """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data in place, on the
     device where it fits, which is faster for tensors in memory."""
     channels_last: bool | None = None
@@ -375,14 +369,6 @@ class RunConfig:
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
-    def __post_init__(self) -> None:
-        for name in ("episodes", "max_epochs", "batch_size"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        _require(self.workers >= 0, "workers must be 0 or a number of processes", self.workers)
-        most, kinds = self.max_batches, ("shaped", "sparse", "minimal", "loss")
-        _require(most is None or most >= 1, "max_batches must be at least 1, or left out for all batches", most)
-        _require(self.reward in kinds, f"reward must be one of {', '.join(kinds)}", self.reward)
-
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
     """Build a config dataclass from plain values, as TOML and JSON give them.
@@ -391,11 +377,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
     nearest known one) and `TypeError` for a value of the wrong type; messages put `where` before the key.
     """
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = [where + f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
-        if key not in names:
-            raise unknown_name("config key", where + key, [where + name for name in names])
+        require_known("config key", where + key, names)
         arguments[key] = _convert(hints[key], value, where + key, getattr(base, key, None))
     return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)  # type: ignore[type-var]
 
@@ -420,7 +405,7 @@ def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
         return tuple(_convert(typing.get_args(hint)[0], item, path) for item in value)
     if typing.get_origin(hint) is Literal:
         return value  # the dataclass itself names the choices
-    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    accepted = typing.get_args(hint) or (hint,)
     if float in accepted and type(value) is int:
         return float(value)
     if type(value) not in accepted:

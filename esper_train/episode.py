@@ -1,6 +1,6 @@
 """A run from first to last epoch: builds what it owns, then trains, measures, decides and grows, epoch by epoch.
 
-`cli` calls `build_episode` and `run_episode`; `run_heuristic_episode`, `train_heuristic` and `run_fit` do both for
+`cli` calls `prepare` and `run_episode`; `run_heuristic_episode`, `train_heuristic` and `run_fit` do both for
 those who import the package. Plain training is the same run with no slots and a controller that never acts.
 """
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from esper_kernels import compute_all, grad_stats
-from esper_train.build import Episode, build_episode, resolve_device
+from esper_train.build import Episode, build_episode
 from esper_train.checkpoint import Checkpoints
 from esper_train.config import RunConfig
-from esper_train.control.governor import Finding, Snapshot, weights_are_finite
+from esper_train.control.governor import Finding, weights_are_finite
 from esper_train.control.heuristic import HeuristicTamiyo
-from esper_train.control.policy import Decision, Idle, Op, Policy
+from esper_train.control.policy import Decision, Op, Policy
 from esper_train.control.rewards import REWARDS
-from esper_train.control.signals import Signals
+from esper_train.control.signals import Observation, Signals
 from esper_train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.gates import gradient_ratio
@@ -52,7 +52,7 @@ class EpisodeResult:
     parameters: int
     fossils: int
     contributions: tuple[float, ...]
-    """Measured contribution of each fossilized seed when it was kept, in percentage points."""
+    """Observation contribution of each fossilized seed when it was kept, in percentage points."""
     action_counts: dict[str, int]
     rewards: tuple[float, ...]
     """Reward of each epoch's decision, of the kind that `config.reward` names."""
@@ -78,8 +78,7 @@ def run_heuristic_episode(
         ValueError: no slots, unknown or repeated ones, gradients never measured, or bad data.
         BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
     """
-    episode = build_episode(config, task=task, slots=require_slots(config), registry=registry)
-    return run_episode(episode, policy or heuristic_policy(episode), hub, mode="heuristic")
+    return run_episode(prepare(config, "heuristic", task=task, policy=policy, hub=hub, registry=registry))
 
 
 def train_heuristic(
@@ -91,7 +90,7 @@ def train_heuristic(
 
 def run_fit(config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | None = None) -> EpisodeResult:
     """Train the same host without slots, by the same loop."""
-    return run_episode(build_episode(config, task=task, slots=()), Idle(), hub, mode="fit")
+    return run_episode(prepare(config, "fit", task=task, hub=hub))
 
 
 def episode_configs(config: RunConfig) -> list[RunConfig]:
@@ -99,29 +98,30 @@ def episode_configs(config: RunConfig) -> list[RunConfig]:
     return [replace(config, seed=config.seed + EPISODE_SEED_STEP * i, episodes=1) for i in range(config.episodes)]
 
 
-def require_slots(config: RunConfig) -> tuple[str, ...]:
-    """The slots of a run that is to grow; `ValueError` if it could not."""
-    if not config.slots:
-        raise ValueError("no slots: name at least one of early, mid, late, or use `fit` to train without growth")
-    if config.train.grad.every == 0:
-        raise ValueError("train.grad.every is 0: growth needs the gradient statistics; use 1, or `fit`")
-    return config.slots
-
-
-def heuristic_policy(episode: Episode) -> HeuristicTamiyo:
-    """The heuristic controller for this run's host."""
-    names = episode.model.registry.names(episode.model.host.topology)
-    return HeuristicTamiyo(episode.config.policy, episode.config.growth, names)
-
-
-def run_episode(
-    episode: Episode,
-    policy: Policy,
-    hub: TelemetryHub | None = None,
-    *,
+def prepare(
+    config: RunConfig,
     mode: str,
-    checkpoints: Checkpoints | None = None,
-) -> EpisodeResult:
+    *,
+    task: Task | None = None,
+    policy: Policy | None = None,
+    hub: TelemetryHub | None = None,
+    registry: BlueprintRegistry | None = None,
+) -> Episode:
+    """What a "heuristic" or "fit" run owns. `ValueError` for what could not work."""
+    growing = mode == "heuristic"
+    if growing and not config.slots:
+        raise ValueError("no slots: name at least one of early, mid, late, or use `fit` to train without growth")
+    if growing and config.train.grad.every == 0:
+        raise ValueError("train.grad.every is 0: growth needs the gradient statistics; use 1, or `fit`")
+    episode = build_episode(config, task=task, slots=config.slots if growing else (), registry=registry)
+    episode.mode, episode.hub = mode, hub or TelemetryHub()
+    if growing:
+        names = episode.model.registry.names(episode.model.host.topology)
+        episode.policy = policy or HeuristicTamiyo(config.policy, config.growth, names)
+    return episode
+
+
+def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> EpisodeResult:
     """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
 
     An episode restored from a checkpoint goes on with the epoch after it. One that the governor finds gone bad is, by
@@ -129,35 +129,33 @@ def run_episode(
     RUN_FINISHED with the status "completed", "interrupted", "nonfinite", "diverged" or "failed"; what ended it is
     raised again.
     """
-    config, hub = episode.config, hub or TelemetryHub()
+    config, hub = episode.config, episode.hub
     status, why, test = "failed", None, None
     epoch, started = episode.epoch, time.perf_counter() - episode.seconds
     if epoch == 0:
-        policy.reset()
-        hub.emit(run_started(episode, mode))
+        episode.policy.reset()
+        hub.emit(run_started(episode))
     try:
         with episode.random.active():
-            good = _keep(episode, epoch, hub)
+            _keep(episode, epoch)
             for epoch in range(episode.epoch + 1, config.max_epochs + 1):
                 train, validation = _train_and_evaluate(episode, epoch)
                 episode.accuracy = validation.accuracy
                 # a skipped batch is in the training loss, so that is no finding
                 training = validation.loss if config.train.on_bad_numbers == "skip" else train.loss
                 finding = episode.governor.check(training=training, validation=validation.loss)
-                if finding is None or good is None:
-                    _grow(episode, policy, hub, epoch, train, validation)
+                if finding is None or episode.good is None:
+                    _grow(episode, epoch, train, validation)
                 else:
-                    _leave_undecided(episode, hub, epoch, train, validation)
-                _report_numbers(episode.model, train, validation, finding, epoch, hub)
-                if finding is not None and good is not None:
-                    _roll_back(episode, good, finding, epoch, hub)
-                else:
-                    _stop_if_bad(config, finding, epoch)
-                    if epoch % config.governor.snapshot_epochs == 0:
-                        good = _keep(episode, epoch, hub) or good
+                    _leave_undecided(episode, epoch, train, validation)
+                _report_numbers(episode, epoch, train, validation, finding)
+                if finding is not None:
+                    _answer(episode, epoch, finding)
+                elif epoch % config.governor.snapshot_epochs == 0:
+                    _keep(episode, epoch)
                 episode.epoch, episode.seconds = epoch, time.perf_counter() - started
                 if checkpoints is not None:
-                    checkpoints.take(episode, policy, hub, mode)
+                    checkpoints.take(episode)
             batches = map(episode.stop.before, episode.test)
             kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
             test = evaluate(episode.model, batches, config.train, **kept)
@@ -185,11 +183,11 @@ def run_episode(
     return EpisodeResult(model=model, test=test, **outcome)
 
 
-def run_started(episode: Episode, mode: str) -> Event:
+def run_started(episode: Episode) -> Event:
     """The first event of a run."""
     config, model = episode.config, episode.model
     data = {
-        "mode": mode,
+        "mode": episode.mode,
         "task": episode.task.name,
         "seed": config.seed,
         "max_epochs": config.max_epochs,
@@ -216,15 +214,13 @@ def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, Eval
     return train, evaluate(model, batches, config.train, variants=variants, **kept)
 
 
-def _grow(
-    episode: Episode, policy: Policy, hub: TelemetryHub, epoch: int, train: EpochResult, validation: EvalResult
-) -> None:
+def _grow(episode: Episode, epoch: int, train: EpochResult, validation: EvalResult) -> None:
     """Tracker, the slots' own moves, decision and its execution, of one epoch."""
     model, config, accuracy = episode.model, episode.config, validation.accuracy
     for slot in model.slots:
         name = slot.state.slot
         slot.observe(accuracy, validation.contribution(name), gradient_ratio(train.grad, name))
-    signals = episode.tracker.update(
+    measured = Observation(
         epoch=epoch,
         max_epochs=config.max_epochs,
         train_loss=train.loss,
@@ -233,28 +229,27 @@ def _grow(
         val_accuracy=accuracy,
         slots=_states(model),
     )
+    signals = episode.tracker.update(measured)
     changes = [change for slot in model.slots for change in slot.step_epoch()]
     stepped = replace(signals, slots=_states(model))
-    decision = policy.decide(stepped)
+    decision = episode.policy.decide(stepped)
     parts = _reward(episode, stepped, decision)
     made, refused = _execute(episode, decision)
     changes += made
     more = {"joint": _joint(validation), "refused": refused, **_earn(episode, decision, parts)}
-    hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
+    episode.hub.emit(epoch_event(epoch, signals.slots, train, validation, decision, **more))
     for change in changes:
         _follow(episode, change, epoch)
-        hub.emit(stage_event(epoch, change))
+        episode.hub.emit(stage_event(epoch, change))
         if change.stage is SeedStage.FOSSILIZED and change.before.contribution is not None:
             episode.contributions.append(change.before.contribution)
 
 
-def _leave_undecided(
-    episode: Episode, hub: TelemetryHub, epoch: int, train: EpochResult, validation: EvalResult
-) -> None:
+def _leave_undecided(episode: Episode, epoch: int, train: EpochResult, validation: EvalResult) -> None:
     """Report an epoch that is to be undone."""
     decision = Decision(op=Op.WAIT, reason="the epoch is undone")
     more = _earn(episode, decision, {"rollback": -episode.config.governor.rollback_penalty})
-    hub.emit(epoch_event(epoch, _states(episode.model), train, validation, decision, **more))
+    episode.hub.emit(epoch_event(epoch, _states(episode.model), train, validation, decision, **more))
 
 
 def _earn(episode: Episode, decision: Decision, parts: dict[str, float]) -> dict[str, Any]:
@@ -312,59 +307,50 @@ def _follow(episode: Episode, change: StageChange, epoch: int = 0) -> None:
 
 
 def _report_numbers(
-    model: MorphModel, train: EpochResult, validation: EvalResult, found: Finding | None, epoch: int, hub: TelemetryHub
+    episode: Episode, epoch: int, train: EpochResult, validation: EvalResult, found: Finding | None
 ) -> None:
     """Report bad numbers, and each parameter's gradient where the level asks for it."""
-    troubles = trouble_events(epoch, train, validation, found)
+    hub, troubles = episode.hub, trouble_events(epoch, train, validation, found)
     hub.tick()
     for event in troubles:
         hub.emit(event)
     if troubles or (train.grad is not None and train.grad.has_exploding):
         hub.escalate()
     if hub.collects(EventType.LAYER_GRADIENTS):
-        names, parameters = zip(*model.named_parameters(), strict=True)
+        names, parameters = zip(*episode.model.named_parameters(), strict=True)
         (norms,) = compute_all(grad_stats([p.grad for p in parameters]).norms)  # a host sync
         hub.emit(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": dict(zip(names, norms, strict=True))}))
 
 
-def _stop_if_bad(config: RunConfig, finding: Finding | None, epoch: int) -> None:
-    """End a run that by its policy must not go on: skipping helps no longer when the weights are bad themselves, and
-    a rollback is none where there never was a good state."""
-    policy = config.train.on_bad_numbers
-    goes_on = policy == "warn" or (policy == "skip" and finding is not None and finding.kind != "nonfinite")
-    if finding is not None and not goes_on:
-        raise _ending(finding, epoch)
+def _keep(episode: Episode, epoch: int) -> None:
+    """Keep the state to return to, where the policy wants one and the weights are good."""
+    if episode.config.train.on_bad_numbers == "rollback" and weights_are_finite(episode.model):
+        episode.hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": episode.config.governor.snapshot_device}))
+        episode.good = {"epoch": epoch, **episode.snapshot()}
 
 
-def _ending(finding: Finding, epoch: int, more: str = "") -> BadNumbersError:
-    kind = NonFiniteLossError if finding.kind == "nonfinite" else BadNumbersError
-    advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
-    return kind(f"in epoch {epoch} {finding.message}{more}; {advice}")
-
-
-def _keep(episode: Episode, epoch: int, hub: TelemetryHub) -> Snapshot | None:
-    """The state to return to, where the policy wants one and the weights are good."""
-    device, model = episode.config.governor.snapshot_device, episode.model
-    if episode.config.train.on_bad_numbers != "rollback" or not weights_are_finite(model):
-        return None
-    hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": device}))
-    return Snapshot(epoch, (model, episode.optimizers, episode.tracker), resolve_device(device))
-
-
-def _roll_back(episode: Episode, good: Snapshot, finding: Finding, epoch: int, hub: TelemetryHub) -> None:
-    """Bring model, optimizers and tracker back; the batches that come next are others. The last one ends the run."""
-    most, gone, governor = episode.config.governor.max_rollbacks, _states(episode.model), episode.governor
-    if governor.rollbacks == most:
-        raise _ending(finding, epoch, f", after {most} rollbacks")
+def _answer(episode: Episode, epoch: int, finding: Finding) -> None:
+    """Do what the policy says: go on, return to the last good state (the batches that come next are others), or end."""
+    config, governor = episode.config, episode.governor
+    policy, most = config.train.on_bad_numbers, config.governor.max_rollbacks
+    # skipping helps no longer when the weights are bad themselves
+    if policy == "warn" or (policy == "skip" and finding.kind != "nonfinite"):
+        return
+    if episode.good is None or governor.rollbacks == most:
+        kind = NonFiniteLossError if finding.kind == "nonfinite" else BadNumbersError
+        after = "" if episode.good is None else f", after {most} rollbacks"
+        advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
+        raise kind(f"in epoch {epoch} {finding.message}{after}; {advice}")
     governor.rolled_back()
-    episode.model, episode.optimizers, episode.tracker = good.restore()
+    gone, to_epoch = _states(episode.model), episode.good["epoch"]
+    episode.go_back(episode.good)
     del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
     states = _states(episode.model)
     pairs = [(a, b) for a, b in zip(gone, states, strict=True) if (a.stage, a.seed_id) != (b.stage, b.seed_id)]
     undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in pairs)
-    words = f"rolled back to the state after epoch {good.epoch} ({governor.rollbacks} of {most} times){undone}"
-    data = {"to_epoch": good.epoch, "kind": finding.kind, "number": governor.rollbacks, "message": words}
-    hub.emit(Event(EventType.ROLLBACK, epoch, data | {"slots": [state.to_plain() for state in states]}))
+    words = f"rolled back to the state after epoch {to_epoch} ({governor.rollbacks} of {most} times){undone}"
+    data = {"to_epoch": to_epoch, "kind": finding.kind, "number": governor.rollbacks, "message": words}
+    episode.hub.emit(Event(EventType.ROLLBACK, epoch, data | {"slots": [state.to_plain() for state in states]}))
 
 
 def _states(model: MorphModel) -> tuple[SlotState, ...]:

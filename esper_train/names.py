@@ -4,6 +4,13 @@ import difflib
 from collections.abc import Iterable
 
 
+def require_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise `unknown_name` unless the name is among the known ones."""
+    names = list(known)
+    if name not in names:
+        raise unknown_name(kind, name, names)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error to raise for an unknown name: it says the nearest known one and lists them all."""
     names = list(known)

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
+
+PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class Stateful(Protocol):
@@ -16,6 +19,22 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any: ...
+
+
+def copied(value: Any, device: torch.device | str | None = None) -> Any:
+    """A copy of a state which further training leaves alone, on `device` or where it is; `TypeError` for a state
+    beyond tensors and plain values."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device or value.device, copy=True)
+    if isinstance(value, dict):
+        result = copy.copy(value)  # with the attributes that a module's state has
+        result.update((key, copied(item, device)) for key, item in value.items())
+        return result
+    if type(value) in (list, tuple):
+        return type(value)(value if set(map(type, value)) <= PLAIN else (copied(item, device) for item in value))
+    if type(value) not in PLAIN:
+        raise TypeError(f"a state holds tensors and plain values only, got {value!r}")
+    return value
 
 
 class PlainState:

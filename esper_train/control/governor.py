@@ -1,29 +1,20 @@
-"""The governor: says when a run's losses have gone bad, and keeps a state from before.
+"""The governor: says when a run's losses have gone bad.
 
 `episode` asks it once an epoch, reports what it finds and does what `train.on_bad_numbers` says.
 """
 
-import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper_kernels import grad_stats
 from esper_train.config import GovernorConfig
-from esper_train.control.signals import SignalTracker
-from esper_train.morph.model import MorphModel
-from esper_train.optimizers import OptimizerRegistry
 from esper_train.state import PlainState
 
 LEARNED, NEAR_GUESS = 0.6, 0.065
 """A loss below this share of a guess's has learned something; one this close to a guess's has forgotten it."""
-Owned = tuple[MorphModel, OptimizerRegistry, SignalTracker]
-"""What a rollback brings back, together: the optimizers hold the model's own parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,38 +67,8 @@ class Governor(PlainState):
         self.rollbacks, self.suspicious = self.rollbacks + 1, 0
 
 
-class Snapshot:
-    """A copy of all that a rollback brings back, on a device of its own. Whoever takes one has checked the epoch."""
-
-    def __init__(self, epoch: int, owned: Owned, device: torch.device) -> None:
-        self.epoch = epoch
-        tensors = _tensors(owned)
-        self._devices = [tensor.device for tensor in tensors]
-        self._owned = _copy(owned, [device] * len(tensors))
-
-    def restore(self) -> Owned:
-        """The objects as they were, on the devices they were on. The snapshot stays as it is."""
-        return _copy(self._owned, self._devices)
-
-
 def weights_are_finite(model: nn.Module) -> bool:
     """Whether no parameter and no buffer holds NaN or infinity: a seed that trains shows in no loss. A host sync."""
     numbers = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     health = grad_stats(numbers).compute()
     return health.nan_count + health.inf_count == 0
-
-
-def _tensors(owned: Owned) -> list[Tensor]:
-    model, optimizers, _ = owned
-    states = [value for o in optimizers.present() for state in o.state.values() for value in state.values()]
-    return [*model.parameters(), *model.buffers(), *(value for value in states if isinstance(value, Tensor))]
-
-
-def _copy(owned: Owned, devices: Sequence[torch.device]) -> Owned:
-    """Copies that share nothing with the originals but refer to each other as those do; gradients are left out."""
-    memo: dict[int, Any] = {}
-    for tensor, device in zip(_tensors(owned), devices, strict=True):
-        value = tensor.detach().to(device, copy=True)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
-    return copy.deepcopy(owned, memo)

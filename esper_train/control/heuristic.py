@@ -7,6 +7,7 @@ from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
 from esper_train.morph.blending import get_blend
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
+from esper_train.names import require_known
 from esper_train.state import PlainState
 
 
@@ -20,12 +21,8 @@ class HeuristicTamiyo(PlainState):
     STATE = ("_penalties", "_next", "_seated")
 
     def __init__(self, config: HeuristicConfig, growth: GrowthConfig, blueprints: Sequence[str]) -> None:
-        unknown = [name for name in config.blueprints if name not in blueprints]
-        if unknown:
-            raise ValueError(
-                f"policy.blueprints names {', '.join(map(repr, unknown))}; "
-                f"this host's topology has {', '.join(blueprints) or 'none'}"
-            )
+        for name in config.blueprints:
+            require_known("blueprint (in policy.blueprints, for this host's topology)", name, blueprints)
         if not blueprints:
             raise ValueError("there is no blueprint for this host's topology, so nothing could grow")
         get_blend(config.blend)

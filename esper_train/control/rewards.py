@@ -5,7 +5,7 @@ Accuracies, contributions and improvements are percentage points, losses nats; N
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from esper_train.control.policy import Op
@@ -61,18 +61,6 @@ class ContributionReward:
     final_fossil: float = 3.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardParts:
-    """The parts whose sum is a contribution reward."""
-
-    attribution: float
-    warning: float
-    shaping: float
-    rent: float
-    operation: float
-    final: float
-
-
 def compute_contribution_reward(
     action: Op,
     seed_contribution: float | None,
@@ -88,7 +76,7 @@ def compute_contribution_reward(
     return_components: bool = False,
     num_fossilized_seeds: int = 0,
     num_contributing_fossilized: int = 0,
-) -> float | tuple[float, RewardParts]:
+) -> float | tuple[float, Parts]:
     """Reward `action` on the slot of `seed_info`; with `return_components`, (reward, its parts).
 
     `total_params` are of the seeds alone. `num_fossilized_seeds` has no effect: fossils count if they improved.
@@ -108,15 +96,15 @@ def compute_contribution_reward(
     elif seed.stage == SeedStage.PROBATIONARY and action is Op.WAIT and epochs >= 2 and credit > 0:
         warning = min(3 ** (epochs - 2), config.max_indecision)
     final = config.final_accuracy * val_acc + config.final_fossil * num_contributing_fossilized
-    parts = RewardParts(
-        attribution=-credit if action is Op.CULL else credit,
-        warning=-warning,
-        shaping=config.shaping * _potential_gain(seed, config.epoch_potential),
-        rent=-min(config.rent * _growth(total_params, host_params), config.max_rent),
-        operation=_operation(action, seed, seed_contribution, gained, config),
-        final=final if epoch == max_epochs else 0.0,
-    )
-    reward = math.fsum(astuple(parts))
+    parts = {
+        "attribution": -credit if action is Op.CULL else credit,
+        "warning": -warning,
+        "shaping": config.shaping * _potential_gain(seed, config.epoch_potential),
+        "rent": -min(config.rent * _growth(total_params, host_params), config.max_rent),
+        "operation": _operation(action, seed, seed_contribution, gained, config),
+        "final": final if epoch == max_epochs else 0.0,
+    }
+    reward = math.fsum(parts.values())
     return (reward, parts) if return_components else reward
 
 
@@ -181,7 +169,7 @@ def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: i
         num_contributing_fossilized=sum(improvement >= WORTH_KEEPING for improvement in fossils),
     )
     assert isinstance(result, tuple)
-    return asdict(result[1])
+    return result[1]
 
 
 def sparse_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:

@@ -1,7 +1,6 @@
 """What a controller sees: the epoch's measurements, their recent course, and the state of every slot."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esper_train.morph.lifecycle import SlotState
@@ -14,8 +13,8 @@ STABLE_EPOCHS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signals:
-    """One epoch as a controller sees it. Losses in nats, accuracies in percentage points, epochs from 1."""
+class Observation:
+    """What one epoch measured. Losses in nats, accuracies in percentage points, epochs from 1."""
 
     epoch: int
     max_epochs: int
@@ -23,6 +22,13 @@ class Signals:
     train_accuracy: float
     val_loss: float
     val_accuracy: float
+    slots: tuple[SlotState, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals(Observation):
+    """One epoch as a controller sees it: its measurements and their recent course."""
+
     loss_delta: float | None
     """Fall of the validation loss since the epoch before, positive is better; None in the first."""
     accuracy_delta: float | None
@@ -31,7 +37,6 @@ class Signals:
     plateau_epochs: int
     """Epochs since the best validation accuracy last rose by the threshold."""
     host_stable: bool
-    slots: tuple[SlotState, ...]
 
 
 class SignalTracker(PlainState):
@@ -58,47 +63,32 @@ class SignalTracker(PlainState):
         self._stable_streak = 0
         self._stable = False
 
-    def update(
-        self,
-        *,
-        epoch: int,
-        max_epochs: int,
-        train_loss: float,
-        train_accuracy: float,
-        val_loss: float,
-        val_accuracy: float,
-        slots: Sequence[SlotState] = (),
-    ) -> Signals:
+    def update(self, measured: Observation) -> Signals:
         """Take one epoch in. `RuntimeError` if two slots carry a seed of the same id."""
-        ids = [state.seed_id for state in slots if state.seed_id is not None]
+        loss, accuracy = measured.val_loss, measured.val_accuracy
+        ids = [state.seed_id for state in measured.slots if state.seed_id is not None]
         if len(set(ids)) != len(ids):
             raise RuntimeError(f"seed ids must differ, got {ids}")
         loss_delta = accuracy_delta = None
         if self._previous is not None:
             previous_loss, previous_accuracy = self._previous
-            loss_delta, accuracy_delta = previous_loss - val_loss, val_accuracy - previous_accuracy
+            loss_delta, accuracy_delta = previous_loss - loss, accuracy - previous_accuracy
             low, high = STABLE_LOSS_CHANGE
             quiet = previous_loss > 0 and low <= loss_delta / previous_loss <= high
             self._stable_streak = self._stable_streak + 1 if quiet else 0
             self._stable = self._stable or self._stable_streak >= STABLE_EPOCHS
         self._plateau += 1
-        if val_accuracy >= self._risen_to + self._threshold:
-            self._risen_to, self._plateau = val_accuracy, 0
-        self._previous = (val_loss, val_accuracy)
-        self._best_loss = min(self._best_loss, val_loss)
-        self._best_accuracy = max(self._best_accuracy, val_accuracy)
+        if accuracy >= self._risen_to + self._threshold:
+            self._risen_to, self._plateau = accuracy, 0
+        self._previous = (loss, accuracy)
+        self._best_loss = min(self._best_loss, loss)
+        self._best_accuracy = max(self._best_accuracy, accuracy)
         return Signals(
-            epoch=epoch,
-            max_epochs=max_epochs,
-            train_loss=train_loss,
-            train_accuracy=train_accuracy,
-            val_loss=val_loss,
-            val_accuracy=val_accuracy,
+            **vars(measured),
             loss_delta=loss_delta,
             accuracy_delta=accuracy_delta,
             best_val_loss=self._best_loss,
             best_val_accuracy=self._best_accuracy,
             plateau_epochs=self._plateau,
             host_stable=self._stable or self._plateau >= self._plateau_length,
-            slots=tuple(slots),
         )

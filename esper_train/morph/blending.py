@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_train.morph.blueprints import zeroed
-from esper_train.names import unknown_name
+from esper_train.names import require_known
 
 
 def linear(progress: float) -> float:
@@ -26,8 +26,7 @@ BLENDS: Mapping[str, Callable[[float], float]] = {"linear": linear, "sigmoid": s
 
 def get_blend(name: str) -> Callable[[float], float]:
     """Look a schedule up by name; `ValueError` names the known ones."""
-    if name not in BLENDS:
-        raise unknown_name("blend", name, BLENDS)
+    require_known("blend", name, BLENDS)
     return BLENDS[name]
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from esper_train.names import unknown_name
+from esper_train.names import require_known
 
 Topology = Literal["cnn", "transformer"]
 PROBE_CHANNELS = 8
@@ -40,8 +40,7 @@ class BlueprintRegistry:
 
     def register(self, blueprint: Blueprint) -> None:
         """Add a blueprint; `ValueError` if its name is taken, or if it is not an identity or not alive at birth."""
-        if blueprint.topology not in PROBE_SHAPES:
-            raise unknown_name("topology", blueprint.topology, PROBE_SHAPES)
+        require_known("topology", blueprint.topology, PROBE_SHAPES)
         key = (blueprint.topology, blueprint.name)
         if key in self._blueprints:
             raise ValueError(f"blueprint {blueprint.name!r} is already registered for {blueprint.topology}")
@@ -54,8 +53,7 @@ class BlueprintRegistry:
 
     def require(self, topology: str, name: str) -> Blueprint:
         """Look a blueprint up; `ValueError` names those that exist."""
-        if (topology, name) not in self._blueprints:
-            raise unknown_name(f"{topology} blueprint", name, self.names(topology))
+        require_known(f"{topology} blueprint", name, self.names(topology))
         return self._blueprints[topology, name]
 
 

@@ -4,7 +4,7 @@ A measurement that was not made fails its check by name; it is never read as 0.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from esper_kernels import GradHealth
@@ -24,51 +24,39 @@ class GateResult:
         return not self.failures
 
 
-def germination_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
-    """G0: the seed has a name and a blueprint."""
-    return _gate("G0", (bool(state.seed_id and state.blueprint), "a seed needs an id and a blueprint"))
-
-
-def training_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
-    """G1: a germinated seed may train at once."""
-    return _gate("G1")
-
-
-def blending_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
-    """G2: long enough in TRAINING, accuracy rose meanwhile, and the seed's gradients are alive."""
-    epochs = max(growth.blending_min_epochs, growth.training_dwell(max_epochs))
-    # without parameters there is no gradient to measure
-    ratio = state.gradient_ratio if state.seed_parameters > 0 else math.inf
-    return _gate(
-        "G2",
-        _at_least("epochs in TRAINING", state.epochs_in_stage, epochs),
-        _at_least("improvement", state.improvement, growth.blending_improvement),
-        _at_least("gradient ratio", ratio, growth.blending_gradient_ratio),
-    )
-
-
-def probation_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
-    """G3: long enough in BLENDING, and the seed carries the slot."""
-    return _gate(
-        "G3",
-        _at_least("epochs in BLENDING", state.epochs_in_stage, growth.probation_min_epochs),
-        _at_least("alpha", state.alpha, growth.probation_alpha),
-    )
-
-
-def fossil_gate(state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
-    """G5: the contribution at full alpha was measured and is worth a permanent place."""
-    return _gate("G5", _at_least("contribution", state.contribution, growth.fossilize_contribution))
-
-
-GATES: Mapping[SeedStage, Callable[[SlotState, GrowthConfig, int], GateResult]] = {
-    SeedStage.GERMINATED: germination_gate,
-    SeedStage.TRAINING: training_gate,
-    SeedStage.BLENDING: blending_gate,
-    SeedStage.PROBATIONARY: probation_gate,
-    SeedStage.FOSSILIZED: fossil_gate,
+GATES: Mapping[SeedStage, str] = {
+    SeedStage.GERMINATED: "G0",
+    SeedStage.TRAINING: "G1",
+    SeedStage.BLENDING: "G2",
+    SeedStage.PROBATIONARY: "G3",
+    SeedStage.FOSSILIZED: "G5",
 }
 """The gate in front of each stage; other stages are entered freely."""
+
+
+def judge(stage: SeedStage, state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
+    """What the gate in front of `stage` says of a slot in a run of `max_epochs`. G1 lets every seed train at once."""
+    checks: list[tuple[bool, str]] = []
+    match stage:
+        case SeedStage.GERMINATED:
+            checks = [(bool(state.seed_id and state.blueprint), "a seed needs an id and a blueprint")]
+        case SeedStage.BLENDING:
+            epochs = max(growth.blending_min_epochs, growth.training_dwell(max_epochs))
+            # without parameters there is no gradient to measure
+            ratio = state.gradient_ratio if state.seed_parameters > 0 else math.inf
+            checks = [
+                _at_least("epochs in TRAINING", state.epochs_in_stage, epochs),
+                _at_least("improvement", state.improvement, growth.blending_improvement),
+                _at_least("gradient ratio", ratio, growth.blending_gradient_ratio),
+            ]
+        case SeedStage.PROBATIONARY:
+            checks = [
+                _at_least("epochs in BLENDING", state.epochs_in_stage, growth.probation_min_epochs),
+                _at_least("alpha", state.alpha, growth.probation_alpha),
+            ]
+        case SeedStage.FOSSILIZED:
+            checks = [_at_least("contribution", state.contribution, growth.fossilize_contribution)]
+    return GateResult(gate=GATES[stage], failures=tuple(message for passed, message in checks if not passed))
 
 
 def gradient_ratio(grad: GradHealth | None, slot: str) -> float | None:
@@ -82,10 +70,6 @@ def gradient_ratio(grad: GradHealth | None, slot: str) -> float | None:
     if seed.elements == 0 or not (math.isfinite(seed.gradient_norm) and 1e-8 <= host.gradient_norm < math.inf):
         return None
     return min(10.0, seed.gradient_norm / host.gradient_norm * math.sqrt(host.elements / seed.elements))
-
-
-def _gate(name: str, *checks: tuple[bool, str]) -> GateResult:
-    return GateResult(gate=name, failures=tuple(message for passed, message in checks if not passed))
 
 
 def _at_least(what: str, value: float | None, least: float) -> tuple[bool, str]:

@@ -56,19 +56,14 @@ def cnn_host(*, image_size: int, in_channels: int, num_classes: int, width: int 
     Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, a 2x2 max-pool while the image is
     large enough to halve, and ReLU; then the mean over positions and a linear head.
     """
-    blocks: list[nn.Module] = []
-    channels, size = in_channels, image_size
-    for i in range(depth):
-        out = width * 2**i
-        layers = [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)]
-        if size >= 2:
-            layers.append(nn.MaxPool2d(2))
-            size //= 2
-        layers.append(nn.ReLU())  # the same before the pool and after it, but for four times the work
+    channels = [in_channels, *(width * 2**i for i in range(depth))]
+    blocks = []
+    for i, (before, after) in enumerate(itertools.pairwise(channels)):
+        pool = [nn.MaxPool2d(2)] if image_size >= 2 ** (i + 1) else []
+        # ReLU is the same before the pool and after it, but for four times the work
+        layers = [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), *pool, nn.ReLU()]
         blocks.append(nn.Sequential(*layers))
-        channels = out
     segments = cut(blocks)
-    depths = itertools.accumulate(len(segment) for segment in segments.values())
-    slot_channels = {slot: width * 2 ** (end - 1) for slot, end in zip(segments, depths, strict=True)}
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
-    return Host("cnn", segments, head, slot_channels)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
+    depths = itertools.accumulate(map(len, segments.values()))
+    return Host("cnn", segments, head, {slot: channels[depth] for slot, depth in zip(segments, depths, strict=True)})

@@ -11,7 +11,7 @@ from esper_train.morph.blueprints import BlueprintRegistry, default_registry
 from esper_train.morph.host import Host
 from esper_train.morph.lifecycle import SeedStage, SlotState, StageChange
 from esper_train.morph.slot import SeedSlot
-from esper_train.names import unknown_name
+from esper_train.names import require_known
 
 
 class MorphModel(nn.Module):
@@ -33,9 +33,8 @@ class MorphModel(nn.Module):
         super().__init__()
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots are named more than once: {', '.join(slots)}")
-        unknown = [slot for slot in slots if slot not in host.segments]
-        if unknown:
-            raise unknown_name("slot (of those this host's depth allows)", unknown[0], host.segments)
+        for slot in slots:
+            require_known("slot (of those this host's depth allows)", slot, host.segments)
         self.host = host
         self.registry = registry or default_registry()
         channels = {slot: host.slot_channels[slot] for slot in host.segments if slot in slots}
@@ -85,8 +84,7 @@ class MorphModel(nn.Module):
 
     def slot(self, name: str) -> SeedSlot:
         """The slot of this name; `ValueError` names those that exist."""
-        if name not in self.seed_slots:
-            raise unknown_name("slot", name, self.seed_slots)
+        require_known("slot", name, self.seed_slots)
         slot = self.seed_slots[name]
         assert isinstance(slot, SeedSlot)
         return slot

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esper_train.config import GrowthConfig
 from esper_train.morph.blending import Gate, get_blend
 from esper_train.morph.blueprints import Blueprint
-from esper_train.morph.gates import GATES, GateResult
+from esper_train.morph.gates import GateResult, judge
 from esper_train.morph.lifecycle import TRANSITIONS, SeedStage, SlotState, StageChange
 
 PARTS: Mapping[SeedStage, str] = {
@@ -132,7 +132,7 @@ class SeedSlot(nn.Module):
 
     def verdict(self, stage: SeedStage) -> GateResult:
         """What the gate in front of `stage` says now."""
-        return GATES[stage](self.state, self.growth, self.max_epochs)
+        return judge(stage, self.state, self.growth, self.max_epochs)
 
     def fossilize(self) -> list[StageChange]:
         """Make the seed permanent. `ValueError` with the gate's reasons where it may not be."""

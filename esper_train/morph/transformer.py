@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from esper_train.morph.blueprints import CausalAttention
+from esper_train.morph.blueprints import CausalAttention, Residual
 from esper_train.morph.host import Host, cut
 
 INITIAL_STD = 0.02
@@ -30,19 +30,13 @@ class Embedding(nn.Module):
         return self.dropout(self.token(tokens) + self.position.weight[:length])
 
 
-class Block(nn.Module):
+class Block(nn.Sequential):
     """x + attention(norm(x)), then the same with a position-wise network of four times the width; [N, T, C]."""
 
     def __init__(self, width: int, heads: int | None, dropout: float) -> None:
-        super().__init__()
-        mix = CausalAttention(width, heads)
-        self.attention = nn.Sequential(nn.LayerNorm(width), mix, nn.Linear(width, width), nn.Dropout(dropout))
-        wide = nn.Linear(width, 4 * width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), wide, nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        return x + self.mlp(x)
+        mix = [nn.LayerNorm(width), CausalAttention(width, heads), nn.Linear(width, width)]
+        mlp = [nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
+        super().__init__(Residual(*mix, nn.Dropout(dropout)), Residual(*mlp, nn.Dropout(dropout)))
 
 
 def transformer_host(
@@ -67,6 +61,6 @@ def transformer_host(
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for name, parameter in host.named_parameters():
-        if name.endswith(("attention.2.weight", "mlp.3.weight")):  # what each of 2 * depth branches adds
+        if name.endswith(("0.branch.2.weight", "1.branch.3.weight")):  # what each of 2 * depth branches adds
             nn.init.normal_(parameter, std=INITIAL_STD / math.sqrt(2 * depth))
     return host

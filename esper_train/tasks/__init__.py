@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 
 from esper_train.config import RunConfig
-from esper_train.names import unknown_name
+from esper_train.names import require_known
 from esper_train.tasks.cifar10 import cifar10
 from esper_train.tasks.digits import digits
 from esper_train.tasks.pysource import PRESET as PYSOURCE_PRESET
 from esper_train.tasks.pysource import pysource
 from esper_train.tasks.synthetic import synthetic, synthetic_lm
-from esper_train.tasks.task import Loader, Split, Splits, Task, load_splits, make_loader
+from esper_train.tasks.task import Loader, Split, Splits, Task, load_splits
 
 TASKS: Mapping[str, Callable[[RunConfig], Task]] = {
     "digits": digits,
@@ -26,8 +26,7 @@ PRESETS: Mapping[str, RunConfig] = {"pysource": PYSOURCE_PRESET}
 
 def get_task(name: str, config: RunConfig | None = None) -> Task:
     """A task by name, with what the config says of its data; `ValueError` names the known ones."""
-    if name not in TASKS:
-        raise unknown_name("task", name, TASKS)
+    require_known("task", name, TASKS)
     return TASKS[name](config or RunConfig(task=name))
 
 
@@ -36,4 +35,4 @@ def preset(name: str) -> RunConfig:
     return PRESETS.get(name, RunConfig(task=name))
 
 
-__all__ = ["PRESETS", "TASKS", "Loader", "Split", "Splits", "Task", "get_task", "load_splits", "make_loader", "preset"]
+__all__ = ["PRESETS", "TASKS", "Loader", "Split", "Splits", "Task", "get_task", "load_splits", "preset"]

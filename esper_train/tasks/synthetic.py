@@ -1,10 +1,11 @@
 """Seeded data made on the spot, for tests and for trying things out: noisy patterns, and a Markov chain."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper_train.config import HostConfig, RunConfig
-from esper_train.morph.host import Host, cnn_host, cut
+from esper_train.morph.host import Host, cnn_host
+from esper_train.morph.transformer import transformer_host
 from esper_train.tasks.task import Split, Splits, Task
 
 DATA_SEED = 0
@@ -24,21 +25,12 @@ def synthetic(config: RunConfig) -> Task:
 
 def synthetic_lm(config: RunConfig) -> Task:
     """The task `synthetic-lm`: sequences of a random Markov chain, whose next token follows from the last."""
-    return Task(
-        name="synthetic-lm",
-        task_type="lm",
-        num_classes=VOCABULARY,
-        load=_load_chain,
-        build_host=lambda config: token_host(config.width or 16, config.depth or 3),
-    )
 
+    def host(size: HostConfig) -> Host:
+        width, depth = size.width or 16, size.depth or 3
+        return transformer_host(vocab_size=VOCABULARY, context=SEQUENCE, width=width, depth=depth)
 
-def token_host(width: int, depth: int) -> Host:
-    """Position-wise language model: tokens [N, T] to logits [N, T, V] from an embedding and `depth` layers."""
-    layers = [nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(depth)]
-    layers[0] = nn.Sequential(nn.Embedding(VOCABULARY, width), *layers[0])
-    segments = cut(layers)
-    return Host("transformer", segments, nn.Linear(width, VOCABULARY), dict.fromkeys(segments, width))
+    return Task(name="synthetic-lm", task_type="lm", num_classes=VOCABULARY, load=_load_chain, build_host=host)
 
 
 def _load_patterns() -> Splits:

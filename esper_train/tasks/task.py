@@ -65,54 +65,45 @@ def load_splits(task: Task) -> Splits:
 
 
 class Loader:
-    """Batches (inputs, targets) of a split, the ragged last one included; shuffled anew each epoch, if at all.
+    """Batches (inputs, targets) of a split, the ragged last one included, for a model on `device`.
 
-    `generator` gives the order and nothing else draws from it. Without workers the tensors are indexed where they
-    are, one operation a batch; with workers a `DataLoader` does it, in the same order.
+    `shuffle` gives the order, another one each epoch; nothing else draws from it. Without workers the tensors are
+    indexed where they are, one operation a batch: on a CUDA device, unless they would take more than half of what is
+    free there. Otherwise a `DataLoader` makes the same batches, in pinned memory for a CUDA device.
     """
 
     def __init__(
-        self, split: Split, batch_size: int, generator: torch.Generator | None, *, workers: int = 0, pin: bool = False
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        shuffle: torch.Generator | None = None,
+        device: torch.device = CPU,
+        workers: int = 0,
     ) -> None:
-        self.split, self.batch_size, self.generator = split, batch_size, generator
+        self._split, self._batch_size, self._shuffle = split, batch_size, shuffle
         self._loader: DataLoader[Any] | None = None
         self._order: list[list[int]] = []
-        if workers or pin:  # its own generator, so that it does not draw from torch's global one
-            how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
+        cuda = device.type == "cuda"
+        if cuda and not workers and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2:
+            self._split = split[0].to(device), split[1].to(device)
+        elif cuda or workers:  # its own generator, so that it does not draw from torch's global one
+            how: dict[str, Any] = {"num_workers": workers, "pin_memory": cuda, "persistent_workers": workers > 0}
             data = TensorDataset(*split)
             self._loader = DataLoader(data, None, sampler=self._order, generator=torch.Generator(), **how)
 
     def __len__(self) -> int:
-        return -(-len(self.split[1]) // self.batch_size)
+        return -(-len(self._split[1]) // self._batch_size)
 
     def __iter__(self) -> Iterator[Split]:
-        inputs, targets = self.split
-        order = None if self.generator is None else torch.randperm(len(targets), generator=self.generator)
+        inputs, targets = self._split
+        order = None if self._shuffle is None else torch.randperm(len(targets), generator=self._shuffle)
         if self._loader is not None:
             rows = torch.arange(len(targets)) if order is None else order
-            self._order[:] = [part.tolist() for part in rows.split(self.batch_size)]
+            self._order[:] = [part.tolist() for part in rows.split(self._batch_size)]
             yield from self._loader
         elif order is None:
-            yield from zip(*(part.split(self.batch_size) for part in self.split), strict=True)
+            yield from zip(*(part.split(self._batch_size) for part in self._split), strict=True)
         else:
-            for part in order.to(targets.device).split(self.batch_size):
+            for part in order.to(targets.device).split(self._batch_size):
                 yield inputs.index_select(0, part), targets.index_select(0, part)
-
-
-def make_loader(
-    split: Split,
-    batch_size: int,
-    *,
-    shuffle: torch.Generator | None = None,
-    device: torch.device = CPU,
-    workers: int = 0,
-) -> Loader:
-    """Batches of a split for a model on `device`, shuffled by `shuffle`, if given.
-
-    Without workers the data is put on a CUDA device once, unless it would take more than half of what is free there;
-    then, and with workers, batches go over in pinned memory.
-    """
-    cuda = device.type == "cuda"
-    if cuda and not workers and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2:
-        return Loader((split[0].to(device), split[1].to(device)), batch_size, shuffle)
-    return Loader(split, batch_size, shuffle, workers=workers, pin=cuda)

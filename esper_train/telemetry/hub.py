@@ -49,7 +49,6 @@ class TelemetryHub(PlainState):
         self._escalated_epochs = max(0, self._escalated_epochs - 1)
 
     def close(self) -> None:
-        """Close every sink."""
         for sink in tuple(self._sinks):
             self._attempt(sink, sink.close)
         self._sinks.clear()

@@ -20,16 +20,14 @@ class TensorBoardSink:
         self._writer = writer
 
     def write(self, event: Event) -> None:
-        """Add the event and flush, so that a killed run loses nothing."""
         if event.type in CURVES:
             for name, value in numbers(event.data).items():
                 self._writer.add_scalar(name, value, event.epoch)
         else:
             self._writer.add_text(event.type.value, describe(event), event.epoch)
-        self._writer.flush()
+        self._writer.flush()  # a killed run loses nothing
 
     def close(self) -> None:
-        """Close the writer."""
         self._writer.close()
 
 
@@ -40,7 +38,6 @@ class WandbSink:
         self._run = run
 
     def write(self, event: Event) -> None:
-        """Log the event at its epoch."""
         if event.type is EventType.RUN_STARTED:
             self._run.config.update(dict(event.data))
         elif event.type is EventType.RUN_FINISHED:
@@ -51,7 +48,6 @@ class WandbSink:
             self._run.log(numbers(event.data) if event.type in CURVES else words, step=event.epoch)
 
     def close(self) -> None:
-        """Finish the run."""
         self._run.finish()
 
 

@@ -23,7 +23,6 @@ class ProgressSink:
         self._task: TaskID | None = None
 
     def write(self, event: Event) -> None:
-        """Show the event."""
         if event.type is EventType.EPOCH and self._task is not None:
             self._progress.update(self._task, completed=event.epoch, description=escape(describe_epoch(event.data)))
             return

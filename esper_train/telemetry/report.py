@@ -10,10 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import reduce
 from html import escape
-from itertools import cycle, groupby
-from operator import getitem
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +20,18 @@ from esper_train.morph.lifecycle import SeedStage
 from esper_train.run_directory import BASELINE, METRICS, REPORT, load_config, read_metrics
 
 Record = Mapping[str, Any]
-Curve = tuple[Sequence[float], Mapping[str, Any]]
-"""Values of the epochs 1, 2, ..., and how `Axes.plot` is to draw them."""
+Curve = tuple[str, Sequence[float], Mapping[str, Any]]
+"""Name, values of the epochs 1, 2, ..., and how `Axes.plot` is to draw them."""
 Axes = Any  # of matplotlib, which is imported only to draw
 Panel = Callable[[Axes], None]
 
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+GREY = "#777777"
+WIDE: Mapping[str, Any] = {"color": "#cccccc", "lw": 4}
+"""Of what is drawn behind the others, the whole of which they are parts."""
 STAGES = ("#e8e8e8", "#f0e442", "#56b4e9", "#e69f00", "#cc79a7", "#2e9e5b", "#d55e00", "#9a9a9a")
 STAGE_COLORS: Mapping[str, str] = dict(zip(SeedStage.__members__, STAGES, strict=True))  # DORMANT is first
 STYLE: Mapping[str, Any] = {
+    "axes.prop_cycle": "cycler(color=['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#d55e00', '#56b4e9', '#999999'])",
     "font.size": 9,
     "legend.fontsize": 8,
     "text.parse_math": False,  # a name may hold dollar signs
@@ -79,11 +80,6 @@ class _Run(NamedTuple):
     def fossilized(self) -> list[Record]:
         return [move for move in self.moves if move["stage"] == "FOSSILIZED"]
 
-    @property
-    def test(self) -> float:
-        """Accuracy in percent, NaN where it was not measured."""
-        return _number(self.finished, "test", "accuracy")
-
     def series(self, *path: str | int) -> list[float]:
         """A number of each epoch, NaN where there is none."""
         return [_number(epoch, *path) for epoch in self.epochs]
@@ -125,8 +121,7 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
     if missing := [str(d) for d in directories if str(d) not in runs]:
         raise ValueError(f"no run in {', '.join(missing)}: {METRICS} is missing or holds none")
     for key, unit in (("loss", "validation loss (nats)"), ("accuracy", "validation accuracy (%)")):
-        pairs = zip(runs.items(), cycle(COLORS))
-        curves = [_curve(name, run.series("validation", key), color) for (name, run), color in pairs]
+        curves = [(n, r.series("validation", key), {"color": f"C{i}"}) for i, (n, r) in enumerate(runs.items())]
         panels += _panel(unit, curves, log=key == "loss", columns=1)
     height = 4 + 0.3 * len(runs)  # with room for the names
     picture = _picture("comparison", "Validation loss and accuracy of each run", panels, height)
@@ -170,7 +165,7 @@ def _summary(runs: Mapping[str, _Run]) -> str:
         return {
             "": name,
             "status": r.status,
-            "test accuracy": _show(r.test, ".2f", "%"),
+            "test accuracy": _show(_number(r.finished, "test", "accuracy"), ".2f", "%"),
             "best validation accuracy": _show(max(_finite(accuracy), default=None), ".2f", "%"),
             "last validation accuracy": _show(accuracy[-1] if accuracy else None, ".2f", "%"),
             "last validation loss": _show(loss[-1], ".4f", none="not finite") if loss else "not measured",
@@ -187,10 +182,9 @@ def _summary(runs: Mapping[str, _Run]) -> str:
 def _curves(run: _Run, baseline: _Run | None) -> list[str]:
     panels: list[Panel] = []
     for key, unit in (("loss", "loss (nats)"), ("accuracy", "accuracy (%)")):
-        curves = [_curve(name, run.series(name, key), COLORS[name == "validation"]) for name in ("train", "validation")]
+        curves = [(name, run.series(name, key), {"color": f"C{i}"}) for i, name in enumerate(("train", "validation"))]
         if baseline:
-            other = baseline.series("validation", key)
-            curves.append(_curve("baseline's validation", other, "#777777", ls="--"))
+            curves.append(("baseline's validation", baseline.series("validation", key), {"color": GREY, "ls": "--"}))
         panels += _panel(unit, curves, log=key == "loss", moves=run.moves)
     picture = _picture("curves", "Loss and accuracy over epochs", panels)
     return [_tag("h2", "Loss and accuracy"), *(picture or [_tag("p", "There is no finite number to draw.")])]
@@ -218,25 +212,24 @@ def _stages(run: _Run, growth: GrowthConfig | None) -> list[str]:
     panels: list[Panel] = [draw]
     measured = {"alpha": "alpha", "gradient_ratio": "seed / host gradient", "contribution": "contribution (points)"}
     for key, name in measured.items():
-        colors = zip(slots, cycle(COLORS[1:]))
-        lines = [_curve(slot, run.series("slots", i, key), color) for i, (slot, color) in enumerate(colors)]
+        curves = [(slot, run.series("slots", i, key), {"color": f"C{i + 1}"}) for i, slot in enumerate(slots)]
         if growth and key == "contribution":
             least = [growth.fossilize_contribution] * len(run.epochs)
-            lines.append(_curve(f"least to be fossilized: {least[0]:g}", least, "#777777", ls="--", marker=""))
-        panels += _panel(name, lines, log=key == "gradient_ratio")
+            how = {"color": GREY, "ls": "--", "marker": ""}
+            curves.append((f"least to be fossilized: {least[0]:g}", least, how))
+        panels += _panel(name, curves, log=key == "gradient_ratio")
     note = "Alpha is the seed's share of the slot's output; the ratio is corrected for the numbers of parameters."
     title = "Stage, alpha, gradient ratio and contribution of each slot over epochs"
     return [heading, *_picture("stages", title, panels), _tag("p", note)]
 
 
 def _gradients(run: _Run) -> list[str]:
-    heading, colors = _tag("h2", "Gradients"), zip(("host", *run.started["slots"]), cycle(COLORS))
-    curves = [_curve("total", run.series("grad", "gradient_norm"), "#cccccc", lw=4)]
-    for name, color in colors:
+    heading, curves = _tag("h2", "Gradients"), [("total", run.series("grad", "gradient_norm"), WIDE)]
+    for i, name in enumerate(("host", *run.started["slots"])):
         norms, tensors = (run.series("grad", "groups", name, key) for key in ("gradient_norm", "tensors"))
         if any(count > 0 for count in tensors):  # the norm over none is 0, and no measurement
-            curves.append(_curve(name, norms, color))
-    health = _curve("all gradients", run.series("grad", "gradient_health"), "#000000")
+            curves.append((name, norms, {"color": f"C{i}"}))
+    health = "all gradients", run.series("grad", "gradient_health"), {"color": "black"}
     panels = _panel("gradient norm", curves, log=True) + _panel("health", [health], limits=(-0.05, 1.05))
     if not panels:
         return [heading, _tag("p", "Gradients were not measured.")]
@@ -274,10 +267,8 @@ def _layers(run: _Run) -> list[str]:
 
 def _rewards(run: _Run) -> list[str]:
     names = dict.fromkeys(name for epoch in run.epochs for name in epoch.get("reward_parts") or ())
-    parts = {name: run.series("reward_parts", name) for name in names}
-    curves = [_curve("reward", run.series("reward"), "#cccccc", lw=4)]
-    colored = zip(parts.items(), cycle((*COLORS, "#999999")))
-    curves += [_curve(name, values, color) for (name, values), color in colored if any(_finite(values))]
+    parts = [(name, run.series("reward_parts", name), {"color": f"C{i}"}) for i, name in enumerate(names)]
+    curves = [("reward", run.series("reward"), WIDE), *(part for part in parts if any(_finite(part[1])))]
     return [_tag("h2", "Rewards"), *_picture("rewards", "Reward of each decision, by parts", _panel("reward", curves))]
 
 
@@ -306,11 +297,6 @@ def _lives(run: _Run) -> Iterator[list[str]]:
         yield [str(cell) for cell in row]
 
 
-def _curve(label: str, values: list[float], color: str, **style: Any) -> Curve:
-    # the markers show a value between two gaps
-    return values, {"label": label, "color": color, "lw": 1.2, "marker": ".", "ms": 3} | style
-
-
 def _panel(
     name: str,
     curves: Sequence[Curve],
@@ -321,12 +307,13 @@ def _panel(
     columns: int = 4,
 ) -> list[Panel]:
     """One panel of curves over the epochs, marked where a seed was kept or culled; none without a number."""
-    drawn = [curve for curve in curves if _finite(curve[0])]
-    positive = [value for values, _ in drawn for value in _finite(values) if value > 0]
+    drawn = [curve for curve in curves if _finite(curve[1])]
+    positive = [value for _, values, _ in drawn for value in _finite(values) if value > 0]
 
     def draw(axes: Axes) -> None:
-        for values, style in drawn:
-            axes.plot(range(1, 1 + len(values)), values, **style)
+        for label, values, how in drawn:
+            # the markers show a value between two gaps
+            axes.plot(range(1, 1 + len(values)), values, label=label, **{"lw": 1.2, "marker": ".", "ms": 3, **how})
         # over less than two decades a log scale may have no tick to label
         if log and positive and max(positive) > 100 * min(positive):
             axes.set_yscale("log")
@@ -377,7 +364,9 @@ def _picture(name: str, title: str, panels: Sequence[Panel], height: float | Non
 def _number(record: Any, *path: str | int) -> float:
     """The number at the end of the path; NaN for a null, and where the path breaks off."""
     with suppress(LookupError, TypeError):
-        return float(reduce(getitem, path, record))
+        for key in path:
+            record = record[key]
+        return float(record)
     return math.nan
 
 

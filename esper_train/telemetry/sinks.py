@@ -23,12 +23,10 @@ class JsonlSink:
         self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115, closed by close()
 
     def write(self, event: Event) -> None:
-        """Append the event."""
         self._file.write(event.to_json() + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -39,7 +37,6 @@ class ConsoleSink:
         self._stream = stream or sys.stdout
 
     def write(self, event: Event) -> None:
-        """Print the event."""
         print(describe(event), file=self._stream, flush=True)
 
     def close(self) -> None:

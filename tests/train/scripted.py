@@ -1,10 +1,15 @@
-"""For tests of whole runs: a scripted controller, a sink that keeps what it is given, growth without hurdles."""
+"""For tests of whole runs and their events: a scripted controller, a sink that keeps what it is given, strict JSON."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
-from esper_train import Decision, Event, EventType, GrowthConfig, Op, Signals
+from esper_train import Decision, EpisodeResult, Event, EventType, GrowthConfig, Op, Policy, Signals, TelemetryHub
+from esper_train.build import Episode
+from esper_train.checkpoint import Checkpoints
+from esper_train.episode import run_episode
 from esper_train.state import PlainState
 
 # a seed's whole life in few epochs: every threshold that asks for a gain is taken away
@@ -19,15 +24,17 @@ EASY = GrowthConfig(
 
 
 class Recorder:
-    """A sink that keeps the events."""
+    """A sink that keeps the events, and counts how often it was closed."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.closed = 0
 
     def write(self, event: Event) -> None:
         self.events.append(event)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.closed += 1
 
     def of(self, kind: EventType) -> list[Event]:
         return [event for event in self.events if event.type is kind]
@@ -52,6 +59,29 @@ class Script(PlainState):
 
 def germinate(slot: str = "early", blueprint: str = "conv_light", blend: str = "linear") -> Decision:
     return Decision(op=Op.GERMINATE, slot=slot, blueprint=blueprint, blend=blend)
+
+
+def a_life_and_a_cull() -> Script:
+    """Seats a seed early, which lives on, and one in the middle, which it culls; asks for what must be refused."""
+    return Script(
+        e1=germinate("early"),
+        e2=germinate("mid", "norm"),
+        e3=Decision(op=Op.CULL, slot="mid", reason="script"),
+        e4=Decision(op=Op.FOSSILIZE, slot="late", reason="to be refused"),
+    )
+
+
+def run_under(
+    episode: Episode,
+    policy: Policy,
+    hub: TelemetryHub | None = None,
+    *,
+    mode: str = "heuristic",
+    checkpoints: Checkpoints | None = None,
+) -> EpisodeResult:
+    """Run an episode under another controller."""
+    episode.policy, episode.hub, episode.mode = policy, hub or TelemetryHub(), mode
+    return run_episode(episode, checkpoints)
 
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -86,3 +116,33 @@ def ignored(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     targets = targets.clone()
     targets[0] = -100
     return inputs, targets
+
+
+def strict(line: str) -> Any:
+    """JSON as the standard has it: Python's reader would take NaN and Infinity too."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+# data of events, as a run makes them
+STARTED = {
+    "mode": "heuristic",
+    "task": "digits",
+    "seed": 42,
+    "max_epochs": 75,
+    "device": "cpu",
+    "backend": "eager",
+    "slots": ["early"],
+    "host_parameters": 1009,
+}
+STAGE = {
+    "slot": "early",
+    "seed_id": "seed_0",
+    "from": "BLENDING",
+    "stage": "PROBATIONARY",
+    "reason": "G3 passed",
+    "contribution": 3.456,
+}

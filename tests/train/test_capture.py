@@ -42,10 +42,9 @@ from esper_train import (
 )
 from esper_train.build import build_episode
 from esper_train.capture import OTHER_SHAPE, WARM_UP, WARMING_UP, Capture, CudaGraphs, Work
-from esper_train.episode import run_episode
 from esper_train.loop import Batches
 from esper_train.profile import write_profile
-from tests.train.scripted import EASY, Recorder, Script, germinate, not_a_number
+from tests.train.scripted import EASY, Recorder, Script, germinate, not_a_number, run_under
 
 RATE = 2.0**-4  # exact in float32, as the rates of a captured step are
 MODES = [True, False]
@@ -393,7 +392,7 @@ def grow(config: RunConfig, capture: bool) -> tuple[dict[str, Any], list[dict[st
     if capture:  # which the CPU would refuse at once
         episode.config = replace(config, train=replace(config.train, capture=True))
         episode.step.capture = Capture(tape)
-    run_episode(episode, script, TelemetryHub([recorder]), mode="test")
+    run_under(episode, script, TelemetryHub([recorder]), mode="test")
     lines = [{k: v for k, v in e.data.items() if k != "seconds"} for e in recorder.of(EventType.EPOCH)]
     return everything(episode.model, episode.optimizers), lines, recorder.stages(), tape
 
@@ -665,7 +664,7 @@ def test_a_read_on_the_host_within_the_step_is_torchs_error() -> None:
 def test_a_growing_network_on_a_gpu_is_captured_by_structure() -> None:
     config = replace(GROWING, device="cuda", train=TrainConfig(capture=True))
     script, recorder = Script(e1=germinate("early", blend="gated")), Recorder()
-    run_episode(build_episode(config, slots=("early",)), script, TelemetryHub([recorder]), mode="test")
+    run_under(build_episode(config, slots=("early",)), script, TelemetryHub([recorder]), mode="test")
     trained = [event.data["train"] for event in recorder.of(EventType.EPOCH)]
     assert {line["replayed"] for line in trained} == {2, 5}
     anew = [number for number, line in enumerate(trained, start=1) if line["replayed"] == 2]

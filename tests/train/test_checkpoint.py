@@ -23,11 +23,11 @@ from esper_train import Idle, RunConfig, TelemetryConfig, TelemetryHub, TrainSte
 from esper_train.build import build_episode
 from esper_train.checkpoint import Checkpoints, load, restore, save, saved
 from esper_train.config import CheckpointConfig
-from esper_train.episode import run_episode
 from esper_train.run_directory import cut_back, read_metrics, write_file
-from esper_train.state import RandomState
+from esper_train.state import RandomState, copied
 from esper_train.telemetry.report import write_report
 from tests.train.growing_run import reported, resume, start
+from tests.train.scripted import run_under
 
 CPU = torch.device("cpu")
 
@@ -259,10 +259,10 @@ def test_another_mode_or_a_directory_without_a_run_is_refused(
 
 def test_other_data_is_refused() -> None:
     episode = build_episode(RunConfig(task="synthetic"), slots=())
-    state = {"run": checkpoint._identity(episode, "fit")}
+    state = {"run": checkpoint._identity(episode)}
     episode.data_record = {"sha256": "of other data"}
     with pytest.raises(ValueError, match=r"data_record was .* and is .*of other data"):
-        restore(state, episode, Idle(), TelemetryHub(), "fit")
+        restore(state, episode)
 
 
 def test_more_epochs_go_on_from_the_end(whole: Path, tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_a_state_that_could_not_be_read_back_is_refused_when_it_is_taken(tmp_pat
     episode = build_episode(RunConfig(task="synthetic", max_epochs=1, max_batches=1), slots=())
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     with pytest.raises(TypeError, match=r"tensors and plain values only, got .*0\.5"):
-        run_episode(episode, Learner(), mode="fit", checkpoints=checkpoints)
+        run_under(episode, Learner(), mode="fit", checkpoints=checkpoints)
     assert saved(tmp_path) == []
 
 
@@ -462,10 +462,10 @@ def test_a_network_that_does_not_fit_is_refused(whole: Path) -> None:
     state = load(saved(whole / "checkpoints")[-1])
     for slots, message in ((("early",), "expected slots"), (("early", "mid", "late"), "does not fit")):
         episode = build_episode(config, slots=slots)
-        same = {**state, "run": checkpoint._identity(episode, "heuristic")}
+        same = {**state, "run": checkpoint._identity(episode)}
         same["parts"] = {**state["parts"], "model": {}}
         with pytest.raises(ValueError, match=message):
-            restore(same, episode, Idle(), TelemetryHub(), "heuristic")
+            restore(same, episode)
 
 
 def draws() -> list[float]:
@@ -517,12 +517,12 @@ def test_the_hub_stays_escalated() -> None:
 def test_a_copy_does_not_follow_the_training() -> None:
     weight = torch.zeros(3)
     state = {"a": weight, "b": [1, {"c": weight}], "d": (1, "x", None)}
-    copied = checkpoint._copied(state)
+    taken = copied(state)
     weight += 1
     state["b"].append(2)  # type: ignore[union-attr]
-    assert copied["a"].tolist() == [0, 0, 0]
-    assert copied["b"][1]["c"].tolist() == [0, 0, 0]
-    assert len(copied["b"]) == 2
+    assert taken["a"].tolist() == [0, 0, 0]
+    assert taken["b"][1]["c"].tolist() == [0, 0, 0]
+    assert len(taken["b"]) == 2
 
 
 def test_cut_back_keeps_what_was_reported_up_to_an_epoch(tmp_path: Path) -> None:

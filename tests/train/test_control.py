@@ -9,8 +9,8 @@ import pytest
 from esper_train.config import GrowthConfig, HeuristicConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op
-from esper_train.control.signals import Signals, SignalTracker
-from esper_train.morph.gates import GATES
+from esper_train.control.signals import Observation, Signals, SignalTracker
+from esper_train.morph.gates import judge
 from esper_train.morph.lifecycle import SeedStage, SlotState
 
 # the tracker
@@ -21,12 +21,14 @@ def track(tracker: SignalTracker, losses: Sequence[float], accuracies: Sequence[
     accuracies = accuracies or [50.0] * len(losses)
     return [
         tracker.update(
-            epoch=i,
-            max_epochs=75,
-            train_loss=9.0,
-            train_accuracy=8.0,
-            val_loss=loss,
-            val_accuracy=accuracy,
+            Observation(
+                epoch=i,
+                max_epochs=75,
+                train_loss=9.0,
+                train_accuracy=8.0,
+                val_loss=loss,
+                val_accuracy=accuracy,
+            )
         )
         for i, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), start=1)
     ]
@@ -40,13 +42,15 @@ def restless(count: int) -> list[float]:
 def test_update_passes_the_epochs_measures_on() -> None:
     slots = [SlotState(slot="early"), SlotState(slot="mid", seed_id="s0")]
     signals = SignalTracker().update(
-        epoch=3,
-        max_epochs=40,
-        train_loss=1.5,
-        train_accuracy=61.0,
-        val_loss=1.75,
-        val_accuracy=58.0,
-        slots=slots,
+        Observation(
+            epoch=3,
+            max_epochs=40,
+            train_loss=1.5,
+            train_accuracy=61.0,
+            val_loss=1.75,
+            val_accuracy=58.0,
+            slots=tuple(slots),
+        )
     )
     assert signals == Signals(
         epoch=3,
@@ -146,13 +150,15 @@ def test_update_refuses_two_seeds_of_one_id_and_takes_nothing_in() -> None:
     twins = [SlotState(slot="early", seed_id="s0"), SlotState(slot="late", seed_id="s0")]
     with pytest.raises(RuntimeError, match=r"seed ids must differ, got \['s0', 's0'\]"):
         tracker.update(
-            epoch=2,
-            max_epochs=75,
-            train_loss=0.5,
-            train_accuracy=99.0,
-            val_loss=0.5,
-            val_accuracy=99.0,
-            slots=twins,
+            Observation(
+                epoch=2,
+                max_epochs=75,
+                train_loss=0.5,
+                train_accuracy=99.0,
+                val_loss=0.5,
+                val_accuracy=99.0,
+                slots=tuple(twins),
+            )
         )
     after = track(tracker, [1.0], [41.0])[0]
     assert (after.loss_delta, after.best_val_loss, after.best_val_accuracy) == (1.0, 1.0, 41.0)
@@ -303,7 +309,7 @@ def test_decide_fossilizes_at_the_gates_threshold(contribution: float | None, op
 def test_decide_fossilizes_exactly_when_the_gate_would_pass(contribution: float) -> None:
     growth = GrowthConfig(fossilize_contribution=2.5)
     state = seated(SeedStage.PROBATIONARY, contribution=contribution)
-    passed = GATES[SeedStage.FOSSILIZED](state, growth, 75).passed
+    passed = judge(SeedStage.FOSSILIZED, state, growth, 75).passed
     assert passed is (contribution >= 2.5)
     assert (policy(growth=growth).decide(signals(state)).op is Op.FOSSILIZE) is passed
 
@@ -418,9 +424,9 @@ def test_reset_forgets_penalties_rotation_and_seats() -> None:
 
 
 def test_heuristic_tamiyo_refuses_blueprints_the_topology_does_not_have() -> None:
-    with pytest.raises(ValueError, match=r"policy\.blueprints names 'x', 'y'; this host's topology has a, b, c$"):
+    with pytest.raises(ValueError, match=r"in policy\.blueprints.* 'x'; perhaps '[abc]'\? Known: a, b, c$"):
         policy(blueprints=("a", "x", "y"))
-    with pytest.raises(ValueError, match=r"policy\.blueprints names 'a'; this host's topology has none$"):
+    with pytest.raises(ValueError, match=r"in policy\.blueprints, for this host's topology\) 'a'\. Known: none$"):
         policy((), blueprints=("a",))
 
 

@@ -34,9 +34,8 @@ from esper_train import (
 )
 from esper_train import episode as episode_module
 from esper_train.build import build_episode, resolve_device
-from esper_train.episode import run_episode
 from esper_train.morph.blueprints import convolution
-from tests.train.scripted import EASY, Recorder, Script, germinate
+from tests.train.scripted import EASY, Recorder, Script, germinate, run_under
 
 SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4, seed=2)  # whose seeds contribute
 
@@ -87,7 +86,7 @@ def test_contribution_is_the_validation_accuracy_lost_without_the_seed() -> None
     config = replace(SHORT, max_epochs=8, growth=EASY)
     recorder = Recorder()
     episode = build_episode(config, slots=("early",))
-    run_episode(episode, Script(e1=germinate()), TelemetryHub([recorder]), mode="heuristic")
+    run_under(episode, Script(e1=germinate()), TelemetryHub([recorder]))
     last = recorder.of(EventType.EPOCH)[-1].data
     (slot,) = last["slots"]
     inputs, targets = get_task("synthetic").load().validation
@@ -117,7 +116,7 @@ def test_gradient_ratio_equals_plain_torch_on_the_last_batch(monkeypatch: pytest
         return ratio
 
     monkeypatch.setattr(episode_module, "gradient_ratio", spy)
-    run_episode(episode, Script(e1=germinate("mid")), mode="heuristic")
+    run_under(episode, Script(e1=germinate("mid")))
     assert len(ratios) == 1
     assert ratios[0][0] == pytest.approx(ratios[0][1], rel=1e-5)
 
@@ -143,7 +142,7 @@ def test_one_epoch_order(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Script(e1=germinate())
     note(policy, "decide", "decide")
     note(episode.model, "germinate_seed", "execute")
-    run_episode(episode, policy, mode="heuristic")
+    run_under(episode, policy)
     assert calls == ["train", "evaluate", "tracker", "slots step", "decide", "execute", "evaluate"]
 
 
@@ -151,7 +150,7 @@ def test_optimizers_follow_the_seeds() -> None:
     config = replace(SHORT, max_epochs=4, growth=EASY)
     episode = build_episode(config, slots=("early", "mid"))
     policy = Script(e1=germinate(), e2=germinate("mid"), e3=Decision(op=Op.CULL, slot="early", reason="test"))
-    run_episode(episode, policy, mode="heuristic")
+    run_under(episode, policy)
     parameters = episode.optimizers.parameters()
     assert set(parameters) == {"host", "mid"}
     assert {id(p) for p in parameters["mid"]} == {id(p) for p in episode.model.get_seed_parameters("mid")}
@@ -171,7 +170,7 @@ def test_fossils_keep_training_or_are_frozen(on_fossilize: str) -> None:
                 weights[signals.epoch] = torch.cat([p.detach().flatten().clone() for p in seed.parameters()])
             return super().decide(signals)
 
-    run_episode(episode, Watch(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early")), mode="heuristic")
+    run_under(episode, Watch(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early")))
     assert episode.model.fossils == 1
     assert ("early" in episode.optimizers) is (on_fossilize == "keep")
     assert torch.equal(weights[8], weights[10]) is (on_fossilize == "freeze")

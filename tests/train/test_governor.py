@@ -29,11 +29,20 @@ from esper_train import (
     train_one_epoch,
 )
 from esper_train.build import Episode, build_episode
-from esper_train.control.governor import Governor, Snapshot, weights_are_finite
-from esper_train.episode import run_episode
+from esper_train.control.governor import Governor, weights_are_finite
 from esper_train.telemetry.report import write_report
 from esper_train.telemetry.sinks import JsonlSink
-from tests.train.scripted import EASY, Planted, Recorder, Script, germinate, ignored, mislabelled, not_a_number
+from tests.train.scripted import (
+    EASY,
+    Planted,
+    Recorder,
+    Script,
+    germinate,
+    ignored,
+    mislabelled,
+    not_a_number,
+    run_under,
+)
 
 QUICK = GovernorConfig(min_history=2, patience=1, snapshot_epochs=2)
 # seeds whose seeds contribute, here and below
@@ -254,42 +263,54 @@ def grown() -> Episode:
     """A trained network with a seed that blends in, a fossil, and momentum."""
     episode = build_episode(replace(SHORT, max_epochs=8), slots=("early", "mid"))
     policy = Script(e1=germinate(), e4=germinate("mid", "norm"), e8=Decision(op=Op.FOSSILIZE, slot="early"))
-    run_episode(episode, policy, mode="heuristic")
+    run_under(episode, policy)
     assert [s.state.stage for s in episode.model.slots] == [SeedStage.FOSSILIZED, SeedStage.BLENDING]
     return episode
 
 
 def test_a_snapshot_brings_everything_back(grown: Episode) -> None:
     batches = list(grown.validation)
-    taken = Snapshot(8, owned(grown), torch.device("cpu"))
+    taken, states, tracked = grown.snapshot(), [s.state for s in grown.model.slots], grown.tracker.state_dict()
     expected = [value.clone() for value in bits(owned(grown))]
     some_epochs(owned(grown), batches)
     moved = [value.clone() for value in bits(owned(grown))]
     assert not all(torch.equal(a, b) for a, b in zip(expected, moved, strict=True))
-    first = taken.restore()
-    assert all(torch.equal(a, b) for a, b in zip(expected, bits(first), strict=True))
-    assert [s.state for s in first[0].slots] == [s.state for s in grown.model.slots]
-    assert vars(first[2]) == vars(grown.tracker)
-    some_epochs(first, batches)  # a second time from there, the same: so nothing was left behind
-    assert all(torch.equal(a, b) for a, b in zip(moved, bits(first), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(expected, bits(taken.restore()), strict=True))
+    grown.model.cull_seed(slot="mid")
+    grown.optimizers.detach("mid")
+    grown.tracker.reset()
+    grown.go_back(taken)
+    assert all(torch.equal(a, b) for a, b in zip(expected, bits(owned(grown)), strict=True))
+    assert [s.state for s in grown.model.slots] == states
+    assert grown.tracker.state_dict() == tracked
+    some_epochs(owned(grown), batches)  # a second time from there, the same: so nothing was left behind
+    assert all(torch.equal(a, b) for a, b in zip(moved, bits(owned(grown)), strict=True))
+    grown.go_back(taken)  # it was left alone
+    assert all(torch.equal(a, b) for a, b in zip(expected, bits(owned(grown)), strict=True))
 
 
 def test_restored_optimizers_hold_the_restored_models_parameters(grown: Episode) -> None:
-    model, optimizers, _ = Snapshot(8, owned(grown), torch.device("cpu")).restore()
-    groups = {name: {id(p) for p in members} for name, members in optimizers.parameters().items()}
-    assert groups["host"] == {id(p) for p in model.get_host_parameters()}
+    before, attached = list(grown.model.parameters()), list(grown.optimizers.parameters())
+    hosts = set(map(id, grown.model.get_host_parameters()))
+    grown.go_back(grown.snapshot())
+    groups = {name: {id(p) for p in members} for name, members in grown.optimizers.parameters().items()}
+    assert list(groups) == attached
+    assert groups["host"] == hosts
+    assert groups["host"] == {id(p) for p in grown.model.get_host_parameters()}
     for slot in ("early", "mid"):
-        assert groups[slot] == {id(p) for p in model.get_seed_parameters(slot)}
-    assert not {id(p) for p in model.parameters()} & {id(p) for p in grown.model.parameters()}
+        assert groups[slot] == {id(p) for p in grown.model.get_seed_parameters(slot)}
+        assert not groups[slot] & {id(p) for p in before}
 
 
-def test_a_snapshot_is_kept_on_its_device() -> None:
+def test_a_snapshot_is_kept_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On `meta`, which has no memory, so that what is really moved shows without an accelerator."""
-    episode = build_episode(SHORT, slots=("early",))
+    monkeypatch.setattr("esper_train.build.resolve_device", torch.device)
+    episode = build_episode(replace(SHORT, governor=GovernorConfig(snapshot_device="meta")), slots=("early",))
     some_epochs(owned(episode), list(episode.validation))
-    taken = Snapshot(0, owned(episode), torch.device("meta"))
-    assert {value.device.type for value in bits(taken._owned)} == {"meta"}
+    taken = episode.snapshot()
+    states = [state for group in taken["optimizers"].values() for state in group["state"].values()]
+    kept = [*taken["model"].values(), *(value for state in states for value in state.values())]
+    assert len(kept) == len(bits(owned(episode)))
+    assert {value.device.type for value in kept} == {"meta"}
     assert {value.device.type for value in bits(owned(episode))} == {"cpu"}
 
 
@@ -333,7 +354,7 @@ def run(episode: Episode, directory: Path) -> tuple[list[dict[str, Any]], str, E
     run_directory.create(directory, episode.config)
     hub, ended = TelemetryHub([JsonlSink(directory / run_directory.METRICS)]), None
     try:
-        run_episode(episode, Script(), hub, mode="fit")
+        run_under(episode, Script(), hub, mode="fit")
     except (BadNumbersError, IndexError) as error:
         ended = error
     hub.close()
@@ -457,7 +478,7 @@ def test_rollback_restores_seeds_whatever_became_of_them(tmp_path: Path) -> None
         ),
     )
     episode.train = Planted(episode.train, not_a_number, (9, 1))  # type: ignore[assignment]
-    result = run_episode(episode, signals, TelemetryHub([recorder]), mode="heuristic")
+    result = run_under(episode, signals, TelemetryHub([recorder]))
     (back,) = recorder.of(EventType.ROLLBACK)
     assert (back.epoch, back.data["to_epoch"]) == (9, 6)
     restored = {slot["slot"]: (slot["seed_id"], slot["stage"]) for slot in back.data["slots"]}
@@ -485,7 +506,7 @@ def test_rollback_unmakes_a_fossil(tmp_path: Path) -> None:
     directory = run_directory.create(tmp_path / "run", base)
     recorder = Recorder()
     hub = TelemetryHub([recorder, JsonlSink(directory / run_directory.METRICS)])
-    result = run_episode(episode, Script(e1=germinate(), e8=keep, e10=keep), hub, mode="heuristic")
+    result = run_under(episode, Script(e1=germinate(), e8=keep, e10=keep), hub)
     hub.close()
     kept = [epoch for epoch, _, stage in recorder.stages() if stage == "FOSSILIZED"]
     assert kept == [8, 10]
@@ -521,7 +542,7 @@ def test_no_snapshot_is_taken_of_bad_weights() -> None:
             return super().decide(signals)
 
     hub = TelemetryHub([recorder], TelemetryConfig(level="debug"))
-    run_episode(episode, Saboteur(e1=germinate()), hub, mode="heuristic")
+    run_under(episode, Saboteur(e1=germinate()), hub)
     assert [event.epoch for event in recorder.of(EventType.SNAPSHOT)] == [0, 2]
     assert recorder.of(EventType.ROLLBACK)[:1] == [] or recorder.of(EventType.ROLLBACK)[0].data["to_epoch"] == 2
 
@@ -531,7 +552,7 @@ def test_a_good_run_is_the_same_under_every_policy() -> None:
     weights = []
     for policy in ("warn", "stop", "rollback"):
         recorder, episode = Recorder(), build_episode(config(policy), slots=("early",))
-        result = run_episode(episode, Script(e1=germinate()), TelemetryHub([recorder]), mode="heuristic")
+        result = run_under(episode, Script(e1=germinate()), TelemetryHub([recorder]))
         weights.append(result.model.state_dict())
         assert recorder.of(EventType.FINDING) == []
     for name, value in weights[0].items():

@@ -22,8 +22,8 @@ from esper_train import (
     run_heuristic_episode,
 )
 from esper_train.build import Episode, build_episode
-from esper_train.episode import _execute, _follow, run_episode
-from tests.train.scripted import EASY, Recorder, Script, germinate
+from esper_train.episode import _execute, _follow
+from tests.train.scripted import EASY, Recorder, Script, germinate, run_under
 
 SHORT = RunConfig(task="synthetic", max_epochs=12, max_batches=3, growth=EASY)
 
@@ -42,7 +42,7 @@ def record(config: RunConfig, policy: Script | None = None, level: str = "normal
 def test_two_live_seeds_are_measured_each_and_together() -> None:
     """The joint contribution again from outside: both slots ablated by hand on the final weights."""
     recorder, episode = Recorder(), build_episode(replace(SHORT, max_epochs=7), slots=("early", "mid"))
-    run_episode(episode, Script(e1=germinate("early"), e2=germinate("mid")), TelemetryHub([recorder]), mode="test")
+    run_under(episode, Script(e1=germinate("early"), e2=germinate("mid")), TelemetryHub([recorder]), mode="test")
     last = recorder.of(EventType.EPOCH)[-1].data
     inputs, targets = get_task("synthetic").load().validation
     model = episode.model.eval()
@@ -75,7 +75,7 @@ def test_a_fossil_is_measured_again_now_and_then() -> None:
     slot = episode.model.slot("early")
     fossil = replace(slot.state, stage=SeedStage.FOSSILIZED, alpha=1.0)
     slot.restore(fossil, episode.model.registry.require("cnn", "norm"))
-    run_episode(episode, Script(), TelemetryHub([recorder]), mode="test")
+    run_under(episode, Script(), TelemetryHub([recorder]), mode="test")
     epochs = recorder.of(EventType.EPOCH)
     assert [e.epoch for e in epochs if e.data["slots"][0]["contribution"] is not None] == [3, 6, 7]
 
@@ -106,7 +106,7 @@ def test_gated_run_trains_the_gate_and_drops_its_optimizer_at_alpha_one() -> Non
             groups[signals.epoch] = set(episode.optimizers.parameters())
             return super().decide(signals)
 
-    run_episode(episode, Watch(e1=germinate("early", blend="gated")), mode="test")
+    run_under(episode, Watch(e1=germinate("early", blend="gated")), mode="test")
     # blending in epochs 5 to 7; at the end of the 7th, before the controller decides, the seed is on probation,
     # and its gate is let go with that epoch's moves
     assert groups[2] == groups[7] == {"host", "early", "early.gate"}
@@ -130,7 +130,7 @@ def test_levels_write_what_they_say(level: str, lifecycle_only: bool, kinds: set
 
 def test_layer_gradients_are_those_of_the_last_batch() -> None:
     recorder, episode = Recorder(), build_episode(replace(SHORT, max_epochs=1), slots=("early",))
-    run_episode(episode, Script(), TelemetryHub([recorder], TelemetryConfig(level="debug")), mode="test")
+    run_under(episode, Script(), TelemetryHub([recorder], TelemetryConfig(level="debug")), mode="test")
     (event,) = recorder.of(EventType.LAYER_GRADIENTS)
     expected = {name: p.grad.double().norm().item() for name, p in episode.model.named_parameters()}  # type: ignore[union-attr]
     assert event.data["norms"] == pytest.approx(expected)

@@ -11,7 +11,7 @@ import torch
 from esper_kernels import GradHealth, grad_stats
 from esper_train.config import GrowthConfig
 from esper_train.morph.blending import BLENDS, get_blend, linear, sigmoid
-from esper_train.morph.gates import GATES, GateResult, gradient_ratio
+from esper_train.morph.gates import GATES, GateResult, gradient_ratio, judge
 from esper_train.morph.lifecycle import LIVE, TRANSITIONS, SeedStage, SlotState
 
 GROWTH = GrowthConfig()
@@ -105,7 +105,7 @@ def ready(**changes: Any) -> SlotState:
 
 
 def verdict(stage: SeedStage, state: SlotState, max_epochs: int = 20) -> GateResult:
-    return GATES[stage](state, GROWTH, max_epochs)
+    return judge(stage, state, GROWTH, max_epochs)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +186,11 @@ def test_blending_gate_asks_a_seed_without_parameters_for_no_gradient() -> None:
 
 def test_gates_obey_the_config() -> None:
     growth = GrowthConfig(blending_gradient_ratio=0.5, probation_alpha=0.5, fossilize_contribution=2.5)
-    assert not GATES[SeedStage.BLENDING](ready(gradient_ratio=0.49), growth, 20).passed
-    assert GATES[SeedStage.BLENDING](ready(gradient_ratio=0.5), growth, 20).passed
-    assert GATES[SeedStage.PROBATIONARY](ready(alpha=0.5), growth, 20).passed
-    assert not GATES[SeedStage.FOSSILIZED](ready(contribution=2.49), growth, 20).passed
-    assert GATES[SeedStage.FOSSILIZED](ready(contribution=2.5), growth, 20).passed
+    assert not judge(SeedStage.BLENDING, ready(gradient_ratio=0.49), growth, 20).passed
+    assert judge(SeedStage.BLENDING, ready(gradient_ratio=0.5), growth, 20).passed
+    assert judge(SeedStage.PROBATIONARY, ready(alpha=0.5), growth, 20).passed
+    assert not judge(SeedStage.FOSSILIZED, ready(contribution=2.49), growth, 20).passed
+    assert judge(SeedStage.FOSSILIZED, ready(contribution=2.5), growth, 20).passed
 
 
 def health(norm: float, elements: int, groups: dict[str, GradHealth] | None = None) -> GradHealth:

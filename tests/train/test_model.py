@@ -11,7 +11,7 @@ from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, default_r
 from esper_train.morph.host import Host, cnn_host, cut
 from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.morph.model import MorphModel
-from esper_train.tasks.synthetic import token_host
+from esper_train.morph.transformer import transformer_host
 
 ALL = ("early", "mid", "late")
 
@@ -363,7 +363,7 @@ def test_state_dict_restores_a_model_whose_slots_were_restored() -> None:
 
 def test_morph_model_grows_a_sequence_host() -> None:
     torch.manual_seed(0)
-    host = token_host(width=6, depth=4)
+    host = transformer_host(vocab_size=32, context=7, width=6, depth=4)
     tokens = torch.randint(32, (3, 7), generator=torch.Generator().manual_seed(1))
     before = host(tokens)
     assert before.shape == (3, 7, 32)

@@ -1,7 +1,7 @@
 """Rewards: the audited system's numbers, and what must hold for any numbers."""
 
 import math
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,6 @@ from esper_train.control.policy import Op
 from esper_train.control.rewards import (
     REWARDS,
     ContributionReward,
-    RewardParts,
     SeedInfo,
     compute_contribution_reward,
     loss_reward,
@@ -36,9 +35,9 @@ def reward(
     return compute_contribution_reward(action, contribution, 60.0, seed, epoch, 25, **arguments)  # type: ignore
 
 
-def parts(action: Op, seed: SeedInfo | None, contribution: float | None = None, **more: object) -> RewardParts:
+def parts(action: Op, seed: SeedInfo | None, contribution: float | None = None, **more: object) -> dict[str, float]:
     total, result = reward(action, seed, contribution, return_components=True, **more)  # type: ignore[misc]
-    assert total == pytest.approx(sum(astuple(result)), abs=1e-12)
+    assert total == pytest.approx(sum(result.values()), abs=1e-12)
     return result
 
 
@@ -97,7 +96,7 @@ def test_attribution_by_hand(
     contribution: float, start: float | None, improvement: float | None, expected: float
 ) -> None:
     seed = BLENDING._replace(total_improvement=improvement)
-    got = parts(Op.WAIT, seed, contribution, acc_at_germination=start).attribution
+    got = parts(Op.WAIT, seed, contribution, acc_at_germination=start)["attribution"]
     assert got == pytest.approx(expected, abs=1e-12)
 
 
@@ -132,7 +131,7 @@ def test_attribution_by_hand(
     ],
 )
 def test_operation_by_hand(action: Op, seed: SeedInfo | None, contribution: float | None, expected: float) -> None:
-    assert parts(action, seed, contribution).operation == pytest.approx(expected, abs=1e-12)
+    assert parts(action, seed, contribution)["operation"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +151,12 @@ def test_operation_by_hand(action: Op, seed: SeedInfo | None, contribution: floa
     ],
 )
 def test_warning_by_hand(seed: SeedInfo, contribution: float, expected: float) -> None:
-    assert parts(Op.WAIT, seed, contribution).warning == pytest.approx(expected, abs=1e-12)
+    assert parts(Op.WAIT, seed, contribution)["warning"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("improvement", [0.0, 0.5])
 def test_fossilizing_what_made_nothing_worse_keeps_its_attribution(improvement: float) -> None:
-    assert parts(Op.FOSSILIZE, PROBATION._replace(total_improvement=improvement), 0.5).attribution == 0.5
+    assert parts(Op.FOSSILIZE, PROBATION._replace(total_improvement=improvement), 0.5)["attribution"] == 0.5
 
 
 def test_without_parameters_there_is_no_rent_and_a_host_of_unknown_size_has_one() -> None:
@@ -169,7 +168,7 @@ def test_without_parameters_there_is_no_rent_and_a_host_of_unknown_size_has_one(
 def test_a_stage_just_entered_is_worth_more_than_the_one_left() -> None:
     """BLENDING 3.5 against TRAINING 2 and its 3 epochs: .3 * (.995 * 3.5 - 2.9)."""
     seed = BLENDING._replace(epochs_in_stage=0, previous_stage=3, previous_epochs_in_stage=3)
-    assert parts(Op.WAIT, seed).shaping == pytest.approx(0.17475, abs=1e-12)
+    assert parts(Op.WAIT, seed)["shaping"] == pytest.approx(0.17475, abs=1e-12)
 
 
 def test_fossils_that_contribute_are_rewarded_in_the_last_epoch_only() -> None:
@@ -221,12 +220,12 @@ def test_reward_is_finite_and_the_sum_of_its_parts(
     host: int,
 ) -> None:
     more = {"acc_at_germination": start, "acc_delta": rise, "total_params": total, "host_params": host}
-    assert all(map(math.isfinite, astuple(parts(action, seed, contribution, epoch=epoch, **more))))
+    assert all(map(math.isfinite, parts(action, seed, contribution, epoch=epoch, **more).values()))
 
 
 @given(seeds, contributions, points)
 def test_cull_negates_the_attribution(seed: SeedInfo, contribution: float | None, rise: float) -> None:
-    culled, waited = (parts(op, seed, contribution, acc_delta=rise).attribution for op in (Op.CULL, Op.WAIT))
+    culled, waited = (parts(op, seed, contribution, acc_delta=rise)["attribution"] for op in (Op.CULL, Op.WAIT))
     assert culled == -waited
 
 
@@ -235,13 +234,13 @@ def test_fossilizing_what_made_the_accuracy_worse_earns_no_attribution_and_costs
     seed: SeedInfo, contribution: float | None, improvement: float
 ) -> None:
     result = parts(Op.FOSSILIZE, seed._replace(total_improvement=improvement), contribution, acc_delta=1.0)
-    assert result.attribution == 0.0
-    assert result.operation < 0
+    assert result["attribution"] == 0.0
+    assert result["operation"] < 0
 
 
 @given(seeds, st.floats(0, 100), points)
 def test_attribution_is_never_more_than_the_contribution(seed: SeedInfo, contribution: float, start: float) -> None:
-    assert parts(Op.WAIT, seed, contribution, acc_at_germination=start).attribution <= contribution
+    assert parts(Op.WAIT, seed, contribution, acc_at_germination=start)["attribution"] <= contribution
 
 
 @given(seeds, st.floats(-100, -1e-6))
@@ -252,7 +251,7 @@ def test_a_harmful_seed_is_better_culled_than_kept(seed: SeedInfo, contribution:
 
 @given(st.integers(0, 10**9), st.integers(1, 10**9), st.integers(1, 10**9))
 def test_rent_grows_with_the_seeds_parameters_to_a_limit(fewer: int, more: int, host: int) -> None:
-    low, high = (-parts(Op.WAIT, TRAINING, total_params=n, host_params=host).rent for n in (fewer, fewer + more))
+    low, high = (-parts(Op.WAIT, TRAINING, total_params=n, host_params=host)["rent"] for n in (fewer, fewer + more))
     assert 0 <= low <= high <= 8
     assert low < high or low == 8 or more / host < 1e-6
 
@@ -264,7 +263,7 @@ def test_shaping_over_a_life_is_that_of_its_ends(stages: list[tuple[int, int]]) 
     for stage, last in stages:
         for epoch in range(last + 1):
             seed = SeedInfo(stage, None, None, epoch, 0, *before)
-            total += discount * parts(Op.WAIT, seed).shaping
+            total += discount * parts(Op.WAIT, seed)["shaping"]
             discount *= 0.995
         before = (stage, last)
         potential = {2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5}[stage] + min(0.3 * last, 2.0)

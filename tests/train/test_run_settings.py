@@ -9,8 +9,7 @@ import torch
 
 from esper_train import Decision, HostConfig, OptimConfig, RunConfig, ScheduleConfig, Signals, TrainConfig
 from esper_train.build import build_episode
-from esper_train.episode import run_episode
-from tests.train.scripted import EASY, Script, germinate
+from tests.train.scripted import EASY, Script, germinate, run_under
 
 SHORT = RunConfig(task="synthetic", max_epochs=4, max_batches=3, growth=EASY)
 
@@ -26,7 +25,7 @@ def rates(config: RunConfig, **by_epoch: Decision) -> dict[str, list[float]]:
                 seen.setdefault(group, []).append(state["param_groups"][0]["lr"])
             return super().decide(signals)
 
-    run_episode(episode, Watch(**by_epoch), mode="test")
+    run_under(episode, Watch(**by_epoch), mode="test")
     return seen
 
 
@@ -114,7 +113,7 @@ def test_float16_run_trains() -> None:
     amp = replace(config.train, amp=replace(config.train.amp, dtype="float16", init_scale=2.0**24))
     script = Script(e1=germinate(blend="gated"))
     episode = build_episode(replace(config, train=amp), slots=("early",))
-    run_episode(episode, script, mode="test")
+    run_under(episode, script, mode="test")
     assert episode.step.scaler is not None
     assert 0 < episode.step.scaler.scale.item() < 2.0**24
     assert all(bool(torch.isfinite(p).all()) for p in episode.model.parameters())
@@ -134,6 +133,6 @@ def test_channels_last_grows_the_same_network() -> None:
     ends = []
     for asked in (False, True):
         episode = build_episode(replace(config, channels_last=asked), slots=("early",))
-        run_episode(episode, Script(e1=germinate()), mode="test")
+        run_under(episode, Script(e1=germinate()), mode="test")
         ends.append(torch.cat([p.detach().flatten() for p in episode.model.parameters()]))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper_train.config import HostConfig
 from esper_train.morph.host import Host
-from esper_train.tasks import TASKS, Split, Splits, Task, get_task, load_splits, make_loader
+from esper_train.tasks import TASKS, Loader, Split, Splits, Task, get_task, load_splits
 
 PARTS = ("train", "validation", "test")
 
@@ -74,8 +74,9 @@ def test_build_host_of_the_sequence_task_takes_width_and_depth_from_the_config()
     assert build(HostConfig()).slot_channels == {"early": 16, "mid": 16, "late": 16}
     host = build(HostConfig(width=7, depth=2))
     assert host.slot_channels == {"early": 7, "mid": 7}
-    # an embedding of 32 tokens, two square layers with bias, a head with bias
-    assert sum(p.numel() for p in host.parameters()) == 32 * 7 + 2 * (7 * 7 + 7) + (7 * 32 + 32)
+    # 32 tokens and 16 positions; a block has two norms, four square maps of attention, and two of the mlp; a last norm
+    block = 2 * 14 + 4 * (7 * 7 + 7) + (7 * 28 + 28) + (28 * 7 + 7)
+    assert sum(p.numel() for p in host.parameters()) == (32 + 16) * 7 + 2 * block + 14
 
 
 def test_build_host_draws_from_torchs_global_random_state() -> None:
@@ -257,11 +258,11 @@ def epoch(loader: Any) -> list[list[int]]:
     ("count", "batch_size", "sizes"),
     [(11, 4, [4, 4, 3]), (12, 4, [4, 4, 4]), (5, 64, [5]), (3, 1, [1, 1, 1]), (1, 1, [1])],
 )
-def test_make_loader_gives_every_sample_once_an_epoch(
+def test_loader_gives_every_sample_once_an_epoch(
     count: int, batch_size: int, sizes: list[int], shuffle_seed: int | None
 ) -> None:
     shuffle = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-    loader = make_loader(numbered(count), batch_size, shuffle=shuffle)
+    loader = Loader(numbered(count), batch_size, shuffle=shuffle)
     assert len(loader) == len(sizes)
     for _ in range(3):
         batches = epoch(loader)
@@ -269,14 +270,14 @@ def test_make_loader_gives_every_sample_once_an_epoch(
         assert sorted(i for batch in batches for i in batch) == list(range(count))
 
 
-def test_make_loader_keeps_the_order_without_a_seed() -> None:
-    loader = make_loader(numbered(7), 3)
+def test_loader_keeps_the_order_without_a_seed() -> None:
+    loader = Loader(numbered(7), 3)
     assert epoch(loader) == epoch(loader) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_make_loader_shuffles_anew_each_epoch_and_repeats_for_the_same_seed() -> None:
+def test_loader_shuffles_anew_each_epoch_and_repeats_for_the_same_seed() -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
-    first, again, other = (make_loader(numbered(50), 16, shuffle=generator) for generator in generators)
+    first, again, other = (Loader(numbered(50), 16, shuffle=generator) for generator in generators)
     epochs = [epoch(first) for _ in range(3)]
     torch.manual_seed(0)  # the order owes nothing to the global random state
     assert [epoch(again) for _ in range(3)] == epochs
@@ -284,9 +285,9 @@ def test_make_loader_shuffles_anew_each_epoch_and_repeats_for_the_same_seed() ->
     assert epoch(other) != epochs[0]
 
 
-def test_make_loader_keeps_dtypes_and_shapes() -> None:
+def test_loader_keeps_dtypes_and_shapes() -> None:
     tokens = torch.randint(9, (5, 4), generator=torch.Generator().manual_seed(0))
-    inputs, targets = next(iter(make_loader((tokens, tokens + 1), 2)))
+    inputs, targets = next(iter(Loader((tokens, tokens + 1), 2)))
     assert inputs.dtype is targets.dtype is torch.int64
     assert torch.equal(inputs, tokens[:2])
     assert torch.equal(targets, tokens[:2] + 1)
@@ -299,10 +300,10 @@ def test_load_splits_takes_targets_that_are_to_be_ignored() -> None:
 
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_make_loader_gives_the_same_batches_for_any_number_of_workers(shuffle_seed: int | None, workers: int) -> None:
+def test_loader_gives_the_same_batches_for_any_number_of_workers(shuffle_seed: int | None, workers: int) -> None:
     """Two epochs of it, the first cut short, and torch's global random state is not drawn from."""
     orders = [None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed) for _ in range(2)]
-    loaders = [make_loader(numbered(23), 5, shuffle=o, workers=w) for o, w in zip(orders, (0, workers), strict=True)]
+    loaders = [Loader(numbered(23), 5, shuffle=o, workers=w) for o, w in zip(orders, (0, workers), strict=True)]
     before = torch.get_rng_state()
     for count in (2, 5):
         alone, parallel = ([(x.clone(), y.clone()) for x, y in islice(loader, count)] for loader in loaders)

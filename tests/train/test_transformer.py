@@ -156,7 +156,9 @@ def test_initial_weights_are_those_of_gpt_2() -> None:
     """N(0, 0.02), the 2 * depth projections into the residual stream by 1 / sqrt(2 * depth) less; biases 0."""
     torch.manual_seed(4)
     host = transformer_host(vocab_size=256, context=64, width=128, depth=8)
-    expected = {"qkv": 0.02, "attention.2": 0.02 / 4, "mlp.1": 0.02, "mlp.3": 0.02 / 4, "token": 0.02, "position": 0.02}
+    attention = {"0.branch.1.qkv": 0.02, "0.branch.2": 0.02 / 4}
+    mlp = {"1.branch.1": 0.02, "1.branch.3": 0.02 / 4}
+    expected = attention | mlp | {"token": 0.02, "position": 0.02}
     for part, std in expected.items():
         weights = [p for name, p in host.named_parameters() if name.endswith(f"{part}.weight")]
         assert len(weights) == (1 if part in ("token", "position") else 8), part

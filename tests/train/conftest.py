@@ -1,0 +1,48 @@
+"""The events of three whole runs, for the tests of what is reported."""
+
+from dataclasses import replace
+
+import pytest
+
+from esper_train.build import build_episode
+from esper_train.config import GovernorConfig, GrowthConfig, OptimConfig, RunConfig, TelemetryConfig, TrainConfig
+from esper_train.episode import NonFiniteLossError, run_heuristic_episode
+from esper_train.telemetry.events import Event
+from esper_train.telemetry.hub import TelemetryHub
+from tests.train.scripted import Planted, Recorder, a_life_and_a_cull, mislabelled, not_a_number, run_under
+
+
+@pytest.fixture(scope="session")
+def run_events() -> list[Event]:
+    """Those of a run of 12 epochs, in which a seed reaches blending and another is culled."""
+    recorder = Recorder()
+    config = RunConfig(
+        task="synthetic",
+        max_epochs=12,
+        growth=GrowthConfig(blending_min_epochs=1, blending_improvement=-100.0, blending_epochs=2, embargo_epochs=2),
+    )
+    run_heuristic_episode(config, policy=a_life_and_a_cull(), hub=TelemetryHub([recorder]))
+    return recorder.events
+
+
+@pytest.fixture(scope="session")
+def broken_events() -> list[Event]:
+    """Those of a run that ends because its loss is not a number."""
+    recorder = Recorder()
+    config = RunConfig(task="synthetic", max_epochs=2, max_batches=4, optim=OptimConfig(host_lr=1e30))
+    with pytest.raises(NonFiniteLossError):
+        run_heuristic_episode(config, hub=TelemetryHub([recorder]))
+    return recorder.events
+
+
+@pytest.fixture(scope="session")
+def troubled_events() -> list[Event]:
+    """Those, at the level debug, of a run that meets a bad label in epoch 2 and goes back once, in epoch 3."""
+    recorder, base = Recorder(), RunConfig(task="synthetic", max_epochs=4, max_batches=4)
+    train, telemetry = TrainConfig(on_bad_numbers="rollback"), TelemetryConfig(level="debug")
+    config = replace(base, train=train, governor=GovernorConfig(snapshot_epochs=2))
+    episode = build_episode(config, slots=("early", "mid", "late"))
+    loader = Planted(episode.train, mislabelled, (2, 1))
+    episode.train = Planted(loader, not_a_number, (3, 1))  # type: ignore[assignment]
+    run_under(episode, a_life_and_a_cull(), TelemetryHub([recorder], telemetry))
+    return recorder.events
