@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
 from esper_train.build import Episode
 from esper_train.checkpoint import Checkpoints, load, restore, saved
@@ -85,13 +86,18 @@ class _Options(RunConfig):
     """Directory of the run, new or empty. None takes one under runs/, named by time, command and task."""
     resume: str | None = None
     """Directory of a run that was stopped or killed: go on from its newest checkpoint, with its own config."""
+    backend: str | None = None
+    """Kernel backend, short for --train.kernel.backend."""
     baseline: bool = True
     """With heuristic, also train the host without slots, for the report to compare with."""
     profile: bool = False
     """First profile a few batches, into profile.md and profile.json; the run itself is as without."""
 
     def run_config(self) -> RunConfig:
-        return RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
+        run = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
+        if self.backend is None:
+            return run
+        return replace(run, train=replace(run.train, kernel=KernelConfig(backend=self.backend)))
 
 
 def _parse(command: str, arguments: Sequence[str]) -> _Options:

@@ -79,8 +79,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
     file = tmp_path / "run.toml"
     file.write_text('task = "synthetic"\nmax_epochs = 2\nmax_batches = 1\nseed = 9\n[optim]\nhost_lr = 0.5\n')
     out = tmp_path / "run"
-    options = ["--seed", "3", "--train.kernel.backend", "eager", "--out", str(out)]
-    assert cli.main(["fit", "--config", str(file), *options]) == 0
+    assert cli.main(["fit", "--config", str(file), "--seed", "3", "--backend", "eager", "--out", str(out)]) == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["max_epochs"], config["seed"], config["optim"]["host_lr"]) == (2, 3, 0.5)
     assert config["train"]["kernel"]["backend"] == "eager"
@@ -96,7 +95,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         (["heuristic", *QUICK, "--policy.blueprints", "conv_lite"], "'conv_lite'"),
         (["heuristic", *QUICK, "--policy.blend", "sigmoidal"], "perhaps 'sigmoid'"),
         (["fit", *QUICK, "--device", "cuda:42"], "device 'cuda:42' is not there; usable here: cpu"),
-        (["fit", *QUICK, "--train.kernel.backend", "cuda"], "cuda"),
+        (["fit", *QUICK, "--backend", "cuda"], "cuda"),
         (["fit", *QUICK, "--sed", "3"], "--seed"),
         (["fit", "--max-batches", "0"], "max_batches must be at least 1"),
         (["fit", "--config", "no-such-file.toml"], "no-such-file.toml"),
