@@ -18,7 +18,6 @@ from esper_train.names import require_known
 
 T = TypeVar("T")
 TELEMETRY_LEVELS = ("off", "minimal", "normal", "debug")
-POLICIES = ("warn", "skip", "stop", "rollback")
 
 
 class Limit(NamedTuple):
@@ -31,7 +30,8 @@ class Limit(NamedTuple):
 Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
 CountOrNone = Annotated[int | None, Limit("at least 1 or left out", lambda value: value is None or value >= 1)]
 CountOrZero = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
-Positive = Annotated[float, Limit("positive", lambda value: value > 0)]
+Positive = Annotated[float, Limit("positive and finite", lambda value: 0 < value < math.inf)]
+PositiveOrNone = Annotated[float | None, Limit("positive or left out", lambda value: value is None or value > 0)]
 Share = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
 Decay = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
 
@@ -51,7 +51,11 @@ class Settings:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value, choices = getattr(self, name), typing.get_args(hint)
             if typing.get_origin(hint) is Literal:
-                _require(value in choices, f"{self._table}{name} must be one of {', '.join(choices)}", value)
+                _require(
+                    value in choices,
+                    f"{self._table}{name} must be one of {', '.join(c or 'left out' for c in choices)}",
+                    value,
+                )
             elif typing.get_origin(hint) is Annotated:
                 limit = hint.__metadata__[0]
                 _require(limit.holds(value), f"{self._table}{name} must be {limit.words}", value)
@@ -63,7 +67,7 @@ def _require(holds: bool, what: str, value: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileConfig:
+class CompileConfig(Settings, table="train.compile."):
     """How a run uses `torch.compile` on the model. Arguments other than the first and last are torch's own."""
 
     enabled: bool = False
@@ -77,57 +81,42 @@ class CompileConfig:
     on_failure: Literal["raise", "eager"] = "raise"
     """When the first compiled call fails: raise, or go on uncompiled with the reason in the result."""
 
-    def __post_init__(self) -> None:
-        known = self.on_failure in ("raise", "eager")
-        _require(known, "compile.on_failure must be 'raise' or 'eager'", self.on_failure)
-
 
 @dataclass(frozen=True, kw_only=True)
-class AmpConfig:
+class AmpConfig(Settings, table="train.amp."):
     """Mixed precision: the forward under autocast. float16 adds a loss scaler, as `torch.amp.GradScaler` scales."""
 
-    dtype: str | None = None
+    dtype: Literal["bfloat16", "float16", None] = None
     """"bfloat16" or "float16"; None computes in the model's own."""
-    init_scale: float = 65536.0
+    init_scale: Positive = 65536.0
     """Of the loss, in float16. It halves after a step with NaN or Inf gradients, which is skipped."""
-    growth_interval: int = 2000
+    growth_interval: Count = 2000
     """Steps without any after which the scale doubles."""
-
-    def __post_init__(self) -> None:
-        dtypes = (None, "bfloat16", "float16")
-        _require(self.dtype in dtypes, "amp.dtype must be 'bfloat16', 'float16' or left out", self.dtype)
-        _require(0 < self.init_scale < math.inf, "amp.init_scale must be positive and finite", self.init_scale)
-        _require(self.growth_interval >= 1, "amp.growth_interval must be at least 1", self.growth_interval)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradConfig:
+class GradConfig(Settings, table="train.grad."):
     """Gradient statistics and clipping."""
 
-    every: int = 1
+    every: CountOrZero = 1
     """Measure the gradients of every n-th step of an epoch, the first included; 0 never measures."""
-    clip_norm: float | None = None
+    clip_norm: PositiveOrNone = None
     """Clip the total gradient norm to this value before each step; None never clips."""
     vanishing: float = 1e-7
     """A gradient tensor with a smaller L2 norm counts as vanishing."""
     exploding: float = 100.0
     """A gradient tensor with a larger or non-finite L2 norm counts as exploding."""
 
-    def __post_init__(self) -> None:
-        clip = self.clip_norm
-        _require(self.every >= 0, "grad.every must be 0 (never) or a number of batches", self.every)
-        _require(clip is None or clip > 0, "grad.clip_norm must be positive or left out", clip)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings, table="train."):
     """What the epoch loop obeys, the same for every way of training."""
 
     kernel: KernelConfig = field(default_factory=KernelConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     amp: AmpConfig = field(default_factory=AmpConfig)
     grad: GradConfig = field(default_factory=GradConfig)
-    accumulate: int = 1
+    accumulate: Count = 1
     """Batches a step. Their gradient is that of the mean over all their valid rows; with a criterion other than
     cross entropy, that of the mean over the batches."""
     capture: bool = False
@@ -142,11 +131,9 @@ class TrainConfig:
     others leave their rows out."""
 
     def __post_init__(self) -> None:
-        policy = self.on_bad_numbers
-        _require(policy in POLICIES, f"train.on_bad_numbers must be one of {', '.join(POLICIES)}", policy)
-        measured = policy != "skip" or self.grad.every == 1
+        super().__post_init__()
+        measured = self.on_bad_numbers != "skip" or self.grad.every == 1
         _require(measured, "train.on_bad_numbers 'skip' needs train.grad.every = 1", self.grad.every)
-        _require(self.accumulate >= 1, "train.accumulate must be at least 1", self.accumulate)
         if self.capture:
             alone = not self.compile.enabled
             _require(alone, "train.capture does not go with train.compile.enabled; leave one of them out", True)
