@@ -1,4 +1,4 @@
-"""Quality gates: what a seed must show before it enters a stage. Pure functions of a slot's state.
+"""Quality gates: what a seed that trains must show before it enters a stage. Pure functions of a slot's state.
 
 A measurement that was not made fails its check by name; it is never read as 0.
 """
@@ -25,8 +25,6 @@ class GateResult:
 
 
 GATES: Mapping[SeedStage, str] = {
-    SeedStage.GERMINATED: "G0",
-    SeedStage.TRAINING: "G1",
     SeedStage.BLENDING: "G2",
     SeedStage.PROBATIONARY: "G3",
     SeedStage.FOSSILIZED: "G5",
@@ -35,11 +33,9 @@ GATES: Mapping[SeedStage, str] = {
 
 
 def judge(stage: SeedStage, state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
-    """What the gate in front of `stage` says of a slot in a run of `max_epochs`. G1 lets every seed train at once."""
+    """What the gate in front of `stage` says of a slot in a run of `max_epochs`."""
     checks: list[tuple[bool, str]] = []
     match stage:
-        case SeedStage.GERMINATED:
-            checks = [(bool(state.seed_id and state.blueprint), "a seed needs an id and a blueprint")]
         case SeedStage.BLENDING:
             epochs = max(growth.blending_min_epochs, growth.training_dwell(max_epochs))
             # without parameters there is no gradient to measure

@@ -74,8 +74,11 @@ class SeedSlot(nn.Module):
         self.part = PARTS.get(state.stage, "none")
 
     def germinate(self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid") -> list[StageChange]:
-        """Seat a new seed and let it train from the next batch on. `ValueError` unless the slot is DORMANT."""
+        """Seat a new seed and let it train from the next batch on. `ValueError` unless the slot is DORMANT and the
+        seed has an id."""
         self._require_legal(SeedStage.GERMINATED)
+        if not seed_id:
+            raise ValueError(f"slot {self.state.slot!r}: a seed needs an id that is not empty, got {seed_id!r}")
         get_blend(blend)
         self.seed = blueprint.build(self.channels).to(self.alpha)
         self.gate = self._new_gate(blend)

@@ -111,8 +111,6 @@ def verdict(stage: SeedStage, state: SlotState, max_epochs: int = 20) -> GateRes
 @pytest.mark.parametrize(
     ("stage", "name"),
     [
-        (SeedStage.GERMINATED, "G0"),
-        (SeedStage.TRAINING, "G1"),
         (SeedStage.BLENDING, "G2"),
         (SeedStage.PROBATIONARY, "G3"),
         (SeedStage.FOSSILIZED, "G5"),
@@ -124,16 +122,13 @@ def test_gates_pass_at_exactly_their_thresholds(stage: SeedStage, name: str) -> 
     assert result.passed
 
 
-def test_gates_stand_in_front_of_the_stages_of_a_seed_only() -> None:
-    assert {stage.name for stage in SeedStage if stage not in GATES} == {"DORMANT", "CULLED", "EMBARGOED"}
+def test_gates_stand_where_something_was_measured_only() -> None:
+    assert {stage.name for stage in GATES} == {"BLENDING", "PROBATIONARY", "FOSSILIZED"}
 
 
 @pytest.mark.parametrize(
     ("stage", "changes", "failure"),
     [
-        (SeedStage.GERMINATED, {"seed_id": None}, "a seed needs an id and a blueprint"),
-        (SeedStage.GERMINATED, {"seed_id": ""}, "a seed needs an id and a blueprint"),
-        (SeedStage.GERMINATED, {"blueprint": None}, "a seed needs an id and a blueprint"),
         (SeedStage.BLENDING, {"epochs_in_stage": 2}, "epochs in TRAINING 2 is below 3"),
         (SeedStage.BLENDING, {"accuracy": 50.25}, "improvement 0.25 is below 0.5"),
         (SeedStage.BLENDING, {"accuracy": 40.0}, "improvement -10 is below 0.5"),

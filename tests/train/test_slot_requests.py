@@ -69,6 +69,14 @@ def test_germinate_refuses_an_unknown_blend_and_changes_nothing() -> None:
     assert snapshot(slot) == before
 
 
+def test_germinate_refuses_an_empty_id_and_changes_nothing() -> None:
+    slot = slot_in(SeedStage.DORMANT)
+    before = snapshot(slot)
+    with pytest.raises(ValueError, match="slot 'mid': a seed needs an id that is not empty, got ''"):
+        slot.germinate(AFFINE, "")
+    assert snapshot(slot) == before
+
+
 def test_germinate_changes_nothing_when_the_blueprint_cannot_be_built() -> None:
     def broken(channels: int) -> nn.Module:
         raise ValueError(f"no seed for {channels} channels")
