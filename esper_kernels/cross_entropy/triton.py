@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from esper_kernels.cross_entropy import launch
-from esper_kernels.cross_entropy.reference import Options
+from esper_kernels.cross_entropy.reference import Number, Options
 from esper_kernels.meter import COUNTS, Meter
-
-_INTERPRETED = (2, 1 << 20)  # multiprocessors and bytes of cache, as if the CPU had them
 
 
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
@@ -35,16 +33,11 @@ def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, kept: Tensor,
 
 
 def step(
-    logits: Tensor,
-    targets: Tensor,
-    options: Options,
-    meter: Meter | None,
-    grad_scale: float | Tensor | None,
-    out: Tensor | None,  # may be the logits
+    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
 ) -> Tensor:
     grad = logits.new_empty(logits.shape) if out is None else out
     written = grad if _followed(grad) else logits.new_empty(logits.shape)
-    _call(logits, targets, options, meter, grad_scale=1.0 if grad_scale is None else grad_scale, grad=written)
+    _call(logits, targets, options, meter, grad_scale=grad_scale, grad=written)
     return grad if written is grad else grad.copy_(written)
 
 
@@ -57,7 +50,7 @@ def _call(
     targets: Tensor,
     options: Options,
     meter: Meter | None,
-    grad_scale: float | Tensor | None = None,
+    grad_scale: Number | None = None,
     given: Tensor | None = None,
     recorded: Tensor | None = None,
     loss: Tensor | None = None,
@@ -107,7 +100,7 @@ def _rows(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
 def _device(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of second-level cache."""
     if device.type == "cpu":
-        return _INTERPRETED
+        return 2, 1 << 20  # for the interpreter, as if it had them
     facts = torch.get_device_module(device).get_device_properties(device)
     if device.type == "xpu":
         return facts.gpu_subslice_count, 0  # torch does not tell the cache: none is counted on
@@ -181,6 +174,7 @@ def _launch(
         )
 
 
-_WRITTEN = ("loss", "kept", "grad", "sums", "counts", "ticket")
-_op = torch.library.custom_op("esper::cross_entropy_triton", _launch, mutates_args=_WRITTEN)
+_op = torch.library.custom_op(
+    "esper::cross_entropy_triton", _launch, mutates_args=("loss", "kept", "grad", "sums", "counts", "ticket")
+)
 _op.register_fake(lambda *arguments: None)

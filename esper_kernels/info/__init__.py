@@ -65,10 +65,11 @@ def info() -> Info:
 
 
 def _choice(op: str, device_type: str, dtype: torch.dtype) -> Choice:
-    name = str(dtype).removeprefix("torch.")
+    backend: str | None
     try:
-        choice = select_backend(op, device_type, dtype)
+        backend, refused, _ = select_backend(op, device_type, dtype)
+        why = "; ".join(f"{name}: {reason}" for name, reason in refused)
     except ValueError as error:
-        return Choice(op=op, device_type=device_type, dtype=name, backend=None, why=str(error))
-    why = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused)
-    return Choice(op=op, device_type=device_type, dtype=name, backend=choice.name, why=why)
+        backend, why = None, str(error)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return Choice(op=op, device_type=device_type, dtype=dtype_name, backend=backend, why=why)
