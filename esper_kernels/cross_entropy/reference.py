@@ -73,6 +73,7 @@ def refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> 
         )
 
 
+@torch.no_grad()
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool = True) -> Forward:
     """logits [..., V], targets [...]; adds the batch to `meter`. keep: `backward` will follow."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
