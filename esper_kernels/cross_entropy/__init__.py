@@ -171,11 +171,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, *state = ctx.saved_tensors
-        options = ctx.options
-        if ctx.places:
-            options = list(options)
-            for i in reversed(ctx.places):
-                options[i] = state.pop()
+        options = list(ctx.options)
+        for i in reversed(ctx.places):
+            options[i] = state.pop()
         backward = _MODULES[ctx.backend].backward
         if not torch.is_grad_enabled():
             grad = backward(grad_output, logits, targets, *state, Options(*options))

@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 
 from esper_kernels.backends import direct
-from esper_kernels.config import INSTRUCTION_SETS
+from esper_kernels.config import INSTRUCTION_SET_NAMES
 from esper_kernels.cross_entropy.reference import Number, Options, refuse_bad_targets
 from esper_kernels.meter import Meter
 from esper_kernels.native import Road
 
 _LARGE = 1 << 20  # elements: below, the C library has memory at hand
-_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/ops_cpu.cpp
+_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/call.h
 
 
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
     """The loss and, to keep for `backward`, float32 [2 N + 1]: two numbers a row, then the denominator."""
     loss = logits.new_empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
-    rows = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
-    _call(logits, targets, options, meter, loss=loss, rows=rows)
-    return (loss,) if rows is None else (loss, rows)
+    kept = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
+    _call(logits, targets, options, meter, loss=loss, kept=kept)
+    return (loss,) if kept is None else (loss, kept)
 
 
-def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, rows: Tensor, options: Options) -> Tensor:
+def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, kept: Tensor, options: Options) -> Tensor:
     grad, road = _fresh_like(logits), direct() if logits.is_cpu else None
-    if road is not None and road.cross_entropy_backward(logits, targets, *options, grad_output, rows, grad):
+    if road is not None and road.cross_entropy_backward(logits, targets, *options, grad_output, kept, grad):
         return grad
     torch.ops.esper.cross_entropy_backward.default(
         grad_output.float().contiguous(),
         *_inputs(logits, targets, options),
         _numbers(options.label_smoothing, options.z_loss),
-        INSTRUCTION_SETS.index(options.instruction_set),
-        rows,
+        INSTRUCTION_SET_NAMES.index(options.instruction_set),
+        kept,
         grad,
     )
     return grad
@@ -45,9 +45,18 @@ def step(
     logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
 ) -> Tensor:
     grad = _fresh_like(logits) if out is None else out
-    written = _rows(grad)  # a copy where there are more leading dimensions than the op follows
+    written = _followed(grad)  # a copy where there are more leading dimensions than the op follows
     _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
     return grad if written is grad else grad.copy_(written)
+
+
+def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
+    seen = Meter(meter.device, topk=meter.topk)
+    _call(logits, targets, options, seen)
+    meter.counts.add_(seen.counts)
+    valid = seen.counts[0].double()
+    mean = torch.where(valid > 0, loss.double(), 0.0)
+    meter.sums.add_(torch.stack([mean * valid, valid, mean]))
 
 
 # The direct road: the checked call in one step past the dispatcher. These give None, and have written nothing, for
@@ -60,10 +69,10 @@ def direct_forward(
     if type(targets) is not Tensor:
         return None
     loss = torch.empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
-    rows = torch.empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
-    if not road.cross_entropy(logits, targets, *options, None, *_memory(meter), loss, rows, None):
+    kept = torch.empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
+    if not road.cross_entropy(logits, targets, *options, None, *_memory(meter), loss, kept, None):
         return None
-    return (loss,) if rows is None else (loss, rows)
+    return (loss,) if kept is None else (loss, kept)
 
 
 def direct_step(
@@ -93,15 +102,6 @@ def direct_step(
     return written.detach() if inplace else written
 
 
-def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
-    seen = Meter(meter.device, topk=meter.topk)
-    _call(logits, targets, options, seen)
-    meter.counts.add_(seen.counts)
-    valid = seen.counts[0].double()
-    mean = torch.where(valid > 0, loss.double(), 0.0)
-    meter.sums.add_(torch.stack([mean * valid, valid, mean]))
-
-
 def _call(
     logits: Tensor,
     targets: Tensor,
@@ -110,7 +110,7 @@ def _call(
     *,
     grad_scale: Number | None = None,
     loss: Tensor | None = None,
-    rows: Tensor | None = None,
+    kept: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
     try:
@@ -120,10 +120,10 @@ def _call(
             _plain(grad_scale, otherwise=1.0),
             _numbers(options.label_smoothing, options.z_loss, options.normalizer, grad_scale),
             _REDUCTIONS.index(options.reduction),
-            INSTRUCTION_SETS.index(options.instruction_set),
+            INSTRUCTION_SET_NAMES.index(options.instruction_set),
             *_memory(meter),
             loss,
-            rows,
+            kept,
             out,
             None if meter is None else meter.ticket,
         )
@@ -141,7 +141,7 @@ def _fresh_like(logits: Tensor) -> Tensor:
     return grad
 
 
-def _rows(x: Tensor) -> Tensor:
+def _followed(x: Tensor) -> Tensor:
     """x [..., V] itself where the op can follow its strides, else a copy.
 
     A copy of logits whose classes lie apart costs one more read and write of them: the rows are then read three
@@ -156,7 +156,7 @@ def _inputs(logits: Tensor, targets: Tensor, options: Options) -> tuple[Any, ...
     """What both ops are given, in their order."""
     weight = None if options.weight is None else options.weight.detach().float().contiguous()
     numbers = [_plain(x, otherwise=0.0) for x in (options.label_smoothing, options.z_loss, options.softcap)]
-    return _rows(logits), targets.contiguous(), weight, options.ignore_index, *numbers
+    return _followed(logits), targets.contiguous(), weight, options.ignore_index, *numbers
 
 
 def _memory(meter: Meter | None) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:

@@ -82,7 +82,7 @@ def _row_stride(x: Tensor) -> int | None:
     return x.stride(0) if x.dim() == 2 else 0
 
 
-def _rows(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
+def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
     """A unit; inner size, None where rows are evenly spaced, and outer and inner strides of both in that unit.
 
     A power of 2 of elements, the unit tells the compiler what is aligned without telling it a stride.
@@ -138,7 +138,7 @@ def _launch(
     weight, given, recorded = tensors[5:]
     weight = None if weight is None else weight.contiguous()
     logits, targets = logits if _followed(logits) else logits.contiguous(), targets.contiguous()
-    unit, layout = _rows(logits, logits if grad is None else grad)
+    unit, layout = _layout(logits, logits if grad is None else grad)
     heavy = not (weight is None and smoothing is None and softcap is None)
     sizes = (rows, classes, logits.element_size(), targets.element_size(), heavy)
     chosen = launch.choose(*sizes, *_device(device))

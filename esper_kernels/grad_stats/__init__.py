@@ -48,7 +48,7 @@ def grad_stats(
         tensors = [tensor for members in grads.values() for tensor in members]
     else:
         tensors = list(grads)
-    on_cpu = all(getattr(tensor, "is_cpu", True) for tensor in tensors[:1])
+    on_cpu = not tensors or getattr(tensors[0], "is_cpu", True)  # the road looks at the others
     if on_cpu and (road := direct(config)) is not None and (out is None or len(out.numels) == len(tensors)):
         stats = _allocate(len(tensors), torch.device("cpu")) if out is None else out
         numels = cpp.direct_fill(road, tensors, inv_scale, stats, "auto" if config is None else config.instruction_set)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esper_kernels.config import INSTRUCTION_SETS
+from esper_kernels.config import INSTRUCTION_SET_NAMES
 from esper_kernels.grad_stats.stats import GradStats
 from esper_kernels.native import Road
 
@@ -18,7 +18,7 @@ def fill(
     torch.ops.esper.grad_stats.default(
         [nothing if x is None else x for x in tensors],
         inv_scale if inv_scale is None or inv_scale.dtype == torch.float32 else inv_scale.double(),
-        INSTRUCTION_SETS.index(instruction_set),
+        INSTRUCTION_SET_NAMES.index(instruction_set),
         *_memory(stats),
     )
 
