@@ -45,7 +45,7 @@ def step(
     logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
 ) -> Tensor:
     grad = _fresh_like(logits) if out is None else out
-    written = _followed(grad)  # a copy where there are more leading dimensions than the op follows
+    written = _followable(grad)  # a copy where there are more leading dimensions than the op follows
     _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
     return grad if written is grad else grad.copy_(written)
 
@@ -70,7 +70,7 @@ def direct_forward(
         return None
     loss = torch.empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
     kept = torch.empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
-    if not road.cross_entropy(logits, targets, *options, None, *_memory(meter), loss, kept, None):
+    if not road.cross_entropy(logits, targets, *options, None, *_accumulators(meter), loss, kept, None):
         return None
     return (loss,) if kept is None else (loss, kept)
 
@@ -95,7 +95,7 @@ def direct_step(
         return None
     else:
         written = out
-    if not road.cross_entropy(logits, targets, *options, grad_scale, *_memory(meter), None, None, written):
+    if not road.cross_entropy(logits, targets, *options, grad_scale, *_accumulators(meter), None, None, written):
         return None
     if inplace or out is not None:
         torch.autograd.graph.increment_version(written)
@@ -121,7 +121,7 @@ def _call(
             _numbers(options.label_smoothing, options.z_loss, options.normalizer, grad_scale),
             _REDUCTIONS.index(options.reduction),
             INSTRUCTION_SET_NAMES.index(options.instruction_set),
-            *_memory(meter),
+            *_accumulators(meter),
             loss,
             kept,
             out,
@@ -141,7 +141,7 @@ def _fresh_like(logits: Tensor) -> Tensor:
     return grad
 
 
-def _followed(x: Tensor) -> Tensor:
+def _followable(x: Tensor) -> Tensor:
     """x [..., V] itself where the op can follow its strides, else a copy.
 
     A copy of logits whose classes lie apart costs one more read and write of them: the rows are then read three
@@ -156,10 +156,11 @@ def _inputs(logits: Tensor, targets: Tensor, options: Options) -> tuple[Any, ...
     """What both ops are given, in their order."""
     weight = None if options.weight is None else options.weight.detach().float().contiguous()
     numbers = [_plain(x, otherwise=0.0) for x in (options.label_smoothing, options.z_loss, options.softcap)]
-    return _followed(logits), targets.contiguous(), weight, options.ignore_index, *numbers
+    return _followable(logits), targets.contiguous(), weight, options.ignore_index, *numbers
 
 
-def _memory(meter: Meter | None) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+def _accumulators(meter: Meter | None) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+    """In the order of the op and of the road."""
     return (None, None, ()) if meter is None else (meter.sums, meter.counts, meter.topk)
 
 

@@ -139,6 +139,7 @@ def _launch(
     weight = None if weight is None else weight.contiguous()
     logits, targets = logits if _followed(logits) else logits.contiguous(), targets.contiguous()
     unit, layout = _layout(logits, logits if grad is None else grad)
+    shape = {"V": classes, "IGNORE": ignore_index}
     heavy = not (weight is None and smoothing is None and softcap is None)
     sizes = (rows, classes, logits.element_size(), targets.element_size(), heavy)
     chosen = launch.choose(*sizes, *_device(device))
@@ -151,17 +152,15 @@ def _launch(
             ticket = torch.zeros(1, dtype=torch.int32, device=device) if ticket is None else ticket
         if grad is not None and given is None and normalizer is None and chosen.count_first:
             counted = torch.empty(launch.COUNT_PROGRAMS, dtype=torch.float64, device=device)
-            shape = {"V": classes, "IGNORE": ignore_index, "BLOCK": 1024}
-            kernels.count[(launch.COUNT_PROGRAMS,)](targets, weight, counted, rows, **shape, **options)
+            kernels.count[(launch.COUNT_PROGRAMS,)](targets, weight, counted, rows, **shape, BLOCK=1024, **options)
             normalizer = counted.sum()
         if torch.version.cuda:
             options["maxnreg"] = chosen.registers
         inputs = (logits, targets, weight, smoothing, z_loss, softcap, normalizer, grad_scale, given, recorded)
         kernels.batch[(chosen.programs,)](
             *(*inputs, loss, kept, grad, sums, counts, partials, ticket, rows, *layout),
-            V=classes,
+            **shape,
             UNIT=unit,
-            IGNORE=ignore_index,
             TOPK=tuple(topk),
             PER_ROW=per_row,
             ROWS=chosen.rows,

@@ -13,7 +13,6 @@ from esper_kernels.native import Road
 def fill(
     tensors: Sequence[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str = "auto"
 ) -> None:
-    """Write the statistics of `tensors`, each value multiplied by inv_scale, into the tensors of `stats`."""
     nothing = stats.found_inf.new_empty(0)
     torch.ops.esper.grad_stats.default(
         [nothing if x is None else x for x in tensors],
