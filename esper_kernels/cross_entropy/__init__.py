@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_kernels.backends import direct, select_backend
+from esper_kernels.backends import DTYPES, direct, select_backend
 from esper_kernels.config import KernelConfig
 from esper_kernels.cross_entropy import cpp, reference, triton
 from esper_kernels.cross_entropy.reference import Options
@@ -19,7 +19,6 @@ from esper_kernels.meter import Meter
 from esper_kernels.native import Road
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_GRADS = (None,) * (3 + len(Options._fields))  # for what _CrossEntropy takes besides the logits
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
@@ -212,8 +211,8 @@ def _check(logits: Tensor, targets: Tensor, meter: Meter | None, options: Option
     for name, x in (("logits", logits), ("targets", targets)):
         if not isinstance(x, Tensor) or x.layout != torch.strided or type(x).__name__ == "DTensor":
             raise TypeError(f"{name} must be a dense tensor (of a DTensor to_local()), got {_describe(x)}")
-    if logits.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"logits must be one of {_LOGIT_DTYPES}, got {logits.dtype}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits must be one of {DTYPES}, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V of at least 1, got shape {tuple(logits.shape)}")
     if targets.is_floating_point() and targets.shape == logits.shape:

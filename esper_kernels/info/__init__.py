@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from esper_kernels import native
-from esper_kernels.backends import OPS, select_backend
+from esper_kernels.backends import DTYPES, OPS, select_backend
 from esper_kernels.version import __version__
 
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 _UNVERIFIED = "tested in a simulator on the CPU, not yet on a GPU: check with python -m esper_kernels.info --check"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def info() -> Info:
     """Versions, and a choice for each op, device type and dtype."""
     versions = {"esper_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
     versions["compiler"] = native.COMPILER
-    choices = tuple(_choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in _DTYPES)
+    choices = tuple(_choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in DTYPES)
     return Info(
         versions=versions,
         instruction_sets=native.INSTRUCTION_SETS,
