@@ -77,7 +77,7 @@ def cross_entropy_variants() -> Iterator[Variant]:
             logits, meter = torch.zeros(64, classes, dtype=dtype), Meter("cpu", topk=(5,))
             for options in (plain, heavy):
                 name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
-                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, None, None)
+                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None)
                 if classes in (1000, 16000, 262144) and dtype == torch.bfloat16:
                     yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
 

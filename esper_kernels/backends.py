@@ -14,6 +14,7 @@ from esper_kernels.config import KernelConfig
 from esper_kernels.native import Road
 
 OPS = ("cross_entropy", "grad_stats")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of logits and of gradients
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
 # The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the safer of two unproven.

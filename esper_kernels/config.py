@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
-INSTRUCTION_SETS = ("auto", "avx512", "avx2", "baseline")  # in the order of csrc/ops_cpu.cpp
+INSTRUCTION_SET_NAMES = ("auto", "avx512", "avx2", "baseline")  # in the order of csrc/cpu/driver.cpp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,5 +22,5 @@ class KernelConfig:
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
-        if self.instruction_set not in INSTRUCTION_SETS:
-            raise ValueError(f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}")
+        if self.instruction_set not in INSTRUCTION_SET_NAMES:
+            raise ValueError(f"instruction_set must be one of {INSTRUCTION_SET_NAMES}, got {self.instruction_set!r}")

@@ -107,23 +107,19 @@ class Meter:
 
     def unpack(self, words: list[int], strict: bool) -> MeterResult:
         loss_sum, weight_sum, batch_mean_sum = words_to_floats(words[: len(SUMS)])
-        counts = words[len(SUMS) :]
-        valid, ignored, nonfinite, bad_targets, batches, batches_with_valid = counts[: len(COUNTS)]
-        if strict and bad_targets:
+        counts = dict(zip(COUNTS, words[len(SUMS) :], strict=False))
+        batches_with_valid = counts.pop("batches_with_valid")  # the others are fields of the result
+        if strict and counts["bad_targets"]:
             raise IndexError(
-                f"{bad_targets} targets were neither in [0, number of classes) nor ignore_index; "
+                f"{counts['bad_targets']} targets were neither in [0, number of classes) nor ignore_index; "
                 "correct the data, or read the other rows with compute(strict=False)"
             )
-        correct = dict(zip(self.topk, counts[len(COUNTS) :], strict=True))
+        correct = dict(zip(self.topk, words[len(SUMS) + len(COUNTS) :], strict=True))
         return MeterResult(
             loss=_ratio(loss_sum, weight_sum),
             loss_sum=loss_sum,
             mean_batch_loss=_ratio(batch_mean_sum, batches_with_valid),
-            accuracy=_ratio(correct[1], valid),
+            accuracy=_ratio(correct[1], counts["valid"]),
             correct=correct,
-            valid=valid,
-            ignored=ignored,
-            nonfinite=nonfinite,
-            bad_targets=bad_targets,
-            batches=batches,
+            **counts,
         )

@@ -47,7 +47,7 @@ def _load() -> _Loaded:
     except (OSError, ImportError, RuntimeError) as error:
         return _Loaded(f"the CPU kernels do not load: {_one_line(error)}")
     for name in ("cross_entropy", "cross_entropy_backward", "grad_stats"):
-        torch.library.register_fake(f"esper::{name}", _writes_only)
+        torch.library.register_fake(f"esper::{name}", lambda *arguments: None)  # it only writes
     facts = (None, tuple(native.instruction_sets(str(_LIBRARY))), native.compiler)
     try:
         return _Loaded(*facts, Road(*native.road(str(_LIBRARY), torch.Tensor)), None)
@@ -84,10 +84,6 @@ torch.compiler.assume_constant_result(cuda_unavailable)  # compilers trace the c
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error.__cause__ or error).split())[:300]  # the cause says what is wrong with the file
-
-
-def _writes_only(*arguments: object) -> None:
-    """What a compiler has to know of an op that returns nothing."""
 
 
 UNAVAILABLE, INSTRUCTION_SETS, COMPILER, ROAD, NO_ROAD = _load()

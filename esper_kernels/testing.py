@@ -61,13 +61,7 @@ def cross_entropy_samples(
     add("softcap", logits, targets, softcap=5.0)
     add("softcap of inf", torch.where(logits > 2, torch.inf, logits), targets, softcap=5.0)
     add("normalizer", logits, targets, normalizer=4.5)
-    add(
-        "smoothing, z-loss as tensors",
-        logits,
-        targets,
-        label_smoothing=torch.tensor(0.2),
-        z_loss=torch.tensor(0.1),
-    )
+    add("smoothing, z-loss as tensors", logits, targets, label_smoothing=torch.tensor(0.2), z_loss=torch.tensor(0.1))
     everything = {"weight": weight, "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
     add("everything", logits, targets, **everything)
     add("everything, normalizer", logits, targets, **everything, normalizer=4.5)
@@ -140,7 +134,7 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     finite = truth.isfinite()
     torch.testing.assert_close(actual[~finite], truth[~finite], equal_nan=True)
     actual, truth = actual[finite], truth[finite]
-    return float((actual - truth).norm() / truth.norm().clamp(min=1e-300)) if actual.ne(truth).any() else 0.0
+    return float((actual - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
 def assert_no_worse_than_eager(actual: Tensor, eager: Tensor, truth: Tensor) -> None:
@@ -153,7 +147,7 @@ _READS = ("tolist", "numpy", "__array__")
 _SYNCS_OFF_CPU = ("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive")
 
 
-class SyncCounter:
+class SyncCounter(TorchDispatchMode):
     """Counts in `.count` the operations of a block that make the host wait for a device.
 
     item(), bool(), tolist(), numpy() count on CPU tensors too, because they would wait on another device.
@@ -161,20 +155,33 @@ class SyncCounter:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.count = 0
-        self._modes = (_FunctionMode(self), _DispatchMode(self))
+        self._reads = _CountReads(self)
 
     def __enter__(self) -> "SyncCounter":
-        for mode in self._modes:
-            mode.__enter__()
+        self._reads.__enter__()
+        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        super().__exit__(*error)
+        self._reads.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        off_cpu = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in args)
+        to_cpu = isinstance(result, Tensor) and result.device.type == "cpu"
+        sizes_or_copies = name in _SYNCS_OFF_CPU or (name in ("_to_copy", "copy_") and to_cpu)
+        if name == "_local_scalar_dense" or (off_cpu and sizes_or_copies):
+            self.count += 1
+        return result
 
 
-class _FunctionMode(TorchFunctionMode):
+class _CountReads(TorchFunctionMode):
+    """For what reads a CPU tensor without any operation that could be dispatched."""
+
     def __init__(self, counter: SyncCounter) -> None:
         super().__init__()
         self.counter = counter
@@ -184,20 +191,4 @@ class _FunctionMode(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _READS:
             self.counter.count = before + 1  # one read, however it is dispatched
-        return result
-
-
-class _DispatchMode(TorchDispatchMode):
-    def __init__(self, counter: SyncCounter) -> None:
-        super().__init__()
-        self.counter = counter
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        off_cpu = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in args)
-        to_cpu = isinstance(result, Tensor) and result.device.type == "cpu"
-        sizes_or_copies = name in _SYNCS_OFF_CPU or (name in ("_to_copy", "copy_") and to_cpu)
-        if name == "_local_scalar_dense" or (off_cpu and sizes_or_copies):
-            self.counter.count += 1
         return result

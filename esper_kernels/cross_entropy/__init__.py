@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_kernels.backends import direct, select_backend
+from esper_kernels.backends import DTYPES, direct, select_backend
 from esper_kernels.config import KernelConfig
 from esper_kernels.cross_entropy import cpp, reference, triton
 from esper_kernels.cross_entropy.reference import Options
@@ -19,7 +19,6 @@ from esper_kernels.meter import Meter
 from esper_kernels.native import Road
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_GRADS = (None,) * (3 + len(Options._fields))  # for what _CrossEntropy takes besides the logits
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
@@ -55,22 +54,15 @@ def cross_entropy(
     Returns a fresh tensor, [] or for "none" [...], float32 (float64 for float64 logits), differentiable once.
     Raises TypeError or ValueError, naming the argument, before anything is written.
     """
-    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
-    differentiable = isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()
+    instruction_set = "auto" if config is None else config.instruction_set
+    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set)
     loss: Tensor | None
     if type(logits) is Tensor and logits.is_cpu and (road := direct(config)) is not None:
-        plain = _with_instruction_set(options, config)
-        if differentiable:
-            loss = _CrossEntropy.apply(logits, targets, meter, road, *plain)
-        else:
-            loss = (cpp.direct_forward(road, logits, targets, plain, meter, keep=False) or (None,))[0]
+        loss = _loss(road, logits, targets, options, meter)
         if loss is not None:
             return loss
     _check(logits, targets, meter, options)
-    backend, options = _choose(logits, targets, options, config)
-    if not differentiable:
-        return _MODULES[backend].forward(logits, targets, options, meter, keep=False)[0]
-    loss = _CrossEntropy.apply(logits, targets, meter, backend, *options)
+    loss = _loss(_choose(logits, targets, options, config), logits, targets, options, meter)
     return loss
 
 
@@ -100,10 +92,10 @@ def cross_entropy_step(
 
     Returns the gradient [..., V] in the logits' dtype.
     """
-    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
+    instruction_set = "auto" if config is None else config.instruction_set
+    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set)
     if type(logits) is Tensor and logits.is_cpu and (road := direct(config)) is not None:
-        plain = _with_instruction_set(options, config)
-        grad = cpp.direct_step(road, logits, targets, plain, meter, grad_scale, out, inplace)
+        grad = cpp.direct_step(road, logits, targets, options, meter, grad_scale, out, inplace)
         if grad is not None:
             return grad
     _check(logits, targets, meter, options)
@@ -118,9 +110,10 @@ def cross_entropy_step(
         _check_writable("logits with inplace=True", logits)
     elif out is not None:
         _check_out(out, logits)
-    backend, options = _choose(logits, targets, options, config)
+    backend = _choose(logits, targets, options, config)
     written = logits.detach() if inplace else out
-    grad = _MODULES[backend].step(logits.detach(), targets, options, meter, grad_scale, written)
+    scale = 1.0 if grad_scale is None else grad_scale
+    grad = _MODULES[backend].step(logits.detach(), targets, options, meter, scale, written)
     if written is not None and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(written)
     return grad
@@ -138,8 +131,24 @@ def record_loss(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, *, 
         raise TypeError(f"loss must be a 0-d floating tensor, the mean over the batch, got {_describe(loss)}")
     if loss.device != logits.device:
         raise ValueError(f"loss must be on the logits' device {logits.device}, got {loss.device}")
-    backend, options = _choose(logits, targets, options, None)
+    backend = _choose(logits, targets, options, None)
     _MODULES[backend].record(loss.detach(), logits.detach(), targets, meter, options)
+
+
+def _loss(backend: str | Road, logits: Tensor, targets: Tensor, options: Options, meter: Meter | None) -> Any:
+    """None where the backend is the direct road and does not serve, as for `_forward` and `_CrossEntropy`."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _CrossEntropy.apply(logits, targets, meter, backend, *options)
+    result = _forward(backend, logits, targets, options, meter, keep=False)
+    return result and result[0]
+
+
+def _forward(
+    backend: str | Road, logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool
+) -> tuple[Tensor, ...] | None:
+    if isinstance(backend, str):
+        return _MODULES[backend].forward(logits, targets, options, meter, keep)
+    return cpp.direct_forward(backend, logits, targets, options, meter, keep)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -147,13 +156,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, meter: Meter | None, backend: str | Road, *options: Any
     ) -> Tensor | None:
-        """None where the direct road was given as the backend and does not serve."""
-        if isinstance(backend, str):
-            result = _MODULES[backend].forward(logits, targets, Options(*options), meter, keep=True)
-        else:
-            result = cpp.direct_forward(backend, logits, targets, Options(*options), meter, keep=True)
-            if result is None:
-                return None
+        result = _forward(backend, logits, targets, Options(*options), meter, keep=True)
+        if result is None:
+            return None
         loss, *state = result
         # Tensors go through save_for_backward, which notices a later change of their values.
         ctx.places = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
@@ -165,11 +170,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, *state = ctx.saved_tensors
-        options = ctx.options
-        if ctx.places:
-            options = list(options)
-            for i in reversed(ctx.places):
-                options[i] = state.pop()
+        options = list(ctx.options)
+        for i in reversed(ctx.places):
+            options[i] = state.pop()
         backward = _MODULES[ctx.backend].backward
         if not torch.is_grad_enabled():
             grad = backward(grad_output, logits, targets, *state, Options(*options))
@@ -196,27 +199,20 @@ class _DifferentiableOnce(torch.autograd.Function):
         raise RuntimeError("cross_entropy is differentiable once; for second derivatives use torch's own op")
 
 
-def _with_instruction_set(options: Options, config: KernelConfig | None) -> Options:
-    if config is None or config.instruction_set == options.instruction_set:
-        return options
-    return options._replace(instruction_set=config.instruction_set)
-
-
-def _choose(logits: Tensor, targets: Tensor, options: Options, config: KernelConfig | None) -> tuple[str, Options]:
-    """The backend and what it is given, once the targets are known to be good."""
-    choice = select_backend("cross_entropy", logits.device.type, logits.dtype, config)
-    if choice.name == "cpp":  # looks at the targets itself, before anything is written
-        return "cpp", _with_instruction_set(options, config)
-    reference.refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
-    return choice.name, options
+def _choose(logits: Tensor, targets: Tensor, options: Options, config: KernelConfig | None) -> str:
+    """The backend, once the targets are known to be good."""
+    backend = select_backend("cross_entropy", logits.device.type, logits.dtype, config).name
+    if backend != "cpp":  # which looks at the targets itself, before anything is written
+        reference.refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
+    return backend
 
 
 def _check(logits: Tensor, targets: Tensor, meter: Meter | None, options: Options) -> None:
     for name, x in (("logits", logits), ("targets", targets)):
         if not isinstance(x, Tensor) or x.layout != torch.strided or type(x).__name__ == "DTensor":
             raise TypeError(f"{name} must be a dense tensor (of a DTensor to_local()), got {_describe(x)}")
-    if logits.dtype not in _LOGIT_DTYPES:
-        raise TypeError(f"logits must be one of {_LOGIT_DTYPES}, got {logits.dtype}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits must be one of {DTYPES}, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V of at least 1, got shape {tuple(logits.shape)}")
     if targets.is_floating_point() and targets.shape == logits.shape:

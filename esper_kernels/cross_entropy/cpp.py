@@ -9,54 +9,54 @@ import torch
 from torch import Tensor
 
 from esper_kernels.backends import direct
-from esper_kernels.config import INSTRUCTION_SETS
-from esper_kernels.cross_entropy.reference import Options, refuse_bad_targets
+from esper_kernels.config import INSTRUCTION_SET_NAMES
+from esper_kernels.cross_entropy.reference import Number, Options, refuse_bad_targets
 from esper_kernels.meter import Meter
 from esper_kernels.native import Road
 
 _LARGE = 1 << 20  # elements: below, the C library has memory at hand
-_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/ops_cpu.cpp
+_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/call.h
 
 
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
     """The loss and, to keep for `backward`, float32 [2 N + 1]: two numbers a row, then the denominator."""
     loss = logits.new_empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
-    rows = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
-    _call(logits, targets, options, meter, loss=loss, rows=rows)
-    return (loss,) if rows is None else (loss, rows)
+    kept = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
+    _call(logits, targets, options, meter, loss=loss, kept=kept)
+    return (loss,) if kept is None else (loss, kept)
 
 
-def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, rows: Tensor, options: Options) -> Tensor:
+def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, kept: Tensor, options: Options) -> Tensor:
     grad, road = _fresh_like(logits), direct() if logits.is_cpu else None
-    if road is not None and road.cross_entropy_backward(logits, targets, *options, grad_output, rows, grad):
+    if road is not None and road.cross_entropy_backward(logits, targets, *options, grad_output, kept, grad):
         return grad
     torch.ops.esper.cross_entropy_backward.default(
         grad_output.float().contiguous(),
-        _rows(logits),
-        targets.contiguous(),
-        _weight(options),
-        options.ignore_index,
-        *_floats(options),
+        *_inputs(logits, targets, options),
         _numbers(options.label_smoothing, options.z_loss),
-        INSTRUCTION_SETS.index(options.instruction_set),
-        rows,
+        INSTRUCTION_SET_NAMES.index(options.instruction_set),
+        kept,
         grad,
     )
     return grad
 
 
 def step(
-    logits: Tensor,
-    targets: Tensor,
-    options: Options,
-    meter: Meter | None,
-    grad_scale: float | Tensor | None,
-    out: Tensor | None,  # may be the logits
+    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
 ) -> Tensor:
     grad = _fresh_like(logits) if out is None else out
-    written = _rows(grad)  # a copy where there are more leading dimensions than the op follows
+    written = _followable(grad)  # a copy where there are more leading dimensions than the op follows
     _call(logits, targets, options, meter, grad_scale=grad_scale, out=written)
     return grad if written is grad else grad.copy_(written)
+
+
+def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
+    seen = Meter(meter.device, topk=meter.topk)
+    _call(logits, targets, options, seen)
+    meter.counts.add_(seen.counts)
+    valid = seen.counts[0].double()
+    mean = torch.where(valid > 0, loss.double(), 0.0)
+    meter.sums.add_(torch.stack([mean * valid, valid, mean]))
 
 
 # The direct road: the checked call in one step past the dispatcher. These give None, and have written nothing, for
@@ -69,10 +69,10 @@ def direct_forward(
     if type(targets) is not Tensor:
         return None
     loss = torch.empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
-    rows = torch.empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
-    if not _direct(road, logits, targets, options, None, meter, loss, rows, None):
+    kept = torch.empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
+    if not road.cross_entropy(logits, targets, *options, None, *_accumulators(meter), loss, kept, None):
         return None
-    return (loss,) if rows is None else (loss, rows)
+    return (loss,) if kept is None else (loss, kept)
 
 
 def direct_step(
@@ -81,7 +81,7 @@ def direct_step(
     targets: Tensor,
     options: Options,
     meter: Meter | None,
-    grad_scale: float | Tensor | None,
+    grad_scale: Number | None,
     out: Tensor | None,
     inplace: bool,
 ) -> Tensor | None:
@@ -95,35 +95,11 @@ def direct_step(
         return None
     else:
         written = out
-    if not _direct(road, logits, targets, options, grad_scale, meter, None, None, written):
+    if not road.cross_entropy(logits, targets, *options, grad_scale, *_accumulators(meter), None, None, written):
         return None
     if inplace or out is not None:
         torch.autograd.graph.increment_version(written)
     return written.detach() if inplace else written
-
-
-def _direct(
-    road: Road,
-    logits: Tensor,
-    targets: Tensor,
-    options: Options,
-    grad_scale: float | Tensor | None,
-    meter: Meter | None,
-    loss: Tensor | None,
-    rows: Tensor | None,
-    out: Tensor | None,
-) -> bool:
-    sums, counts, topk = (None, None, ()) if meter is None else (meter.sums, meter.counts, meter.topk)
-    return road.cross_entropy(logits, targets, *options, grad_scale, sums, counts, topk, loss, rows, out)
-
-
-def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
-    seen = Meter(meter.device, topk=meter.topk)
-    _call(logits, targets, options, seen)
-    meter.counts.add_(seen.counts)
-    valid = seen.counts[0].double()
-    mean = torch.where(valid > 0, loss.double(), 0.0)
-    meter.sums.add_(torch.stack([mean * valid, valid, mean]))
 
 
 def _call(
@@ -132,29 +108,22 @@ def _call(
     options: Options,
     meter: Meter | None,
     *,
-    grad_scale: float | Tensor | None = None,
+    grad_scale: Number | None = None,
     loss: Tensor | None = None,
-    rows: Tensor | None = None,
+    kept: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    normalizer = options.normalizer
     try:
         torch.ops.esper.cross_entropy.default(
-            _rows(logits),
-            targets if targets.is_contiguous() else targets.contiguous(),
-            _weight(options),
-            options.ignore_index,
-            *_floats(options),
-            -1.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
-            1.0 if grad_scale is None or isinstance(grad_scale, Tensor) else float(grad_scale),
-            _numbers(options.label_smoothing, options.z_loss, normalizer, grad_scale),
+            *_inputs(logits, targets, options),
+            _plain(options.normalizer, otherwise=-1.0),
+            _plain(grad_scale, otherwise=1.0),
+            _numbers(options.label_smoothing, options.z_loss, options.normalizer, grad_scale),
             _REDUCTIONS.index(options.reduction),
-            INSTRUCTION_SETS.index(options.instruction_set),
-            None if meter is None else meter.sums,
-            None if meter is None else meter.counts,
-            (1,) if meter is None else meter.topk,
+            INSTRUCTION_SET_NAMES.index(options.instruction_set),
+            *_accumulators(meter),
             loss,
-            rows,
+            kept,
             out,
             None if meter is None else meter.ticket,
         )
@@ -172,7 +141,7 @@ def _fresh_like(logits: Tensor) -> Tensor:
     return grad
 
 
-def _rows(x: Tensor) -> Tensor:
+def _followable(x: Tensor) -> Tensor:
     """x [..., V] itself where the op can follow its strides, else a copy.
 
     A copy of logits whose classes lie apart costs one more read and write of them: the rows are then read three
@@ -183,26 +152,26 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _weight(options: Options) -> Tensor | None:
-    return None if options.weight is None else options.weight.detach().float().contiguous()
+def _inputs(logits: Tensor, targets: Tensor, options: Options) -> tuple[Any, ...]:
+    """What both ops are given, in their order."""
+    weight = None if options.weight is None else options.weight.detach().float().contiguous()
+    numbers = [_plain(x, otherwise=0.0) for x in (options.label_smoothing, options.z_loss, options.softcap)]
+    return _followable(logits), targets.contiguous(), weight, options.ignore_index, *numbers
 
 
-def _floats(options: Options) -> tuple[float, float, float]:
-    """Label smoothing, z-loss and softcap; 0 where a tensor stands instead."""
-    smoothing, z_loss = options.label_smoothing, options.z_loss
-    return (
-        0.0 if isinstance(smoothing, Tensor) else float(smoothing),
-        0.0 if isinstance(z_loss, Tensor) else float(z_loss),
-        float(options.softcap or 0.0),
-    )
+def _accumulators(meter: Meter | None) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+    """In the order of the op and of the road."""
+    return (None, None, ()) if meter is None else (meter.sums, meter.counts, meter.topk)
 
 
-def _numbers(*given: Any) -> list[Tensor | None]:
+def _plain(x: Number | None, otherwise: float) -> float:
+    return otherwise if x is None or isinstance(x, Tensor) else float(x)
+
+
+def _numbers(*given: Number | None) -> list[Tensor | None]:
     """The options that are tensors, None for the others, so that a schedule does not recompile; [] without any."""
-    if not any(isinstance(x, Tensor) for x in given):
+    tensors = [x.detach() if isinstance(x, Tensor) else None for x in given]
+    if all(x is None for x in tensors):
         return []
-    return [_float(x.detach()) if isinstance(x, Tensor) else None for x in given]
-
-
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.double()
+    readable = (torch.float32, torch.float64)
+    return [x if x is None or x.dtype in readable else x.double() for x in tensors]

@@ -4,9 +4,6 @@ A backend is a module with these functions: `forward` (gives the loss, then what
 `backward`, `step`, `record`. They trust their arguments, which `esper_kernels.cross_entropy` has checked, and
 never wait for the device. A target outside [0, V) is not valid, has zero gradient and is counted; on CPU tensors
 it is refused before.
-
-With x the logits after softcap c*tanh(x/c), e the label smoothing, z the z-loss factor, a row's loss is
-    w_t (1-e) (lse - x_t)  +  (e/V) sum_c w_c (lse - x_c)  +  z lse^2.
 """
 
 from typing import NamedTuple
@@ -17,17 +14,19 @@ from torch import Tensor
 from esper_kernels.meter import Meter
 from esper_kernels.sums import ordered_sum
 
+Number = float | Tensor  # a tensor is [], on the logits' device or the CPU
+
 
 class Options(NamedTuple):
     """The options of `esper_kernels.cross_entropy`, documented there."""
 
     weight: Tensor | None  # [V]
     ignore_index: int
-    label_smoothing: float | Tensor
-    z_loss: float | Tensor
+    label_smoothing: Number
+    z_loss: Number
     softcap: float | None
     reduction: str
-    normalizer: float | Tensor | None
+    normalizer: Number | None
     instruction_set: str = "auto"  # for `cpp`
 
 
@@ -74,6 +73,7 @@ def refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> 
         )
 
 
+@torch.no_grad()
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool = True) -> Forward:
     """logits [..., V], targets [...]; adds the batch to `meter`. keep: `backward` will follow."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
@@ -83,18 +83,19 @@ def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | No
     x = x - row_max[..., None]  # [..., V], none above 0
     row_log_sum = ordered_sum(x.exp()).log()
 
-    row_weight = _row_weight(x, rows, options.weight)
+    weights = _class_weights(options.weight, x)
+    row_weight = weights[rows.target]
     row_loss = row_weight * (1 - e) * (row_log_sum - _pick(x, rows.target))
     if _is_on(e):
-        smooth = _weight_sum(x, options.weight) * row_log_sum - ordered_sum(_weighted(x, options.weight))
+        smooth = ordered_sum(weights) * row_log_sum - ordered_sum(x * weights)
         # Not a product with e = 0: beside a -inf logit `smooth` is inf.
         row_loss = row_loss + torch.where(rows.valid & (e > 0), e / x.shape[-1] * smooth, 0.0)
     if _is_on(z):
         row_loss = row_loss + z * (row_max + row_log_sum).square()
 
     row_loss = torch.where(rows.valid, row_loss, 0.0)
-    loss_sum = _sum_rows(row_loss)
-    weight_sum = _sum_rows(torch.where(rows.valid, row_weight, 0.0))
+    loss_sum = ordered_sum(row_loss.double().flatten())
+    weight_sum = ordered_sum(torch.where(rows.valid, row_weight, 0.0).double().flatten())
     if meter is not None:
         _add_to_meter(meter, logits, rows, row_max, loss_sum, weight_sum)
 
@@ -126,12 +127,13 @@ def backward(
     x = _capped(logits, options.softcap)
     e, z = _factor(options.label_smoothing, x), _factor(options.z_loss, x)
 
+    weights = _class_weights(options.weight, x)
     scale = grad_output.to(x.dtype) / denominator.to(x.dtype)  # [] or [...]
-    at_target = _row_weight(x, rows, options.weight) * (1 - e) * scale  # [...]
+    at_target = weights[rows.target] * (1 - e) * scale  # [...]
     everywhere = e / x.shape[-1] * scale  # times the class weights
     of_softmax = at_target
     if _is_on(e):
-        of_softmax = of_softmax + everywhere * _weight_sum(x, options.weight)
+        of_softmax = of_softmax + everywhere * ordered_sum(weights)
     if _is_on(z):
         of_softmax = of_softmax + 2 * z * (row_max + row_log_sum) * scale
 
@@ -139,7 +141,7 @@ def backward(
     grad = (x - row_max[..., None]).sub_(row_log_sum[..., None]).exp_().mul_(of_softmax[..., None])
     grad.scatter_add_(-1, rows.target[..., None], -at_target[..., None])
     if _is_on(e):
-        grad.sub_(_weighted(everywhere[..., None], options.weight))
+        grad.sub_(everywhere[..., None] * weights)
     if options.softcap is not None:
         grad.mul_(1 - (x / options.softcap).square())
     counts = rows.valid & (denominator != 0)
@@ -148,18 +150,11 @@ def backward(
 
 @torch.no_grad()
 def step(
-    logits: Tensor,
-    targets: Tensor,
-    options: Options,
-    meter: Meter | None,
-    grad_scale: float | Tensor | None,
-    out: Tensor | None,  # may be the logits
+    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
 ) -> Tensor:
-    """The gradient of the loss times grad_scale, into `out` where given; adds the batch to `meter`."""
+    """The gradient of the loss times grad_scale, into `out` (may be the logits); adds the batch to `meter`."""
     result = forward(logits, targets, options, meter)
-    scale = torch.ones_like(result.denominator)
-    if grad_scale is not None:
-        scale = scale * grad_scale
+    scale = torch.ones_like(result.denominator) * grad_scale
     grad = backward(scale, logits, targets, *result[1:], options)
     return grad if out is None else out.copy_(grad)
 
@@ -195,11 +190,11 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
-def _factor(value: float | Tensor, x: Tensor) -> float | Tensor:
+def _factor(value: Number, x: Tensor) -> Number:
     return value.to(x.dtype) if isinstance(value, Tensor) else value
 
 
-def _is_on(factor: float | Tensor) -> bool:
+def _is_on(factor: Number) -> bool:
     return isinstance(factor, Tensor) or factor != 0  # a tensor is never read on the host
 
 
@@ -207,17 +202,5 @@ def _pick(x: Tensor, target: Tensor) -> Tensor:
     return x.gather(-1, target[..., None])[..., 0]
 
 
-def _row_weight(x: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
-    return torch.ones_like(x[..., 0]) if weight is None else weight.to(x.dtype)[rows.target]
-
-
-def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
-    return x if weight is None else x * weight.to(x.dtype)
-
-
-def _weight_sum(x: Tensor, weight: Tensor | None) -> float | Tensor:
-    return float(x.shape[-1]) if weight is None else ordered_sum(weight.to(x.dtype))
-
-
-def _sum_rows(x: Tensor) -> Tensor:
-    return ordered_sum(x.double().reshape(-1))
+def _class_weights(weight: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype)

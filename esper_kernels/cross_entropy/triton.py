@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from esper_kernels.cross_entropy import launch
-from esper_kernels.cross_entropy.reference import Options
+from esper_kernels.cross_entropy.reference import Number, Options
 from esper_kernels.meter import COUNTS, Meter
-
-_INTERPRETED = (2, 1 << 20)  # multiprocessors and bytes of cache, as if the CPU had them
 
 
 def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
@@ -35,16 +33,11 @@ def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, kept: Tensor,
 
 
 def step(
-    logits: Tensor,
-    targets: Tensor,
-    options: Options,
-    meter: Meter | None,
-    grad_scale: float | Tensor | None,
-    out: Tensor | None,  # may be the logits
+    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
 ) -> Tensor:
     grad = logits.new_empty(logits.shape) if out is None else out
     written = grad if _followed(grad) else logits.new_empty(logits.shape)
-    _call(logits, targets, options, meter, grad_scale=1.0 if grad_scale is None else grad_scale, grad=written)
+    _call(logits, targets, options, meter, grad_scale=grad_scale, grad=written)
     return grad if written is grad else grad.copy_(written)
 
 
@@ -57,7 +50,7 @@ def _call(
     targets: Tensor,
     options: Options,
     meter: Meter | None,
-    grad_scale: float | Tensor | None = None,
+    grad_scale: Number | None = None,
     given: Tensor | None = None,
     recorded: Tensor | None = None,
     loss: Tensor | None = None,
@@ -89,7 +82,7 @@ def _row_stride(x: Tensor) -> int | None:
     return x.stride(0) if x.dim() == 2 else 0
 
 
-def _rows(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
+def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
     """A unit; inner size, None where rows are evenly spaced, and outer and inner strides of both in that unit.
 
     A power of 2 of elements, the unit tells the compiler what is aligned without telling it a stride.
@@ -107,7 +100,7 @@ def _rows(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
 def _device(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of second-level cache."""
     if device.type == "cpu":
-        return _INTERPRETED
+        return 2, 1 << 20  # for the interpreter, as if it had them
     facts = torch.get_device_module(device).get_device_properties(device)
     if device.type == "xpu":
         return facts.gpu_subslice_count, 0  # torch does not tell the cache: none is counted on
@@ -145,7 +138,8 @@ def _launch(
     weight, given, recorded = tensors[5:]
     weight = None if weight is None else weight.contiguous()
     logits, targets = logits if _followed(logits) else logits.contiguous(), targets.contiguous()
-    unit, layout = _rows(logits, logits if grad is None else grad)
+    unit, layout = _layout(logits, logits if grad is None else grad)
+    shape = {"V": classes, "IGNORE": ignore_index}
     heavy = not (weight is None and smoothing is None and softcap is None)
     sizes = (rows, classes, logits.element_size(), targets.element_size(), heavy)
     chosen = launch.choose(*sizes, *_device(device))
@@ -158,17 +152,15 @@ def _launch(
             ticket = torch.zeros(1, dtype=torch.int32, device=device) if ticket is None else ticket
         if grad is not None and given is None and normalizer is None and chosen.count_first:
             counted = torch.empty(launch.COUNT_PROGRAMS, dtype=torch.float64, device=device)
-            shape = {"V": classes, "IGNORE": ignore_index, "BLOCK": 1024}
-            kernels.count[(launch.COUNT_PROGRAMS,)](targets, weight, counted, rows, **shape, **options)
+            kernels.count[(launch.COUNT_PROGRAMS,)](targets, weight, counted, rows, **shape, BLOCK=1024, **options)
             normalizer = counted.sum()
         if torch.version.cuda:
             options["maxnreg"] = chosen.registers
         inputs = (logits, targets, weight, smoothing, z_loss, softcap, normalizer, grad_scale, given, recorded)
         kernels.batch[(chosen.programs,)](
             *(*inputs, loss, kept, grad, sums, counts, partials, ticket, rows, *layout),
-            V=classes,
+            **shape,
             UNIT=unit,
-            IGNORE=ignore_index,
             TOPK=tuple(topk),
             PER_ROW=per_row,
             ROWS=chosen.rows,
@@ -181,6 +173,7 @@ def _launch(
         )
 
 
-_WRITTEN = ("loss", "kept", "grad", "sums", "counts", "ticket")
-_op = torch.library.custom_op("esper::cross_entropy_triton", _launch, mutates_args=_WRITTEN)
+_op = torch.library.custom_op(
+    "esper::cross_entropy_triton", _launch, mutates_args=("loss", "kept", "grad", "sums", "counts", "ticket")
+)
 _op.register_fake(lambda *arguments: None)

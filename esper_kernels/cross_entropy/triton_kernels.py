@@ -14,7 +14,7 @@ LANES = tl.constexpr(256)  # results of other programs that the last program rea
 
 @triton.jit
 def _number(x):
-    value = x
+    value = x  # the interpreter makes a tensor of a float only when it is assigned
     if value.dtype.is_ptr():
         value = tl.load(value).to(tl.float32)
     return value
@@ -110,9 +110,7 @@ def batch(
     logits,
     targets,
     weight,  # [V]
-    label_smoothing,
-    z_loss,
-    softcap,
+    label_smoothing, z_loss, softcap,
     normalizer,  # None: the rows' weights, added up here
     grad_scale,  # or the gradient of the loss, [rows] with PER_ROW
     given,  # what an earlier launch kept
@@ -120,27 +118,13 @@ def batch(
     loss,  # [], or [rows] with PER_ROW, written
     kept,  # [2 rows + 1] float32, written: maximum and sum of exponentials of each row; the rows' weights, added up
     grad,  # like logits, written; may be the logits
-    sums,  # of the meter
-    counts,
+    sums, counts,  # of the meter
     partials,  # [columns, programs] float64
     ticket,
-    rows: tl.int64,
-    inner,
-    logits_outer,
-    logits_inner,
-    grad_outer,
-    grad_inner,
-    V: tl.constexpr,
-    UNIT: tl.constexpr,
-    IGNORE: tl.constexpr,
-    TOPK: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    STAGES: tl.constexpr,
-    COUNT_BLOCK: tl.constexpr,
-):
+    rows: tl.int64, inner, logits_outer, logits_inner, grad_outer, grad_inner,
+    V: tl.constexpr, UNIT: tl.constexpr, IGNORE: tl.constexpr, TOPK: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, COUNT_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Whatever a batch needs: row losses, gradient, counts, and by the program that ends last, their sums."""
     COLUMNS: tl.constexpr = 6 + len(TOPK)
     PADDED: tl.constexpr = triton.next_power_of_2(COLUMNS)

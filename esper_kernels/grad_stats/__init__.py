@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from esper_kernels.backends import direct, select_backend
+from esper_kernels.backends import DTYPES, direct, select_backend
 from esper_kernels.config import KernelConfig
 from esper_kernels.grad_stats import cpp, reference, triton
 from esper_kernels.grad_stats.stats import GradHealth, GradStats
@@ -17,7 +17,6 @@ from esper_kernels.grad_stats.stats import GradHealth, GradStats
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Grads = Sequence[Tensor | None]
 
 
@@ -48,7 +47,7 @@ def grad_stats(
         tensors = [tensor for members in grads.values() for tensor in members]
     else:
         tensors = list(grads)
-    on_cpu = all(getattr(tensor, "is_cpu", True) for tensor in tensors[:1])
+    on_cpu = not tensors or getattr(tensors[0], "is_cpu", True)  # the road looks at the others
     if on_cpu and (road := direct(config)) is not None and (out is None or len(out.numels) == len(tensors)):
         stats = _allocate(len(tensors), torch.device("cpu")) if out is None else out
         numels = cpp.direct_fill(road, tensors, inv_scale, stats, "auto" if config is None else config.instruction_set)
@@ -109,8 +108,8 @@ def _check(tensors: Grads, inv_scale: Tensor | None, out: GradStats | None) -> t
         if not isinstance(x, Tensor) or x.layout != torch.strided or type(x).__name__ == "DTensor":
             what = f"{type(x).__name__} {getattr(x, 'layout', '')}"
             raise TypeError(f"grads[{place}] must be a dense tensor or None (of a DTensor to_local()), got {what}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"grads[{place}] must be one of {_DTYPES}, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"grads[{place}] must be one of {DTYPES}, got {x.dtype}")
         device = device or x.device
         if x.device != device:
             raise ValueError(f"grads must be on one device, got {device} and, at place {place}, {x.device}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esper_kernels.config import INSTRUCTION_SETS
+from esper_kernels.config import INSTRUCTION_SET_NAMES
 from esper_kernels.grad_stats.stats import GradStats
 from esper_kernels.native import Road
 
@@ -13,12 +13,11 @@ from esper_kernels.native import Road
 def fill(
     tensors: Sequence[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str = "auto"
 ) -> None:
-    """Write the statistics of `tensors`, each value multiplied by inv_scale, into the tensors of `stats`."""
     nothing = stats.found_inf.new_empty(0)
     torch.ops.esper.grad_stats.default(
         [nothing if x is None else x for x in tensors],
         inv_scale if inv_scale is None or inv_scale.dtype == torch.float32 else inv_scale.double(),
-        INSTRUCTION_SETS.index(instruction_set),
+        INSTRUCTION_SET_NAMES.index(instruction_set),
         *_memory(stats),
     )
 

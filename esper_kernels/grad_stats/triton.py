@@ -37,7 +37,6 @@ class _Tables:
 def fill(
     tensors: Sequence[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str = "auto"
 ) -> None:
-    """Write the statistics of `tensors`, each value multiplied by inv_scale, into the tensors of `stats`."""
     from esper_kernels.grad_stats.triton_kernels import kernel
 
     columns = stats.norms, stats.max_abs, stats.zeros, stats.nans, stats.infs

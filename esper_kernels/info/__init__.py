@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from esper_kernels import native
-from esper_kernels.backends import OPS, select_backend
+from esper_kernels.backends import DTYPES, OPS, select_backend
 from esper_kernels.version import __version__
 
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 _UNVERIFIED = "tested in a simulator on the CPU, not yet on a GPU: check with python -m esper_kernels.info --check"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def info() -> Info:
     """Versions, and a choice for each op, device type and dtype."""
     versions = {"esper_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
     versions["compiler"] = native.COMPILER
-    choices = tuple(_choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in _DTYPES)
+    choices = tuple(_choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in DTYPES)
     return Info(
         versions=versions,
         instruction_sets=native.INSTRUCTION_SETS,
@@ -65,10 +64,11 @@ def info() -> Info:
 
 
 def _choice(op: str, device_type: str, dtype: torch.dtype) -> Choice:
-    name = str(dtype).removeprefix("torch.")
+    backend: str | None
     try:
-        choice = select_backend(op, device_type, dtype)
+        backend, refused, _ = select_backend(op, device_type, dtype)
+        why = "; ".join(f"{name}: {reason}" for name, reason in refused)
     except ValueError as error:
-        return Choice(op=op, device_type=device_type, dtype=name, backend=None, why=str(error))
-    why = "; ".join(f"{backend}: {reason}" for backend, reason in choice.refused)
-    return Choice(op=op, device_type=device_type, dtype=name, backend=choice.name, why=why)
+        backend, why = None, str(error)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return Choice(op=op, device_type=device_type, dtype=dtype_name, backend=backend, why=why)

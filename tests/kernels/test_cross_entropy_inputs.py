@@ -173,6 +173,14 @@ def test_uint8_target_is_not_mistaken_for_ignore_index(config: KernelConfig) -> 
         cross_entropy(torch.zeros(1, 3), torch.tensor([156], dtype=torch.uint8), config=config)
 
 
+def test_options_get_no_gradient_and_the_meter_no_graph(config: KernelConfig) -> None:
+    number, meter = torch.tensor(0.5, requires_grad=True), Meter("cpu")
+    options = {"weight": torch.ones(3, requires_grad=True), "label_smoothing": number, "z_loss": number}
+    loss = cross_entropy(X, T, **options, normalizer=number, meter=meter, config=config)
+    assert not loss.requires_grad
+    assert not meter.sums.requires_grad
+
+
 def test_bad_targets_on_other_devices_are_left_out_and_counted() -> None:
     """The reference knows no device, so what it does with them on a GPU shows on the CPU."""
     logits, targets = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 2, -7])

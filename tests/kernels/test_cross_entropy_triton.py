@@ -164,8 +164,8 @@ def test_bad_targets_are_left_out_as_in_the_reference(normalizer: float | None) 
                 assert torch.equal(meters[0].counts, meters[1].counts)
                 torch.testing.assert_close(meters[0].sums, meters[1].sums)
         if reduction == "mean":
-            step = triton.step(logits, targets, options, None, None, None)
-            torch.testing.assert_close(step, reference.step(logits, targets, options, None, None, None))
+            step = triton.step(logits, targets, options, None, 1.0, None)
+            torch.testing.assert_close(step, reference.step(logits, targets, options, None, 1.0, None))
 
 
 @pytest.mark.parametrize("values", [[0, 2, 1, -100], [-100, -100, -100, -100]], ids=str)
@@ -240,7 +240,7 @@ def launch(rows, classes=10, smoothing=0.1, ignored=0, at=0, **options):
     targets[:ignored] = -100
     given = Options(None, -100, smoothing, 0.0, None, "mean", options.get("normalizer"))
     logits, meter = torch.zeros(rows, classes), Meter("cpu")
-    triton.step(logits, targets, given, meter, options.get("scale"), None)
+    triton.step(logits, targets, given, meter, options.get("scale", 1.0), None)
     _, kept = triton.forward(logits, targets, given, meter, keep=True)
     triton.backward(torch.ones(()), logits, targets, kept, given)
     return len(keys)
