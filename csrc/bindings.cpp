@@ -165,7 +165,8 @@ bool read_call(const Road& road, PyObject* const* a, esper::LossCall* call, cons
       !road.number(a[6], 0, HUGE_VAL, 0, &call->softcap) ||
       !road.number(a[8], 0, HUGE_VAL, -1, &call->normalizer))
     return false;
-  if (a[6] != Py_None && (call->softcap == 0 || !PyFloat_Check(a[6]))) return false;
+  if (a[6] != Py_None && (call->softcap == 0 || std::isinf(call->softcap) || !PyFloat_Check(a[6])))
+    return false;
   call->reduction = place_of(a[7], reductions);
   if (call->reduction < 0) return false;
   if (a[8] != Py_None && (call->reduction != esper::kMean || !(call->normalizer >= 0))) return false;

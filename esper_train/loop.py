@@ -165,19 +165,20 @@ class _Steps:
         self._groups = optimizers.parameters()
         self._parameters = [p for members in self._groups.values() for p in members]
         self._stats: GradStats | None = None  # of the last measured step
-        self._nonfinite: list[Tensor] = []  # NaN and Inf of each tensor, int64 [T] each, over the measured steps
+        self._counts: Tensor | None = None  # of zeros, NaN and Inf over the measured steps, int64 [3, T]
         self.meter = Meter(device, topk=config.topk)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def reset(self) -> None:
         """Forget what was added up."""
         self.meter.reset()
-        for total in (self.skipped, *self._nonfinite):
-            total.zero_()
+        for total in (self.skipped, self._counts):
+            if total is not None:
+                total.zero_()
 
     def measured(self) -> list[GradStats | Tensor]:
-        """Statistics of the last measured step, and NaN and Inf counts of all; empty where none was."""
-        return [] if self._stats is None else [self._stats, *self._nonfinite]
+        """Statistics of the last measured step, and counts over all; empty where none was."""
+        return [] if self._stats is None or self._counts is None else [self._stats, self._counts]
 
     def __call__(self, group: Sequence[Batch], measure: bool) -> None:
         config, step, optimizers = self._config, self._step, self._optimizers
@@ -199,9 +200,9 @@ class _Steps:
                 inv_scale = None if scaler is None else scaler.inv_scale()
                 limits = {"vanishing": grad.vanishing, "exploding": grad.exploding}
                 stats = self._stats = grad_stats(grads, **limits, inv_scale=inv_scale, config=kernel, out=self._stats)
-                self._nonfinite = self._nonfinite or [torch.zeros_like(stats.nans), torch.zeros_like(stats.infs)]
-                self._nonfinite[0].add_(stats.nans)
-                self._nonfinite[1].add_(stats.infs)
+                if self._counts is None:
+                    self._counts = torch.zeros_like(stats.counts)
+                self._counts.add_(stats.counts)
         with step.span("optimizer"):
             if grad.clip_norm is not None:
                 clip_grad_norm_(self._parameters, grad.clip_norm, stats=self._stats if measure else None, config=kernel)
@@ -277,10 +278,11 @@ def _batches(loader: Batches, device: torch.device | None, most: int | None, spa
         raise ValueError("the loader gave no batch: is the data set smaller than a batch with drop_last=True?")
 
 
-def _whole_epoch(last: GradHealth, nans: list[int], infs: list[int]) -> GradHealth:
-    """The last measured step's health, with the NaN and Inf counts of all of them."""
-    health = 0.0 if any(nans) or any(infs) else last.gradient_health
-    return replace(last, nan_count=sum(nans), inf_count=sum(infs), gradient_health=health)
+def _whole_epoch(last: GradHealth, counts: list[int]) -> GradHealth:
+    """The last measured step's health, with the NaN and Inf counts of all of them: zeros come first, by tensor."""
+    tensors = len(counts) // 3
+    nans, infs = sum(counts[tensors : 2 * tensors]), sum(counts[2 * tensors :])
+    return replace(last, nan_count=nans, inf_count=infs, gradient_health=0.0 if nans + infs else last.gradient_health)
 
 
 def _measures(result: MeterResult) -> dict[str, Any]:

@@ -132,12 +132,15 @@ def _allocate(num_tensors: int, device: torch.device) -> GradStats:
     def memory(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    counts = memory(torch.int64, 3, num_tensors)
+    zeros, nans, infs = counts.unbind()
     return GradStats(
         norms=memory(torch.float64, num_tensors),
         max_abs=memory(torch.float64, num_tensors),
-        zeros=memory(torch.int64, num_tensors),
-        nans=memory(torch.int64, num_tensors),
-        infs=memory(torch.int64, num_tensors),
+        counts=counts,
+        zeros=zeros,
+        nans=nans,
+        infs=infs,
         total_norm=memory(torch.float64),
         found_inf=memory(torch.float32),
     )

@@ -46,6 +46,7 @@ class GradStats:
 
     norms: Tensor  # float64 [T], L2
     max_abs: Tensor  # float64 [T]
+    counts: Tensor  # int64 [3, T], the rows of which are
     zeros: Tensor  # int64 [T], as nans and infs
     nans: Tensor
     infs: Tensor
@@ -71,7 +72,7 @@ class GradStats:
         return health
 
     def pack(self) -> Tensor:
-        return torch.cat([self.norms.view(torch.int64), self.zeros, self.nans, self.infs])
+        return torch.cat([self.norms.view(torch.int64), self.counts.flatten()])
 
     def unpack(self, words: list[int], strict: bool) -> GradHealth:
         n = len(self.numels)
