@@ -84,10 +84,11 @@ class TrainStep:
             with self.span("loss"):
                 how = {"normalizer": divisor, "grad_scale": scale, "config": self._config.kernel, **self._options}
                 memory = self._memory_of_gradient(logits)
-                edge = get_gradient_edge(logits)  # now: autograd would copy the gradient of a view written over
+                # Taken before it is written over: autograd would copy the gradient of a view that was.
+                root = logits if logits._base is None else get_gradient_edge(logits)
                 grad = cross_entropy_step(logits, targets, meter, **memory, **how)
             with self.span("backward"):
-                torch.autograd.backward(edge, grad)
+                torch.autograd.backward(root, grad)
         else:
             with self.span("loss"):
                 loss = self._criterion(logits, targets)
@@ -127,7 +128,7 @@ class TrainStep:
         node = logits.grad_fn
         while node is not None and node.name() in _VIEWS:
             node = node.next_functions[0][0]
-        if logits.device.type != "cpu" or node is None:
+        if node is None or not logits.is_cpu:
             return {}
         if node.name() in _PRODUCTS and logits.is_contiguous():
             return {"inplace": True}
@@ -155,6 +156,7 @@ class TrainStep:
         else:
             logits, entered = self._run(model, keeping, inputs, {})
         self._record(logits, targets, meters[0])
+        del logits  # the next ones can have their memory
         for alpha, meter in zip(alphas, meters[1:], strict=True):
             start = next((slot for slot in entered if slot in alpha), None)
             begin = {} if start is None else {"start": start}
