@@ -7,7 +7,7 @@
 An epoch is training with gradient statistics, and validation: as the network is, and once with each slot ablated.
 The plain loop is eager cross entropy, argmax and comparison, sums on the device, statistics gradient by gradient, SGD
 as torch makes it, and one pass over the validation data a variant, in the batches it trains with. Ours lays out images
-and validates as a run does by itself, in batches of 512. Model, seed, order of the data and learning rate are the
+and sizes validation batches as a run does by itself. Model, seed, order of the data and learning rate are the
 same; a case is timed only after both have the same losses for two epochs. Rounds alternate, medians are reported.
 
 Two more figures of each case: what the loop itself costs (`loop_cost`), and what measuring with ablated slots costs
@@ -45,8 +45,8 @@ from esper_train import (
     train_one_epoch,
     transformer_host,
 )
-from esper_train.build import EVALUATION_BATCH, make_optimizer
-from esper_train.tasks import Loader
+from esper_train.build import make_optimizer
+from esper_train.tasks import Loader, preset
 from esper_train.tasks.task import Split
 
 LR, SGD, SLOTS = 0.01, OptimConfig(momentum=0.9, weight_decay=0.0), ("early", "mid", "late")
@@ -193,7 +193,7 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
         if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(list(model.parameters()), LR, SGD)
-        train, validation = shuffled(), Loader(split, EVALUATION_BATCH)
+        train, validation = shuffled(), Loader(split, evaluation_batch(case))
         shared: dict[str, Any] = {"task_type": task_type, "step": step}
         variants = {slot: {slot: 0.0} for slot in slots}
 
@@ -220,6 +220,12 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
 def images_pay_channels_last(case: Case) -> bool:
     """What a run decides by itself."""
     return case.width >= 16 and case.kind in ("digits", "cifar", "made")
+
+
+def evaluation_batch(case: Case) -> int:
+    """That of a run with such data."""
+    task = {"cifar": "cifar10", "pysource": "pysource", "lm": "pysource"}.get(case.kind, "digits")
+    return preset(task).evaluation_batch
 
 
 def loop_cost(case: Case, rounds: int) -> dict[str, float]:
@@ -287,7 +293,7 @@ def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
     if images_pay_channels_last(case):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    config, batches = TrainConfig(), list(Loader(split, EVALUATION_BATCH))
+    config, batches = TrainConfig(), list(Loader(split, evaluation_batch(case)))
     step = build_train_step(task_type, config)
 
     def measured(*names: str) -> Callable[[], object]:

@@ -24,8 +24,6 @@ from esper_train.stop import StopRequest
 from esper_train.tasks import Loader, Task, get_task, load_splits
 from esper_train.telemetry.hub import TelemetryHub
 
-EVALUATION_BATCH = 512
-"""Rows a batch where nothing is trained, so memory is all that limits it."""
 UNDONE = ("model", "optimizers", "tracker")
 """Parts of an episode that a rollback brings back."""
 
@@ -134,8 +132,8 @@ def build_episode(
         step=step,
         device=next(host.parameters()).device,
         train=train,
-        validation=Loader(splits.validation, EVALUATION_BATCH, **where),
-        test=Loader(splits.test, EVALUATION_BATCH, **where),
+        validation=Loader(splits.validation, config.evaluation_batch, **where),
+        test=Loader(splits.test, config.evaluation_batch, **where),
         steps=math.ceil(batches / config.train.accumulate),
         data_record=splits.record,
         random=RandomState(config.seed + 1, device, order),

@@ -338,6 +338,8 @@ class RunConfig(Settings):
     max_batches: CountOrNone = None
     """Batches of an epoch at most; None takes all."""
     batch_size: Count = 64
+    evaluation_batch: Count = 512
+    """Rows a batch where nothing is trained. Many save calls; on a CPU, more than the caches hold take longer."""
     workers: CountOrZero = 0
     """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data in place, on the
     device where it fits, which is faster for tensors in memory."""

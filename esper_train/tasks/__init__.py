@@ -20,7 +20,10 @@ TASKS: Mapping[str, Callable[[RunConfig], Task]] = {
 }
 
 
-PRESETS: Mapping[str, RunConfig] = {"pysource": PYSOURCE_PRESET}
+PRESETS: Mapping[str, RunConfig] = {
+    "pysource": PYSOURCE_PRESET,
+    "cifar10": RunConfig(task="cifar10", evaluation_batch=128),
+}
 """Settings that suit a task, to start from; the other tasks take the defaults."""
 
 

@@ -118,6 +118,7 @@ PRESET = RunConfig(
     max_epochs=60,
     max_batches=64,
     batch_size=32,
+    evaluation_batch=64,
     host=HostConfig(width=24),
     optim=OptimConfig(kind="adamw", host_lr=3e-3, seed_lr=3e-3, weight_decay=0.01),
     growth=GrowthConfig(
