@@ -34,17 +34,18 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 
-# For other machines: with CUDA kernels wherever a toolkit is, whatever torch is here. auditwheel names the oldest system
+# For other Linux machines: with CUDA kernels wherever a toolkit is, whatever torch is here. auditwheel names the oldest system
 # that it runs on, and shows why; the libraries of torch and of the driver stay out of it.
 wheel: $(READY)
-	rm -rf dist build/wheel build/lib.* && mkdir -p build/wheel
-	PATH="$(BIN):$$PATH" FORCE_CUDA=$${FORCE_CUDA-$$(PATH="$$CUDA_HOME/bin:$$PATH" command -v nvcc >/dev/null && echo 1)} \
+	rm -rf build/wheel build/lib.* build/bdist.* && mkdir -p build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" FORCE_CUDA=$${FORCE_CUDA-$$(PATH="$$CUDA_HOME/bin:$$PATH" command -v nvcc >/dev/null && echo 1)} \
 		$(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w build/wheel . >build/wheel.log 2>&1 \
 		|| { tail -n 30 build/wheel.log; exit 1; }
 	@grep -m1 'esper-kernels: ' build/wheel.log
-	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair -w dist \
+	rm -rf dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w dist --allow-pure-python-wheel \
 		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda.so.*' build/wheel/*.whl
-	$(BIN)/python -m auditwheel show dist/*.whl
+	$(BIN)/python -m auditwheel show --allow-pure-python-wheel dist/*.whl
 
 table: $(READY)
 	$(BIN)/python -m benchmarks.growth

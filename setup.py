@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,20 @@ def gencode(cuda: Path) -> list[str]:
 def compile_cuda(cuda: Path, folder: Path) -> list[str]:
     """Objects of the CUDA kernels; torch's own build step would ask for a torch built with CUDA."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = gencode(cuda)
     objects = []
     for source in CUDA_KERNELS:
         made = folder / f"{Path(source).stem}.o"
         told = folder / f"{Path(source).stem}.options"
         newest = max(Path(path).stat().st_mtime for path in (source, *CUDA_DEPENDS))
-        if not made.exists() or made.stat().st_mtime < newest or told.read_text() != " ".join(options):
-            command = [str(cuda / "bin/nvcc"), "-c", "-std=c++17", "-O3", "-Icsrc", *options]
-            command += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"--threads={os.environ.get('MAX_JOBS', '0')}"]
-            print(" ".join([*command, source]))
-            subprocess.run([*command, source, "-o", str(made)], check=True)
-            told.write_text(" ".join(options))
+        command = [str(cuda / "bin/nvcc"), "-c", "-std=c++17", "-O3", "-Icsrc", *gencode(cuda), source]
+        command.append("-Xcompiler=-fPIC,-fvisibility=hidden")
+        same = told.exists() and told.read_text() == " ".join(command)  # the toolkit and the architectures
+        if not same or not made.exists() or made.stat().st_mtime < newest:
+            print(" ".join(command))
+            told.unlink(missing_ok=True)
+            threads = f"--threads={os.environ.get('MAX_JOBS', '0')}"
+            subprocess.run([*command, threads, "-o", str(made)], check=True)
+            told.write_text(" ".join(command))
         objects.append(str(made))
     return objects
 
@@ -94,6 +97,8 @@ def compiled() -> dict[str, Any]:
     if os.environ.get("ESPER_NO_EXT") == "1":
         print("esper-kernels: pure Python, because ESPER_NO_EXT=1")
         return {}
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        sys.exit("esper-kernels: no kernels for Python without its global lock yet; set ESPER_NO_EXT=1 for pure Python")
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths

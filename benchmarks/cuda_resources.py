@@ -33,6 +33,8 @@ def resources(source: str, architecture: int) -> list[dict[str, Any]]:
     if done.returncode != 0:
         raise RuntimeError(f"nvcc does not compile {source}.cu for sm_{architecture}: {done.stderr}")
     found = [_KERNEL.search(part) for part in done.stderr.split("Compiling ")[1:]]
+    if None in found:
+        raise RuntimeError(f"cannot read what nvcc says of {source}.cu: {done.stderr}")
     return [
         {
             "kernel": _readable(kernel["name"]),

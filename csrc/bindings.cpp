@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cfloat>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -165,7 +166,7 @@ bool read_call(const Road& road, PyObject* const* a, esper::LossCall* call, cons
       !road.number(a[6], 0, HUGE_VAL, 0, &call->softcap) ||
       !road.number(a[8], 0, HUGE_VAL, -1, &call->normalizer))
     return false;
-  if (a[6] != Py_None && (call->softcap == 0 || std::isinf(call->softcap) || !PyFloat_Check(a[6])))
+  if (a[6] != Py_None && (call->softcap == 0 || call->softcap > FLT_MAX || !PyFloat_Check(a[6])))
     return false;
   call->reduction = place_of(a[7], reductions);
   if (call->reduction < 0) return false;
@@ -208,6 +209,7 @@ PyObject* cross_entropy(PyObject* self, PyObject* const* a, Py_ssize_t n) {
       call.topk.clear();
       for (Py_ssize_t i = 0; i < PyTuple_Size(a[13]); ++i)
         call.topk.push_back(PyLong_AsLongLong(PyTuple_GetItem(a[13], i)));
+      if (PyErr_Occurred()) return PyErr_Clear(), PyBool_FromLong(false);
     }
     if (a[16] != Py_None && !read_out(road, a[0], a[16], &call, &written)) Py_RETURN_FALSE;
     esper::Outcome outcome;
@@ -273,6 +275,7 @@ PyObject* grad_stats(PyObject* self, PyObject* const* a, Py_ssize_t n) {
     PyObject* numels = PyTuple_New(count);
     if (!numels) return nullptr;
     for (Py_ssize_t i = 0; i < count; ++i) PyTuple_SetItem(numels, i, PyLong_FromLongLong(arrays[i].numel()));
+    if (PyErr_Occurred()) Py_CLEAR(numels);
     return numels;
   });
 }
@@ -337,10 +340,12 @@ PyObject* road(PyObject*, PyObject* const* a, Py_ssize_t n) {
     auto* self_data =
         new Road{api, exchange->dltensor_from_py_object_no_sync, reinterpret_cast<PyTypeObject*>(a[1])};
     PyObject* self = PyCapsule_New(self_data, kRoad, forget);
+    if (!self) return delete self_data, nullptr;
     PyObject* calls = PyTuple_New(std::size(methods));
-    for (size_t i = 0; self && calls && i < std::size(methods); ++i)
+    for (size_t i = 0; calls && i < std::size(methods); ++i)
       PyTuple_SetItem(calls, i, PyCFunction_NewEx(&methods[i], self, nullptr));
-    Py_XDECREF(self);  // the calls hold it
+    if (PyErr_Occurred()) Py_CLEAR(calls);
+    Py_DECREF(self);  // the calls hold it
     return calls;
   });
 }

@@ -62,7 +62,7 @@ class Meter:
         device = torch.device(device)
         if device.type in DEVICES_WITHOUT_FLOAT64:
             raise ValueError(f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the CPU there")
-        if not all(isinstance(k, int) and k > 0 for k in topk):
+        if not all(isinstance(k, int) and 0 < k < 2**63 for k in topk):
             raise ValueError(f"topk must hold positive integers, got {tuple(topk)}")
         self.topk: tuple[int, ...] = tuple(sorted({1, *topk}))
         with torch.inference_mode(False):  # a meter made inside inference mode must work outside of it

@@ -38,9 +38,11 @@ class CudaGraphs:
         """Do the work now."""
         callers = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(callers)
-        with torch.cuda.stream(self._stream):
-            work()
-        callers.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+        finally:  # whoever saves what is left reads it on the callers' stream
+            callers.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
         """Capture the work without doing it, and give what does it."""
@@ -59,6 +61,7 @@ class Capture:
 
     def __init__(self, graphs: CudaGraphs) -> None:
         self._graphs = graphs
+        self._device: torch.device | None = None
         self._kept: tuple[object, ...] | None = None  # what the graphs hold for, once an epoch ended well
 
     def begin(self, model: nn.Module, optimizers: OptimizerRegistry, config: TrainConfig, make: Callable[[], S]) -> S:
@@ -67,7 +70,12 @@ class Capture:
         They are new where the config, the structure of the model, an optimizer or a setting of one, or the place of a
         parameter, buffer, gradient or optimizer's state is another, and after an epoch that failed.
         """
-        self._model, self._optimizers = model, optimizers
+        device = next(model.parameters()).device
+        if self._device not in (None, device):
+            raise ValueError(
+                f"this step captured its graphs on {self._device}, the model is on {device}; build another"
+            )
+        self._model, self._optimizers, self._device = model, optimizers, device
         self._groups = [group for optimizer in optimizers.present() for group in optimizer.param_groups]
         self._settings = _settings(self._groups)
         members = optimizers.parameters()
@@ -77,7 +85,6 @@ class Capture:
             _require_capturable(optimizers)
             for p in (p for parameters in members.values() for p in parameters):
                 p.grad = None  # a gradient of 0 would decay the weights of what has no part in the step
-            self._device = next(model.parameters()).device
             self._steps: Any = make()
             self._replays: dict[bool, Work] = {}  # by whether the step measures
             self._warm: Counter[bool] = Counter()

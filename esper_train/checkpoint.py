@@ -111,7 +111,8 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
     done, or a network that does not fit; what was built is of no use then.
     """
     for key, asked in _identity(episode).items():
-        if key not in FREE and asked != (was := state["run"].get(key)):
+        # a key that the checkpoint does not have is a setting that there was no choice about then
+        if key not in FREE and asked != (was := state["run"].get(key, asked)):
             free = ", ".join(FREE)
             raise ValueError(f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a new run")
     try:

@@ -23,6 +23,7 @@ from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.gates import gradient_ratio
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState, StageChange
 from esper_train.morph.model import MorphModel
+from esper_train.names import require_known
 from esper_train.tasks import Task
 from esper_train.telemetry.events import Event, EventType, epoch_event, plain, stage_event, trouble_events
 from esper_train.telemetry.hub import TelemetryHub
@@ -52,7 +53,7 @@ class EpisodeResult:
     parameters: int
     fossils: int
     contributions: tuple[float, ...]
-    """Observation contribution of each fossilized seed when it was kept, in percentage points."""
+    """Measured contribution of each fossilized seed when it was kept, in percentage points."""
     action_counts: dict[str, int]
     rewards: tuple[float, ...]
     """Reward of each epoch's decision, of the kind that `config.reward` names."""
@@ -107,8 +108,11 @@ def prepare(
     hub: TelemetryHub | None = None,
     registry: BlueprintRegistry | None = None,
 ) -> Episode:
-    """What a "heuristic" or "fit" run owns. `ValueError` for what could not work."""
+    """What a "heuristic" or "fit" run owns; the latter has no controller. `ValueError` for what could not work."""
+    require_known("mode", mode, ("heuristic", "fit"))
     growing = mode == "heuristic"
+    if policy is not None and not growing:
+        raise ValueError("a policy decides about seeds, and a `fit` run has none; leave it out, or use `heuristic`")
     if growing and not config.slots:
         raise ValueError("no slots: name at least one of early, mid, late, or use `fit` to train without growth")
     if growing and config.train.grad.every == 0:
@@ -151,7 +155,7 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
                 _report_numbers(episode, epoch, train, validation, finding)
                 if finding is not None:
                     _answer(episode, epoch, finding)
-                elif epoch % config.governor.snapshot_epochs == 0:
+                elif not episode.governor.suspicious and epoch % config.governor.snapshot_epochs == 0:
                     _keep(episode, epoch)
                 episode.epoch, episode.seconds = epoch, time.perf_counter() - started
                 if checkpoints is not None:
@@ -292,7 +296,7 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
     return made, None
 
 
-def _follow(episode: Episode, change: StageChange, epoch: int = 0) -> None:
+def _follow(episode: Episode, change: StageChange, epoch: int) -> None:
     """Keep the optimizers in step with the seeds."""
     slot, optimizers = change.before.slot, episode.optimizers
     gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"

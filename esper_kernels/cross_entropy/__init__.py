@@ -248,9 +248,9 @@ def _check(logits: Tensor, targets: Tensor, meter: Meter | None, options: Option
     _check_number("normalizer", options.normalizer, logits)
     _check_number("label_smoothing", options.label_smoothing, logits, high=1.0)
     _check_number("z_loss", options.z_loss, logits)
-    if isinstance(options.softcap, Tensor) or options.softcap in (0, torch.inf):
-        raise ValueError(f"softcap must be None or a finite number above 0, got {options.softcap!r}")
-    _check_number("softcap", options.softcap, logits)
+    if isinstance(options.softcap, Tensor) or options.softcap == 0:
+        raise ValueError(f"softcap must be None or a number above 0, got {options.softcap!r}")
+    _check_number("softcap", options.softcap, logits, high=torch.finfo(torch.float32).max)
 
 
 def _check_number(

@@ -141,7 +141,7 @@ def backward(
     grad = (x - row_max[..., None]).sub_(row_log_sum[..., None]).exp_().mul_(of_softmax[..., None])
     grad.scatter_add_(-1, rows.target[..., None], -at_target[..., None])
     if _is_on(e):
-        grad.sub_(everywhere[..., None] * weights)
+        grad.addcmul_(everywhere[..., None], weights, value=-1)
     if options.softcap is not None:
         grad.mul_(1 - (x / options.softcap).square())
     counts = rows.valid & (denominator != 0)

@@ -33,7 +33,7 @@ GATES: Mapping[SeedStage, str] = {
 
 
 def judge(stage: SeedStage, state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
-    """What the gate in front of `stage` says of a slot in a run of `max_epochs`."""
+    """What the gate in front of `stage` says of a slot in a run of `max_epochs`; `stage` is one of `GATES`."""
     checks: list[tuple[bool, str]] = []
     match stage:
         case SeedStage.BLENDING:

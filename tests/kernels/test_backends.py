@@ -101,9 +101,9 @@ def beside_an_old_torch(package: Path) -> None:
     ("damage", "reason"),
     [
         (without_library, "the CPU kernels are not built (pure Python install)"),
-        (spoilt("_native.so"), "the CPU kernels do not load: {package}/_native.so: file too short"),
-        (spoilt("lib/esper_cpu.so"), "the CPU kernels do not load: {package}/lib/esper_cpu.so: file too short"),
-        (of_another_machine, "the CPU kernels do not load: {package}/lib/esper_cpu.so: cannot open shared object file"),
+        (spoilt("_native.so"), "the CPU kernels do not load: {package}/_native.so: "),
+        (spoilt("lib/esper_cpu.so"), "the CPU kernels do not load: {package}/lib/esper_cpu.so: "),
+        (of_another_machine, "the CPU kernels do not load: {package}/lib/esper_cpu.so: "),
         (beside_an_old_torch, "the compiled kernels need torch 2.10 or newer, this is 2.9.1+cpu"),
     ],
     ids=["no library", "spoilt module", "spoilt library", "another machine", "old torch"],

@@ -315,6 +315,15 @@ def test_kernels_compile_for_gpus_without_spilling(source: str, architecture: in
     for row in rows:
         assert 0 < row["registers"] <= 255, row
         assert row["spilled_bytes"] == 0, row
-    recorded = json.loads((ROOT / "benchmarks/results/cuda-resources.json").read_text())["figures"]
-    names = {row["kernel"] for row in recorded if row["sm"] == architecture}
+    names = {row["kernel"] for row in recorded() if row["sm"] == architecture}
     assert {row["kernel"] for row in rows} <= names
+
+
+def test_no_kernel_spills_on_any_architecture_by_the_record() -> None:
+    assert {row["sm"] for row in recorded()} == set(cuda_resources.ARCHITECTURES)
+    assert [row for row in recorded() if row["spilled_bytes"]] == []
+
+
+def recorded() -> list[dict[str, Any]]:
+    figures: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/results/cuda-resources.json").read_text())["figures"]
+    return figures

@@ -116,7 +116,7 @@ def test_reset_forgets(config: KernelConfig) -> None:
 def test_topk_is_sorted_and_holds_1() -> None:
     assert Meter("cpu", topk=(5, 3, 5)).topk == (1, 3, 5)
     assert Meter("cpu", topk=()).topk == (1,)
-    for topk in ((0,), (-1,), (2.5,)):
+    for topk in ((0,), (-1,), (2.5,), (2**63,)):
         with pytest.raises(ValueError, match="topk must hold positive integers"):
             Meter("cpu", topk=topk)  # type: ignore[arg-type]
 

@@ -584,6 +584,10 @@ def test_the_calls_of_cuda_and_their_order(monkeypatch: pytest.MonkeyPatch) -> N
     graphs.run(lambda: calls.append("work"))
     assert calls == ["side waits for current", "in side", "work", "out of side", "current waits for side"]
     calls.clear()
+    with pytest.raises(ZeroDivisionError):
+        graphs.run(lambda: calls.append(str(1 / 0)))
+    assert calls == ["side waits for current", "in side", "out of side", "current waits for side"]
+    calls.clear()
     replay = graphs.record(lambda: calls.append("work"))
     capture = "thread_local capture on side"
     assert calls == ["in side", f"in {capture}", "work", f"out of {capture}", "out of side"]

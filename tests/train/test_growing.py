@@ -71,7 +71,7 @@ def test_a_fossil_is_measured_again_now_and_then() -> None:
     config = replace(SHORT, max_epochs=7, growth=replace(EASY, fossil_check_epochs=3))
     recorder, episode = Recorder(), build_episode(config, slots=("early",))
     for change in episode.model.germinate_seed("norm", "seed_0", slot="early"):
-        _follow(episode, change)
+        _follow(episode, change, 0)
     slot = episode.model.slot("early")
     fossil = replace(slot.state, stage=SeedStage.FOSSILIZED, alpha=1.0)
     slot.restore(fossil, episode.model.registry.require("cnn", "norm"))
@@ -182,7 +182,7 @@ class Lives(RuleBasedStateMachine):
             assert made == []
             assert [slot.state for slot in self.episode.model.slots] == before
         for change in made:
-            _follow(self.episode, change)
+            _follow(self.episode, change, 0)
 
     @rule(
         op=st.sampled_from(list(Op)),
@@ -198,7 +198,7 @@ class Lives(RuleBasedStateMachine):
         for slot in self.episode.model.slots:
             slot.observe(accuracy, contribution if slot.state.alpha > 0 else None, ratio)
             for change in slot.step_epoch():
-                _follow(self.episode, change)
+                _follow(self.episode, change, 0)
 
     @invariant()
     def optimizers_hold_the_seated_parameters(self) -> None:
