@@ -265,6 +265,17 @@ def test_other_data_is_refused() -> None:
         restore(state, episode)
 
 
+def test_a_setting_that_a_checkpoint_does_not_know_is_no_other_run() -> None:
+    episode = build_episode(RunConfig(task="synthetic", evaluation_batch=64), slots=())
+    run = checkpoint._identity(episode)
+    parts = {name: part.state_dict() for name, part in checkpoint.parts(episode).items()}
+    with pytest.raises(ValueError, match="evaluation_batch was 512 and is 64"):
+        restore({"run": run | {"evaluation_batch": 512}, "parts": parts}, episode)
+    del run["evaluation_batch"]
+    restore({"run": run, "parts": parts}, episode)
+    assert episode.epoch == 0
+
+
 def test_more_epochs_go_on_from_the_end(whole: Path, tmp_path: Path) -> None:
     directory = stopped_after(20, whole, tmp_path / "run")
     assert resume(directory, "--max-epochs", "22") == 0
