@@ -45,7 +45,7 @@ TRAIN_ARROWS = {
     "telemetry": {"config", "control", "loop", "morph", "run_directory", "state"},
     "build": {"capture", "config", "control", "morph", "optimizers", "state", "step", "stop", "tasks", "telemetry"},
     "checkpoint": {"build", "config", "run_directory", "state"},
-    "episode": {"build", "checkpoint", "config", "control", "loop", "morph", "tasks", "telemetry"},
+    "episode": {"build", "checkpoint", "config", "control", "loop", "morph", "names", "tasks", "telemetry"},
     "profile": {"build", "config", "loop", "state"},
     "cli": {
         "build",
