@@ -15,7 +15,7 @@ endif
 .PHONY: run test test-all lint format wheel table size clean
 
 run: $(READY)
-	$(BIN)/esper-train heuristic
+	$(BIN)/esper-train heuristic --seed 7
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
