@@ -64,7 +64,11 @@ class OptimizerRegistry:
         `ValueError` for an optimizer that cannot leave a step out by itself.
         """
         for optimizer in self.present():
-            if not all(group.get("fused") and not group.get("dampening") for group in optimizer.param_groups):
+            # The promise that torch's own loss scaler asks for. A restored state may have taken the
+            # setting away.
+            promised = getattr(optimizer, "_step_supports_amp_scaling", False)
+            groups = optimizer.param_groups
+            if not promised or not all(g.get("fused") and not g.get("dampening") for g in groups):
                 raise ValueError(
                     "to skip a step without a host sync, expected an optimizer made with fused=True and without "
                     f"dampening, got {type(optimizer).__name__}; make it so, or use another train.on_bad_numbers, "
