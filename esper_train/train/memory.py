@@ -58,7 +58,7 @@ def held_only_here(tensor: Tensor) -> bool:
 
     Autograd's saved tensors, views, `detach()`, arrays of numpy and exports by DLPack all count.
     """
-    return _users(tensor) == _users(torch.empty(1))
+    return _users(tensor) == _users(torch.empty(1, device="cpu"))
 
 
 def _users(tensor: Tensor) -> int:

@@ -84,9 +84,21 @@ class OptimizerRegistry:
         """Step the schedules after a "step" or an "epoch", if that is when they do; one at its end stays there."""
         if each == self._schedule_each:
             for schedule in self._schedules.values():
-                last = getattr(schedule, "T_max", getattr(schedule, "total_steps", math.inf) - 1)
-                if schedule.last_epoch < last:
+                if schedule.last_epoch < _length(schedule):
                     schedule.step()
+
+    def fit_schedules(self, config: ScheduleConfig, left: int) -> None:
+        """Let every schedule end after `left` more changes of the rate, where it would not.
+
+        For a run that is resumed with another length: the rate is then that of a schedule which
+        had this length from the start.
+        """
+        for group, schedule in self._schedules.items():
+            done = schedule.last_epoch
+            if done + left != _length(schedule):
+                fitted = make_schedule(schedule.optimizer, config, done + left)
+                assert fitted is not None
+                self._schedules[group] = move_to(fitted, done)
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer by group, that of its schedule under "schedule"."""
@@ -130,3 +142,22 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig, total: int) -> L
     if config.kind == "onecycle":
         return OneCycleLR(optimizer, lr, total + 1, pct_start=config.warmup, cycle_momentum=False)
     return None
+
+
+def move_to(schedule: LRScheduler, changes: int) -> LRScheduler:
+    """The schedule after so many changes of the rate, with the rates of its closed form."""
+    schedule.last_epoch = changes
+    closed_form = getattr(schedule, "_get_closed_form_lr", schedule.get_lr)
+    for group, lr in zip(schedule.optimizer.param_groups, closed_form(), strict=True):
+        group["lr"] = float(lr)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+    return schedule
+
+
+def _length(schedule: LRScheduler) -> float:
+    """Changes of the rate until the schedule's end."""
+    if isinstance(schedule, CosineAnnealingLR):
+        return schedule.T_max
+    if isinstance(schedule, OneCycleLR):
+        return schedule.total_steps - 1
+    return math.inf

@@ -84,6 +84,7 @@ class TrainStep:
         self._memory = GradientMemory()
         self._programs: dict[Hashable, Callable[..., Any]] = {}  # compiled, by use, of one structure of the model
         self._structure: Hashable = None
+        self._logits_dtype: torch.dtype | None = None
         self.scaler = LossScaler(config.amp) if config.amp.dtype == "float16" else None
         self.span: Span = _no_span
         """Entered around each part of the work, by its name; a profiler puts its own here."""
@@ -186,16 +187,19 @@ class TrainStep:
         at the first slot that its alpha names.
         """
         keeping: Callable[..., Any] | None = getattr(model, "forward_keeping", None) if alphas else None
+        # A forward may write over its input, which a later variant needs as it was.
+        first = inputs.clone() if alphas else inputs
+        entered: Mapping[str, Tensor] = {}
         if keeping is None:
-            logits, entered = self._run(model, model, inputs, {}), {}
+            logits = self._run(model, model, first, {})
         else:
-            logits, entered = self._run(model, keeping, inputs, {})
+            logits, entered = self._run(model, keeping, first, {})
         self._record(logits, targets, meters[0])
         del logits  # the next ones can have their memory
         for alpha, meter in zip(alphas, meters[1:], strict=True):
             start = next((slot for slot in entered if slot in alpha), None)
             begin = {} if start is None else {"start": start}
-            features = inputs if start is None else entered[start]
+            features = inputs.clone() if start is None else entered[start]
             self._record(self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter)
 
     def _record(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
@@ -235,10 +239,13 @@ class TrainStep:
                 )
 
     def backend(self, device: torch.device) -> str:
-        """Name of the kernel backend that serves the logits on `device`; `ValueError` where none can."""
+        """Name of the kernel backend that serves the logits on `device`; `ValueError` where none can.
+
+        Before the first batch, the logits are taken to be of the dtype of autocast, or float32.
+        """
         if self._criterion is not None:
             return "eager criterion"
-        dtype = self._autocast or torch.float32
+        dtype = self._logits_dtype or self._autocast or torch.float32
         return select_backend("cross_entropy", device.type, dtype, self._config.kernel).name
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,6 +266,7 @@ class TrainStep:
         if logits.dim() != dims:
             got = tuple(logits.shape)
             raise ValueError(f"task type {self._task_type!r} expects logits {shape}, got {got} from the model")
+        self._logits_dtype = logits.dtype
         return logits
 
     def _run(self, model: nn.Module, forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]) -> Any:
