@@ -96,9 +96,9 @@ class OptimizerRegistry:
         for group, schedule in self._schedules.items():
             done = schedule.last_epoch
             if done + left != _length(schedule):
-                fitted = make_schedule(schedule.optimizer, config, done + left)
+                fitted = make_schedule(schedule.optimizer, config, done + left, done)
                 assert fitted is not None
-                self._schedules[group] = move_to(fitted, done)
+                self._schedules[group] = fitted
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer by group, that of its schedule under "schedule"."""
@@ -134,24 +134,30 @@ def make_optimizer(parameters: Sequence[Tensor], lr: float, config: OptimConfig)
     return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
-def make_schedule(optimizer: Optimizer, config: ScheduleConfig, total: int) -> LRScheduler | None:
-    """The schedule over `total` changes of the rate; None for a constant one."""
+def make_schedule(optimizer: Optimizer, config: ScheduleConfig, total: int, done: int = 0) -> LRScheduler | None:
+    """The schedule over `total` changes of the rate, after `done` of them; None for a constant rate.
+
+    With `done`, the optimizer must have had a schedule of this kind before.
+    """
     lr = optimizer.defaults["lr"]
+    last = done - 1  # torch takes one step when it makes a schedule
     if config.kind == "cosine":
-        return CosineAnnealingLR(optimizer, total, eta_min=config.final * lr)
+        cosine = CosineAnnealingLR(optimizer, total, eta_min=config.final * lr, last_epoch=last)
+        if done:  # torch derives each rate from the one before, which was another schedule's
+            cosine._last_lr = cosine._get_closed_form_lr()
+            for group, rate in zip(optimizer.param_groups, cosine._last_lr, strict=True):
+                group["lr"] = rate
+        return cosine
     if config.kind == "onecycle":
-        return OneCycleLR(optimizer, lr, total + 1, pct_start=config.warmup, cycle_momentum=False)
+        return OneCycleLR(
+            optimizer,
+            lr,
+            total + 1,
+            pct_start=config.warmup,
+            cycle_momentum=False,
+            last_epoch=last,
+        )
     return None
-
-
-def move_to(schedule: LRScheduler, changes: int) -> LRScheduler:
-    """The schedule after so many changes of the rate, with the rates of its closed form."""
-    schedule.last_epoch = changes
-    closed_form = getattr(schedule, "_get_closed_form_lr", schedule.get_lr)
-    for group, lr in zip(schedule.optimizer.param_groups, closed_form(), strict=True):
-        group["lr"] = float(lr)
-    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
-    return schedule
 
 
 def _length(schedule: LRScheduler) -> float:

@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy, cross_entropy_step, record_loss, select_backend
-from esper_train.base.names import unknown_name
+from esper_train.base.names import require_known, unknown_name
 from esper_train.train.amp import LossScaler
 from esper_train.train.capture import Capture
 from esper_train.train.config import TrainConfig
@@ -83,6 +83,7 @@ class TrainStep:
         self._autocast = getattr(torch, config.amp.dtype) if config.amp.dtype else None
         self._memory = GradientMemory()
         self._programs: dict[Hashable, Callable[..., Any]] = {}  # compiled, by use, of one structure of the model
+        self._proven: set[Hashable] = set()  # uses whose forward and backward were compiled
         self._structure: Hashable = None
         self._logits_dtype: torch.dtype | None = None
         self.scaler = LossScaler(config.amp) if config.amp.dtype == "float16" else None
@@ -93,7 +94,8 @@ class TrainStep:
         self.compile_failure: str | None = None
         """Why the step runs uncompiled although the config asked for it."""
         if config.compile.enabled:
-            self._compile()  # a mode or backend that torch does not know raises here
+            _require_compiler(config.compile.backend)
+            self._compile()  # a mode that torch does not know raises here
 
     def __call__(
         self,
@@ -107,6 +109,36 @@ class TrainStep:
 
         `divisor` is what `divisor` gave for the batches of this optimizer step.
         """
+        structure = getattr(model, "structure", None)
+        use = (id(model), structure, inputs.shape)
+        on_trial = self.compiled and self._config.compile.on_failure == "eager"
+        if not on_trial or use in self._proven:
+            self._forward_and_backward(model, inputs, targets, meter, divisor)
+            return
+        # The backward pass has a compiler of its own, which may fail after the batch was counted.
+        before = _Before(model, meter)
+        try:
+            self._forward_and_backward(model, inputs, targets, meter, divisor)
+            self._proven.add(use)
+        except Exception as error:  # compilers fail in many ways; what eager fails at is raised
+            if not self.compiled:
+                raise  # it was the eager forward that failed
+            before.restore()
+            self._give_up_compiling(error)
+            try:
+                self._forward_and_backward(model, inputs, targets, meter, divisor)
+            except Exception:
+                self.compile_failure = None
+                raise
+
+    def _forward_and_backward(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        meter: Meter,
+        divisor: Divisor | None,
+    ) -> None:
         with self.span("forward"):
             logits = self._check(self._run(model, model, inputs, {}))
         if not logits.requires_grad:
@@ -294,9 +326,13 @@ class TrainStep:
         except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
             if self._config.compile.on_failure == "raise":
                 raise
-            self._programs.clear()
-            self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self._give_up_compiling(error)
             return forward(inputs, **arguments)
+
+    def _give_up_compiling(self, error: Exception) -> None:
+        """From here on nothing is compiled, and the reason can be read."""
+        self._programs.clear()
+        self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
     def _compile(self) -> Callable[..., Any]:
         """A compiled call of a forward that shares nothing with another: torch keeps what it compiled by code object,
@@ -305,6 +341,24 @@ class TrainStep:
         call = _call_unbroken if c.error_on_graph_break else _call
         own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__)
         return torch.compile(own, mode=c.mode, fullgraph=c.fullgraph, dynamic=c.dynamic, backend=c.backend)
+
+
+class _Before:
+    """What a batch changes, as it was: gradients, running statistics and counts."""
+
+    def __init__(self, model: nn.Module, meter: Meter) -> None:
+        gradients = [(p, p.grad) for p in model.parameters()]
+        self._gradients = [(p, None if g is None else g.clone()) for p, g in gradients]
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self._meter = meter
+        self._counts = meter.state_dict()
+
+    def restore(self) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        self._meter.load_state_dict(self._counts)
 
 
 def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
@@ -330,6 +384,12 @@ def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion |
         )
     own = criterion if options is None else None
     return TrainStep(task_type, config, own, options or {}, asked_criterion=criterion)
+
+
+def _require_compiler(backend: str | Callable[..., Any]) -> None:
+    """Raise `ValueError` for the name of a compiler that torch does not know."""
+    if isinstance(backend, str):
+        require_known("compiler (train.compile.backend)", backend, torch._dynamo.list_backends(exclude_tags=()))
 
 
 def _no_span(name: str, nothing: AbstractContextManager[Any] = nullcontext()) -> AbstractContextManager[Any]:  # noqa: B008
