@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from benchmarks import record
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 from esper_kernels.backends import refusal
+from esper_train.capture import CudaGraphs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 CLASSES = (10, 100, 1000, 8192, 32000, 50257, 128256, 262144)
@@ -250,12 +251,13 @@ def device_milliseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repea
 
 def replayed_milliseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repeats: int) -> float:
     """Mean time of a call within a CUDA graph of `repeats` calls: the device's own, without the host's."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def work() -> None:
         for number in range(repeats):
             call(inputs[number % len(inputs)])
-    replay = [device_milliseconds(lambda _: graph.replay(), [None], 1) for _ in range(ROUNDS)]
-    return median(replay) / repeats
+
+    replay = CudaGraphs(torch.device("cuda")).record(work)
+    return median(device_milliseconds(lambda _: replay(), [None], 1) for _ in range(ROUNDS)) / repeats
 
 
 def host_microseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repeats: int = 10) -> float:
@@ -331,7 +333,7 @@ def measure(text: str, copied: float) -> dict[str, Any]:
     for name, call in subject.candidates.items():
         figures = attempt(name, lambda n=name, c=call: facts(c, subject.inputs, median(times[n]), moved, copied))
         rows[name] = figures or {"error": errors[name]}
-    for name, call in subject.candidates.items():  # last: a capture that fails may leave the process unfit
+    for name, call in subject.candidates.items():  # last: what a failed capture leaves behind is not measured
         if name not in errors:
             number = min(MOST_CAPTURED, repeats[name])
             replayed = attempt(name, partial(replayed_milliseconds, call, subject.inputs, number))
