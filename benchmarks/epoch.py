@@ -45,9 +45,9 @@ from esper_train import (
     train_one_epoch,
     transformer_host,
 )
-from esper_train.build import make_optimizer
-from esper_train.tasks import Loader, preset
-from esper_train.tasks.task import Split
+from esper_train.config import preset
+from esper_train.train.data import Loader, Split
+from esper_train.train.optimizers import make_optimizer
 
 LR, SGD, SLOTS = 0.01, OptimConfig(momentum=0.9, weight_decay=0.0), ("early", "mid", "late")
 LOOP_BATCHES = 16  # of an epoch in which the loop's own cost is measured

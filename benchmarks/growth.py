@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import record
 from esper_train import HostConfig, get_task, run_fit, run_heuristic_episode
-from esper_train.tasks import preset
+from esper_train.config import preset
 
 
 def parameters(task: str, width: int) -> int:

@@ -25,9 +25,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks import record
 from esper_kernels import Meter, grad_stats
-from esper_kernels.cross_entropy import triton as cross_entropy
-from esper_kernels.cross_entropy.reference import Options
-from esper_kernels.grad_stats import triton as grad_stats_triton
+from esper_kernels.ops.cross_entropy import triton as cross_entropy
+from esper_kernels.ops.cross_entropy.reference import Options
+from esper_kernels.ops.grad_stats import triton as grad_stats_triton
 
 CLASSES = (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144)  # one at least for every launch choice
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))

@@ -10,10 +10,10 @@ backend choice included; call `grad_stats` and the `compute` functions outside t
 
 from esper_kernels.backends import select_backend
 from esper_kernels.config import KernelConfig
-from esper_kernels.cross_entropy import cross_entropy, cross_entropy_step, record_loss
-from esper_kernels.grad_stats import GradHealth, GradStats, clip_grad_norm_, grad_stats
 from esper_kernels.info import info
 from esper_kernels.meter import Meter, MeterResult
+from esper_kernels.ops.cross_entropy import cross_entropy, cross_entropy_step, record_loss
+from esper_kernels.ops.grad_stats import GradHealth, GradStats, clip_grad_norm_, grad_stats
 from esper_kernels.readback import compute_all
 from esper_kernels.version import __version__
 

@@ -1,25 +1,20 @@
 """Training on top of `esper_kernels`: one epoch loop, and networks that grow while they train."""
 
-from esper_train.config import (
-    AmpConfig,
-    CompileConfig,
-    GovernorConfig,
-    GradConfig,
-    GrowthConfig,
-    HeuristicConfig,
-    HostConfig,
-    OptimConfig,
-    RunConfig,
-    ScheduleConfig,
-    TelemetryConfig,
-    TrainConfig,
-    from_dict,
-    load_toml,
-)
+from esper_train.base.settings import from_dict
+from esper_train.config import RunConfig, load_toml
+from esper_train.control.config import GovernorConfig, HeuristicConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Idle, Op, Policy
 from esper_train.control.signals import Observation, Signals, SignalTracker
-from esper_train.episode import (
+from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, default_registry
+from esper_train.morph.config import GrowthConfig, HostConfig
+from esper_train.morph.export import export, fold
+from esper_train.morph.host import Host, cnn_host
+from esper_train.morph.lifecycle import SeedStage, SlotState
+from esper_train.morph.model import MorphModel
+from esper_train.morph.transformer import transformer_host
+from esper_train.run.directory import load_run
+from esper_train.run.run import (
     BadNumbersError,
     EpisodeResult,
     NonFiniteLossError,
@@ -27,20 +22,15 @@ from esper_train.episode import (
     run_heuristic_episode,
     train_heuristic,
 )
-from esper_train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
-from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, default_registry
-from esper_train.morph.export import export, fold
-from esper_train.morph.host import Host, cnn_host
-from esper_train.morph.lifecycle import SeedStage, SlotState
-from esper_train.morph.model import MorphModel
-from esper_train.morph.transformer import transformer_host
-from esper_train.optimizers import OptimizerRegistry
-from esper_train.run_directory import load_run
-from esper_train.step import TrainStep, build_train_step
 from esper_train.tasks import Splits, Task, get_task
-from esper_train.telemetry.events import Event, EventType
+from esper_train.telemetry.config import TelemetryConfig
+from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, Sink
+from esper_train.train.config import AmpConfig, CompileConfig, GradConfig, OptimConfig, ScheduleConfig, TrainConfig
+from esper_train.train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
+from esper_train.train.optimizers import OptimizerRegistry
+from esper_train.train.step import TrainStep, build_train_step
 
 # fmt: off
 __all__ = [

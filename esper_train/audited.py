@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from esper_kernels import GradHealth, GradStats, Meter, cross_entropy, grad_stats
-from esper_train.names import require_known
-from esper_train.step import LOGITS_DIMS, Criterion, criterion_options
+from esper_train.base.names import require_known
+from esper_train.train.step import LOGITS_DIMS, Criterion, criterion_options
 
 
 def collect_seed_gradients_async(

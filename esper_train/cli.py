@@ -15,18 +15,17 @@ from pathlib import Path
 
 from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
-from esper_train.build import Episode
-from esper_train.checkpoint import Checkpoints, load, restore, saved
-from esper_train.config import RunConfig, load_toml
-from esper_train.episode import BadNumbersError, episode_configs, prepare, run_episode, run_started
-from esper_train.profile import write_profile
-from esper_train.run_directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
-from esper_train.stop import Stopped, StopRequest
-from esper_train.tasks import preset
+from esper_train.base.stop import Stopped, StopRequest
+from esper_train.config import RunConfig, load_toml, preset
+from esper_train.run.checkpoint import Checkpoints, load, restore, saved
+from esper_train.run.directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
+from esper_train.run.episode import Episode
+from esper_train.run.profile import write_profile
+from esper_train.run.report import write_comparison, write_report
+from esper_train.run.run import BadNumbersError, episode_configs, prepare, run_episode, run_started
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.loggers import logger_makers
 from esper_train.telemetry.progress import ProgressSink
-from esper_train.telemetry.report import write_comparison, write_report
 from esper_train.telemetry.sinks import ConsoleSink, JsonlSink
 
 USAGE = """usage: esper-train {heuristic,fit,report,info} [options]

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from esper_kernels.backends import select_backend
 from esper_kernels.config import BACKENDS, KernelConfig
-from esper_kernels.cross_entropy import cross_entropy, cross_entropy_step
-from esper_kernels.grad_stats import grad_stats
 from esper_kernels.meter import Meter
+from esper_kernels.ops.cross_entropy import cross_entropy, cross_entropy_step
+from esper_kernels.ops.grad_stats import grad_stats
 from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_entropy
 
 _SHAPES = ((64, 10), (9, 1000), (5, 4099), (3, 50257), (2, 262144))  # rows of every kind, ragged ones too

@@ -10,8 +10,8 @@ from statistics import fmean, pstdev
 from torch import nn
 
 from esper_kernels import grad_stats
-from esper_train.config import GovernorConfig
-from esper_train.state import PlainState
+from esper_train.base.state import PlainState
+from esper_train.control.config import GovernorConfig
 
 LEARNED, NEAR_GUESS = 0.6, 0.065
 """A loss below this share of a guess's has learned something; one this close to a guess's has forgotten it."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from esper_train.config import GrowthConfig, HeuristicConfig
+from esper_train.base.names import require_known
+from esper_train.base.state import PlainState
+from esper_train.control.config import HeuristicConfig
 from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
 from esper_train.morph.blending import get_blend
+from esper_train.morph.config import GrowthConfig
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
-from esper_train.names import require_known
-from esper_train.state import PlainState
 
 
 class HeuristicTamiyo(PlainState):

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
+from esper_train.base.state import PlainState, Stateful
 from esper_train.control.signals import Signals
-from esper_train.state import PlainState, Stateful
 
 
 class Op(IntEnum):

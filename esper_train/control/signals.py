@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from esper_train.base.state import PlainState
 from esper_train.morph.lifecycle import SlotState
-from esper_train.state import PlainState
 
 STABLE_LOSS_CHANGE = (-0.05, 0.03)
 """Relative fall of the validation loss within which an epoch counts as stable."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from esper_train.base.names import require_known
 from esper_train.morph.blueprints import zeroed
-from esper_train.names import require_known
 
 
 def linear(progress: float) -> float:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from esper_train.names import require_known
+from esper_train.base.names import require_known
 
 Topology = Literal["cnn", "transformer"]
 PROBE_CHANNELS = 8

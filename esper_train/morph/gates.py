@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from esper_kernels import GradHealth
-from esper_train.config import GrowthConfig
+from esper_train.morph.config import GrowthConfig
 from esper_train.morph.lifecycle import SeedStage, SlotState
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_train.config import GrowthConfig
+from esper_train.base.names import require_known
 from esper_train.morph.blueprints import BlueprintRegistry, default_registry
+from esper_train.morph.config import GrowthConfig
 from esper_train.morph.host import Host
 from esper_train.morph.lifecycle import SeedStage, SlotState, StageChange
 from esper_train.morph.slot import SeedSlot
-from esper_train.names import require_known
 
 
 class MorphModel(nn.Module):

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_train.config import GrowthConfig
 from esper_train.morph.blending import Gate, get_blend
 from esper_train.morph.blueprints import Blueprint
+from esper_train.morph.config import GrowthConfig
 from esper_train.morph.gates import GateResult, judge
 from esper_train.morph.lifecycle import TRANSITIONS, SeedStage, SlotState, StageChange
 

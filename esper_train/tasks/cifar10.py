@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_train.config import HostConfig, RunConfig
+from esper_train.morph.config import HostConfig
 from esper_train.morph.host import Host, cnn_host
-from esper_train.tasks.task import Split, Splits, Task
+from esper_train.tasks.config import TaskConfig
+from esper_train.tasks.task import Splits, Task
+from esper_train.train.data import Split
 
 CLASSES, PIXELS = 10, 3 * 32 * 32
 FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
@@ -23,7 +25,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PADDING = 4  # black pixels around an image before it is cropped
 
 
-def cifar10(config: RunConfig) -> Task:
+def cifar10(config: TaskConfig) -> Task:
     """The task `cifar10`, uint8 [N, 3, 32, 32]. Missing files are a `FileNotFoundError`, damaged a `ValueError`."""
     load = partial(_load, config.data)
     return Task(name="cifar10", task_type="classification", num_classes=CLASSES, load=load, build_host=_host)

@@ -2,8 +2,9 @@
 
 import torch
 
-from esper_train.config import HostConfig, RunConfig
+from esper_train.morph.config import HostConfig
 from esper_train.morph.host import Host, cnn_host
+from esper_train.tasks.config import TaskConfig
 from esper_train.tasks.task import Splits, Task
 
 SAMPLES, CLASSES, IMAGE_SIZE, BRIGHTEST = 1797, 10, 8, 16.0
@@ -11,7 +12,7 @@ SPLIT_SEED = 0
 """The split is the same for every run: 60 % train, 20 % validation, 20 % test."""
 
 
-def digits(config: RunConfig) -> Task:
+def digits(config: TaskConfig) -> Task:
     """The task `digits`."""
     return Task(name="digits", task_type="classification", num_classes=CLASSES, load=_load, build_host=_host)
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_train.config import GrowthConfig, HeuristicConfig, HostConfig, OptimConfig, RunConfig
+from esper_train.morph.config import HostConfig
 from esper_train.morph.host import Host
 from esper_train.morph.transformer import transformer_host
-from esper_train.tasks.task import Split, Splits, Task
+from esper_train.tasks.config import TaskConfig
+from esper_train.tasks.task import Splits, Task
+from esper_train.train.data import Split
 
 CONTEXT = 64
 """Tokens a model sees at once."""
@@ -28,7 +30,7 @@ EXCLUDED = r"(^|/)((site-packages|dist-packages|tests?|idle_test|lib2to3|_bundle
 """Paths of tests, of what others wrote, and of what differs with the machine Python was built on."""
 
 
-def pysource(config: RunConfig) -> Task:
+def pysource(config: TaskConfig) -> Task:
     """The task `pysource`: the next byte (vocab 256) or byte pair (more) in the standard library's sources.
 
     Inputs and targets are [N, 64], int64. Each file is in one part: about 90 % train, 5 % validate, 5 % test.
@@ -111,19 +113,3 @@ def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
     except OSError as error:
         raise ValueError(f"cannot keep a tokenizer in {cache}: {error}; name another directory as data") from error
     return tokenizer
-
-
-PRESET = RunConfig(
-    task="pysource",
-    max_epochs=60,
-    max_batches=64,
-    batch_size=32,
-    evaluation_batch=64,
-    host=HostConfig(width=24),
-    optim=OptimConfig(kind="adamw", host_lr=3e-3, seed_lr=3e-3, weight_decay=0.01),
-    growth=GrowthConfig(
-        training_dwell_fraction=0.05, blending_improvement=0.1, blending_epochs=3, fossilize_contribution=0.2
-    ),
-    policy=HeuristicConfig(plateau_threshold=1.5, plateau_epochs=2, life_margin=2, blueprints=("mlp", "attention")),
-)
-"""Seeds of either blueprint live whole lives with these, in two to three minutes of one core."""

@@ -3,17 +3,19 @@
 import torch
 from torch import Tensor
 
-from esper_train.config import HostConfig, RunConfig
+from esper_train.morph.config import HostConfig
 from esper_train.morph.host import Host, cnn_host
 from esper_train.morph.transformer import transformer_host
-from esper_train.tasks.task import Split, Splits, Task
+from esper_train.tasks.config import TaskConfig
+from esper_train.tasks.task import Splits, Task
+from esper_train.train.data import Split
 
 DATA_SEED = 0
 CLASSES, IMAGE_SIZE, NOISE = 10, 8, 1.5
 VOCABULARY, SEQUENCE = 32, 16
 
 
-def synthetic(config: RunConfig) -> Task:
+def synthetic(config: TaskConfig) -> Task:
     """The task `synthetic`: one random 8x8 pattern a class, under Gaussian noise."""
 
     def host(size: HostConfig) -> Host:
@@ -23,7 +25,7 @@ def synthetic(config: RunConfig) -> Task:
     return Task(name="synthetic", task_type="classification", num_classes=CLASSES, load=_load_patterns, build_host=host)
 
 
-def synthetic_lm(config: RunConfig) -> Task:
+def synthetic_lm(config: TaskConfig) -> Task:
     """The task `synthetic-lm`: sequences of a random Markov chain, whose next token follows from the last."""
 
     def host(size: HostConfig) -> Host:

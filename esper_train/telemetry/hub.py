@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
-from esper_train.config import TELEMETRY_LEVELS, TelemetryConfig
-from esper_train.state import PlainState
-from esper_train.telemetry.events import LEVELS, LIFECYCLE, Event, EventType
+from esper_train.base.state import PlainState
+from esper_train.telemetry.config import TELEMETRY_LEVELS, TelemetryConfig
+from esper_train.telemetry.event import LEVELS, LIFECYCLE, Event, EventType
 from esper_train.telemetry.sinks import Sink
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from esper_train.config import TelemetryConfig
-from esper_train.telemetry.events import Event, EventType
+from esper_train.telemetry.config import TelemetryConfig
+from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.sinks import Sink, describe
 
 CURVES = frozenset({EventType.EPOCH, EventType.LAYER_GRADIENTS})

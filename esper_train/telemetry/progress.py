@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from esper_train.telemetry.events import Event, EventType
+from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.sinks import describe, describe_epoch
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from esper_train.telemetry.events import Event, EventType
+from esper_train.telemetry.event import Event, EventType
 
 
 class Sink(Protocol):

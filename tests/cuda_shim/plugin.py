@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels import native
-from esper_kernels.cross_entropy import reference
+from esper_kernels.ops.cross_entropy import reference
 from tests.cuda_shim.build import load
 
 

@@ -16,8 +16,8 @@ import torch
 import esper_kernels
 from esper_kernels import KernelConfig, backends, cross_entropy, info, native, select_backend
 from esper_kernels.backends import OPS
-from esper_kernels.cross_entropy import cpp
 from esper_kernels.info import check as checks
+from esper_kernels.ops.cross_entropy import cpp
 
 Damage = Callable[[Path], object]
 

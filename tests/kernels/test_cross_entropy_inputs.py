@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, record_loss
-from esper_kernels.cross_entropy import reference
-from esper_kernels.cross_entropy.reference import Options
+from esper_kernels.ops.cross_entropy import reference
+from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.testing import plain_torch_cross_entropy
 
 INF, NAN = torch.inf, torch.nan

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step
-from esper_kernels.cross_entropy import launch, reference, triton
-from esper_kernels.cross_entropy.reference import Options
+from esper_kernels.ops.cross_entropy import launch, reference, triton
+from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.testing import plain_torch_cross_entropy, relative_error
 
 pytest.importorskip("triton")
@@ -224,8 +224,8 @@ from triton.compiler import make_backend
 from triton.runtime import jit
 
 from esper_kernels import Meter
-from esper_kernels.cross_entropy import triton
-from esper_kernels.cross_entropy.reference import Options
+from esper_kernels.ops.cross_entropy import triton
+from esper_kernels.ops.cross_entropy.reference import Options
 
 backend, keys = make_backend(GPUTarget("cuda", 90, 32)), set()
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from esper_kernels import GradStats, KernelConfig, grad_stats
-from esper_kernels.grad_stats import triton as host
+from esper_kernels.ops.grad_stats import triton as host
 from esper_kernels.testing import SyncCounter, grad_samples
 
 pytest.importorskip("triton")
-from esper_kernels.grad_stats import triton_kernels
+from esper_kernels.ops.grad_stats import triton_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's interpreter
 TRITON, EAGER = KernelConfig(backend="triton"), KernelConfig(backend="eager")

@@ -37,7 +37,7 @@ def test_gradient_statistics_of_every_list_are_one_binary() -> None:
 import torch
 from benchmarks.triton_resources import grad_stats_variants, recorded
 from esper_kernels import grad_stats
-from esper_kernels.grad_stats import triton
+from esper_kernels.ops.grad_stats import triton
 
 compiled = next(grad_stats_variants())
 for sizes in ([1], [16] * 16, [3] * 17, [10_000_000, 1]):

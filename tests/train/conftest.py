@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from esper_train.build import build_episode
-from esper_train.config import GovernorConfig, GrowthConfig, OptimConfig, RunConfig, TelemetryConfig, TrainConfig
-from esper_train.episode import NonFiniteLossError, run_heuristic_episode
-from esper_train.telemetry.events import Event
+from esper_train.config import RunConfig
+from esper_train.control.config import GovernorConfig
+from esper_train.morph.config import GrowthConfig
+from esper_train.run.build import build_episode
+from esper_train.run.run import NonFiniteLossError, run_heuristic_episode
+from esper_train.telemetry.config import TelemetryConfig
+from esper_train.telemetry.event import Event
 from esper_train.telemetry.hub import TelemetryHub
-from tests.train.scripted import Planted, Recorder, a_life_and_a_cull, mislabelled, not_a_number, run_under
+from esper_train.train.config import OptimConfig, TrainConfig
+from tests.helpers.scripted import Planted, Recorder, a_life_and_a_cull, mislabelled, not_a_number, run_under
 
 
 @pytest.fixture(scope="session")

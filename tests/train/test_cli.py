@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from esper_train import cli, load_run
-from esper_train.run_directory import read_metrics
+from esper_train.run.directory import read_metrics
 
 QUICK = ["--task", "synthetic", "--max-epochs", "3", "--max-batches", "2"]
 

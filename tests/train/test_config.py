@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 
 from esper_kernels import KernelConfig
-from esper_train.config import (
-    CompileConfig,
-    GradConfig,
-    GrowthConfig,
-    HeuristicConfig,
-    HostConfig,
-    OptimConfig,
-    RunConfig,
-    TelemetryConfig,
-    TrainConfig,
-    from_dict,
-    load_toml,
-)
-from esper_train.names import unknown_name
+from esper_train.base.names import unknown_name
+from esper_train.base.settings import from_dict
+from esper_train.config import RunConfig, load_toml
+from esper_train.control.config import HeuristicConfig
+from esper_train.morph.config import GrowthConfig, HostConfig
+from esper_train.telemetry.config import TelemetryConfig
+from esper_train.train.config import CompileConfig, GradConfig, OptimConfig, TrainConfig
 
 
 def written(directory: Path, text: str) -> Path:

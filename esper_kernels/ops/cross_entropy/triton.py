@@ -1,0 +1,179 @@
+"""Cross entropy by the Triton kernels of `triton_kernels`: one launch a batch, whatever is asked of it.
+
+More where the gradient of a mean needs the weights of more rows than every program can look through by itself.
+`torch.compile` sees the launch as an op of its own.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_kernels.meter import COUNTS, Meter
+from esper_kernels.ops.cross_entropy import launch
+from esper_kernels.ops.cross_entropy.reference import Number, Options
+
+
+def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
+    """The loss and, to keep for `backward`, float32 [2 N + 1]: maximum and sum of a row, then the weights' sum."""
+    loss = logits.new_empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
+    kept = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
+    _call(logits, targets, options, meter, loss=loss, kept=kept)
+    return (loss,) if kept is None else (loss, kept)
+
+
+def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, kept: Tensor, options: Options) -> Tensor:
+    grad = logits.new_empty(logits.shape)
+    _call(logits, targets, options, None, grad_scale=grad_output.contiguous(), given=kept, grad=grad)
+    return grad
+
+
+def step(
+    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
+) -> Tensor:
+    grad = logits.new_empty(logits.shape) if out is None else out
+    written = grad if _followed(grad) else logits.new_empty(logits.shape)
+    _call(logits, targets, options, meter, grad_scale=grad_scale, grad=written)
+    return grad if written is grad else grad.copy_(written)
+
+
+def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
+    _call(logits, targets, options, meter, recorded=loss)
+
+
+def _call(
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    meter: Meter | None,
+    grad_scale: Number | None = None,
+    given: Tensor | None = None,
+    recorded: Tensor | None = None,
+    loss: Tensor | None = None,
+    kept: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> None:
+    normalizer = options.normalizer if options.reduction == "mean" else 1.0
+    values = (options.label_smoothing, options.z_loss, options.softcap, normalizer, grad_scale)
+    numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in values]
+    numbers[:2] = [x or math.nan for x in numbers[:2]]  # a factor of 0 is none
+    tensors = [x.detach() if isinstance(x, Tensor) else None for x in (*values, options.weight, given, recorded)]
+    meters, topk = ([None, None, None], ()) if meter is None else ([meter.sums, meter.counts, meter.ticket], meter.topk)
+    run = _op if torch.compiler.is_compiling() else _launch
+    per_row = options.reduction == "none"
+    run(logits, targets, numbers, tensors, options.ignore_index, topk, per_row, loss, kept, grad, *meters)
+
+
+def _followed(x: Tensor) -> bool:
+    """Whether the kernels can follow the strides of x [..., V]."""
+    return x.is_contiguous() or (x.dim() <= 3 and (x.stride(-1) == 1 or x.shape[-1] == 1))
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """Of a followed x; None where its rows are not evenly spaced, as in logits[:, :-1]."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    if x.dim() == 3:
+        return x.stride(1) if x.stride(0) == x.shape[1] * x.stride(1) else None
+    return x.stride(0) if x.dim() == 2 else 0
+
+
+def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
+    """A unit; inner size, None where rows are evenly spaced, and outer and inner strides of both in that unit.
+
+    A power of 2 of elements, the unit tells the compiler what is aligned without telling it a stride.
+    """
+    even, grad_even = _row_stride(logits), _row_stride(grad)
+    if even is None or grad_even is None:
+        strides = (*logits.stride()[:2], *grad.stride()[:2])
+    else:
+        strides = (0, even, 0, grad_even)
+    unit = math.gcd(16, *strides)
+    return unit, (logits.shape[1] if strides[0] or strides[2] else None, *(stride // unit for stride in strides))
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of second-level cache."""
+    if device.type == "cpu":
+        return 2, 1 << 20  # for the interpreter, as if it had them
+    facts = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu":
+        return facts.gpu_subslice_count, 0  # torch does not tell the cache: none is counted on
+    return facts.multi_processor_count, facts.L2_cache_size
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+
+
+def _launch(
+    logits: Tensor,
+    targets: Tensor,
+    numbers: Sequence[float],  # label smoothing, z-loss, softcap, normalizer, grad_scale; NaN for none
+    tensors: Sequence[Tensor | None],  # the same where they are tensors; weight, given, recorded
+    ignore_index: int,
+    topk: Sequence[int],
+    per_row: bool,
+    loss: Tensor | None,
+    kept: Tensor | None,
+    grad: Tensor | None,
+    sums: Tensor | None,
+    counts: Tensor | None,
+    ticket: Tensor | None,
+) -> None:
+    from esper_kernels.ops.cross_entropy import triton_kernels as kernels
+
+    device, rows, classes = logits.device, targets.numel(), logits.shape[-1]
+    # Tensors of the device go by pointer; those of the CPU are read, which waits for nothing.
+    smoothing, z_loss, softcap, normalizer, grad_scale = (
+        (None if math.isnan(number) else number) if x is None else x if x.device == device else float(x)
+        for number, x in zip(numbers, tensors[:5], strict=True)
+    )
+    weight, given, recorded = tensors[5:]
+    weight = None if weight is None else weight.contiguous()
+    logits, targets = logits if _followed(logits) else logits.contiguous(), targets.contiguous()
+    unit, layout = _layout(logits, logits if grad is None else grad)
+    shape = {"V": classes, "IGNORE": ignore_index}
+    heavy = not (weight is None and smoothing is None and softcap is None)
+    sizes = (rows, classes, logits.element_size(), targets.element_size(), heavy)
+    chosen = launch.choose(*sizes, *_device(device))
+    options: dict[str, Any] = {"enable_fp_fusion": True}  # Triton's own default, which it warns will change
+    partials = None
+    with _current(device):
+        if counts is not None or (loss is not None and not per_row):
+            columns = len(COUNTS) + len(topk)
+            partials = torch.empty(columns * chosen.programs, dtype=torch.float64, device=device)
+            ticket = torch.zeros(1, dtype=torch.int32, device=device) if ticket is None else ticket
+        if grad is not None and given is None and normalizer is None and chosen.count_first:
+            counted = torch.empty(launch.COUNT_PROGRAMS, dtype=torch.float64, device=device)
+            kernels.count[(launch.COUNT_PROGRAMS,)](targets, weight, counted, rows, **shape, BLOCK=1024, **options)
+            normalizer = counted.sum()
+        if torch.version.cuda:
+            options["maxnreg"] = chosen.registers
+        inputs = (logits, targets, weight, smoothing, z_loss, softcap, normalizer, grad_scale, given, recorded)
+        kernels.batch[(chosen.programs,)](
+            *(*inputs, loss, kept, grad, sums, counts, partials, ticket, rows, *layout),
+            **shape,
+            UNIT=unit,
+            TOPK=tuple(topk),
+            PER_ROW=per_row,
+            ROWS=chosen.rows,
+            BLOCK=chosen.block,
+            RESIDENT=chosen.resident,
+            STAGES=chosen.stages,
+            COUNT_BLOCK=256 * chosen.warps,
+            num_warps=chosen.warps,
+            **options,
+        )
+
+
+_op = torch.library.custom_op(
+    "esper::cross_entropy_triton", _launch, mutates_args=("loss", "kept", "grad", "sums", "counts", "ticket")
+)
+_op.register_fake(lambda *arguments: None)

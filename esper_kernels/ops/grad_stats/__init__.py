@@ -1,0 +1,146 @@
+"""Gradient statistics: `grad_stats` measures, `GradStats.compute` reads, `clip_grad_norm_` clips.
+
+`grad_stats` checks its arguments, asks `select_backend`, and lets that backend's module fill the result;
+`reference` is the definition. Call them after backward, outside a compiled region.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from esper_kernels.backends import DTYPES, direct, select_backend
+from esper_kernels.config import KernelConfig
+from esper_kernels.ops.grad_stats import cpp, reference, triton
+from esper_kernels.ops.grad_stats.stats import GradHealth, GradStats
+
+__all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
+
+_MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
+Grads = Sequence[Tensor | None]
+
+
+def grad_stats(
+    grads: Grads | Mapping[str, Grads],
+    *,
+    vanishing: float = 1e-7,
+    exploding: float = 100.0,
+    inv_scale: Tensor | None = None,
+    out: GradStats | None = None,
+    config: KernelConfig | None = None,
+) -> GradStats:
+    """Norms, largest magnitudes, and zero, NaN and Inf counts of gradients, on the device; no host sync.
+
+    grads: a sequence of tensors or None, or a mapping from group name to such a sequence; float16, bfloat16,
+        float32, float64 mixed, any shape and stride, one device. None and empty tensors keep their place.
+    vanishing, exploding: a tensor whose L2 norm is strictly below / above is counted as such.
+    inv_scale: [] on the gradients' device (1 / a loss scaler's scale), multiplied to every value read.
+    out: an earlier result of as many tensors on the same device, whose memory is overwritten and reused.
+
+    Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is not.
+    """
+    groups: tuple[tuple[str, int], ...] = ()
+    if isinstance(grads, Tensor):
+        raise TypeError("grads must be a sequence of tensors or None, or a mapping of them; pass [tensor]")
+    if isinstance(grads, Mapping):
+        groups = tuple((name, len(members)) for name, members in grads.items())
+        tensors = [tensor for members in grads.values() for tensor in members]
+    else:
+        tensors = list(grads)
+    on_cpu = not tensors or getattr(tensors[0], "is_cpu", True)  # the road looks at the others
+    if on_cpu and (road := direct(config)) is not None and (out is None or len(out.numels) == len(tensors)):
+        stats = _allocate(len(tensors), torch.device("cpu")) if out is None else out
+        numels = cpp.direct_fill(road, tensors, inv_scale, stats, "auto" if config is None else config.instruction_set)
+        if numels is not None:
+            return stats.over(numels, groups, vanishing, exploding)
+    device, dtype = _check(tensors, inv_scale, out)
+    choice = select_backend("grad_stats", device.type, dtype, config)
+    stats = _allocate(len(tensors), device) if out is None else out
+    with torch.no_grad():
+        _MODULES[choice.name].fill(tensors, inv_scale, stats, choice.instruction_set)
+    return stats.over(tuple(0 if x is None else x.numel() for x in tensors), groups, vanishing, exploding)
+
+
+def clip_grad_norm_(
+    params: Tensor | Iterable[Tensor],
+    max_norm: float,
+    *,
+    stats: GradStats | None = None,
+    error_if_nonfinite: bool = False,
+    config: KernelConfig | None = None,
+) -> Tensor:
+    """Scale the gradients of `params` in place by min(1, max_norm / (norm + 1e-6)).
+
+    stats: what `grad_stats` measured on these gradients, in any order, so that they are not read again for
+        the norm; ValueError if the sizes differ. With an inv_scale, it is the norm of the unscaled gradients.
+    error_if_nonfinite: RuntimeError, before scaling, for a norm that is NaN or Inf (a host sync). Otherwise
+        such a norm does what it does in torch: Inf makes finite gradients 0, NaN makes all NaN.
+
+    Returns the norm before clipping, float64 [].
+    """
+    with_grad = [p for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None]
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    if stats is None:
+        stats = grad_stats(grads, config=config)
+    measured, given = [n for n in stats.numels if n], [grad.numel() for grad in grads if grad.numel()]
+    if sorted(measured) != sorted(given):
+        raise ValueError(
+            f"stats are of {len(measured)} tensors with {sum(measured)} elements, but params have "
+            f"{len(given)} gradients with {sum(given)}; measure these gradients, or leave stats out"
+        )
+    total_norm = stats.total_norm.clone()  # the memory of stats may be used again
+    if error_if_nonfinite and not total_norm.isfinite():  # the host sync
+        raise RuntimeError("the total norm of the gradients is not finite, so they cannot be clipped; drop this step")
+    for dtype in {grad.dtype for grad in grads}:
+        # One launch for all on CUDA needs a factor of their dtype; half precision would round or lose it.
+        norm = total_norm.float() if dtype == torch.float32 else total_norm
+        members = [p for p in with_grad if p.grad is not None and p.grad.dtype == dtype]
+        torch.nn.utils.clip_grads_with_norm_(members, max_norm, norm)
+    return total_norm
+
+
+def _check(tensors: Grads, inv_scale: Tensor | None, out: GradStats | None) -> tuple[torch.device, torch.dtype]:
+    """The tensors' device and widest dtype; without any, that of `out` or the CPU, and float32."""
+    device = None
+    for place, x in enumerate(tensors):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.layout != torch.strided or type(x).__name__ == "DTensor":
+            what = f"{type(x).__name__} {getattr(x, 'layout', '')}"
+            raise TypeError(f"grads[{place}] must be a dense tensor or None (of a DTensor to_local()), got {what}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"grads[{place}] must be one of {DTYPES}, got {x.dtype}")
+        device = device or x.device
+        if x.device != device:
+            raise ValueError(f"grads must be on one device, got {device} and, at place {place}, {x.device}")
+    if device is None:
+        device = torch.device("cpu") if out is None else out.norms.device
+    if inv_scale is not None and (not isinstance(inv_scale, Tensor) or inv_scale.dim() != 0):
+        raise TypeError(f"inv_scale must be a 0-d tensor, got {inv_scale!r}")
+    if inv_scale is not None and inv_scale.device != device:
+        raise ValueError(f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}")
+    if out is not None and (len(out.numels), out.norms.device) != (len(tensors), device):
+        raise ValueError(
+            f"out must be of {len(tensors)} tensors on {device}, got {len(out.numels)} on "
+            f"{out.norms.device}; leave it out to allocate"
+        )
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return device, torch.float64 if wide else torch.float32
+
+
+def _allocate(num_tensors: int, device: torch.device) -> GradStats:
+    def memory(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    counts = memory(torch.int64, 3, num_tensors)
+    zeros, nans, infs = counts.unbind()
+    return GradStats(
+        norms=memory(torch.float64, num_tensors),
+        max_abs=memory(torch.float64, num_tensors),
+        counts=counts,
+        zeros=zeros,
+        nans=nans,
+        infs=infs,
+        total_norm=memory(torch.float64),
+        found_inf=memory(torch.float32),
+    )

@@ -1,0 +1,1 @@
+"""What every room uses: settings, names, state, signals, devices."""

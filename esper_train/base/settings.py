@@ -1,0 +1,92 @@
+"""Settings as frozen dataclasses: limits checked when they are made, and read from plain values."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from esper_train.base.names import require_known
+
+T = TypeVar("T")
+
+
+class Limit(NamedTuple):
+    """What a setting must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
+CountOrNone = Annotated[int | None, Limit("at least 1 or left out", lambda value: value is None or value >= 1)]
+CountOrZero = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
+Positive = Annotated[float, Limit("positive and finite", lambda value: 0 < value < math.inf)]
+PositiveOrNone = Annotated[float | None, Limit("positive or left out", lambda value: value is None or value > 0)]
+Share = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
+Decay = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
+
+
+class Settings:
+    """When made, refuses a value that is not among its field's choices or outside the `Limit` of its type.
+
+    `table` is where the fields are in a TOML file.
+    """
+
+    _table: ClassVar[str]
+
+    def __init_subclass__(cls, table: str = "") -> None:
+        cls._table = table
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            value, choices = getattr(self, name), typing.get_args(hint)
+            if typing.get_origin(hint) is Literal:
+                require(
+                    value in choices,
+                    f"{self._table}{name} must be one of {', '.join(c or 'left out' for c in choices)}",
+                    value,
+                )
+            elif typing.get_origin(hint) is Annotated:
+                limit = hint.__metadata__[0]
+                require(limit.holds(value), f"{self._table}{name} must be {limit.words}", value)
+
+
+def require(holds: bool, what: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{what}, got {value!r}")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
+    """Build a config dataclass from plain values, as TOML and JSON give them.
+
+    Keys left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key (naming the
+    nearest known one) and `TypeError` for a value of the wrong type; messages put `where` before the key.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [where + f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        require_known("config key", where + key, names)
+        arguments[key] = _convert(hints[key], value, where + key, getattr(base, key, None))
+    return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)  # type: ignore[type-var]
+
+
+def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"config key {path!r} is a table of settings, got {value!r}")
+        return from_dict(hint, value, base=base, where=path + ".")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"config key {path!r} takes a list, got {value!r}")
+        return tuple(_convert(typing.get_args(hint)[0], item, path) for item in value)
+    if typing.get_origin(hint) is Literal:
+        return value  # the dataclass itself names the choices
+    accepted = typing.get_args(hint) or (hint,)
+    if float in accepted and type(value) is int:
+        return float(value)
+    if type(value) not in accepted:
+        expected = " or ".join(t.__name__ for t in accepted)
+        raise TypeError(f"config key {path!r} takes {expected}, got {value!r}")
+    return value

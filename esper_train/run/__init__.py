@@ -1,0 +1,1 @@
+"""A run: what it owns, its epochs, checkpoints, directory and report."""

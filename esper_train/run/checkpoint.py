@@ -1,0 +1,134 @@
+"""Checkpoints: all that a run changes, in one file from which a fresh process goes on bit for bit.
+
+`episode` takes them, `cli` restores them. `epoch-N.pt` holds tensors and plain values only, with its SHA-256 in a
+file beside it; both appear whole and the digest first, so a kill at any moment leaves the checkpoints before.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esper_train.base.state import Stateful, copied
+from esper_train.run.config import CheckpointConfig
+from esper_train.run.directory import write_file
+from esper_train.run.episode import Episode
+
+FORMAT = 1
+"""Version of the layout of a checkpoint."""
+FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
+"""Config keys that may change where a run is resumed."""
+
+
+def parts(episode: Episode) -> dict[str, Stateful]:
+    """Everything that a run changes, in the order in which it is restored. A new object with state joins here."""
+    return {
+        "episode": episode,  # seats the seeds
+        "model": episode.model,
+        "optimizers": episode.optimizers,
+        "step": episode.step,
+        "tracker": episode.tracker,
+        "governor": episode.governor,
+        "policy": episode.policy,
+        "telemetry": episode.hub,
+        "random": episode.random,
+    }
+
+
+class Checkpoints:
+    """Keeps a copy of the state at the end of each epoch, and writes it when it is time or when the run ends.
+
+    So a run that is stopped within an epoch is resumed from the end of the one before.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+        self._directory = directory
+        self._config = config
+        self._unwritten: tuple[int, dict[str, Any]] | None = None
+
+    def take(self, episode: Episode) -> None:
+        """At the end of an epoch. `OSError` as `write`; `TypeError` for a state beyond tensors and plain values."""
+        state = {name: copied(part.state_dict(), "cpu") for name, part in parts(episode).items()}
+        self._unwritten = episode.epoch, {"format": FORMAT, "run": _identity(episode), "parts": state}
+        if episode.epoch % self._config.every == 0 or episode.epoch == episode.config.max_epochs:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is not on disk yet, if anything; `OSError` where the disk does not take it."""
+        if self._unwritten is None:
+            return
+        epoch, record = self._unwritten
+        buffer = io.BytesIO()
+        torch.save(record, buffer)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        save(self._directory / f"epoch-{epoch}.pt", buffer.getvalue())
+        self._unwritten = None
+        for old in saved(self._directory)[: -self._config.keep]:
+            old.unlink()
+            _digest_file(old).unlink(missing_ok=True)
+        for left in self._directory.glob(".*.new"):  # by a kill during a write
+            left.unlink()
+
+
+def saved(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, oldest first."""
+    return sorted(directory.glob("epoch-[0-9]*.pt"), key=lambda path: int(path.stem.removeprefix("epoch-")))
+
+
+def save(path: Path, data: bytes) -> None:
+    """Write a checkpoint, after the digest by which it will be trusted."""
+    write_file(_digest_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
+    write_file(path, data)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, running no code from it; `ValueError` if it is damaged, of another format, or none."""
+    try:
+        data, digest = path.read_bytes(), _digest_file(path).read_bytes()
+        if digest[:64] != hashlib.sha256(data).hexdigest().encode():
+            raise ValueError("its SHA-256 is not the one beside it, so it was damaged")
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        if found != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, got {found!r}")
+    except Exception as error:  # the unpickler fails in many ways on what is not its own
+        why = error if isinstance(error, (ValueError, OSError)) else "it is more than tensors and plain values"
+        older = [other.name for other in saved(path.parent) if other != path]
+        way_out = f"remove it to go on from {older[-1]}" if older else "there is no other, so start the run anew"
+        raise ValueError(f"{path} cannot be used: {why}; {way_out}") from error
+    return state
+
+
+def restore(state: Mapping[str, Any], episode: Episode) -> None:
+    """Bring what was just built to where a checkpoint was taken.
+
+    Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer epochs than are
+    done, or a network that does not fit; what was built is of no use then.
+    """
+    for key, asked in _identity(episode).items():
+        # a key that the checkpoint does not have is a setting that there was no choice about then
+        if key not in FREE and asked != (was := state["run"].get(key, asked)):
+            free = ", ".join(FREE)
+            raise ValueError(f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a new run")
+    try:
+        for name, part in parts(episode).items():
+            part.load_state_dict(state["parts"][name])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"the checkpoint does not fit the run that was built: {error}") from error
+    if episode.epoch > episode.config.max_epochs:
+        raise ValueError(f"{episode.epoch} epochs are done, more than max_epochs, {episode.config.max_epochs}")
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _identity(episode: Episode) -> dict[str, Any]:
+    """The config, and what else makes it another run."""
+    data = json.dumps(dict(episode.data_record), sort_keys=True)
+    return {"mode": episode.mode, "data_record": data, **asdict(episode.config)}

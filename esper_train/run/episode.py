@@ -1,0 +1,99 @@
+"""Everything that one run changes, as one object; `build` makes it, `run` drives it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from esper_train.base.device import resolve_device
+from esper_train.base.state import PlainState, RandomState, copied
+from esper_train.base.stop import StopRequest
+from esper_train.config import RunConfig
+from esper_train.control.governor import Governor
+from esper_train.control.policy import Idle, Policy
+from esper_train.control.signals import SignalTracker
+from esper_train.morph.model import MorphModel
+from esper_train.tasks import Task
+from esper_train.telemetry.hub import TelemetryHub
+from esper_train.train.data import Loader
+from esper_train.train.optimizers import OptimizerRegistry, make_optimizer, make_schedule
+from esper_train.train.step import TrainStep
+
+UNDONE = ("model", "optimizers", "tracker")
+"""Parts of an episode that a rollback brings back."""
+
+
+@dataclass(kw_only=True)
+class Episode(PlainState):
+    """Everything one run changes, and nothing another run can see."""
+
+    STATE = ("epoch", "accuracy", "seconds", "seeds_germinated", "decided", "contributions")
+
+    config: RunConfig
+    task: Task
+    model: MorphModel
+    optimizers: OptimizerRegistry
+    tracker: SignalTracker
+    governor: Governor
+    step: TrainStep
+    device: torch.device
+    train: Loader
+    validation: Loader
+    test: Loader
+    steps: int  # of an epoch
+    data_record: Mapping[str, Any]
+    random: RandomState
+    mode: str = "fit"
+    policy: Policy = field(default_factory=Idle)
+    hub: TelemetryHub = field(default_factory=TelemetryHub)
+    stop: StopRequest = field(default_factory=StopRequest)
+    epoch: int = 0  # finished ones
+    accuracy: float = math.nan  # of the last validation, in percent
+    seconds: float = 0.0
+    seeds_germinated: int = 0
+    decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
+    contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
+    good: Mapping[str, Any] | None = None  # a snapshot to return to, in no checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run has come, and what grew; weights, momentum and the rest have their own state."""
+        return super().state_dict() | {"slots": self.model.topology(), "groups": list(self.optimizers.parameters())}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        super().load_state_dict(state_dict)
+        self._grow_again(state_dict)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `go_back` needs, on `governor.snapshot_device`."""
+        state = {"episode": self.state_dict()} | {name: getattr(self, name).state_dict() for name in UNDONE}
+        return copied(state, resolve_device(self.config.governor.snapshot_device))
+
+    def go_back(self, snapshot: Mapping[str, Any]) -> None:
+        """Network, seeds, optimizers and tracker as they were. The snapshot stays as it is."""
+        self._grow_again(snapshot["episode"])
+        for name in UNDONE:
+            getattr(self, name).load_state_dict(copied(snapshot[name]))
+
+    def _grow_again(self, state: Mapping[str, Any]) -> None:
+        """Seat the same seeds, with optimizers that can take their state."""
+        self.model.rebuild(state["slots"])
+        for group in self.optimizers.parameters():
+            self.optimizers.detach(group)
+        for group in state["groups"]:  # in their order, which is that of the gradient statistics
+            self.attach_optimizer(group)
+
+    def attach_optimizer(self, group: str, epoch: int = 0) -> None:
+        """Give the host, the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own, with a
+        schedule over what is left of the run after `epoch`."""
+        slot, _, gate = group.partition(".")
+        optim, host = self.config.optim, self.model.host if group == "host" else None
+        module = host or (self.model.slot(slot).gate if gate else self.model.slot(slot).seed)
+        parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        if not parameters:
+            self.optimizers.attach(group, None)
+            return
+        optimizer = make_optimizer(parameters, optim.host_lr if host else optim.seed_lr, optim)
+        left = max(1, self.config.max_epochs - epoch) * (self.steps if optim.schedule.each == "step" else 1)
+        self.optimizers.attach(group, optimizer, make_schedule(optimizer, optim.schedule, left))

@@ -1,0 +1,24 @@
+"""Settings of what a run reports."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from esper_train.base.settings import CountOrZero, Settings
+
+TELEMETRY_LEVELS = ("off", "minimal", "normal", "debug")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig(Settings, table="telemetry."):
+    """What a run reports. Telemetry never changes what is trained."""
+
+    level: Literal["off", "minimal", "normal", "debug"] = "normal"
+    """minimal: the run, the seeds' lives, bad numbers. normal: each epoch too. debug: each parameter's gradient too."""
+    lifecycle_only: bool = False
+    """Nothing but the run's start and end and the seeds' lives."""
+    escalation_epochs: CountOrZero = 5
+    """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never does."""
+    tensorboard: bool = False
+    """Also write for TensorBoard, into the run directory's tensorboard/."""
+    wandb: bool = False
+    """Also write for Weights & Biases, offline, into the run directory's wandb/; `wandb sync` uploads it."""

@@ -1,0 +1,297 @@
+"""The only loops over batches: `train_one_epoch` and `evaluate`, shared by every way of training.
+
+`episode` calls them once an epoch; they also serve any `nn.Module` and loader on their own. Loss, counts and
+gradient statistics stay on the device; each call reads them once, at its end, which is its only host sync.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper_kernels import GradHealth, GradStats, Meter, MeterResult, clip_grad_norm_, compute_all, grad_stats
+from esper_train.train.capture import Batch, Capture, CudaGraphs
+from esper_train.train.config import TrainConfig
+from esper_train.train.optimizers import OptimizerRegistry
+from esper_train.train.step import Criterion, Span, TrainStep, build_train_step
+
+Batches = Iterable[Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Loss and counts over the batches of one pass. A mean over nothing is NaN."""
+
+    loss: float
+    """Mean cross-entropy a valid row, in nats (of the criterion, where one of the caller's own was given)."""
+    mean_batch_loss: float
+    """Mean of the batches' mean losses."""
+    accuracy: float
+    """Valid rows whose largest logit is the target's, in percent."""
+    correct: dict[int, int]
+    """k to the number of valid rows whose target is among the k largest logits."""
+    valid: int
+    """Rows (tokens) that are not ignored."""
+    nonfinite: int
+    """Valid rows with NaN or infinite logits."""
+    bad_targets: int
+    """Rows left out because their target was outside the classes; see `TrainConfig.on_bad_numbers`."""
+    batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult(Measures):
+    """One epoch of training."""
+
+    grad: GradHealth | None
+    """Gradients of the last measured step, by group, None if none was measured; the NaN and Inf counts (of the
+    whole, not of the groups) are sums over the measured steps, and any of them makes the health 0."""
+    skipped: int
+    """Steps left out because gradients were not finite."""
+    seconds: float
+    backend: str
+    compiled: bool
+    compile_failure: str | None
+    replayed: int
+    """Steps that were replays of a CUDA graph; see `TrainConfig.capture`."""
+    not_replayed: dict[str, int]
+    """Why other steps were not, and how many; empty without `capture`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult(Measures):
+    """One pass over held-out data."""
+
+    seconds: float
+    backend: str
+    variants: dict[str, Measures] = field(default_factory=dict)
+    """The same data under each variant's alpha."""
+
+    def contribution(self, variant: str) -> float | None:
+        """Percentage points of accuracy that the variant lacks; None where it was not measured."""
+        without = self.variants.get(variant)
+        return None if without is None else self.accuracy - without.accuracy
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Batches,
+    optimizers: OptimizerRegistry | Optimizer,
+    config: TrainConfig,
+    *,
+    task_type: str,
+    criterion: Criterion | None = None,
+    max_batches: int | None = None,
+    step: TrainStep | None = None,
+) -> EpochResult:
+    """Train on every batch once.
+
+    Args:
+        model: maps inputs to logits; its parameters' device is where batches are copied to.
+        loader: batches (inputs [N, ...], targets [N] or [N, T]).
+        optimizers: a registry, whose groups the gradient statistics are reported by, or one optimizer.
+        config: kernels, compilation, precision, gradients, batches a step.
+        task_type: "classification" or "lm".
+        criterion: see `build_train_step`.
+        max_batches: stop after so many; None takes all.
+        step: from `build_train_step`, to keep a compiled one over epochs; None makes one for this call.
+
+    Raises:
+        ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of another shape.
+        IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the end of the epoch
+            on other devices.
+    """
+    started = time.perf_counter()
+    if isinstance(optimizers, Optimizer):
+        optimizers = OptimizerRegistry(host=optimizers)
+    step = step or build_train_step(task_type, config, criterion)
+    device, capture = _device(model), None
+    if step.scaler is not None:
+        step.scaler.to(device)
+
+    def make() -> _Steps:
+        return _Steps(model, optimizers, config, step, device)
+
+    if config.capture:
+        capture = step.capture = step.capture or Capture(CudaGraphs(device))
+        steps = capture.begin(model, optimizers, config, make)
+        steps.reset()
+    else:
+        steps = make()
+    run: Callable[[Sequence[Batch], bool], None] = capture.run if capture else steps
+    model.train()
+    batches = _batches(loader, None if capture else device, max_batches, step.span)
+    for number, group in enumerate(iter(lambda: list(islice(batches, config.accumulate)), [])):
+        run(group, step.scaler is not None or (config.grad.every > 0 and number % config.grad.every == 0))
+        optimizers.advance("step")
+    if capture:
+        capture.end()
+    optimizers.advance("epoch")
+    strict = config.on_bad_numbers == "stop"
+    result, (left_out,), *measured = compute_all(steps.meter, steps.skipped, *steps.measured(), strict=strict)
+    return EpochResult(
+        **_measures(result),
+        grad=_whole_epoch(*measured) if measured else None,
+        skipped=left_out,
+        seconds=time.perf_counter() - started,
+        backend=step.backend(device),
+        compiled=step.compiled,
+        compile_failure=step.compile_failure,
+        replayed=capture.replayed if capture else 0,
+        not_replayed=dict(capture.eager) if capture else {},
+    )
+
+
+class _Steps:
+    """Steps of the optimizers, each a call, and what they add up on the device until the epoch's end.
+
+    A captured step finds all of this where it was, so it serves for more than one epoch then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: OptimizerRegistry,
+        config: TrainConfig,
+        step: TrainStep,
+        device: torch.device,
+    ) -> None:
+        self._model, self._optimizers, self._config, self._step = model, optimizers, config, step
+        self._groups = optimizers.parameters()
+        self._parameters = [p for members in self._groups.values() for p in members]
+        self._stats: GradStats | None = None  # of the last measured step
+        self._counts: Tensor | None = None  # of zeros, NaN and Inf over the measured steps, int64 [3, T]
+        self.meter = Meter(device, topk=config.topk)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """Forget what was added up."""
+        self.meter.reset()
+        for total in (self.skipped, self._counts):
+            if total is not None:
+                total.zero_()
+
+    def measured(self) -> list[GradStats | Tensor]:
+        """Statistics of the last measured step, and counts over all; empty where none was."""
+        return [] if self._stats is None or self._counts is None else [self._stats, self._counts]
+
+    def __call__(self, group: Sequence[Batch], measure: bool) -> None:
+        config, step, optimizers = self._config, self._step, self._optimizers
+        grad, kernel, scaler, skips = config.grad, config.kernel, step.scaler, config.on_bad_numbers == "skip"
+        if config.capture:  # a graph finds gradients where they were
+            for optimizer in optimizers.present():
+                optimizer.zero_grad(set_to_none=False)
+        else:
+            for p in self._parameters:
+                p.grad = None
+        # a batch that is skipped must not stay in running statistics either
+        buffers = [(b, b.clone()) for b in self._model.buffers()] if skips else []
+        divisor = step.divisor([targets for _, targets in group])
+        for inputs, targets in group:
+            step(self._model, inputs, targets, self.meter, divisor)
+        if measure:
+            with step.span("statistics"):
+                grads = {name: [p.grad for p in members] for name, members in self._groups.items()}
+                inv_scale = None if scaler is None else scaler.inv_scale()
+                limits = {"vanishing": grad.vanishing, "exploding": grad.exploding}
+                stats = self._stats = grad_stats(grads, **limits, inv_scale=inv_scale, config=kernel, out=self._stats)
+                if self._counts is None:
+                    self._counts = torch.zeros_like(stats.counts)
+                self._counts.add_(stats.counts)
+        with step.span("optimizer"):
+            if grad.clip_norm is not None:
+                clip_grad_norm_(self._parameters, grad.clip_norm, stats=self._stats if measure else None, config=kernel)
+            if self._stats is not None and (scaler is not None or skips):
+                found = self._stats.found_inf
+                self.skipped += found != 0
+                optimizers.step_unless(found, None if scaler is None else scaler.scale)
+                for buffer, before in buffers:
+                    buffer.copy_(torch.where(found != 0, before, buffer))
+                if scaler is not None:
+                    scaler.update(found)
+            else:
+                optimizers.step()
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Batches,
+    config: TrainConfig,
+    *,
+    task_type: str,
+    criterion: Criterion | None = None,
+    max_batches: int | None = None,
+    variants: Mapping[str, Mapping[str, float]] | None = None,
+    step: TrainStep | None = None,
+) -> EvalResult:
+    """Measure the model without training it; its train/eval mode is restored.
+
+    `variants` names alpha overrides (slot to alpha) under which the same batches are measured too, in the same
+    pass: the model is called with `alpha=...` for each and nothing of it is changed. Otherwise as
+    `train_one_epoch`.
+    """
+    started = time.perf_counter()
+    step = step or build_train_step(task_type, config, criterion)
+    device = _device(model)
+    overrides = variants or {}
+    meters = [Meter(device, topk=config.topk) for _ in range(1 + len(overrides))]
+    alphas = list(overrides.values())
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # inference mode would hide what the model changes in place
+            for inputs, targets in _batches(loader, device, max_batches, step.span):
+                with step.span("evaluation"):
+                    step.measure(model, inputs, targets, meters, alphas)
+    finally:
+        model.train(was_training)
+    result, *others = compute_all(*meters, strict=config.on_bad_numbers == "stop")
+    return EvalResult(
+        **_measures(result),
+        seconds=time.perf_counter() - started,
+        backend=step.backend(device),
+        variants={name: Measures(**_measures(other)) for name, other in zip(overrides, others, strict=True)},
+    )
+
+
+def _batches(loader: Batches, device: torch.device | None, most: int | None, span: Span) -> Iterator[Batch]:
+    """The loader's batches, `most` of them at most, on `device`; None leaves them where they are."""
+    if most is not None and most < 1:
+        raise ValueError(f"max_batches must be at least 1, or None for all batches, got {most}")
+    drawn, empty = iter(islice(loader, most)), True
+    while True:
+        with span("data"):
+            batch = next(drawn, None)
+            if batch is None:
+                break
+            inputs, targets = batch
+            if device is not None:
+                inputs, targets = (part.to(device, non_blocking=True) for part in batch)
+        empty = False
+        yield inputs, targets
+    if empty:
+        raise ValueError("the loader gave no batch: is the data set smaller than a batch with drop_last=True?")
+
+
+def _whole_epoch(last: GradHealth, counts: list[int]) -> GradHealth:
+    """The last measured step's health, with the NaN and Inf counts of all of them: zeros come first, by tensor."""
+    tensors = len(counts) // 3
+    nans, infs = sum(counts[tensors : 2 * tensors]), sum(counts[2 * tensors :])
+    return replace(last, nan_count=nans, inf_count=infs, gradient_health=0.0 if nans + infs else last.gradient_health)
+
+
+def _measures(result: MeterResult) -> dict[str, Any]:
+    """The fields of `Measures`, with the accuracy in percent."""
+    return {f.name: getattr(result, f.name) for f in fields(Measures)} | {"accuracy": 100.0 * result.accuracy}
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("the model has no parameters, so there is nothing to train and no device to measure on")
+    return parameter.device

@@ -1,0 +1,104 @@
+"""For tests of a slot: seeds whose effect is plain to see, a slot in any stage, and what is compared."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper_train.morph.blueprints import Blueprint
+from esper_train.morph.config import GrowthConfig
+from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState, StageChange
+from esper_train.morph.slot import SeedSlot
+
+MAX_EPOCHS = 20  # a dwell of 2 epochs, so the gate's own 3 count
+SEATED = [*sorted(LIVE), SeedStage.FOSSILIZED]
+EMPTY = [SeedStage.DORMANT, SeedStage.CULLED, SeedStage.EMBARGOED]
+
+
+class Affine(nn.Module):
+    """z = 2 x + 1 at birth: not the identity, so that a seed's part in a sum shows, and exact in floats."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((channels, 1, 1), 2.0))
+        self.shift = nn.Parameter(torch.ones(()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.gain * x + self.shift
+
+
+AFFINE = Blueprint("affine", "cnn", Affine)
+NOTHING = Blueprint("nothing", "cnn", lambda channels: nn.Identity())
+
+
+def empty_slot(max_epochs: int = MAX_EPOCHS, **growth: Any) -> SeedSlot:
+    return SeedSlot("mid", 3, GrowthConfig(**growth), max_epochs)
+
+
+def slot_in(stage: SeedStage, *, alpha: float = 1.0, contribution: float | None = None, **growth: Any) -> SeedSlot:
+    """A slot in a stage, with an `Affine` seed where the stage has one."""
+    slot = empty_slot(**growth)
+    if stage in SEATED:
+        state = SlotState(
+            slot="mid",
+            stage=stage,
+            seed_id="s0",
+            blueprint="affine",
+            blend="sigmoid",
+            alpha=0.0 if stage <= SeedStage.TRAINING else alpha,
+            epochs_in_stage=1,
+            epochs_alive=4,
+            seed_parameters=4,
+            accuracy=60.0,
+            accuracy_at_germination=50.0,
+            accuracy_at_stage_start=59.0,
+            contribution=contribution,
+            gradient_ratio=0.5,
+        )
+        slot.restore(state, AFFINE)
+    else:
+        slot.restore(SlotState(slot="mid", stage=stage, accuracy=60.0), None)
+    return slot
+
+
+def affine(slot: SeedSlot) -> Affine:
+    assert isinstance(slot.seed, Affine)
+    return slot.seed
+
+
+def features(seed: int = 0) -> Tensor:
+    return torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def snapshot(slot: SeedSlot) -> tuple[Any, ...]:
+    """All that a refused request must leave alone."""
+    parameters = {name: (p.detach().clone(), p.requires_grad) for name, p in slot.named_parameters()}
+    return slot.state, slot.seed, float(slot.alpha), {n: (v.tolist(), g) for n, (v, g) in parameters.items()}
+
+
+def moves(changes: list[StageChange]) -> list[tuple[str, str, str]]:
+    return [(c.before.stage.name, c.stage.name, c.reason) for c in changes]
+
+
+def epoch(
+    slot: SeedSlot, accuracy: float, contribution: float | None = None, ratio: float | None = 1.0
+) -> list[StageChange]:
+    """What a run does with a slot at the end of an epoch."""
+    slot.observe(accuracy, contribution, ratio)
+    return slot.step_epoch()
+
+
+# (stage, alpha) after each epoch; the sigmoid at 1/5, 2/5, 3/5, 4/5 is 0.0266, 0.2315, 0.7685, 0.9734. The first
+# of them is there when blending begins: an epoch at alpha 0 would teach the seed nothing.
+FASTEST_LIFE = [
+    ("TRAINING", 0.0),
+    ("TRAINING", 0.0),
+    ("BLENDING", 0.0266),
+    ("BLENDING", 0.2315),
+    ("BLENDING", 0.7685),
+    ("BLENDING", 0.9734),
+    ("BLENDING", 1.0),
+    ("PROBATIONARY", 1.0),
+]

@@ -1,0 +1,321 @@
+"""The whole life of a seed in a slot, epoch by epoch."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from esper_train.morph.blueprints import Blueprint
+from esper_train.morph.config import GrowthConfig
+from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
+from esper_train.morph.slot import SeedSlot
+from tests.helpers.slots import (
+    AFFINE,
+    FASTEST_LIFE,
+    MAX_EPOCHS,
+    NOTHING,
+    Affine,
+    affine,
+    empty_slot,
+    epoch,
+    features,
+    moves,
+    slot_in,
+    snapshot,
+)
+
+
+def test_germinate_makes_a_seed_of_the_slots_dtype() -> None:
+    slot = empty_slot().double()
+    slot.germinate(AFFINE, "s0")
+    assert slot(features().double()).dtype == torch.float64
+
+
+def test_restore_freezes_a_fossil_where_fossils_are_frozen() -> None:
+    frozen, kept = (slot_in(SeedStage.FOSSILIZED, on_fossilize=how) for how in ("freeze", "keep"))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in kept.parameters())
+
+
+def test_a_long_run_leaves_training_time_beyond_the_dwell() -> None:
+    """In 160 epochs the dwell is 16, longer than the timeout of 15: it is waited for twice before a cull."""
+    slot = SeedSlot("early", 3, GrowthConfig(), 160)
+    slot.observe(10.0)
+    slot.germinate(AFFINE, "s0")
+    for i in range(16):
+        assert slot.state.stage is SeedStage.TRAINING
+        epoch(slot, 11.0 + i)
+    assert slot.state.stage is SeedStage.BLENDING
+
+
+def test_germinate_starts_training_at_once() -> None:
+    slot = empty_slot()
+    slot.observe(40.0)
+    assert moves(slot.germinate(AFFINE, "s0", "linear")) == [
+        ("DORMANT", "GERMINATED", "affine seated"),
+        ("GERMINATED", "TRAINING", "training begins"),
+    ]
+    assert slot.state == SlotState(
+        slot="mid",
+        stage=SeedStage.TRAINING,
+        seed_id="s0",
+        blueprint="affine",
+        blend="linear",
+        seed_parameters=4,
+        accuracy=40.0,
+        accuracy_at_germination=40.0,
+        accuracy_at_stage_start=40.0,
+        previous_stage=SeedStage.GERMINATED,
+    )
+    slot(features().requires_grad_()).sum().backward()
+    assert affine(slot).gain.grad is not None
+
+
+def raised(**growth: Any) -> tuple[SeedSlot, list[tuple[str, float]]]:
+    """A slot whose seed has come as far as probation by the shortest way, and that way."""
+    slot = empty_slot(**growth)
+    slot.observe(40.0)
+    slot.germinate(AFFINE, "s0")
+    course = []
+    for i in range(len(FASTEST_LIFE)):
+        epoch(slot, 41.0 + i)
+        assert float(slot.alpha) == pytest.approx(slot.state.alpha, abs=1e-7)
+        course.append((slot.state.stage.name, round(slot.state.alpha, 4)))
+    return slot, course
+
+
+def test_step_epoch_takes_the_shortest_life_epoch_by_epoch() -> None:
+    slot, course = raised()
+    assert course == FASTEST_LIFE
+    assert slot.state.alpha == 1.0
+    assert (slot.state.epochs_alive, slot.state.epochs_in_stage) == (8, 0)
+    # the next epoch measures the first contribution at full alpha: the 9th, as `seed_life` says
+    epoch(slot, 49.0, contribution=1.0)
+    assert slot.state.epochs_alive == slot.growth.seed_life(MAX_EPOCHS) == 9
+    assert moves(slot.fossilize()) == [("PROBATIONARY", "FOSSILIZED", "G5 passed")]
+    assert slot.state.total_improvement == 49.0 - 40.0
+
+
+def test_step_epoch_blends_by_the_schedule_the_seed_was_germinated_with() -> None:
+    slot = empty_slot(blending_min_epochs=2, blending_epochs=4)
+    slot.observe(40.0)
+    slot.germinate(AFFINE, "s0", "linear")
+    alphas = []
+    for i in range(6):
+        epoch(slot, 41.0 + i)
+        alphas.append(slot.state.alpha)
+    assert alphas == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert slot.state.stage is SeedStage.PROBATIONARY
+
+
+def test_step_epoch_keeps_blending_at_full_alpha_until_its_gate_passes() -> None:
+    slot = empty_slot(blending_min_epochs=2, blending_epochs=1, probation_min_epochs=3)
+    slot.observe(40.0)
+    slot.germinate(AFFINE, "s0")
+    course = []
+    for i in range(5):
+        epoch(slot, 41.0 + i)
+        course.append((slot.state.stage.name, slot.state.alpha))
+    assert course == [
+        ("TRAINING", 0.0),
+        ("BLENDING", 1.0),
+        ("BLENDING", 1.0),
+        ("BLENDING", 1.0),
+        ("PROBATIONARY", 1.0),
+    ]
+
+
+def test_step_epoch_culls_a_seed_that_never_reaches_blending() -> None:
+    slot = empty_slot()
+    slot.observe(40.0)
+    slot.germinate(AFFINE, "s0")
+    for i in range(14):
+        assert epoch(slot, 40.0) == [], f"epoch {i + 1}"
+    assert moves(epoch(slot, 40.0)) == [
+        ("TRAINING", "CULLED", "training_timeout"),
+        ("CULLED", "EMBARGOED", "closed for 5 epochs"),
+    ]
+
+
+def test_step_epoch_prefers_the_gate_to_the_timeout() -> None:
+    slot = empty_slot(training_timeout=3)
+    slot.observe(40.0)
+    slot.germinate(AFFINE, "s0")
+    last = [epoch(slot, 41.0) for _ in range(3)][-1]
+    assert moves(last) == [("TRAINING", "BLENDING", "G2 passed")]
+
+
+@pytest.mark.parametrize("contribution", [0.0, -0.25])
+def test_step_epoch_culls_a_seed_without_positive_contribution(contribution: float) -> None:
+    slot, _ = raised()
+    assert moves(epoch(slot, 50.0, contribution)) == [
+        ("PROBATIONARY", "CULLED", "no_positive_contribution"),
+        ("CULLED", "EMBARGOED", "closed for 5 epochs"),
+    ]
+    assert slot.seed is None
+    assert slot.state == SlotState(slot="mid", stage=SeedStage.EMBARGOED, accuracy=50.0)
+
+
+@pytest.mark.parametrize("contribution", [0.5, None])
+def test_step_epoch_culls_at_the_end_of_probation(contribution: float | None) -> None:
+    """A tenth of 20 epochs is 2, but probation lasts 5 at least; not measured is not the same as 0."""
+    slot, _ = raised()
+    for i in range(4):
+        assert epoch(slot, 50.0, contribution) == [], f"epoch {i + 1}"
+    assert moves(epoch(slot, 50.0, contribution))[0] == ("PROBATIONARY", "CULLED", "probation_timeout")
+
+
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_step_epoch_opens_the_slot_after_the_embargo(length: int) -> None:
+    slot = slot_in(SeedStage.BLENDING, embargo_epochs=length)
+    slot.cull("requested")
+    for _ in range(length):
+        assert slot.step_epoch() == []
+        with pytest.raises(ValueError, match="EMBARGOED"):
+            slot.germinate(AFFINE, "s1")
+        slot.observe(60.0)
+    assert moves(slot.step_epoch()) == [("EMBARGOED", "DORMANT", "embargo over")]
+    slot.germinate(AFFINE, "s1")
+    assert slot.state.seed_id == "s1"
+
+
+@pytest.mark.parametrize("stage", [SeedStage.DORMANT, SeedStage.FOSSILIZED])
+def test_step_epoch_leaves_empty_and_fossilized_slots_alone(stage: SeedStage) -> None:
+    slot = slot_in(stage)
+    for _ in range(40):
+        assert epoch(slot, 10.0, contribution=-5.0) == []
+    assert slot.state.stage is stage
+
+
+def test_observe_counts_epochs_and_keeps_the_first_accuracies() -> None:
+    slot = empty_slot()
+    slot.germinate(AFFINE, "s0")
+    for accuracy in (50.0, 48.0, 53.5):
+        slot.observe(accuracy, None, 0.25)
+    state = slot.state
+    assert (state.accuracy, state.accuracy_at_germination, state.accuracy_at_stage_start) == (
+        53.5,
+        50.0,
+        50.0,
+    )
+    assert (state.improvement, state.total_improvement) == (3.5, 3.5)
+    assert (state.epochs_in_stage, state.epochs_alive) == (3, 3)
+    assert (state.contribution, state.gradient_ratio) == (None, 0.25)
+
+
+def test_observe_without_a_measurement_forgets_the_last_one() -> None:
+    slot = slot_in(SeedStage.PROBATIONARY, contribution=4.0)
+    slot.observe(60.0)
+    assert (slot.state.contribution, slot.state.gradient_ratio) == (None, None)
+    with pytest.raises(ValueError, match="contribution was not measured"):
+        slot.fossilize()
+
+
+def test_observe_of_an_empty_slot_counts_no_life() -> None:
+    slot = empty_slot()
+    slot.observe(50.0)
+    slot.observe(51.0)
+    assert (slot.state.epochs_in_stage, slot.state.epochs_alive) == (2, 0)
+    assert (slot.state.accuracy, slot.state.accuracy_at_germination) == (51.0, None)
+
+
+def test_step_epoch_measures_improvement_anew_in_each_stage() -> None:
+    slot = empty_slot()
+    slot.observe(40.0)
+    slot.germinate(AFFINE, "s0")
+    for accuracy in (44.0, 46.0, 48.0):
+        changes = epoch(slot, accuracy)
+    assert moves(changes) == [("TRAINING", "BLENDING", "G2 passed")]
+    assert changes[0].before.improvement == 8.0
+    assert (slot.state.improvement, slot.state.total_improvement) == (0.0, 8.0)
+    slot.observe(47.0)
+    assert (slot.state.improvement, slot.state.total_improvement) == (-1.0, 7.0)
+
+
+def test_fossilize_does_not_count_a_contribution_measured_while_blending() -> None:
+    slot = slot_in(SeedStage.BLENDING, alpha=1.0)
+    slot.restore(replace(slot.state, epochs_in_stage=4), AFFINE)
+    changes = epoch(slot, 60.0, contribution=8.0)
+    assert moves(changes) == [("BLENDING", "PROBATIONARY", "G3 passed")]
+    assert changes[0].before.contribution == 8.0
+    assert slot.state.contribution is None
+    before = snapshot(slot)
+    with pytest.raises(ValueError, match=r"slot 'mid': G5 refuses: contribution was not measured"):
+        slot.fossilize()
+    assert snapshot(slot) == before
+
+
+def test_fossilize_keeps_the_contribution_it_was_granted_for() -> None:
+    slot = slot_in(SeedStage.PROBATIONARY, contribution=1.0)
+    (change,) = slot.fossilize()
+    assert change.before.contribution == 1.0
+    assert (slot.state.contribution, slot.state.alpha) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("on_fossilize", "trainable"), [("keep", True), ("freeze", False)])
+def test_fossilize_keeps_or_freezes_the_seed(on_fossilize: str, trainable: bool) -> None:
+    slot = slot_in(SeedStage.PROBATIONARY, contribution=3.0, on_fossilize=on_fossilize)
+    seed, x = slot.seed, features()
+    slot.fossilize()
+    assert slot.seed is seed
+    assert [p.requires_grad for p in slot.parameters()] == [trainable, trainable]
+    assert torch.equal(slot(x), 2 * x + 1)
+
+
+@pytest.mark.parametrize("stage", sorted(LIVE))
+def test_cull_empties_the_slot_from_any_live_stage(stage: SeedStage) -> None:
+    slot = slot_in(stage, alpha=0.75)
+    alive = slot.state
+    changes = slot.cull("because")
+    assert moves(changes) == [
+        (stage.name, "CULLED", "because"),
+        ("CULLED", "EMBARGOED", "closed for 5 epochs"),
+    ]
+    assert changes[0].before == alive
+    assert slot.seed is None
+    assert list(slot.parameters()) == []
+    assert slot.state == SlotState(slot="mid", stage=SeedStage.EMBARGOED, accuracy=60.0)
+    assert float(slot.alpha) == 0.0
+    assert torch.equal(slot(features()), features())
+
+
+def test_germinate_counts_only_parameters_that_train() -> None:
+    def half_frozen(channels: int) -> nn.Module:
+        seed = Affine(channels)
+        seed.gain.requires_grad_(False)
+        return seed
+
+    slot = empty_slot()
+    slot.germinate(Blueprint("half", "cnn", half_frozen), "s0")
+    assert slot.state.seed_parameters == 1
+
+
+def test_a_seed_without_parameters_lives_its_whole_life_without_a_gradient() -> None:
+    slot = empty_slot()
+    slot.observe(40.0)
+    slot.germinate(NOTHING, "s0")
+    assert slot.state.seed_parameters == 0
+    course = []
+    for i in range(len(FASTEST_LIFE)):
+        x = features().requires_grad_()
+        y = slot(x)
+        torch.testing.assert_close(y, x)
+        y.backward(features(1))
+        torch.testing.assert_close(x.grad, features(1))
+        epoch(slot, 41.0 + i, ratio=None)
+        course.append((slot.state.stage.name, round(slot.state.alpha, 4)))
+    assert course == FASTEST_LIFE
+
+
+def test_restore_rebuilds_the_slot_that_was_saved() -> None:
+    slot = slot_in(SeedStage.BLENDING, alpha=0.25)
+    with torch.no_grad():
+        affine(slot).gain.fill_(5.0)
+    fresh = empty_slot()
+    fresh.restore(slot.state, AFFINE)
+    fresh.load_state_dict(slot.state_dict())
+    assert snapshot(fresh)[0] == slot.state
+    assert float(fresh.alpha) == 0.25
+    assert torch.equal(fresh(features()), slot(features()))

@@ -1,0 +1,168 @@
+"""The hub: every event to every sink, what a level takes, and that none of it changes the training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from esper_train.config import RunConfig
+from esper_train.morph.config import GrowthConfig
+from esper_train.run.run import run_heuristic_episode
+from esper_train.telemetry.config import TelemetryConfig
+from esper_train.telemetry.event import Event, EventType
+from esper_train.telemetry.hub import TelemetryHub
+from esper_train.telemetry.sinks import JsonlSink
+from esper_train.train.config import GradConfig, TrainConfig
+from tests.helpers.scripted import Recorder, a_life_and_a_cull, strict
+
+
+class Failing(Recorder):
+    """A sink that fails from its second event on."""
+
+    def write(self, event: Event) -> None:
+        super().write(event)
+        if len(self.events) > 1:
+            raise OSError("disk full")
+
+
+def some_events(count: int = 4) -> list[Event]:
+    return [Event(EventType.NONFINITE, i, {"logits": i, "gradients": 0}) for i in range(count)]
+
+
+def test_emit_gives_every_event_to_every_sink_in_order() -> None:
+    first, second = Recorder(), Recorder()
+    hub = TelemetryHub([first, second])
+    for event in some_events():
+        hub.emit(event)
+    assert first.events == second.events == some_events()
+
+
+def test_emit_reports_a_failing_sink_once_and_goes_on_with_the_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before, failing, after = Recorder(), Failing(), Recorder()
+    hub = TelemetryHub([before, failing, after])
+    for event in some_events():
+        hub.emit(event)
+    assert before.events == after.events == some_events()
+    assert failing.events == some_events(2)
+    captured = capsys.readouterr()
+    assert captured.err == "telemetry: Failing failed and is left out: disk full\n"
+    assert captured.out == ""
+
+
+def test_emit_reports_an_event_that_json_cannot_hold_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder, jsonl = Recorder(), JsonlSink(tmp_path / "metrics.jsonl")
+    hub = TelemetryHub([jsonl, recorder])
+    hub.emit(Event(EventType.EPOCH, 1, {"good": 1}))
+    hub.emit(Event(EventType.EPOCH, 2, {"bad": object()}))
+    jsonl.close()
+    assert len(recorder.events) == 2
+    assert "JsonlSink failed and is left out: " in capsys.readouterr().err
+    assert [strict(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_emit_lets_an_interrupt_through() -> None:
+    class Interrupted(Recorder):
+        def write(self, event: Event) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TelemetryHub([Interrupted()]).emit(some_events()[0])
+
+
+@pytest.mark.parametrize(("level", "count"), [("off", 0), ("normal", 4)])
+def test_emit_obeys_the_level(level: Any, count: int) -> None:
+    recorder = Recorder()
+    hub = TelemetryHub([recorder], TelemetryConfig(level=level))
+    for event in some_events():
+        hub.emit(event)
+    assert len(recorder.events) == count
+
+
+def test_emit_without_sinks_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    hub = TelemetryHub()
+    hub.emit(some_events()[0])
+    hub.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_close_closes_every_sink_once() -> None:
+    sinks = [Recorder(), Recorder()]
+    TelemetryHub(sinks).close()
+    assert [sink.closed for sink in sinks] == [1, 1]
+
+
+def test_hubs_do_not_share_sinks() -> None:
+    first, second = Recorder(), Recorder()
+    TelemetryHub([first]).emit(some_events()[0])
+    TelemetryHub([second]).emit(some_events()[1])
+    assert first.events == some_events(1)
+    assert second.events == [some_events()[1]]
+
+
+class Broken(Recorder):
+    """Fails at whatever it is asked, and counts how often it was closed."""
+
+    def write(self, event: Event) -> None:
+        raise OSError("no space left")
+
+    def close(self) -> None:
+        super().close()
+        raise OSError("no space left")
+
+
+def test_a_sink_that_is_left_out_is_closed() -> None:
+    broken = Broken()
+    hub = TelemetryHub([broken])
+    hub.emit(some_events()[0])
+    assert broken.closed == 1
+    hub.close()
+    assert broken.closed == 1
+
+
+def test_close_goes_on_past_a_sink_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    other = Recorder()
+    TelemetryHub([Broken(), other]).close()
+    assert other.closed == 1
+    assert capsys.readouterr().err.count("Broken failed") == 1
+
+
+@pytest.mark.parametrize("lifecycle_only", [False, True])
+@pytest.mark.parametrize("level", ["off", "minimal", "normal", "debug"])
+def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None:
+    """Germination, a cull, exploding gradients and the escalation after them: the weights are those of silence."""
+    growth = GrowthConfig(blending_min_epochs=1, blending_improvement=-100.0, blending_epochs=2, embargo_epochs=2)
+    train = TrainConfig(grad=GradConfig(exploding=0.5))
+    config = RunConfig(task="synthetic", max_epochs=5, max_batches=4, growth=growth, train=train)
+    recorder = Recorder()
+    telemetry = TelemetryConfig(level=level, lifecycle_only=lifecycle_only, escalation_epochs=2)
+    watched = run_heuristic_episode(config, policy=a_life_and_a_cull(), hub=TelemetryHub([recorder], telemetry))
+    silent = run_heuristic_episode(config, policy=a_life_and_a_cull())
+    for name, value in silent.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
+    kinds = {event.type for event in recorder.events}
+    lives = {EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED}
+    # exploding gradients escalate every level but off
+    everything = lives | {EventType.EPOCH, EventType.LAYER_GRADIENTS}
+    assert kinds == (set() if level == "off" else lives if lifecycle_only else everything)
+
+
+def test_a_level_takes_its_kinds_until_it_is_escalated() -> None:
+    taken = {"minimal": set(EventType) - {EventType.EPOCH, EventType.SNAPSHOT, EventType.LAYER_GRADIENTS}}
+    taken |= {"off": set(), "normal": taken["minimal"] | {EventType.EPOCH}, "debug": set(EventType)}
+    for level, kinds in taken.items():
+        hub = TelemetryHub([Recorder()], TelemetryConfig(level=level, escalation_epochs=2))  # type: ignore[arg-type]
+        assert {kind for kind in EventType if hub.collects(kind)} == kinds
+        hub.escalate()
+        for left in (2, 1, 0):
+            escalated = set(EventType) if left and level != "off" else kinds
+            assert {kind for kind in EventType if hub.collects(kind)} == escalated
+            hub.tick()
+
+
+def test_bad_numbers_escalate_to_debug(broken_events: list[Event]) -> None:
+    assert EventType.LAYER_GRADIENTS in {event.type for event in broken_events}
