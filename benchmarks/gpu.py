@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from benchmarks import record
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 from esper_kernels.backends import refusal
-from esper_train.capture import CudaGraphs
+from esper_train.train.capture import CudaGraphs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 CLASSES = (10, 100, 1000, 8192, 32000, 50257, 128256, 262144)

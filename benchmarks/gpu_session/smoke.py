@@ -11,7 +11,7 @@ from torch import Tensor
 from esper_kernels import KernelConfig, Meter, cross_entropy_step
 from esper_kernels.backends import refusal
 from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_entropy
-from esper_train.capture import CudaGraphs
+from esper_train.train.capture import CudaGraphs
 
 SHAPES = ((64, 10), (512, 1000), (256, 8192), (64, 50257), (64, 128256), (64, 262144))
 DTYPES = (torch.bfloat16, torch.float32)

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from esper_train.capture import CudaGraphs
+from esper_train.train.capture import CudaGraphs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # A step that reads on the host cannot be captured; then other captured steps, with dropout, train in the same process.
 FAILS_THEN_TRAINS = """
 import torch
 from torch import Tensor, nn
 from esper_train import TrainConfig, train_one_epoch
-from tests.train.taped import data, network, sgd
+from tests.helpers.taped import data, network, sgd
 
 class Reading(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
