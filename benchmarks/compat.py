@@ -241,17 +241,14 @@ def holds(row: dict[str, Any]) -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for every release."""
-    lines = ["| release | sources compile | symbols of torch | variants of kernels |", "|---|---|---|---|"]
-    for row in rows:
-        if row["package"] == "triton":
-            of = row["compiled"] + len(row["failures"])
-            cells = ("", "", f"{row['compiled']} of {of} compile")
-        else:
-            said = "; ".join(f"`{name}`: {said}" for name, said in row.items() if name.endswith(".cpp"))
-            exported = row["symbols"] - len(row["lacks"])
-            cells = (said, f"{exported} of {row['symbols']} exported", "")
-        lines.append(f"| {row['package']} {row['version']} | " + " | ".join(cells) + " |")
+    """Markdown: a table for torch and one for Triton, a line for each release."""
+    lines = ["| torch | `ops_cpu.cpp` | `ops_cuda.cpp` | symbols that it exports |", "|---|---|---|---|"]
+    for row in (row for row in rows if row["package"] == "torch"):
+        exported = f"{row['symbols'] - len(row['lacks'])} of {row['symbols']}"
+        lines.append(f"| {row['version']} | {row['ops_cpu.cpp']} | {row['ops_cuda.cpp']} | {exported} |")
+    lines += ["", "| Triton | variants that compile |", "|---|---|"]
+    for row in (row for row in rows if row["package"] == "triton"):
+        lines.append(f"| {row['version']} | {row['compiled']} of {row['compiled'] + len(row['failures'])} |")
     return "\n".join(lines)
 
 
