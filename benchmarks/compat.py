@@ -61,7 +61,8 @@ for variant in (*grad_stats_variants(), *every_form()):
         compile_ahead(source, target=target, options=variant.options)
         compiled.add(facts)
     except Exception as error:
-        failures.append(f"{variant.name} for sm_{target.arch}: {type(error).__name__}: {error}")
+        said = " ".join(str(error).split())[-300:]
+        failures.append(f"{variant.name} for sm_{target.arch}: {type(error).__name__}: {said}")
         print(failures[-1], file=sys.stderr)
 print(json.dumps([triton.__version__, len(compiled), failures]))
 """
@@ -146,9 +147,9 @@ def cpp_standard(torch_folder: Path) -> str:
 
 
 def first_error(output: str) -> str:
-    """The line of a compiler's output that says what is wrong."""
-    lines = output.strip().splitlines()
-    return next((line for line in lines if "error" in line), lines[-1] if lines else "no output")
+    """What a compiler's output says first, without the place."""
+    found = re.search(r"\b(fatal )?error: .*|undefined reference .*", output)
+    return found[0] if found else " ".join(output.split())[-300:] or "no output"
 
 
 def symbols(library: Path) -> set[str]:

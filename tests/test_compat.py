@@ -75,7 +75,12 @@ def test_symbols_that_a_library_takes_from_elsewhere(tmp_path: Path) -> None:
     subprocess.run(command, input=source, text=True, check=True)
     assert compat.undefined(library) == ["from_torch"]
     assert "offered" in compat.symbols(library)
-    assert compat.first_error("In file x:\nx:1: error: no\nmore") == "x:1: error: no"
+
+
+def test_what_a_compiler_says_first() -> None:
+    assert compat.first_error("In file included from x:\nx.cpp:1:2: error: no such name\nmore") == "error: no such name"
+    assert compat.first_error("killed\n") == "killed"
+    assert compat.first_error("") == "no output"
 
 
 def test_no_kernel_has_a_string_as_a_default() -> None:
