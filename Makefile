@@ -55,9 +55,11 @@ compat: $(READY)
 	$(BIN)/python -m benchmarks.compat
 
 # The first half hour on a GPU, in parts of at most ten minutes; docs/gpu.md. There, any Python with torch will do.
-gpu: gpu-correct gpu-speed gpu-why
+GPU_SESSION = $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_session
+gpu:
+	$(GPU_SESSION) correct speed why
 gpu-correct gpu-speed gpu-why: gpu-%:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_session $*
+	$(GPU_SESSION) $*
 
 # What a GPU machine without a package index needs: kernels for Hopper, and packages of pure Python.
 gpu-prepare: $(READY)
