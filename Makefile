@@ -48,7 +48,7 @@ wheel: $(READY)
 	$(BIN)/python -m auditwheel show --allow-pure-python-wheel dist/*.whl
 
 table: $(READY)
-	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks growth
 
 size:
 	@printf '%-14s %5d lines\n' csrc $$(find csrc -type f -exec cat {} + | wc -l)

@@ -1,17 +1,19 @@
-"""Whole epochs by our loop beside the loop that the project began from, as users would write it in plain torch.
+"""Whole epochs by our loop beside the same work written in plain PyTorch.
 
-    python -m benchmarks.run epoch                  # every case
-    python -m benchmarks.run epoch digits:8x64      # one case
-    python -m benchmarks.run epoch tiny             # does it run at all
+    python -m benchmarks epoch                  # every case
+    python -m benchmarks epoch digits:8x64      # one case
+    python -m benchmarks epoch tiny             # only to see that it runs
 
-An epoch is training with gradient statistics, and validation: as the network is, and once with each slot ablated.
-The plain loop is eager cross entropy, argmax and comparison, sums on the device, statistics gradient by gradient, SGD
-as torch makes it, and one pass over the validation data a variant, in the batches it trains with. Ours lays out images
-and sizes validation batches as a run does by itself. Model, seed, order of the data and learning rate are the
-same; a case is timed only after both have the same losses for two epochs. Rounds alternate, medians are reported.
+An epoch is training with gradient statistics, then validation: once with the whole network, and
+once with each slot ablated. The plain loop has eager cross entropy, argmax and comparison, sums on
+the device, statistics gradient by gradient, torch's default SGD, and a validation pass per
+variant with batches of the training size. Our loop chooses memory format and validation batches as
+a run does by default. Model, seed, data order and learning rate are the same, and a case is timed
+only after the losses of both agree for two epochs. Rounds alternate, and medians are reported.
 
-Two more figures of each case: what the loop itself costs (`loop_cost`), and what measuring with ablated slots costs
-beside the ideal, which computes again only what follows them (`evaluation_cost`).
+Each case has two more figures: what the loop itself costs (`loop_cost`), and what validation with
+ablated slots costs beside the ideal, which recomputes only what follows the slot
+(`evaluation_cost`). Figures of all cases together are written to results/epoch.json.
 """
 
 from __future__ import annotations
@@ -49,8 +51,10 @@ from esper_train.config import preset
 from esper_train.train.data import Loader, Split
 from esper_train.train.optimizers import make_optimizer
 
-LR, SGD, SLOTS = 0.01, OptimConfig(momentum=0.9, weight_decay=0.0), ("early", "mid", "late")
-LOOP_BATCHES = 16  # of an epoch in which the loop's own cost is measured
+LR = 0.01
+SGD = OptimConfig(momentum=0.9, weight_decay=0.0)
+SLOTS = ("early", "mid", "late")
+LOOP_BATCHES = 16  # per epoch, where the loop's own cost is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,7 @@ def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """What `grad_stats` gives of these gradients, tensor by tensor, kept on the device until the epoch's end."""
+    """What `grad_stats` measures, one gradient at a time; stays on the device until the epoch ends."""
     grads = [p.grad.detach() for p in model.parameters() if p.grad is not None]
     return {
         "norms": torch.stack([g.norm() for g in grads]),
@@ -135,7 +139,7 @@ def plain_epoch(
     validation: Iterable[Any],
     slots: tuple[str, ...],
 ) -> list[float]:
-    """The baseline. Losses of the training and of each validation pass."""
+    """The baseline; returns the losses of training and of each validation pass."""
     totals: list[tuple[Tensor, Tensor, int]] = []
 
     def count(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
@@ -171,7 +175,7 @@ def plain_epoch(
 
 
 def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
-    """Each trains its own copy of the model for one more epoch and gives that epoch's losses."""
+    """Each call trains its own copy of the model for one more epoch and returns the losses."""
     split, slots = data_of(case), SLOTS[: case.slots]
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
 
@@ -183,7 +187,7 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
         validation: Iterable[Any] = Loader(split, case.batch)
         train: Iterable[Any] = shuffled()
-        if own_loader:  # sample by sample, as a DataLoader comes; its order is its own
+        if own_loader:  # it collates sample by sample, and shuffles in an order of its own
             train = DataLoader(TensorDataset(*split), case.batch, shuffle=True)
             validation = DataLoader(TensorDataset(*split), case.batch)
         return lambda: plain_epoch(model, optimizer, train, validation, slots)
@@ -218,26 +222,29 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
 
 
 def images_pay_channels_last(case: Case) -> bool:
-    """What a run decides by itself."""
+    """Whether a run of this case uses channels-last by default."""
     return case.width >= 16 and case.kind in ("digits", "cifar", "made")
 
 
 def evaluation_batch(case: Case) -> int:
-    """That of a run with such data."""
+    """The validation batch size that a run with such data uses by default."""
     task = {"cifar": "cifar10", "pysource": "pysource", "lm": "pysource"}.get(case.kind, "digits")
     return preset(task).evaluation_batch
 
 
 def loop_cost(case: Case, rounds: int) -> dict[str, float]:
-    """Microseconds that `train_one_epoch` takes a batch, and once an epoch, beyond the plainest loop.
+    """Microseconds of `train_one_epoch`, per batch and per epoch, beyond a loop without loss or metrics.
 
-    That one has no loss and no metric in it: forward, backward from a ready-made gradient, optimizer. "by hand" is the
-    same loop with our two ops written into it, which is what they cost where the caches are full of other things. All
-    run one batch again and again; medians of differences within a round, which must not grow with the epochs.
+    That loop has forward, backward from a given gradient, and the optimizer step. "us by hand" is
+    the same loop with our two ops in it: what they cost when the caches hold other data. All loops
+    train on one batch again and again. Each figure is the median of differences within a round; the
+    first and second half show whether it grows with time.
     """
-    model, task_type = model_of(case), "lm" if case.kind in ("pysource", "lm") else "classification"
-    step, parameters = build_train_step(task_type, config := TrainConfig()), list(model.parameters())
-    optimizer = make_optimizer(parameters, 0.0, SGD)  # a learned batch has gradients so small that they take longer
+    model, config = model_of(case), TrainConfig()
+    task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
+    step, parameters = build_train_step(task_type, config), list(model.parameters())
+    # The learning rate is 0, because arithmetic on the tiny gradients of a learned batch is slow.
+    optimizer = make_optimizer(parameters, 0.0, SGD)
     meter = Meter("cpu")
     inputs, targets = next(iter(Loader(data_of(case), case.batch)))
     with torch.no_grad():
@@ -275,19 +282,19 @@ def loop_cost(case: Case, rounds: int) -> dict[str, float]:
         rows.append((own - plain, hand - plain, 1e6 * (one[2] - one[0]), 1e6 * seconds(everything.sum)))
     own_cost, hand_cost, epoch_cost, read = zip(*rows[1:], strict=True)
     return {
-        "us a batch": median(own_cost),
-        "us a batch, first half": median(own_cost[: rounds // 2]),
-        "us a batch, second half": median(own_cost[rounds // 2 :]),
+        "us per batch": median(own_cost),
+        "us per batch, first half": median(own_cost[: rounds // 2]),
+        "us per batch, second half": median(own_cost[rounds // 2 :]),
         "us by hand": median(hand_cost),
-        "us an epoch": median(epoch_cost),
+        "us per epoch": median(epoch_cost),
         "us of a read": median(read),
     }
 
 
 def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
-    """Time of `evaluate` with each slot ablated in turn over that without, and what it would be at best.
+    """The time of `evaluate` with each slot ablated, over that without, and what the ideal would be.
 
-    Of three slots, the last two.
+    With three slots, the last two are ablated.
     """
     split, model, slots = data_of(case), model_of(case), SLOTS[1:] if case.slots == 3 else SLOTS[: case.slots]
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
@@ -316,7 +323,7 @@ def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
 
 def forward_all(model: MorphModel, calls: list[tuple[Tensor, dict[str, Any]]]) -> None:
     for features, arguments in calls:
-        model(features, **arguments)  # and the memory of its result is free for the next
+        model(features, **arguments)  # the result is dropped at once, so its memory is reused
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -326,7 +333,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Median seconds an epoch of each candidate, after two epochs in which their losses agreed."""
+    """Median seconds per epoch of each candidate, after two epochs in which the losses agreed."""
     case = CASES[name]
     runs = candidates(case)
     curves = {label: [run(), run()] for label, run in runs.items()}
@@ -349,41 +356,62 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: how fast our loop is beside the others, what it costs a batch, and what ablated slots cost."""
-    others = ("plain", "plain, DataLoader")
-    heads = [
-        "",
-        "epochs/s",
-        "samples/s",
-        *(f"than {name}" for name in others),
-        "compiled than plain",
-        "bfloat16 than ours",
-    ]
-    heads += ["loop, us a batch", "by hand", "us an epoch", "with ablations", "ideal"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+Row = dict[str, Any]
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "epochs/s": lambda row: f"{1 / row['seconds']['ours']:.3g}",
+    "samples/s": lambda row: f"{row['samples'] / row['seconds']['ours']:.3g}",
+    "faster than plain": lambda row: times(row, "plain", "ours"),
+    "than with `DataLoader`": lambda row: times(row, "plain, DataLoader", "ours"),
+    "compiled, faster than plain": lambda row: times(row, "plain", fastest_compiled(row)),
+    "bfloat16, faster than float32": lambda row: times(row, "ours", "ours, bfloat16"),
+    "loop, us per batch": lambda row: f"{row['loop']['us per batch']:.0f}",
+    "two ops by hand": lambda row: f"{row['loop']['us by hand']:.0f}",
+    "loop, us per epoch": lambda row: f"{row['loop']['us per epoch']:.0f}",
+    "with ablations": lambda row: evaluation(row, "over one pass"),
+    "ideal": lambda row: evaluation(row, "ideal"),
+}
+"""The columns of the table, from a row of `measure`."""
+
+
+def times(row: Row, slower: str, faster: str) -> str:
+    return f"{row['seconds'][slower] / row['seconds'][faster]:.2f}x"
+
+
+def fastest_compiled(row: Row) -> str:
+    """The faster of the compiled candidates, which differ in their memory format."""
+    seconds_of = row["seconds"]
+    return min((name for name in seconds_of if name.startswith("ours, compiled")), key=seconds_of.__getitem__)
+
+
+def evaluation(row: Row, name: str) -> str:
+    return f"{row['evaluation'][name]:.2f}" if row["evaluation"] else ""
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: how our loop compares, what it costs per batch, and what ablations cost."""
+    lines = [["case", *COLUMNS]]
     for row in rows:
-        t, loop, evaluation = row["seconds"], row["loop"], row["evaluation"]
-        compiled = min(value for name, value in t.items() if name.startswith("ours, compiled"))
-        cells = [f"{1 / t['ours']:.3g}", f"{row['samples'] / t['ours']:.3g}"]
-        cells += [f"{t[name] / t['ours']:.2f}x" for name in others]
-        cells += [f"{t['plain'] / compiled:.2f}x", f"{t['ours'] / t['ours, bfloat16']:.2f}x"]
-        cells += [f"{loop[key]:.0f}" for key in ("us a batch", "us by hand", "us an epoch")]
-        cells += [f"{evaluation[key]:.2f}" if evaluation else "" for key in ("over one pass", "ideal")]
         busy = " (busy)" if row["spread"] > 0.3 else ""
-        lines.append("| " + " | ".join([row["case"] + busy, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([row["case"] + busy, *(column(row) for column in COLUMNS.values())])
+    return record.markdown(lines)
 
 
-def main(names: list[str]) -> None:
-    """Measure the cases, print the table, write the figures."""
+def main() -> None:
+    """Measure the cases, print the table, and write the figures."""
+    parser = record.parser("epoch", __doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    names = parser.parse_args().cases
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        raise SystemExit(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")
+        parser.error(f"there is no case {unknown[0]!r}; there are {', '.join(CASES)}")
     rows = []
     for name in names or [name for name in CASES if name != "tiny"]:
         rows.append(measure(name, rounds=3 if name == "tiny" else 15))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(f"\n{table(rows)}")
-    if names != ["tiny"]:
+    if not names:
         print(f"\n{record.write('epoch', rows)}")
+
+
+if __name__ == "__main__":
+    main()

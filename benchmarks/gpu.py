@@ -1,7 +1,7 @@
 """The GPU kernels beside eager torch, torch.compile, other libraries' kernels and a copy of the same memory.
 
-    python -m benchmarks.run gpu                                  # everything, on a machine with a CUDA device
-    python -m benchmarks.run gpu bf16:8192x128256 grads:fp32:160x160000
+    python -m benchmarks gpu                                  # everything, on a machine with a CUDA device
+    python -m benchmarks gpu bf16:8192x128256 grads:fp32:160x160000
 
 Logits: one step is loss, correct count, accumulation and logits gradient. It has to read N V numbers and write as many:
 the bandwidth given is of those, and the share is of the bandwidth of a large copy. Gradients have to be read once.
@@ -259,3 +259,7 @@ def main(names: list[str]) -> None:
         print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
         torch.cuda.empty_cache()
     print(f"\n{table(rows)}\n\n{record.write('gpu', {'copy_gb_per_s': round(copied / 1e9, 1), 'rows': rows})}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

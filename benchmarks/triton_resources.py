@@ -1,9 +1,9 @@
-"""Registers, shared memory and spills of every Triton kernel a launch can select, compiled here without a GPU.
+"""Registers, shared memory and spilled bytes of every Triton kernel, compiled without a GPU.
 
-    python -m benchmarks.triton_resources    # writes results/triton-resources.json
+    python -m benchmarks triton_resources    # writes results/triton-resources.json
 
-An op joins `VARIANTS` with a function that lists what its launches can select; `recorded` makes that list from calls
-of the backend's own functions. Needs Triton with its interpreter off.
+`VARIANTS` has a function for each op that lists every variant that its launches can select; `recorded` makes that list
+from calls of the backend's own functions. Needs Triton with its interpreter off.
 """
 
 from __future__ import annotations
@@ -121,8 +121,14 @@ def measure() -> list[dict[str, Any]]:
     return [resources(variant, target) for variants in VARIANTS for variant in variants() for target in TARGETS]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compile everything, print a line per variant and target, and write the figures."""
+    record.parser("triton_resources", __doc__).parse_args()
     rows = measure()
     for row in rows:
         print(row)
     print(record.write("triton-resources", rows))
+
+
+if __name__ == "__main__":
+    main()
