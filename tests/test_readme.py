@@ -68,7 +68,7 @@ def test_links_lead_to_files_and_headings(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
-def test_make_and_benchmarks_have_what_is_named(path: Path) -> None:
+def test_make_targets_that_are_named_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z- ]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     targets = " ".join(targets).split()
@@ -91,5 +91,25 @@ def test_the_picture_shows_the_measured_figures() -> None:
     assert len(picture) < 100 << 10
 
 
-def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) < 150
+@pytest.mark.parametrize(("name", "lines"), [("README.md", 150), ("CONTRIBUTING.md", 60)])
+def test_the_first_pages_are_short(name: str, lines: int) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) < lines
+
+
+def test_the_recipes_name_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:esper_\w+|csrc|tests|benchmarks|docs)/[\w/.]+)`", text)
+    assert len(paths) > 15
+    for path in paths:
+        assert "NAME" in path or (ROOT / path).exists(), path
+
+
+def test_the_recipes_name_tables_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`(_?[A-Z][A-Z_]{2,})`", text))
+    folders = ("esper_kernels", "esper_train", "benchmarks", "tests")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in [*sources, ROOT / "setup.py"])
+    assert names >= {"_MODULES", "_ORDER", "BACKENDS", "TASKS"}
+    for name in names:
+        assert re.search(rf"^{name}\b.* = ", code, re.MULTILINE), name
