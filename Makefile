@@ -1,4 +1,4 @@
-# `make run` and `make test` do all the set-up they need; both are quick the second time.
+# `make run` and `make test` do the set-up that they need; both are quick the second time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,8 +34,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 
-# For other Linux machines: with CUDA kernels wherever a toolkit is, whatever torch is here. auditwheel names the oldest system
-# that it runs on, and shows why; the libraries of torch and of the driver stay out of it.
+# A wheel for other Linux machines, with CUDA kernels if a toolkit is installed. auditwheel tags it with
+# the oldest system that it runs on and shows why. Libraries of torch and of the driver stay out of it.
 wheel: $(READY)
 	rm -rf build/wheel build/lib.* build/bdist.* && mkdir -p build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" FORCE_CUDA=$${FORCE_CUDA-$$(PATH="$$CUDA_HOME/bin:$$PATH" command -v nvcc >/dev/null && echo 1)} \
@@ -60,7 +60,7 @@ size:
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
 
-# An interpreter that already has torch lends it; otherwise the pinned torch is installed.
+# If PYTHON already has torch, that torch is used; otherwise the pinned one is installed.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \

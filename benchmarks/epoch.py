@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -32,88 +31,32 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import record
+from benchmarks.epoch_cases import (
+    CASES,
+    SLOTS,
+    Case,
+    data_of,
+    evaluation_batch,
+    images_pay_channels_last,
+    model_of,
+)
 from esper_kernels import Meter, cross_entropy_step, grad_stats
 from esper_train import (
     AmpConfig,
     CompileConfig,
     MorphModel,
     OptimConfig,
-    SeedStage,
     TrainConfig,
     build_train_step,
-    cnn_host,
     evaluate,
-    get_task,
     train_one_epoch,
-    transformer_host,
 )
-from esper_train.config import preset
-from esper_train.train.data import Loader, Split
+from esper_train.train.data import Loader
 from esper_train.train.optimizers import make_optimizer
 
 LR = 0.01
 SGD = OptimConfig(momentum=0.9, weight_decay=0.0)
-SLOTS = ("early", "mid", "late")
 LOOP_BATCHES = 16  # per epoch, where the loop's own cost is measured
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One model and its data; `classes` is the vocabulary of a language model."""
-
-    kind: str
-    width: int
-    batch: int
-    classes: int = 10
-    slots: int = 1
-    samples: int = 1024
-
-
-CASES = {
-    "tiny": Case(kind="digits", width=3, batch=16, samples=64),
-    "digits:8x64": Case(kind="digits", width=8, batch=64),
-    "digits:8x256": Case(kind="digits", width=8, batch=256),
-    "digits:32x64": Case(kind="digits", width=32, batch=64),
-    "digits:32x256": Case(kind="digits", width=32, batch=256),
-    "cifar:32x64": Case(kind="cifar", width=32, batch=64, samples=512),
-    "pysource:64x32": Case(kind="pysource", width=64, batch=32, classes=256, samples=512),
-    "lm:64x8x32768": Case(kind="lm", width=64, batch=8, classes=32768, samples=64),
-    **{f"batch:{b}": Case(kind="made", width=8, batch=b, samples=2048) for b in (16, 64, 256, 1024)},
-    **{f"classes:{c}": Case(kind="made", width=8, batch=64, classes=c) for c in (10, 100, 1000, 10000)},
-    **{f"slots:{s}": Case(kind="made", width=8, batch=64, slots=s) for s in (0, 1, 2, 3)},
-}
-
-
-def data_of(case: Case) -> Split:
-    """Inputs and targets to train with; the same are used to validate."""
-    generator = torch.Generator().manual_seed(0)
-    if case.kind in ("digits", "pysource"):
-        inputs, targets = get_task(case.kind).load().train
-        return inputs[: case.samples].contiguous(), targets[: case.samples].contiguous()
-    if case.kind == "lm":
-        tokens = torch.randint(case.classes, (case.samples, 65), generator=generator)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    shape = (3, 32, 32) if case.kind == "cifar" else (1, 8, 8)
-    targets = torch.randint(case.classes, (case.samples,), generator=generator)
-    return torch.randn(case.samples, *shape, generator=generator), targets
-
-
-def model_of(case: Case) -> MorphModel:
-    """A host with a fossil in each of the first `slots` slots."""
-    torch.manual_seed(0)
-    if case.kind in ("pysource", "lm"):
-        host, blueprint = transformer_host(vocab_size=case.classes, context=64, width=case.width), "mlp"
-    else:
-        size, channels = (32, 3) if case.kind == "cifar" else (8, 1)
-        host = cnn_host(image_size=size, in_channels=channels, num_classes=case.classes, width=case.width)
-        blueprint = "conv_light"
-    model = MorphModel(host, SLOTS)
-    for name in SLOTS[: case.slots]:
-        model.germinate_seed(blueprint, name, slot=name)
-        slot = model.slot(name)
-        fossil = replace(slot.state, stage=SeedStage.FOSSILIZED, alpha=1.0)
-        slot.restore(fossil, model.registry.require(host.topology, blueprint))
-    return model
 
 
 def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -219,17 +162,6 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
     if images_pay_channels_last(case):
         found["ours, compiled, channels first"] = ours(compiled, channels_last=False)
     return found
-
-
-def images_pay_channels_last(case: Case) -> bool:
-    """Whether a run of this case uses channels-last by default."""
-    return case.width >= 16 and case.kind in ("digits", "cifar", "made")
-
-
-def evaluation_batch(case: Case) -> int:
-    """The validation batch size that a run with such data uses by default."""
-    task = {"cifar": "cifar10", "pysource": "pysource", "lm": "pysource"}.get(case.kind, "digits")
-    return preset(task).evaluation_batch
 
 
 def loop_cost(case: Case, rounds: int) -> dict[str, float]:

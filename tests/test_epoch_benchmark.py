@@ -1,4 +1,4 @@
-"""benchmarks/epoch.py times only what does the same work."""
+"""benchmarks/epoch.py times only loops that do the same work."""
 
 import pytest
 
