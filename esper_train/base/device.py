@@ -4,7 +4,7 @@ import torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of this name; `ValueError` if it is none or cannot be used here."""
+    """The torch device of this name; `ValueError` if the name is invalid or the device cannot be used here."""
     usable = ["cpu"]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
