@@ -7,6 +7,7 @@ A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, where NAME is
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -82,8 +83,11 @@ def draw(path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)
+    lines = (line.rstrip() for line in drawing.getvalue().splitlines())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
