@@ -1,13 +1,14 @@
 """Worker processes that prepare batches: signals are for the run alone, and a worker's death shows where it matters."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from multiprocessing import active_children, connection
 from multiprocessing.process import BaseProcess
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -130,6 +131,13 @@ def _ignore(numbers: Iterable[int], worker: int) -> None:
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    sys.excepthook = _report_unless_left
+
+
+def _report_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In a worker's own threads: a run that ends leaves its connections to workers, and says itself why."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _death(error: Exception) -> ChildProcessError:

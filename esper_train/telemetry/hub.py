@@ -57,7 +57,8 @@ class TelemetryHub(PlainState):
         try:
             action()
         except Exception as error:  # any fault of a sink must not end the training it reports on
-            print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
+            with suppress(OSError, ValueError):  # standard error may be gone as well
+                print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
             self._sinks.remove(sink)
             with suppress(Exception):  # it has been reported
                 sink.close()

@@ -32,6 +32,7 @@ def test_heuristic_leaves_a_whole_run_directory(tmp_path: Path, capsys: pytest.C
     out = tmp_path / "run"
     assert cli.main(["heuristic", *QUICK, "--out", str(out)]) == 0
     names = {"checkpoints", "config.json", "environment.json", "metrics.jsonl", "network.pt", "report.html"}
+    names |= {"config.json.sha256", "network.pt.sha256"}
     assert {p.name for p in out.iterdir()} == names | {"baseline"}
     assert {p.name for p in (out / "baseline").iterdir()} == names
     events = read_metrics(out)
