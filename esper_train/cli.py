@@ -171,7 +171,7 @@ def _run_in(
     if options.profile:
         print(write_profile(config, config.slots if growing else (), directory))
     for make in loggers:
-        episode.hub.add(make(directory))
+        episode.hub.add(make(directory, episode.epoch if options.resume else None))
     try:
         _run_episode(episode, directory)
         del episode  # its worker processes end here

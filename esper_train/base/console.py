@@ -50,7 +50,7 @@ def lasting_output() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         lasting = [Lasting(stream or nowhere) for stream in before]  # None: closed when the process began
-        sys.stdout, sys.stderr = lasting  # type: ignore[assignment]
+        sys.stdout, sys.stderr = lasting
         try:
             yield
         finally:

@@ -27,10 +27,12 @@ class TelemetryHub(PlainState):
 
     def collects(self, kind: EventType) -> bool:
         """Whether an event of this kind would be written now, so that what only it needs need not be measured."""
-        if self._config.level == "off" or not self._sinks:
+        if not self._sinks:
             return False
         if self._config.lifecycle_only:
             return kind in LIFECYCLE
+        if self._config.level == "off":
+            return False
         level = "debug" if self._escalated_epochs > 0 else self._config.level
         return TELEMETRY_LEVELS.index(LEVELS.get(kind, "minimal")) <= TELEMETRY_LEVELS.index(level)
 
@@ -41,8 +43,12 @@ class TelemetryHub(PlainState):
                 self._attempt(sink, partial(sink.write, event))
 
     def escalate(self, epochs: int | None = None) -> None:
-        """Write everything for some epochs (the config's number if none is given), from the next event on."""
-        self._escalated_epochs = self._config.escalation_epochs if epochs is None else epochs
+        """Write everything for some epochs (the config's number if none is given), from the next event on.
+
+        It never ends an escalation early that is under way.
+        """
+        asked = self._config.escalation_epochs if epochs is None else epochs
+        self._escalated_epochs = max(self._escalated_epochs, asked)
 
     def tick(self) -> None:
         """An epoch is over."""

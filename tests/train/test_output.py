@@ -122,5 +122,5 @@ def test_standard_streams_are_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_failing_sink_ends_no_training_though_standard_error_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Broken())
     hub = TelemetryHub([ConsoleSink(Broken())])
-    hub.emit(Event(EventType.SNAPSHOT, 1, {}))
+    hub.emit(Event(EventType.BAD_TARGETS, 1, {"message": "one row"}))
     assert not hub.collects(EventType.RUN_FINISHED)

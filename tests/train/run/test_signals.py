@@ -155,7 +155,7 @@ def test_a_dead_worker_is_noticed_where_a_batch_is_waited_for_and_nowhere_else(c
     victim.kill()
     connection.wait([victim.sentinel], timeout=60)
     time.sleep(0.01)  # the handler runs here, as it would while a checkpoint is written
-    with pytest.raises(ChildProcessError, match="a process that prepares batches died .*; if memory ran out"):
+    with pytest.raises(ChildProcessError, match=r"a process that prepares batches died .*; if memory ran out"):
         list(batches)
 
 
