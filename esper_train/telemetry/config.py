@@ -21,6 +21,6 @@ class TelemetryConfig(Settings, table="telemetry."):
     """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never does, and neither do
     the level "off" and `lifecycle_only`."""
     tensorboard: bool = False
-    """Also write for TensorBoard, into the run directory's tensorboard/."""
+    """Also write TensorBoard files, into tensorboard/ of the run directory."""
     wandb: bool = False
-    """Also write for Weights & Biases, offline, into the run directory's wandb/; `wandb sync` uploads it."""
+    """Also write Weights & Biases files, offline, into wandb/ of the run directory; `wandb sync` uploads them."""

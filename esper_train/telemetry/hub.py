@@ -1,4 +1,4 @@
-"""The hub of one run: hands each event to every sink. Owned by the run; there is no global one."""
+"""The hub of a run, which passes each event to every sink. Each run has its own; there is no global one."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from esper_train.telemetry.sinks import Sink
 
 
 class TelemetryHub(PlainState):
-    """Fans events out. A sink that fails is reported on stderr once, closed, and left out from then on."""
+    """Passes events to sinks. A sink that fails is reported on stderr, closed, and gets no more events."""
 
     STATE = ("_escalated_epochs",)
 
@@ -22,7 +22,7 @@ class TelemetryHub(PlainState):
         self._escalated_epochs = 0
 
     def add(self, sink: Sink) -> None:
-        """Write later events to this sink too."""
+        """Also write later events to this sink."""
         self._sinks.append(sink)
 
     def collects(self, kind: EventType) -> bool:
@@ -37,7 +37,7 @@ class TelemetryHub(PlainState):
         return TELEMETRY_LEVELS.index(LEVELS.get(kind, "minimal")) <= TELEMETRY_LEVELS.index(level)
 
     def emit(self, event: Event) -> None:
-        """Write the event to every sink, if the level takes it."""
+        """Write the event to every sink, if the level includes it."""
         if self.collects(event.type):
             for sink in tuple(self._sinks):
                 self._attempt(sink, partial(sink.write, event))
@@ -51,7 +51,7 @@ class TelemetryHub(PlainState):
         self._escalated_epochs = max(self._escalated_epochs, asked)
 
     def tick(self) -> None:
-        """An epoch is over."""
+        """Count one epoch of an escalation as over."""
         self._escalated_epochs = max(0, self._escalated_epochs - 1)
 
     def close(self) -> None:
@@ -66,5 +66,5 @@ class TelemetryHub(PlainState):
             with suppress(OSError, ValueError):  # standard error may be gone as well
                 print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
             self._sinks.remove(sink)
-            with suppress(Exception):  # it has been reported
+            with suppress(Exception):  # the fault has been reported
                 sink.close()
