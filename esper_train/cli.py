@@ -85,7 +85,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except BadNumbersError as error:
         print(f"esper-train: {error}", file=sys.stderr)
         return EXIT_BAD_NUMBERS
-    except (ValueError, TypeError, IndexError, OSError, ImportError) as error:
+    except (ValueError, TypeError, IndexError, OSError, ImportError, RuntimeError, OverflowError) as error:
         print(f"esper-train: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     return 0
