@@ -77,8 +77,7 @@ class WorkerLoader:
 
     def _has_dead(self) -> bool:
         """Whether a worker is dead, or is found dead in a moment: its connections close before it is gone."""
-        connection.wait([each.sentinel for each in self._processes], timeout=GRACE)
-        return any(each.exitcode is not None for each in self._processes)
+        return bool(connection.wait([each.sentinel for each in self._processes], timeout=GRACE))
 
 
 class _Watch:
