@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from esper_train.base.settings import Count, CountOrNone, CountOrZero, Settings, from_dict
+from esper_train.base.settings import Count, CountOrNone, CountOrZero, Settings, from_dict, require
 from esper_train.control.config import GovernorConfig, HeuristicConfig
 from esper_train.morph.config import GrowthConfig, HostConfig
 from esper_train.run.config import CheckpointConfig
 from esper_train.tasks.config import PRESETS, TaskConfig
 from esper_train.telemetry.config import TelemetryConfig
 from esper_train.train.config import OptimConfig, TrainConfig
+
+SEED_STEP = 1000
+"""Distance between the seeds of successive episodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class RunConfig(Settings):
     """Convolutions in channels-last layout; None: where it pays, that is with 16 channels or more on a CPU, and in
     half precision on a GPU."""
     seed: int = 42
+    """Where the random numbers begin; the generators of torch take 64 bits."""
     reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
     """How decisions are rewarded; see `control/rewards.py`."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -55,6 +59,12 @@ class RunConfig(Settings):
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        last = self.seed + SEED_STEP * (self.episodes - 1)
+        words = f"seed must be at least -2**63, and the last of {self.episodes} episodes' seeds below 2**63 - 1"
+        require(self.seed >= -(2**63) and last < 2**63 - 1, words, self.seed)
 
     def task_config(self) -> TaskConfig:
         """What the task is told of its data."""
@@ -70,6 +80,6 @@ def load_toml(path: str | Path, base: RunConfig | None = None) -> RunConfig:
     """Read a `RunConfig` from a TOML file; keys left out keep the value of `base`, or their default."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     return from_dict(RunConfig, values, base=base)

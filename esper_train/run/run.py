@@ -11,7 +11,7 @@ from typing import Any
 
 from esper_kernels import compute_all, grad_stats
 from esper_train.base.names import require_known
-from esper_train.config import RunConfig
+from esper_train.config import SEED_STEP, RunConfig
 from esper_train.control.governor import Finding, weights_are_finite
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Decision, Op, Policy
@@ -31,8 +31,6 @@ from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
 from esper_train.train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
 
-EPISODE_SEED_STEP = 1000
-"""Distance between the seeds of successive episodes."""
 JOINT = "+"
 """The variant without any of the seeds measured in an epoch; no slot has this name."""
 
@@ -91,7 +89,7 @@ def run_fit(config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | 
 
 def episode_configs(config: RunConfig) -> list[RunConfig]:
     """The config of each episode."""
-    return [replace(config, seed=config.seed + EPISODE_SEED_STEP * i, episodes=1) for i in range(config.episodes)]
+    return [replace(config, seed=config.seed + SEED_STEP * i, episodes=1) for i in range(config.episodes)]
 
 
 def prepare(
