@@ -7,9 +7,9 @@ obeys it; nothing is read from the environment.
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from esper_train.base.settings import Count, CountOrNone, CountOrZero, Settings, from_dict, require
+from esper_train.base.settings import Count, CountOrNone, Limit, Settings, from_dict, require
 from esper_train.control.config import GovernorConfig, HeuristicConfig
 from esper_train.morph.config import GrowthConfig, HostConfig
 from esper_train.run.config import CheckpointConfig
@@ -19,6 +19,10 @@ from esper_train.train.config import OptimConfig, TrainConfig
 
 SEED_STEP = 1000
 """Distance between the seeds of successive episodes."""
+
+
+# A slip of the keyboard must not start so many processes that the machine stops answering.
+Workers = Annotated[int, Limit("between 0 and 512", lambda value: 0 <= value <= 512)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class RunConfig(Settings):
     batch_size: Count = 64
     evaluation_batch: Count = 512
     """Rows a batch where nothing is trained. Many save calls; on a CPU, more than the caches hold take longer."""
-    workers: CountOrZero = 0
+    workers: Workers = 0
     """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data in place, on the
     device where it fits, which is faster for tensors in memory."""
     channels_last: bool | None = None
