@@ -60,7 +60,7 @@ bool overlaps_itself(const Array& x) {
 }
 
 void require_number(const char* name, const Number& number, double low, double high) {
-  if (number.at) return;  // a tensor: never looked at here
+  if (number.from_tensor) return;
   if (!(number.value >= low && number.value <= high)) refuse(name, "to be in its range");
 }
 

@@ -47,6 +47,7 @@ struct Number {
   double value = 0;
   const void* at = nullptr;  // a double if `is_double`, else a float
   bool is_double = false;
+  bool from_tensor = false;  // its range is then the caller's business
   ESPER_ANYWHERE double read() const {
     if (!at) return value;
     return is_double ? *static_cast<const double*>(at) : *static_cast<const float*>(at);

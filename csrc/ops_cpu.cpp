@@ -25,7 +25,7 @@ void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t
                       MaybeTensor loss, MaybeTensor saved, MaybeTensor out, MaybeTensor label_smoothing_at,
                       MaybeTensor z_loss_at, MaybeTensor softcap_at, MaybeTensor normalizer_at,
                       MaybeTensor grad_scale_at) {
-  Arrays arrays{logits, false};
+  Arrays arrays{logits};
   const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
                             arrays.number(z_loss, z_loss_at),
                             arrays.number(grad_scale, grad_scale_at),
@@ -51,7 +51,7 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
                                int64_t instruction_set, Tensor grad_output, Tensor saved, Tensor out,
                                MaybeTensor label_smoothing_at, MaybeTensor z_loss_at,
                                MaybeTensor softcap_at) {
-  Arrays arrays{logits, false};
+  Arrays arrays{logits};
   const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
                             arrays.number(z_loss, z_loss_at),
                             {1},
@@ -72,13 +72,13 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
 void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t instruction_set, Tensor norms,
                    Tensor max_abs, Tensor zeros, Tensor nans, Tensor infs, Tensor total_norm,
                    Tensor found_inf) {
-  Arrays arrays{norms, false};
+  Arrays arrays{norms};
   std::vector<Array> gradients;
   for (const Tensor& x : tensors) gradients.push_back(arrays.of(x));
   const GradStatsOut out =
       check(gradients, {arrays.of(norms), arrays.of(max_abs), arrays.of(zeros), arrays.of(nans),
                         arrays.of(infs), arrays.of(total_norm), arrays.of(found_inf)});
-  const double scale = arrays.number(1, inv_scale).value;
+  const double scale = arrays.number(1, inv_scale).read();
   const Kernels& kernels = kernels_of(instruction_set);
   for (size_t i = 0; i < tensors.size(); ++i) arrays.make_usable(tensors[i], false, &gradients[i]);
   grad_stats(gradients, scale, out, kernels, parallel_for);

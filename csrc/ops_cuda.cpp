@@ -46,7 +46,7 @@ void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t
                       MaybeTensor z_loss_at, MaybeTensor softcap_at, MaybeTensor normalizer_at,
                       MaybeTensor grad_scale_at) {
   const DeviceGuard guard(logits.get_device_index());
-  Arrays arrays{logits, true};
+  Arrays arrays{logits};
   const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
                             arrays.number(z_loss, z_loss_at),
                             arrays.number(grad_scale, grad_scale_at),
@@ -75,7 +75,7 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
                                Tensor grad_output, Tensor saved, Tensor out, MaybeTensor label_smoothing_at,
                                MaybeTensor z_loss_at, MaybeTensor softcap_at) {
   const DeviceGuard guard(logits.get_device_index());
-  Arrays arrays{logits, true};
+  Arrays arrays{logits};
   const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
                             arrays.number(z_loss, z_loss_at),
                             {1},
@@ -96,7 +96,7 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
 void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t, Tensor norms, Tensor max_abs,
                    Tensor zeros, Tensor nans, Tensor infs, Tensor total_norm, Tensor found_inf) {
   const DeviceGuard guard(norms.get_device_index());
-  Arrays arrays{norms, true};
+  Arrays arrays{norms};
   std::vector<Array> gradients;
   for (const Tensor& x : tensors) gradients.push_back(arrays.of(x));
   const GradStatsOut out =

@@ -65,7 +65,6 @@ inline Array array_of(const Tensor& x) {
 // Arrays of the tensors of one call, with the copies that it keeps alive.
 struct Arrays {
   const Tensor& beside;  // all others are on its device
-  bool kernel_reads_numbers;
   std::vector<Tensor> copies{};
 
   Array of(const Tensor& x) const {
@@ -89,7 +88,8 @@ struct Arrays {
     copies.push_back(torch::stable::to(x, dtype));
     return copies.back();
   }
-  // A number that may be given as a [] tensor. One on the device of the kernels is left to them to read.
+  // A number that may be given as a [] tensor. Kernels read one on their own device; it is read here if it
+  // is on the CPU and they are not.
   Number number(double value, const MaybeTensor& tensor) {
     if (!tensor) return {value};
     const bool is_float = tensor->scalar_type() == ScalarType::Float;
@@ -97,11 +97,11 @@ struct Arrays {
     const Array x = array_of(readable);
     if (x.dims != 0 || x.reach() > x.room || !x.aligned())
       throw std::invalid_argument("esper: expected a 0-d tensor as a number");
-    const Number number{value, x.data, x.dtype == kFloat64};
-    const bool leave = kernel_reads_numbers && readable.is_cpu() == beside.is_cpu();
-    if (!leave && !readable.is_cpu())
+    const Number number{value, x.data, x.dtype == kFloat64, true};
+    if (readable.is_cpu() == beside.is_cpu()) return number;
+    if (!readable.is_cpu())
       throw std::invalid_argument("esper: expected a number's tensor on the logits' device or the CPU");
-    return leave ? number : Number{number.read()};
+    return {number.read(), nullptr, false, true};
   }
 };
 

@@ -92,7 +92,10 @@ def check_storage(name: str, x: Tensor) -> None:
     """ValueError for a tensor whose storage was freed or shrunk since, as by `untyped_storage().resize_(0)`."""
     if torch.compiler.is_compiling() or x.device.type == "meta" or x.numel() == 0:
         return
-    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    if x.is_contiguous():
+        last = x.numel() - 1
+    else:
+        last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
     needed = (x.storage_offset() + last + 1) * x.element_size()
     if not x._is_zerotensor() and x.untyped_storage().nbytes() < needed:
         raise ValueError(

@@ -219,6 +219,7 @@ class _CrossEntropy(torch.autograd.Function):
         options = list(ctx.options)
         for i in reversed(ctx.places):
             options[i] = saved.pop()
+        checks.check_storage("logits", logits)
         backward = _MODULES[ctx.backend].backward
         if not torch.is_grad_enabled():
             grad = backward(grad_output, logits, targets, *saved, Options(*options))

@@ -17,6 +17,7 @@ from esper_kernels.meter import COUNTS, Meter
 from esper_kernels.ops.cross_entropy import launch
 from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
 from esper_kernels.ops.cross_entropy.reference import Number, Options
+from esper_kernels.ops.values import materialized
 
 
 def forward(
@@ -71,7 +72,9 @@ def _call(
     values = (options.label_smoothing, options.z_loss, options.softcap, normalizer, grad_scale)
     numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in values]
     numbers[:2] = [x or math.nan for x in numbers[:2]]  # a factor of 0 is none
-    tensors = [x.detach() if isinstance(x, Tensor) else None for x in (*values, options.weight, given, recorded)]
+    given_tensors = (*values, options.weight, given, recorded)
+    tensors = [materialized(x.detach()) if isinstance(x, Tensor) else None for x in given_tensors]
+    logits, targets = materialized(logits), materialized(targets)
     *meters, topk = accumulators(meter)
     run = _op if torch.compiler.is_compiling() else _launch
     per_row = options.reduction == "none"

@@ -13,6 +13,7 @@ from esper_kernels.backends import select_backend
 from esper_kernels.config import DTYPES, KernelConfig
 from esper_kernels.ops.grad_stats import cpp, reference, triton
 from esper_kernels.ops.grad_stats.stats import GradHealth, GradStats
+from esper_kernels.ops.values import materialized
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
@@ -46,8 +47,10 @@ def grad_stats(
         device, dtype = _check(tensors, inv_scale, out)
         choice = select_backend("grad_stats", device.type, dtype, config)
         stats = _allocate(len(tensors), device) if out is None else out
+        ready = [x if x is None else materialized(x) for x in tensors]
+        scale = None if inv_scale is None else materialized(inv_scale)
         with torch.no_grad():
-            _MODULES[choice.name].fill(tensors, inv_scale, stats, choice.instruction_set)
+            _MODULES[choice.name].fill(ready, scale, stats, choice.instruction_set)
     numels = tuple(0 if x is None else x.numel() for x in tensors)
     return stats.over(numels, groups, vanishing, exploding)
 
@@ -133,6 +136,7 @@ def _check(tensors: Grads, inv_scale: Tensor | None, out: GradStats | None) -> t
             raise TypeError(f"grads[{place}] must be a dense tensor or None (of a DTensor to_local()), got {what}")
         if x.dtype not in DTYPES:
             raise TypeError(f"grads[{place}] must be one of {DTYPES}, got {x.dtype}")
+        checks.check_storage(f"grads[{place}]", x)
         device = device or x.device
         if x.device != device:
             raise ValueError(f"grads must be on one device, got {device} and, at place {place}, {x.device}")
@@ -142,13 +146,31 @@ def _check(tensors: Grads, inv_scale: Tensor | None, out: GradStats | None) -> t
         raise TypeError(f"inv_scale must be a 0-d tensor, got {inv_scale!r}")
     if inv_scale is not None and inv_scale.device != device:
         raise ValueError(f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}")
-    if out is not None and (len(out.numels), out.norms.device) != (len(tensors), device):
-        raise ValueError(
-            f"out must be of {len(tensors)} tensors on {device}, got {len(out.numels)} on "
-            f"{out.norms.device}; leave it out to allocate"
-        )
+    if inv_scale is not None:
+        checks.check_storage("inv_scale", inv_scale)
+    if out is not None:
+        _check_result(out, len(tensors), device)
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return device, torch.float64 if wide else torch.float32
+
+
+def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> None:
+    """That `out` is an earlier result of as many tensors on this device."""
+    if (len(out.numels), out.norms.device) != (num_tensors, device):
+        raise ValueError(
+            f"out must be of {num_tensors} tensors on {device}, got {len(out.numels)} on {out.norms.device}; "
+            "leave it out to allocate"
+        )
+    names = ("norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf")
+    expected = _allocate(num_tensors, torch.device("meta"))
+    for name in names:
+        x, like = getattr(out, name), getattr(expected, name)
+        if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, device) or not x.is_contiguous():
+            raise ValueError(
+                f"out.{name} must be a contiguous {like.dtype} tensor of shape {tuple(like.shape)} on {device}, "
+                f"got {checks.describe(x)}"
+            )
+        checks.check_storage(f"out.{name}", x)
 
 
 def _allocate(num_tensors: int, device: torch.device) -> GradStats:
