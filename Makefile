@@ -12,7 +12,7 @@ CLEAR := --clear
 endif
 endif
 
-.PHONY: run test test-all lint format wheel table size clean
+.PHONY: run test test-all lint format wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
 
 run: $(READY)
 	$(BIN)/esper-train heuristic --seed 7
@@ -49,6 +49,24 @@ wheel: $(READY)
 
 table: $(READY)
 	$(BIN)/python -m benchmarks.growth
+
+# By hand: downloads every release of torch from 2.10 on and of Triton from 3.5 on, one at a time. docs/clusters.md has the table.
+compat: $(READY)
+	$(BIN)/python -m benchmarks.compat
+
+# The first half hour on a GPU, in parts of at most ten minutes; docs/gpu.md. There, any Python with torch will do.
+GPU_SESSION = $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_session
+gpu:
+	$(GPU_SESSION) correct speed why
+gpu-correct gpu-speed gpu-why: gpu-%:
+	$(GPU_SESSION) $*
+
+# What a GPU machine without a package index needs: kernels for Hopper, and packages of pure Python.
+gpu-prepare: $(READY)
+	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST-9.0} FORCE_CUDA=1 $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	rm -rf build/gpu
+	$(BIN)/python -m pip install --no-deps --no-compile --only-binary=:all: --target build/gpu \
+		liger-kernel tyro docstring-parser typeguard
 
 size:
 	@printf '%-14s %5d lines\n' csrc $$(find csrc -type f -exec cat {} + | wc -l)

@@ -31,10 +31,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(name: str, figures: Any) -> Path:
-    """Write `benchmarks/results/NAME.json`."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+def write(name: str, figures: Any, folder: Path = RESULTS) -> Path:
+    """Write `NAME.json` into `benchmarks/results`, or another folder."""
+    path = folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n")
     return path
 

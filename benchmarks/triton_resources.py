@@ -29,6 +29,7 @@ from esper_kernels.ops.cross_entropy import triton as cross_entropy
 from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.ops.grad_stats import triton as grad_stats_triton
 
+CLASSES = (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144)  # one at least for every launch choice
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
 
 
@@ -69,7 +70,7 @@ def grad_stats_variants() -> Iterator[Variant]:
 
 def cross_entropy_variants() -> Iterator[Variant]:
     """Every launch choice, on an H200: its classes, dtypes and, heavy, every option; the autograd form at some."""
-    for classes in (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144):
+    for classes in CLASSES:
         targets, weight = torch.zeros(64, dtype=torch.int64), torch.ones(classes)
         plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
         heavy = Options(weight, -100, 0.1, 1e-4, 30.0, "mean", None)
@@ -80,6 +81,51 @@ def cross_entropy_variants() -> Iterator[Variant]:
                 yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None)
                 if classes in (1000, 16000, 262144) and dtype == torch.bfloat16:
                     yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+
+
+def every_form() -> Iterator[Variant]:
+    """Cross entropy in every form and dtype at every launch choice, and each option by itself at some."""
+    plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
+    for classes in CLASSES:
+        targets, meter = torch.zeros(64, dtype=torch.int64), Meter("cpu", topk=(5,))
+        heavy = plain._replace(weight=torch.ones(classes), label_smoothing=0.1, z_loss=1e-4, softcap=30.0)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            logits = torch.zeros(64, classes, dtype=dtype)
+            for options in (plain, heavy):
+                name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
+                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None)
+                yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+    for classes in (1000, 50257):
+        yield from _single_options(classes, plain)
+    many, targets = torch.zeros(70_000, 10), torch.zeros(70_000, dtype=torch.int64)
+    yield from _on_an_h200("many rows", cross_entropy.step, many, targets, plain, Meter("cpu"), 1.0, None)
+
+
+def _single_options(classes: int, plain: Options) -> Iterator[Variant]:
+    logits, targets = torch.zeros(4, 16, classes, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int64)
+    meter, number = Meter("cpu"), torch.ones(())
+    options = {
+        "weight": plain._replace(weight=torch.ones(classes)),
+        "smoothing": plain._replace(label_smoothing=0.1),
+        "z-loss": plain._replace(z_loss=1e-4),
+        "softcap": plain._replace(softcap=30.0),
+        "sum": plain._replace(reduction="sum"),
+        "normalizer": plain._replace(normalizer=3.0),
+        "tensors": plain._replace(label_smoothing=number, z_loss=number, normalizer=number),
+    }
+    for name, chosen in options.items():
+        title = f"cross_entropy, {classes} classes, {name}"
+        yield from _on_an_h200(f"{title}, step", cross_entropy.step, logits, targets, chosen, meter, number, None)
+        yield from _on_an_h200(f"{title}, autograd", _autograd, logits, targets, chosen, meter)
+    title, step = f"cross_entropy, {classes} classes", cross_entropy.step
+    each = plain._replace(reduction="none")
+    yield from _on_an_h200(f"{title}, a loss per row", _autograd, logits, targets, each, meter)
+    for dtype in (torch.int32, torch.uint8):
+        yield from _on_an_h200(f"{title}, {dtype} targets", step, logits, targets.to(dtype), plain, meter, 1.0, None)
+    yield from _on_an_h200(f"{title}, no meter", step, logits, targets, plain, None, 1.0, None)
+    shifted = logits[:, :-1], targets[:, 1:]
+    yield from _on_an_h200(f"{title}, shifted sequence", step, *shifted, plain, meter, 1.0, None)
+    yield from _on_an_h200(f"{title}, record", cross_entropy.record, number, logits, targets, meter, plain)
 
 
 def _on_an_h200(name: str, function: Callable[..., Any], *arguments: Any) -> list[Variant]:

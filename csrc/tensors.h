@@ -56,7 +56,9 @@ inline Dtype dtype_of(const Tensor& x) {
 
 inline Array array_of(const Tensor& x) {
   int64_t storage_bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &storage_bytes));
+  // Not STABLE_TORCH_ERROR_CODE_CHECK: torch 2.10 to 2.12 do not have it.
+  STD_TORCH_CHECK(aoti_torch_get_storage_size(x.get(), &storage_bytes) == AOTI_TORCH_SUCCESS,
+                  "torch does not tell the size of a storage");
   const Dtype dtype = dtype_of(x);
   return {x.data_ptr(),       x.dim(), x.sizes().data(),
           x.strides().data(), dtype,   storage_bytes - x.storage_offset() * bytes_of(dtype)};
@@ -108,7 +110,11 @@ struct Arrays {
 // The inputs of cross entropy and its backward. Weight becomes float32.
 inline LossCall inputs_of(Arrays& arrays, const Tensor& logits, const Tensor& targets, MaybeTensor& weight,
                           int64_t ignore_index, const LossNumbers& numbers) {
-  if (weight) weight = arrays.with_dtype(*weight, ScalarType::Float);
+  if (weight) {
+    const Dtype dtype = dtype_of(*weight);
+    if (dtype > kFloat64) throw std::invalid_argument("esper: expected weight of a floating dtype");
+    weight = arrays.with_dtype(*weight, ScalarType::Float);
+  }
   LossCall call{arrays.of(logits), arrays.of(targets), arrays.of(weight)};
   call.ignore_index = ignore_index;
   call.numbers = numbers;

@@ -36,9 +36,8 @@ def serve(backend: str, run: Callable[[], _Result], find_fault: Callable[[], Non
 
 def choose_backend(op: str, x: object, config: KernelConfig | None, name: str) -> str:
     """The backend that serves `op` on tensors like x."""
-    if not isinstance(x, Tensor):
-        check_dense(name, x)
-        raise AssertionError("check_dense accepts tensors only")
+    if not isinstance(x, Tensor) or type(x).__name__ == "DTensor":
+        raise _not_dense(name, x)
     return select_backend(op, x.device.type, x.dtype, config).name
 
 
@@ -82,10 +81,12 @@ def refuse_inference(name: str, x: Tensor) -> None:
 
 def check_dense(name: str, x: object) -> None:
     if not isinstance(x, Tensor) or x.layout != torch.strided or type(x).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} must be a dense tensor (for a DTensor pass to_local()), got {describe(x)}"
-        )
+        raise _not_dense(name, x)
     check_storage(name, x)
+
+
+def _not_dense(name: str, x: object) -> TypeError:
+    return TypeError(f"{name} must be a dense tensor (for a DTensor pass to_local()), got {describe(x)}")
 
 
 def check_storage(name: str, x: Tensor) -> None:

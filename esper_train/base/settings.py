@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -40,16 +41,52 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            value, choices = getattr(self, name), typing.get_args(hint)
+            if typing.get_origin(hint) is ClassVar:
+                continue
+            value = getattr(self, name)
+            where = f"{self._table}{name}"
             if typing.get_origin(hint) is Literal:
-                require(
-                    value in choices,
-                    f"{self._table}{name} must be one of {', '.join(c or 'left out' for c in choices)}",
-                    value,
-                )
-            elif typing.get_origin(hint) is Annotated:
-                limit = hint.__metadata__[0]
-                require(limit.holds(value), f"{self._table}{name} must be {limit.words}", value)
+                choices = ", ".join(c or "left out" for c in typing.get_args(hint))
+                require(value in typing.get_args(hint), f"{where} must be one of {choices}", value)
+                continue
+            limits: tuple[Limit, ...] = ()
+            if typing.get_origin(hint) is Annotated:
+                limits = hint.__metadata__
+                hint = typing.get_args(hint)[0]
+            if not _fits(value, hint):
+                raise TypeError(f"{where} takes {_named(hint)}, got {value!r}")
+            for limit in limits:
+                require(limit.holds(value), f"{where} must be {limit.words}", value)
+            require(value == value, f"{where} must be a number", value)  # NaN alone differs
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the annotated type; an int serves as a float, a bool as neither."""
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(part, item) for part in value)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is Callable or hint is Callable:
+        return callable(value)
+    if hint is float:
+        return type(value) in (float, int)
+    if hint is int:
+        return type(value) is int
+    return isinstance(value, hint)
+
+
+def _named(hint: Any) -> str:
+    """The annotated type in words."""
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return f"a tuple of {_named(typing.get_args(hint)[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_named(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return "a callable" if origin is Callable else hint.__name__
 
 
 def require(holds: bool, what: str, value: Any) -> None:

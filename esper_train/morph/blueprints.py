@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from esper_train.base.device import plain_defaults
 from esper_train.base.names import require_known
 
 Topology = Literal["cnn", "transformer"]
@@ -170,7 +171,7 @@ def default_registry() -> BlueprintRegistry:
 
 def _check_birth(blueprint: Blueprint) -> None:
     """Build once on random features: the output must equal the input, and some parameter must have a gradient."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), plain_defaults():
         torch.manual_seed(0)
         module = blueprint.build(PROBE_CHANNELS)
         x = torch.randn(PROBE_SHAPES[blueprint.topology])

@@ -40,7 +40,7 @@ class MorphModel(nn.Module):
         channels = {slot: host.slot_channels[slot] for slot in host.segments if slot in slots}
         growth = growth or GrowthConfig()
         self.seed_slots = nn.ModuleDict({s: SeedSlot(s, channels[s], growth, max_epochs) for s in channels})
-        self.to(next(host.parameters()).device)
+        self.seed_slots.to(next(host.parameters()))  # its device and dtype
 
     def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None, start: str | None = None) -> Tensor:
         """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed out.

@@ -28,20 +28,13 @@ from esper_train.run.records import epoch_event, plain, stage_event, trouble_eve
 from esper_train.tasks import Task
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
+from esper_train.train.errors import BadNumbersError, NonFiniteLossError
 from esper_train.train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
 
 EPISODE_SEED_STEP = 1000
 """Distance between the seeds of successive episodes."""
 JOINT = "+"
 """The variant without any of the seeds measured in an epoch; no slot has this name."""
-
-
-class BadNumbersError(ArithmeticError):
-    """The losses went bad, and by the run's policy it cannot go on."""
-
-
-class NonFiniteLossError(BadNumbersError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +203,7 @@ def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, Eval
     config, model = episode.config, episode.model
     kept: dict[str, Any] = {"task_type": episode.task.task_type, "step": episode.step}
     optimizers, most, batches = episode.optimizers, config.max_batches, map(episode.stop.before, episode.train)
-    train = train_one_epoch(model, batches, optimizers, config.train, max_batches=most, **kept)
+    train = train_one_epoch(model, batches, optimizers, config.train, max_batches=most, governed=True, **kept)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [s.slot for s in _states(model) if s.alpha > 0 and (s.stage is not SeedStage.FOSSILIZED or check_fossils)]
     variants = {slot: {slot: 0.0} for slot in ablated}

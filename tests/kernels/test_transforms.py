@@ -21,7 +21,6 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
     "vjp": lambda f: torch.func.vjp(f, X),
     "hessian": lambda f: torch.func.hessian(f)(X),
     "vmap": lambda f: torch.vmap(f)(X[None]),
-    "linearize": lambda f: torch.func.linearize(f, X),
     "functionalize": lambda f: torch.func.functionalize(f)(X),
 }
 

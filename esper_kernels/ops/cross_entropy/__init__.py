@@ -62,7 +62,7 @@ def cross_entropy(
     )
     checks.refuse_transforms("cross_entropy", logits)
     logits = _classes_last(logits, class_dim)
-    backend = checks.choose_backend("cross_entropy", logits, config, "logits")
+    backend = _choose(logits, targets, meter, config)
 
     def run() -> Tensor:
         given = _traceable(options, logits)
@@ -108,7 +108,7 @@ def cross_entropy_step(
     checks.refuse_transforms("cross_entropy_step", logits)
     given_out, logits = out, _classes_last(logits, class_dim)
     out = None if out is None else _classes_last(out, class_dim)
-    backend = checks.choose_backend("cross_entropy", logits, config, "logits")
+    backend = _choose(logits, targets, meter, config)
     if inplace and out is not None:
         raise ValueError("expected out or inplace=True, got both")
     if reduction == "none":
@@ -121,6 +121,8 @@ def cross_entropy_step(
         checks.refuse_inference("out", out)
 
     def run() -> Tensor:
+        if out is not None and not _is_separate(out, logits):
+            raise ValueError("out must be separate memory that does not require grad")
         given, scale = _traceable(options, logits), _as_tensor(grad_scale, logits)
         return _MODULES[backend].step(logits.detach(), targets, given, meter, scale, written)
 
@@ -148,7 +150,7 @@ def record_loss(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, *, 
     """
     options = Options(None, ignore_index, 0.0, 0.0, None, "mean", None)
     checks.refuse_transforms("record_loss", logits)
-    backend = checks.choose_backend("cross_entropy", logits, None, "logits")
+    backend = _choose(logits, targets, meter, None)
     _find_fault(backend, logits, targets, meter, options)
     if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() != 0:
         raise TypeError(f"loss must be a 0-d floating tensor, the mean over the batch, got {checks.describe(loss)}")
@@ -166,6 +168,14 @@ def _classes_last(x: Tensor, class_dim: int) -> Tensor:
     if not -x.dim() <= class_dim < x.dim():
         raise ValueError(f"class_dim must be in [{-x.dim()}, {x.dim()}) for shape {tuple(x.shape)}, got {class_dim}")
     return x.movedim(class_dim, -1)
+
+
+def _choose(logits: Tensor, targets: Tensor, meter: Meter | None, config: KernelConfig | None) -> str:
+    try:
+        return checks.choose_backend("cross_entropy", logits, config, "logits")
+    except ValueError:
+        checks.check_batch(logits, targets, meter)  # it may be the device of one of them
+        raise
 
 
 def _find_fault(
@@ -189,8 +199,17 @@ def _as_tensor(number: Number | None, logits: Tensor) -> Number | None:
     return torch.ones((), dtype=torch.float64, device=logits.device) * number
 
 
+def _is_separate(out: Tensor, logits: Tensor) -> bool:
+    """False for an `out` that the op would take for logits to be written in place, or that requires grad."""
+    if torch.compiler.is_compiling():
+        return True
+    return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
+
+
 def _traceable(options: Options, logits: Tensor) -> Options:
     if not torch.compiler.is_compiling():
+        if isinstance(options.softcap, Tensor):
+            raise ValueError("softcap must be a number")
         return options
     return options._replace(
         label_smoothing=_as_tensor(options.label_smoothing, logits),
@@ -215,10 +234,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, *saved = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        first_option = len(tensors) - len(ctx.places)
+        logits, targets, *saved = tensors[:first_option]
         options = list(ctx.options)
-        for i in reversed(ctx.places):
-            options[i] = saved.pop()
+        for place, value in zip(ctx.places, tensors[first_option:], strict=True):
+            options[place] = value
         checks.check_storage("logits", logits)
         backward = _MODULES[ctx.backend].backward
         if not torch.is_grad_enabled():

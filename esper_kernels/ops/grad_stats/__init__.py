@@ -18,6 +18,7 @@ from esper_kernels.ops.values import materialized
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
+_PLAIN = (Tensor, torch.nn.Parameter)
 Grads = Sequence[Tensor | None]
 
 
@@ -74,8 +75,8 @@ def _measure_natively(
 ) -> GradStats | None:
     """The statistics from a compiled op, which checks the tensors itself; None if it refuses them."""
     first = next((x for x in tensors if x is not None), None)
-    if not isinstance(first, Tensor):
-        return None
+    if not isinstance(first, Tensor) or not all(x is None or type(x) in _PLAIN for x in tensors):
+        return None  # a subclass may mean something else by its memory
     choice = select_backend("grad_stats", first.device.type, torch.float32, config)
     if choice.name not in checks.NATIVE:
         return None
