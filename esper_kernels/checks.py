@@ -55,9 +55,7 @@ def refuse_transforms(op: str, x: object) -> None:
         what = "functionalization"
     else:
         return
-    raise NotImplementedError(
-        f"{op} does not work inside {what}; use torch.nn.functional.cross_entropy there"
-    )
+    raise NotImplementedError(f"{op} does not work inside {what}; use torch.nn.functional.cross_entropy there")
 
 
 def _is_dual(x: object) -> bool:
@@ -158,9 +156,7 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
     if weight is not None:
         fits = isinstance(weight, Tensor) and weight.is_floating_point()
         if not isinstance(weight, Tensor) or not fits or weight.shape != logits.shape[-1:]:
-            raise ValueError(
-                f"weight must be a floating tensor of shape [{logits.shape[-1]}], got {describe(weight)}"
-            )
+            raise ValueError(f"weight must be a floating tensor of shape [{logits.shape[-1]}], got {describe(weight)}")
         if weight.device != logits.device:
             raise ValueError(f"weight must be on the logits' device {logits.device}, got {weight.device}")
         check_storage("weight", weight)
@@ -179,15 +175,11 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
     check_number("softcap", softcap, logits, high=torch.finfo(torch.float32).max)
 
 
-def check_number(
-    name: str, value: object, logits: Tensor, low: float = 0.0, high: float = torch.inf
-) -> None:
+def check_number(name: str, value: object, logits: Tensor, low: float = 0.0, high: float = torch.inf) -> None:
     """A number in [low, high], None, or a 0-d tensor, which is not looked at."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.device not in (logits.device, torch.device("cpu")):
-            raise ValueError(
-                f"{name} as a tensor must be 0-d and on {logits.device} or the CPU, got {describe(value)}"
-            )
+            raise ValueError(f"{name} as a tensor must be 0-d and on {logits.device} or the CPU, got {describe(value)}")
         if value.is_complex():
             raise TypeError(f"{name} must be a real number, got {describe(value)}")
         check_storage(name, value)
@@ -200,9 +192,7 @@ def check_number(
 def check_out(out: Tensor, logits: Tensor) -> None:
     expected = (logits.shape, logits.dtype, logits.device)
     if not isinstance(out, Tensor) or (out.shape, out.dtype, out.device) != expected or out.requires_grad:
-        raise ValueError(
-            f"out must be like the logits ({describe(logits)}) and not require grad, got {describe(out)}"
-        )
+        raise ValueError(f"out must be like the logits ({describe(logits)}) and not require grad, got {describe(out)}")
     check_dense("out", out)
     check_writable("out", out)
     if not torch.compiler.is_compiling() and out.device.type != "meta":  # tensors have no address there
@@ -221,9 +211,7 @@ def check_writable(name: str, x: Tensor) -> None:
     reach = 0  # from the first to the last element, over the dimensions so far
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach and x.numel() > 0:
-            raise ValueError(
-                f"{name}: elements share memory (expanded or overlapping), got strides {x.stride()}"
-            )
+            raise ValueError(f"{name}: elements share memory (expanded or overlapping), got strides {x.stride()}")
         reach += stride * (size - 1)
 
 

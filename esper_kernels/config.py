@@ -28,6 +28,4 @@ class KernelConfig:
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
         if self.instruction_set not in INSTRUCTION_SETS:
-            raise ValueError(
-                f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}"
-            )
+            raise ValueError(f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}")

@@ -115,9 +115,7 @@ def test_missing_storage_is_refused_by_name(
 
 
 @pytest.mark.parametrize("change", [freed, shrunk])
-def test_missing_storage_is_refused_by_every_function(
-    config: KernelConfig, change: Callable[[Tensor], Tensor]
-) -> None:
+def test_missing_storage_is_refused_by_every_function(config: KernelConfig, change: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ValueError, match="the storage of logits"):
         cross_entropy(change(X).requires_grad_(), T, config=config)
     with pytest.raises(ValueError, match="the storage of targets"):
@@ -311,7 +309,9 @@ def test_class_dim_1_is_torchs_layout(config: KernelConfig, shape: tuple[int, ..
     torch.testing.assert_close(out, truth)
 
 
-@pytest.mark.parametrize(("class_dim", "error"), [(2, ValueError), (-3, ValueError), (1.0, TypeError), (None, TypeError)])
+@pytest.mark.parametrize(
+    ("class_dim", "error"), [(2, ValueError), (-3, ValueError), (1.0, TypeError), (None, TypeError)]
+)
 def test_a_wrong_class_dim_is_refused(config: KernelConfig, class_dim: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="class_dim must be"):
         cross_entropy(X, T, class_dim=class_dim, config=config)

@@ -6,7 +6,7 @@ two make no autograd node. On the CPU, bad targets raise IndexError before anyth
 compiled graph it may be a RuntimeError).
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from esper_kernels.ops.cross_entropy import cpp, reference, triton
 from esper_kernels.ops.cross_entropy.reference import Number, Options
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
+_MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
 _NO_GRADS = (None,) * (3 + len(Options._fields))  # for what _CrossEntropy takes besides the logits
 
 
@@ -57,9 +58,7 @@ def cross_entropy(
     inside torch.func transforms, torch.jit.trace and forward-mode differentiation.
     """
     instruction_set = "auto" if config is None else config.instruction_set
-    options = Options(
-        weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set
-    )
+    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set)
     checks.refuse_transforms("cross_entropy", logits)
     logits = _classes_last(logits, class_dim)
     backend = _choose(logits, targets, meter, config)
@@ -102,9 +101,7 @@ def cross_entropy_step(
     Returns the gradient [..., V] in the logits' dtype.
     """
     instruction_set = "auto" if config is None else config.instruction_set
-    options = Options(
-        weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set
-    )
+    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set)
     checks.refuse_transforms("cross_entropy_step", logits)
     given_out, logits = out, _classes_last(logits, class_dim)
     out = None if out is None else _classes_last(out, class_dim)
@@ -178,9 +175,7 @@ def _choose(logits: Tensor, targets: Tensor, meter: Meter | None, config: Kernel
         raise
 
 
-def _find_fault(
-    backend: str, logits: Tensor, targets: Tensor, meter: Meter | None, options: Options
-) -> None:
+def _find_fault(backend: str, logits: Tensor, targets: Tensor, meter: Meter | None, options: Options) -> None:
     """Raise the error that names what is wrong with the arguments, if anything is."""
     checks.check_batch(logits, targets, meter)
     checks.check_options(logits, options._asdict())
@@ -189,7 +184,7 @@ def _find_fault(
     reference.refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
 
 
-def _as_tensor(number: Number | None, logits: Tensor) -> Number | None:
+def _as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
     """Inside a compiled graph a number as a tensor, so that another value does not recompile.
 
     A product, because that is what compilers keep a changing number in.
@@ -221,9 +216,7 @@ def _traceable(options: Options, logits: Tensor) -> Options:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, meter: Meter | None, backend: str, *options: Any
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, meter: Meter | None, backend: str, *options: Any) -> Tensor:
         loss, *saved = _MODULES[backend].forward(logits, targets, Options(*options), meter, True)
         # Tensors go through save_for_backward, which notices a later change of their values.
         ctx.places = [i for i, x in enumerate(options) if isinstance(x, Tensor)]

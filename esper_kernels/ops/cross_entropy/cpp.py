@@ -24,9 +24,7 @@ def forward(
     return (loss,) if saved is None else (loss, saved)
 
 
-def backward(
-    grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options
-) -> Tensor:
+def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options) -> Tensor:
     grad = gradient_like(logits)
     numbers, tensors = _split((options.label_smoothing, options.z_loss, options.softcap))
     torch.ops.esper.cross_entropy_backward.default(
@@ -80,21 +78,19 @@ def _call(
     out: Tensor | None = None,
 ) -> None:
     weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set = options
-    (label_smoothing, z_loss, softcap, normalizer, grad_scale), tensors = _split(
-        (label_smoothing, z_loss, softcap, normalizer, grad_scale)
-    )
+    numbers, tensors = _split((label_smoothing, z_loss, softcap, normalizer, grad_scale))
     torch.ops.esper.cross_entropy.default(
         logits,
         targets,
         weight,
         ignore_index,
-        label_smoothing or 0.0,
-        z_loss or 0.0,
-        softcap,
+        numbers[0] or 0.0,
+        numbers[1] or 0.0,
+        numbers[2],
         REDUCTIONS.index(reduction),
-        normalizer,
+        numbers[3],
         INSTRUCTION_SETS.index(instruction_set),
-        1.0 if grad_scale is None else grad_scale,
+        1.0 if numbers[4] is None else numbers[4],
         *accumulators(meter),
         loss,
         saved,

@@ -29,9 +29,7 @@ def forward(
     return (loss,) if saved is None else (loss, saved)
 
 
-def backward(
-    grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options
-) -> Tensor:
+def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options) -> Tensor:
     grad = gradient_like(logits)
     _call(logits, targets, options, None, grad_scale=grad_output.contiguous(), given=saved, grad=grad)
     return grad

@@ -1,6 +1,7 @@
 """Gradient statistics: `grad_stats` measures, `GradStats.compute` reads, `clip_grad_norm_` clips.
 
-`grad_stats` asks `select_backend`, and lets that backend's module fill the result; `reference` is the definition. Call them after backward, outside a compiled region.
+`grad_stats` asks `select_backend`, and lets that backend's module fill the result; `reference` is the
+definition. Call them after backward, outside a compiled region.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,8 +64,7 @@ def _flatten(grads: object) -> tuple[list[Tensor | None], tuple[tuple[str, int],
     if not isinstance(grads, Mapping):
         return list(grads), ()  # type: ignore[call-overload]  # what is no sequence raises here
     members = {
-        name: [group] if group is None or isinstance(group, Tensor) else list(group)
-        for name, group in grads.items()
+        name: [group] if group is None or isinstance(group, Tensor) else list(group) for name, group in grads.items()
     }
     groups = tuple((name, len(group)) for name, group in members.items())
     return [tensor for group in members.values() for tensor in group], groups
