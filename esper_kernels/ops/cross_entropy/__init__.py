@@ -64,7 +64,7 @@ def cross_entropy(
     backend = _choose(logits, targets, meter, config)
 
     def run() -> Tensor:
-        given = _traceable(options, logits)
+        given = _traceable(options, logits, backend)
         if logits.requires_grad and torch.is_grad_enabled():
             loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *given)
             return loss
@@ -120,7 +120,7 @@ def cross_entropy_step(
     def run() -> Tensor:
         if out is not None and not _is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
-        given, scale = _traceable(options, logits), _as_tensor(grad_scale, logits)
+        given, scale = _traceable(options, logits, backend), _as_tensor(grad_scale, logits)
         return _MODULES[backend].step(logits.detach(), targets, given, meter, scale, written)
 
     def find_fault() -> None:
@@ -201,7 +201,7 @@ def _is_separate(out: Tensor, logits: Tensor) -> bool:
     return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
 
 
-def _traceable(options: Options, logits: Tensor) -> Options:
+def _traceable(options: Options, logits: Tensor, backend: str) -> Options:
     if not torch.compiler.is_compiling():
         if isinstance(options.softcap, Tensor):
             raise ValueError("softcap must be a number")
@@ -209,7 +209,8 @@ def _traceable(options: Options, logits: Tensor) -> Options:
     return options._replace(
         label_smoothing=_as_tensor(options.label_smoothing, logits),
         z_loss=_as_tensor(options.z_loss, logits),
-        softcap=_as_tensor(options.softcap, logits),
+        # Triton's kernels are compiled for a softcap by value: there another one recompiles.
+        softcap=options.softcap if backend == "triton" else _as_tensor(options.softcap, logits),
         normalizer=_as_tensor(options.normalizer, logits),
     )
 
