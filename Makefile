@@ -1,4 +1,4 @@
-# `make run` and `make test` do all the set-up they need; both are quick the second time.
+# `make run` and `make test` do the set-up that they need; both are quick the second time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,10 +18,10 @@ run: $(READY)
 	$(BIN)/esper-train heuristic --seed 7
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=10
 
 test-all: test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=10
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,8 +34,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 
-# For other Linux machines: with CUDA kernels wherever a toolkit is, whatever torch is here. auditwheel names the oldest system
-# that it runs on, and shows why; the libraries of torch and of the driver stay out of it.
+# A wheel for other Linux machines, with CUDA kernels if a toolkit is installed. auditwheel tags it with
+# the oldest system that it runs on and shows why. Libraries of torch and of the driver stay out of it.
 wheel: $(READY)
 	rm -rf build/wheel build/lib.* build/bdist.* && mkdir -p build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" FORCE_CUDA=$${FORCE_CUDA-$$(PATH="$$CUDA_HOME/bin:$$PATH" command -v nvcc >/dev/null && echo 1)} \
@@ -48,20 +48,21 @@ wheel: $(READY)
 	$(BIN)/python -m auditwheel show --allow-pure-python-wheel dist/*.whl
 
 table: $(READY)
-	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks growth
 
-# By hand: downloads every release of torch from 2.10 on and of Triton from 3.5 on, one at a time. docs/clusters.md has the table.
+# By hand: downloads every minor release of torch from 2.10 on and of Triton from 3.5 on, one at a time.
+# docs/clusters.md has the table.
 compat: $(READY)
-	$(BIN)/python -m benchmarks.compat
+	$(BIN)/python -m benchmarks compat
 
-# The first half hour on a GPU, in parts of at most ten minutes; docs/gpu.md. There, any Python with torch will do.
-GPU_SESSION = $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_session
+# The first half hour on a GPU, in parts of at most ten minutes; see docs/gpu.md. Any Python with torch will do.
+GPU_SESSION = $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks gpu_session
 gpu:
 	$(GPU_SESSION) correct speed why
 gpu-correct gpu-speed gpu-why: gpu-%:
 	$(GPU_SESSION) $*
 
-# What a GPU machine without a package index needs: kernels for Hopper, and packages of pure Python.
+# What a GPU machine without a package index needs: kernels for Hopper, and pure-Python packages.
 gpu-prepare: $(READY)
 	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST-9.0} FORCE_CUDA=1 $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
 	rm -rf build/gpu
@@ -78,11 +79,16 @@ size:
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
 
-# An interpreter that already has torch lends it; otherwise the pinned torch is installed.
+# Where that torch is, since the packages of a virtual environment are not those of the system.
+FIND_TORCH := 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])'
+OWN_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+# If PYTHON already has torch, that torch is used; otherwise the pinned one is installed.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \
 		$(PYTHON) -m venv $(CLEAR) --system-site-packages $(VENV); \
+		$(PYTHON) -c $(FIND_TORCH) > $$($(BIN)/python -c $(OWN_PACKAGES))/torch.pth; \
 		grep -v -e '^torch=' -e '^triton=' constraints.txt > $(VENV)/constraints.txt; \
 	else \
 		$(PYTHON) -m venv $(CLEAR) $(VENV) && cp constraints.txt $(VENV)/constraints.txt && \

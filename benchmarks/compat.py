@@ -1,7 +1,7 @@
 """Which releases of torch and Triton the kernels can be built against and loaded with.
 
-    python -m benchmarks.compat           # both, in about half an hour
-    python -m benchmarks.compat torch     # or one
+    python -m benchmarks compat           # both, about half an hour
+    python -m benchmarks compat torch     # one of them
 
 Downloads one release at a time, 0.5 to 1 GB each, into build/compat and deletes it after use. No GPU is needed, and
 no release is installed.
@@ -12,7 +12,7 @@ has to be exported by every release, so that a wheel built with one of them load
 Triton: every variant that a launch can select is compiled ahead of time, for sm_90, with the newest patch of every
 minor release from 3.5 on.
 
-Settings of pip in files are not read, since they may hold constraints on torch: only the variables `PIP_*` are.
+pip's configuration files are not read, because they may constrain torch. The variables `PIP_*` are.
 Writes results/compat.json; docs/clusters.md has the table.
 """
 
@@ -44,7 +44,8 @@ _CAPS = ("PIP_CONSTRAINT", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")
 _PIP = {name: value for name, value in os.environ.items() if name not in _CAPS} | {"PIP_CONFIG_FILE": os.devnull}
 _OK = "ok"
 
-# Runs with another Triton first on the path; prints as JSON its version, how many variants compiled, and which did not.
+# Runs with another Triton first on the path. Prints its version, the number of variants that compiled, and the
+# failures, as JSON.
 _COMPILE_ALL = """
 import json, sys
 import triton
@@ -72,8 +73,8 @@ class TorchRelease(NamedTuple):
     """What one release of torch offers, and what Esper's libraries take from it."""
 
     version: str
-    compiled: dict[str, str]  # by source: "ok", or what the compiler said first
-    needed: dict[str, list[str]]  # by source: symbols that no library of the system has
+    compiled: dict[str, str]  # by source: "ok", or the compiler's first error
+    needed: dict[str, list[str]]  # by source: symbols that are in no system library
     exported: frozenset[str]
 
 
@@ -88,7 +89,7 @@ def releases(package: str) -> list[str]:
 
 
 def newest_patches(versions: list[str], oldest: tuple[int, int]) -> list[str]:
-    """Of versions such as "2.12.1", the newest of every minor release from `oldest` on; others are passed over."""
+    """The newest patch of every minor release from `oldest` on; versions unlike "2.12.1" are ignored."""
     newest: dict[tuple[int, int], int] = {}
     for version in versions:
         found = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", version)
@@ -147,7 +148,7 @@ def cpp_standard(torch_folder: Path) -> str:
 
 
 def first_error(output: str) -> str:
-    """What a compiler's output says first, without the place."""
+    """The first error in a compiler's output, without its location."""
     found = re.search(r"\b(fatal )?error: .*|undefined reference .*", output)
     return found[0] if found else " ".join(output.split())[-300:] or "no output"
 
@@ -211,7 +212,7 @@ def compared(found: list[TorchRelease]) -> list[dict[str, Any]]:
 
 
 def triton_rows() -> list[dict[str, Any]]:
-    """A row for every release of Triton: how many variants compiled, and what was said of those that did not."""
+    """A row for every release of Triton: how many variants compiled, and the errors of the others."""
     rows = []
     for version in releases("triton"):
         with downloaded("triton", version) as wheel:
@@ -254,10 +255,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Check what is named, or everything; exit with 1 where something does not hold."""
+    """Check the named packages, or both. The exit code is 1 if a check fails."""
     checks = {"torch": torch_rows, "triton": triton_rows}
     if not set(names) <= set(checks):
-        sys.exit(f"usage: python -m benchmarks.compat [{'|'.join(checks)}], got {' '.join(names)}")
+        sys.exit(f"usage: python -m benchmarks compat [{'|'.join(checks)}], got {' '.join(names)}")
     path = record.RESULTS / "compat.json"
     rows = json.loads(path.read_text())["figures"] if path.exists() else []
     for name in names or checks:
@@ -270,4 +271,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    arguments = record.parser("compat", __doc__)
+    arguments.add_argument("packages", nargs="*", metavar="torch|triton", help="one of them; both by default")
+    main(arguments.parse_args().packages)

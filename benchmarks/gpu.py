@@ -1,16 +1,17 @@
-"""The GPU kernels beside eager torch, torch.compile, other libraries' kernels and a copy of the same memory.
+"""The GPU kernels beside eager torch, torch.compile, other libraries' kernels and a copy.
 
-    python -m benchmarks.run gpu                                  # everything, on a machine with a CUDA device
-    python -m benchmarks.run gpu bf16:8192x128256 grads:fp32:160x160000
+    python -m benchmarks gpu                                  # everything, on a machine with a CUDA device
+    python -m benchmarks gpu bf16:8192x128256 grads:fp32:160x160000
 
-Logits: one step is loss, correct count, accumulation and logits gradient. It has to read N V numbers and write as many:
-the bandwidth given is of those, and the share is of the bandwidth of a large copy. Gradients have to be read once.
-Rivals that are not installed are named. A candidate of ours is timed only after it agreed with eager torch. A candidate
-that fails has its error as its row. The figures are written after every shape.
+One step on logits [N, V] is loss, correct count, accumulation and logits gradient. It has to read and
+write N * V numbers once; GB/s counts these, and the share is that of the bandwidth of a large copy.
+Gradients have to be read once. A candidate of ours is timed only after it agrees with eager torch. The
+table names the rivals that are not installed, and gives the error of a candidate that fails. The figures
+are written after every shape.
 
-Inputs that would stay in the second-level cache are one of many, taken in turn, so that every call reads memory.
-"ms" is the time of a call between events; where a call is short that is the host's time, so "replayed" gives the same
-calls from a CUDA graph.
+Small inputs are copied and taken in turn, so that every call reads from memory and not from the L2 cache.
+"ms" is the time of a call between two events. For a short call that is the host's time, so "replayed"
+gives the time of the same calls in a CUDA graph.
 
 Goals: one launch and no host sync per step; at least 85 % of the copy's bandwidth from 1,000 classes up; faster than
 every rival at every shape; gradient statistics no slower than `torch._foreach_norm` alone.
@@ -49,24 +50,24 @@ CLASSES = (10, 100, 1000, 8192, 32000, 50257, 128256, 262144)
 GRADS = ("grads:fp32:60x20000", "grads:fp32:160x160000", "grads:bf16:2000x1000", "grads:bf16:300x4000000")
 BACKENDS = ("triton", "cuda")
 LARGEST = 2**31  # bytes of logits, so that eager torch's several copies fit
-MOST_COPIES = 256  # of the inputs of a small shape
+MOST_COPIES = 256  # copies of the inputs of a small shape
 MOST_CAPTURED = 200  # calls in one graph
 
 
 class Shape(NamedTuple):
     grads: bool
     dtype: torch.dtype
-    rows: int  # or tensors
-    columns: int  # classes, or elements a tensor
+    rows: int  # for gradients: the number of tensors
+    columns: int  # classes; for gradients: elements per tensor
 
     @property
     def bytes(self) -> int:
-        """What has to be read once."""
+        """Bytes that have to be read once."""
         return self.rows * self.columns * self.dtype.itemsize
 
 
 def shapes() -> list[str]:
-    """All that are measured: 8192 rows, or more or fewer where these are tiny or would not fit."""
+    """All shapes: 8192 rows, but more if these are tiny, and fewer if they do not fit."""
     logits = []
     for name in ("bf16", "fp32"):
         for v in CLASSES:
@@ -90,7 +91,7 @@ def served(op: str, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
 
 
 def rival(module: str, name: str) -> Callable[..., Any] | None:
-    """A function of another library, or None where that is not installed."""
+    """A function of another library, or None if that is not installed."""
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError:
@@ -110,20 +111,20 @@ class Batch(NamedTuple):
 class Subject:
     """What is measured at one shape."""
 
-    inputs: list[Any]  # equal ones, taken in turn
+    inputs: list[Any]  # of one shape, taken in turn
     candidates: dict[str, Callable[[Any], Any]]
     check: Callable[[str], None] = lambda name: None
-    """Raises AssertionError where the candidate of this name does not agree with eager torch."""
+    """Raises AssertionError if the candidate of this name does not agree with eager torch."""
     missing: dict[str, str] = field(default_factory=dict)  # why a candidate cannot be measured here
 
 
 def copies(size: int, cache: int) -> int:
-    """How many inputs of `size` bytes have to take turns, so that none is still in a cache of `cache` bytes."""
+    """How many inputs of `size` bytes must take turns, so that none is still in a cache of `cache` bytes."""
     return 1 if size > 2 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
 
 
 def cache_bytes() -> int:
-    """The size of the second-level cache of the current device."""
+    """The size of the current device's L2 cache, in bytes."""
     return int(torch.cuda.get_device_properties().L2_cache_size)
 
 
@@ -135,7 +136,7 @@ def train(loss: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor |
 
 
 def batches(shape: Shape) -> list[Batch]:
-    """Random inputs, enough of them to leave the cache."""
+    """Random inputs, so many that they do not stay in the cache."""
     generator = torch.Generator("cuda").manual_seed(0)
     made = []
     for _ in range(copies(shape.bytes, cache_bytes())):
@@ -200,7 +201,7 @@ def loss_rivals(inputs: list[Batch]) -> tuple[dict[str, Callable[[Batch], Any]],
     quack = rival("quack.cross_entropy", "cross_entropy")
     quack_one_pass = rival("quack.cross_entropy", "cross_entropy_fwd")
     candidates: dict[str, Callable[[Batch], Any]] = {}
-    if liger is not None:  # writes its gradient over the logits, so it gets some of its own
+    if liger is not None:  # writes its gradient over the logits, so it gets its own copy
         own = {id(batch.logits): batch.logits.clone().requires_grad_() for batch in inputs}
 
         def liger_step(batch: Batch) -> None:
@@ -256,7 +257,7 @@ def measure(text: str, copied: float) -> dict[str, Any]:
             return None
         try:
             return work()
-        except Exception as error:  # whatever another library raises: the other candidates are measured
+        except Exception as error:  # another library may raise anything; the other candidates are still measured
             errors[name] = described(error)
             return None
 
@@ -278,7 +279,7 @@ def measure(text: str, copied: float) -> dict[str, Any]:
     for name, call in subject.candidates.items():
         figures = attempt(name, lambda n=name, c=call: facts(c, subject.inputs, median(times[n]), moved, copied))
         rows[name] = figures or {"error": errors[name]}
-    for name, call in subject.candidates.items():  # last: what a failed capture leaves behind is not measured
+    for name, call in subject.candidates.items():  # last, because a failed capture may affect what follows
         if name not in errors:
             number = min(MOST_CAPTURED, repeats[name])
             replayed = attempt(name, partial(replayed_milliseconds, call, subject.inputs, number))
@@ -289,7 +290,7 @@ def measure(text: str, copied: float) -> dict[str, Any]:
 def facts(
     call: Callable[[Any], Any], inputs: list[Any], milliseconds: float, moved: int, copied: float
 ) -> dict[str, Any]:
-    """The figures of one candidate that takes this long and has to move this many bytes."""
+    """The figures of one candidate, from its time and the bytes that it has to move."""
     return {
         "milliseconds": round(milliseconds, 5),
         "gb_per_s": round(moved / milliseconds / 1e6, 1),
@@ -317,7 +318,7 @@ COLUMNS = {
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for every shape and candidate."""
+    """Markdown: a row for every shape and candidate."""
     head = ("shape", "candidate", *COLUMNS.values())
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
@@ -335,12 +336,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def measure_all(names: list[str], folder: Path) -> list[dict[str, Any]]:
-    """Measure every shape, print its lines and write all figures so far into `folder`."""
+    """Measure every shape, print its rows, and write all figures so far into `folder`."""
     copied, rows = copy_bandwidth(), []
     for name in names:
         try:
             rows.append(measure(name, copied))
-        except Exception as error:  # out of memory, say: the other shapes are measured
+        except Exception as error:  # such as out of memory; the other shapes are still measured
             rows.append({"shape": name, "candidates": {}, "missing": {"all": described(error)}})
         print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
         record.write("gpu", {"copy_gb_per_s": round(copied / 1e9, 1), "rows": rows}, folder)
@@ -349,7 +350,7 @@ def measure_all(names: list[str], folder: Path) -> list[dict[str, Any]]:
 
 
 def main(names: list[str], folder: Path = record.RESULTS) -> None:
-    """Measure, print the table, write the figures into `folder`."""
+    """Measure, print the table, and write the figures into `folder`."""
     try:
         for name in names:
             parse(name)
@@ -358,3 +359,9 @@ def main(names: list[str], folder: Path = record.RESULTS) -> None:
     if not torch.cuda.is_available():
         sys.exit("the benchmark `gpu` needs a CUDA device, and torch finds none here")
     print(f"\n{table(measure_all(names or shapes(), folder))}\n\n{folder / 'gpu.json'}")
+
+
+if __name__ == "__main__":
+    arguments = record.parser("gpu", __doc__)
+    arguments.add_argument("shapes", nargs="*", metavar="SHAPE", help="DTYPE:ROWSxCLASSES or grads:DTYPE:TENSORSxSIZE")
+    main(arguments.parse_args().shapes)

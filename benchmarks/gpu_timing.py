@@ -1,6 +1,6 @@
-"""How the GPU benchmark takes its figures: device and host times, launches, host syncs, a copy's bandwidth.
+"""How the GPU benchmark measures: device and host times, launches, host syncs, and a copy's bandwidth.
 
-`inputs` take turns: call n gets the n-th of them.
+`inputs` are taken in turn: call n gets the n-th of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROUNDS = 15
 
 
 def device_milliseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repeats: int) -> float:
-    """Mean time of a call between two events of the stream."""
+    """Mean time of a call, between two events on the stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for number in range(repeats):
@@ -30,7 +30,7 @@ def device_milliseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repea
 
 
 def replayed_milliseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repeats: int) -> float:
-    """Mean time of a call within a CUDA graph of `repeats` calls: the device's own, without the host's."""
+    """Mean time of a call in a CUDA graph of `repeats` calls, so without the host's time."""
 
     def work() -> None:
         for number in range(repeats):
@@ -41,7 +41,7 @@ def replayed_milliseconds(call: Callable[[Any], Any], inputs: Sequence[Any], rep
 
 
 def host_microseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repeats: int = 10) -> float:
-    """Time the host is busy with one call, while the device still works on the earlier ones."""
+    """Time for which one call occupies the host, while the device still works on earlier ones."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     for number in range(repeats):
@@ -50,7 +50,7 @@ def host_microseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repeats
 
 
 def syncs(call: Callable[[], Any]) -> int:
-    """How often one call makes the host wait, as torch itself reports it."""
+    """How often one call makes the host wait, as reported by torch."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -62,7 +62,7 @@ def syncs(call: Callable[[], Any]) -> int:
 
 
 def launches(call: Callable[[], Any]) -> int:
-    """Kernels that one call starts on the device, copies and fills of memory not counted."""
+    """Kernels that one call launches, without copies and fills of memory."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
@@ -72,7 +72,7 @@ def launches(call: Callable[[], Any]) -> int:
 
 
 def copy_bandwidth(size: int = 2**30) -> float:
-    """Bytes per second, read and written, of copying 1 GiB."""
+    """Bytes read and written per second when 1 GiB is copied."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * size / median(device_milliseconds(target.copy_, [source], 5) for _ in range(ROUNDS)) * 1e3

@@ -1,9 +1,9 @@
-"""Registers, shared memory and spills of every Triton kernel a launch can select, compiled here without a GPU.
+"""Registers, shared memory and spilled bytes of every Triton kernel, compiled without a GPU.
 
-    python -m benchmarks.triton_resources    # writes results/triton-resources.json
+    python -m benchmarks triton_resources    # writes results/triton-resources.json
 
-An op joins `VARIANTS` with a function that lists what its launches can select; `recorded` makes that list from calls
-of the backend's own functions. Needs Triton with its interpreter off.
+`VARIANTS` has a function for each op that lists every variant that its launches can select; `recorded` makes that list
+from calls of the backend's own functions. Needs Triton with its interpreter off.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from esper_kernels.ops.cross_entropy import triton as cross_entropy
 from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.ops.grad_stats import triton as grad_stats_triton
 
-CLASSES = (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144)  # one at least for every launch choice
+CLASSES = (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144)  # at least one for every launch choice
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
 
 
@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 
 
 def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
-    """What the launches inside `call` would compile on an NVIDIA GPU. None is carried out: CPU tensors will do."""
+    """What the launches in `call` would compile on an NVIDIA GPU. None is executed, so CPU tensors will do."""
     variants, backend = [], make_backend(TARGETS[0])
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -60,7 +60,7 @@ def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
 
 
 def grad_stats_variants() -> Iterator[Variant]:
-    """The dtypes of `inv_scale`, or none; those of the gradients are all in one kernel."""
+    """One variant per dtype of `inv_scale`, and one without it. One kernel has all gradient dtypes."""
     grads = [torch.ones(3, dtype=dtype) for dtype in grad_stats_triton.DTYPES]
     stats = grad_stats(grads)
     for scale in (None, *(torch.ones((), dtype=dtype) for dtype in grad_stats_triton.DTYPES)):
@@ -69,7 +69,7 @@ def grad_stats_variants() -> Iterator[Variant]:
 
 
 def cross_entropy_variants() -> Iterator[Variant]:
-    """Every launch choice, on an H200: its classes, dtypes and, heavy, every option; the autograd form at some."""
+    """Every launch choice on an H200, with no option and with all of them ("heavy"); some in autograd form."""
     for classes in CLASSES:
         targets, weight = torch.zeros(64, dtype=torch.int64), torch.ones(classes)
         plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
@@ -84,7 +84,7 @@ def cross_entropy_variants() -> Iterator[Variant]:
 
 
 def every_form() -> Iterator[Variant]:
-    """Cross entropy in every form and dtype at every launch choice, and each option by itself at some."""
+    """Cross entropy in every form and dtype for every launch choice, and each option alone for some."""
     plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
     for classes in CLASSES:
         targets, meter = torch.zeros(64, dtype=torch.int64), Meter("cpu", topk=(5,))
@@ -143,7 +143,7 @@ VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants, cr
 
 
 def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
-    """Compile for one GPU; what does not fit into registers is on the stack."""
+    """Compile for one GPU. Bytes on the stack are those that do not fit into registers."""
     source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
     compiled = compile_ahead(source, target=target, options=variant.options)
     with tempfile.TemporaryDirectory() as folder:
@@ -163,12 +163,18 @@ def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
 
 
 def measure() -> list[dict[str, Any]]:
-    """The resources of every variant of every op on every target."""
+    """The resources of every variant of every op for every target."""
     return [resources(variant, target) for variants in VARIANTS for variant in variants() for target in TARGETS]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compile everything, print a line per variant and target, and write the figures."""
+    record.parser("triton_resources", __doc__).parse_args()
     rows = measure()
     for row in rows:
         print(row)
     print(record.write("triton-resources", rows))
+
+
+if __name__ == "__main__":
+    main()

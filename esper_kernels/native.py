@@ -51,7 +51,8 @@ def _load() -> _Loaded:
 
 def _check_devices(*arguments: Any) -> None:
     """What compilers run instead of an op: the ops only write to memory that they are given."""
-    devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
+    flat = [x for part in arguments for x in (part if isinstance(part, (list, tuple)) else (part,))]
+    devices = {str(x.device) for x in flat if isinstance(x, Tensor)}
     if "meta" in devices and len(devices) > 1:  # torch takes this for the op where devices are mixed
         raise ValueError(f"esper: expected all tensors on one device, got {sorted(devices)}")
 

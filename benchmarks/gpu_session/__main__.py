@@ -1,7 +1,7 @@
 """The first half hour on a GPU, in three parts of at most ten minutes that can be called one by one.
 
-    make gpu-prepare                                  # where there is a compiler and a package index, before
-    python -m benchmarks.gpu_session correct          # or speed, or why; several run one after another
+    make gpu-prepare                                  # before, where a compiler and a package index are
+    python -m benchmarks gpu_session correct          # or speed, or why; several run one after another
 
 No environment is needed but torch's: packages that `make gpu-prepare` left in build/gpu are found there.
 Writes PART.json after every step and PART.log while it runs, into $OUT where that is set, otherwise into
@@ -26,7 +26,7 @@ CARRIED = ROOT / "build" / "gpu"  # pure-Python packages
 
 
 def run(step: Step, log: TextIO) -> dict[str, Any]:
-    """Run one step, its output to the log; what it left as JSON is in the answer."""
+    """Run one step, with its output in the log. The result includes the JSON files that it wrote."""
     reasons = [reason for reason in map(missing, step.needs) if reason is not None]
     if reasons:
         return {"step": step.name, "result": "skipped", "reason": "; ".join(reasons)}
@@ -51,14 +51,14 @@ def within(command: list[str], limit: int, environment: dict[str, str], log: Tex
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with what it started itself
+        os.killpg(process.pid, 9)  # and the processes that it started
         process.wait()
         return "out of time"
     return "passed" if code == 0 else f"failed (exit code {code})"
 
 
 def run_part(name: str, folder: Path) -> bool:
-    """Run the steps of a part; whether none failed."""
+    """Run the steps of a part. Returns whether none failed."""
     folder.mkdir(parents=True, exist_ok=True)
     done: list[dict[str, Any]] = []
     with (folder / f"{name}.log").open("w") as log:
@@ -76,7 +76,7 @@ def main(names: list[str]) -> None:
     """Run the named parts, in the order given."""
     if not names or not set(names) <= set(parts()):
         sys.exit(
-            f"usage: python -m benchmarks.gpu_session {{{','.join(parts())}}}..., got {' '.join(names) or 'nothing'}"
+            f"usage: python -m benchmarks gpu_session {{{','.join(parts())}}}..., got {' '.join(names) or 'nothing'}"
         )
     folder = Path(os.environ.get("OUT") or record.RESULTS / "gpu")
     passed = [run_part(name, folder) for name in names]

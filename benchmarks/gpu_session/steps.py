@@ -12,7 +12,7 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SPEED = (  # shapes of `benchmarks.gpu`
+SPEED = (  # shapes for the benchmark `gpu`
     "bf16:8192x8192",
     "bf16:8192x32000",
     "bf16:8192x50257",

@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses: limits checked when they are made, and read from plain values."""
+"""Settings as frozen dataclasses, with limits that are checked, and their conversion from plain values."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Limit(NamedTuple):
-    """What a setting must be, in words and as a test."""
+    """A condition on the value of a setting, in words and as a function."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -29,9 +29,9 @@ Decay = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
 
 
 class Settings:
-    """When made, refuses a value that is not among its field's choices or outside the `Limit` of its type.
+    """Base of the config classes. Raises `ValueError` for a value outside its field's choices or `Limit`.
 
-    `table` is where the fields are in a TOML file.
+    `table` is the name of the table that has the fields in a TOML file.
     """
 
     _table: ClassVar[str]
@@ -95,10 +95,11 @@ def require(holds: bool, what: str, value: Any) -> None:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
-    """Build a config dataclass from plain values, as TOML and JSON give them.
+    """Build a config dataclass from plain values, such as those of TOML and JSON.
 
-    Keys left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key (naming the
-    nearest known one) and `TypeError` for a value of the wrong type; messages put `where` before the key.
+    Keys that are left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key
+    (with the nearest known one) and `TypeError` for a value of the wrong type. `where` is the path of `values`,
+    for the messages.
     """
     hints = typing.get_type_hints(cls)
     names = [where + f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -119,7 +120,7 @@ def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
             raise TypeError(f"config key {path!r} takes a list, got {value!r}")
         return tuple(_convert(typing.get_args(hint)[0], item, path) for item in value)
     if typing.get_origin(hint) is Literal:
-        return value  # the dataclass itself names the choices
+        return value  # the dataclass checks the choices itself
     accepted = typing.get_args(hint) or (hint,)
     if float in accepted and type(value) is int:
         return float(value)
