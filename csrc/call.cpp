@@ -18,7 +18,8 @@ void require(bool holds, const char* expectation) {
 }
 
 void require_storage(const char* name, const Array& x) {
-  if (x.numel() > 0 && x.reach() > x.room) refuse(name, "to have storage for its shape: it was freed or shrunk");
+  if (x.numel() > 0 && x.reach() > x.room)
+    refuse(name, "to have storage for its shape: it was freed or shrunk");
 }
 
 // Memory for exactly n numbers of one type.
