@@ -1,4 +1,4 @@
-// The table of kernels of one instruction set. Plain memory, no torch.
+// The kernels of each instruction set, on plain memory, without torch.
 #pragma once
 #include <cstdint>
 
@@ -6,41 +6,54 @@
 
 namespace esper {
 
-// Elements a gradient-statistics chunk saw.
+// Statistics of a chunk of a gradient.
 struct GradChunk {
   double sum_of_squares, max_abs;
   int64_t zeros, nans, infs;
 };
 
-// Scratch of one thread, in floats: exponentials of a row up to this class are kept, later ones computed
-// twice (so that any number of classes costs at most 256 KiB a thread).
+// The exponentials of the first kKept classes of a row are stored for its gradient, those of later classes
+// computed twice, so that each thread needs at most 256 KiB, whatever the number of classes.
 constexpr int64_t kKept = 65536;
-constexpr int64_t kSmallestChunk = 1024;  // classes a step, see cross_entropy.h
+constexpr int64_t kSmallestChunk = 1024;  // the smallest kChunk of cross_entropy.inc
+
+// The functions that kernels are made of, on arrays: n elements from x to y. Half-precision numbers are given
+// as their bits.
+struct VectorFunctions {
+  void (*exp)(const float* x, float* y, int64_t n);
+  void (*log)(const float* x, float* y, int64_t n);
+  void (*tanh)(const float* x, float* y, int64_t n);
+  void (*widen_bfloat16)(const uint16_t* x, float* y, int64_t n);
+  void (*widen_float16)(const uint16_t* x, float* y, int64_t n);
+  void (*narrow_bfloat16)(const float* x, uint16_t* y, int64_t n);
+  void (*narrow_float16)(const float* x, uint16_t* y, int64_t n);
+};
 
 struct Kernels {
   const char* name;
-  // Rows [begin, end). counts: non-finite rows, then correct rows for each of topk. scratch: scratch_size
-  // floats.
+  // Computes rows [begin, end) and adds to `loss` and `counts`: the non-finite rows, then the correct rows
+  // for each k of topk. scratch: scratch_size(classes) floats.
   void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end, float* scratch, double* loss,
                         int64_t* counts);
-  // n contiguous elements, each multiplied by inv_scale.
+  // Statistics of n contiguous elements, each multiplied by inv_scale.
   GradChunk (*grad_chunk)(const void*, Dtype, int64_t n, double inv_scale);
+  const VectorFunctions* vector_functions;  // null, except in the build for tests
 };
 
-// A row's scratch: kept exponentials and the maximum of each chunk.
+// Floats that a row needs: its stored exponentials and the maximum of each chunk.
 inline int64_t scratch_size(int64_t classes) {
   return (classes < kKept ? classes : kKept) + classes / kSmallestChunk + 64;
 }
 
-// Rows of a unit of work: fixed by the shape, so that sums do not depend on the number of threads.
+// Rows per block, the unit of work. Fixed by the shape, so that sums do not depend on the number of threads.
 inline int64_t rows_per_block(int64_t classes) {
   const int64_t rows = 32768 / classes / 16 * 16;
   return rows > 0 ? rows : 1;
 }
 
-// The sets built into this binary that this machine can run, best first; ends with null.
+// The instruction sets of this build that this machine can run, best first; ends with null.
 const Kernels* const* available_kernels();
-// The named one, the best for "auto", or null.
+// The named instruction set, for "auto" the best one; null where there is none.
 const Kernels* find_kernels(const char* name);
 
 }  // namespace esper
