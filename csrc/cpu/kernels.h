@@ -1,4 +1,4 @@
-// The kernels of each instruction set, on plain memory, without torch.
+// The table of kernels of one instruction set. Plain memory, no torch.
 #pragma once
 #include <cstdint>
 
@@ -6,16 +6,28 @@
 
 namespace esper {
 
-// Statistics of a chunk of a gradient.
+// The statistics of a chunk of a gradient.
 struct GradChunk {
   double sum_of_squares, max_abs;
   int64_t zeros, nans, infs;
 };
 
-// The exponentials of the first kKept classes of a row are stored for its gradient, those of later classes
-// computed twice, so that each thread needs at most 256 KiB, whatever the number of classes.
+// A call as the CPU kernels see it: LossRows with the options that the driver has read.
+struct CrossEntropy : LossRows {
+  float weight_sum;  // sum of weight, or classes
+  float smoothing, z_loss;
+  float softcap;  // 0: none
+  const int64_t* topk;
+  // The gradient of the sum of row losses is multiplied by scale, and by scale_of_row if that is given.
+  float scale;
+  bool zero;    // write a gradient of 0, even for rows that are not finite
+  bool stream;  // store the gradient past the caches
+};
+
+// The exponentials of the first kKept classes of a row are kept in a thread's scratch, in floats; those of
+// later classes are computed twice. So a thread needs at most 256 KiB, whatever the number of classes.
 constexpr int64_t kKept = 65536;
-constexpr int64_t kSmallestChunk = 1024;  // the smallest kChunk of cross_entropy.inc
+constexpr int64_t kSmallestChunk = 1024;  // the fewest classes per chunk on any instruction set
 
 // The functions that kernels are made of, on arrays: n elements from x to y. Half-precision numbers are given
 // as their bits.
@@ -31,29 +43,29 @@ struct VectorFunctions {
 
 struct Kernels {
   const char* name;
-  // Computes rows [begin, end) and adds to `loss` and `counts`: the non-finite rows, then the correct rows
-  // for each k of topk. scratch: scratch_size(classes) floats.
+  // Rows [begin, end). scratch: scratch_size floats. counts: rows that are not finite, then correct@k for
+  // each k of topk.
   void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end, float* scratch, double* loss,
                         int64_t* counts);
-  // Statistics of n contiguous elements, each multiplied by inv_scale.
+  // n contiguous elements, each multiplied by inv_scale.
   GradChunk (*grad_chunk)(const void*, Dtype, int64_t n, double inv_scale);
   const VectorFunctions* vector_functions;  // null, except in the build for tests
 };
 
-// Floats that a row needs: its stored exponentials and the maximum of each chunk.
+// Floats of scratch: kept exponentials, and the maximum of each chunk of a row.
 inline int64_t scratch_size(int64_t classes) {
   return (classes < kKept ? classes : kKept) + classes / kSmallestChunk + 64;
 }
 
-// Rows per block, the unit of work. Fixed by the shape, so that sums do not depend on the number of threads.
+// Rows per unit of work: fixed by the shape, so that sums do not depend on the number of threads.
 inline int64_t rows_per_block(int64_t classes) {
   const int64_t rows = 32768 / classes / 16 * 16;
   return rows > 0 ? rows : 1;
 }
 
-// The instruction sets of this build that this machine can run, best first; ends with null.
+// The sets built into this binary that this machine can run, best first; ends with null.
 const Kernels* const* available_kernels();
-// The named instruction set, for "auto" the best one; null where there is none.
+// The named one, the best for "auto", or null.
 const Kernels* find_kernels(const char* name);
 
 }  // namespace esper
