@@ -66,10 +66,8 @@ def first_row_expanded(x: Tensor) -> Tensor:
 
 
 def negative_bit(x: Tensor) -> Tensor:
-    """A view whose memory holds the negated values; only float32 has complex numbers to make it of."""
-    if x.dtype != torch.float32:
-        return x
-    return torch.complex(torch.zeros_like(x), -x).conj().imag
+    """A view as `.conj().imag` makes it: the memory holds the negated values."""
+    return torch._neg_view(-x)
 
 
 WRITABLE: tuple[Layout, ...] = (
@@ -107,9 +105,10 @@ def draw_values(r: random.Random, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def maybe_tensor(r: random.Random, value: float) -> float | Tensor:
-    kinds = (None, torch.float32, torch.float64)
-    dtype = r.choice(kinds)
-    return value if dtype is None else torch.tensor(value, dtype=dtype)
+    if r.random() < 0.4:
+        return value
+    number = torch.tensor(value, dtype=r.choice((torch.float32, torch.float64)))
+    return negative_bit(number) if r.random() < 0.1 else number
 
 
 def draw_targets(r: random.Random, logits: Tensor, ignore_index: int) -> Tensor:
@@ -172,9 +171,7 @@ def loss_and_gradient(
 
 
 def check_loss_call(call: LossCall) -> None:
-    meter, true_meter = (
-        None if call.topk is None else Meter("cpu", topk=call.topk) for _ in range(2)
-    )
+    meter, true_meter = (None if call.topk is None else Meter("cpu", topk=call.topk) for _ in range(2))
     before = call.logits.clone()
     true_loss, true_gradient = loss_and_gradient(call, before.double(), true_meter, EAGER)
     if call.form == "loss":
@@ -196,13 +193,9 @@ def check_loss_call(call: LossCall) -> None:
         torch.testing.assert_close(call.logits, before, rtol=0, atol=0, equal_nan=True)
     # With z-loss of logits about 1e4, differences of terms of size 20 cancel to 5e-6.
     rtol = max(torch.finfo(call.logits.dtype).eps, 3e-6)
-    torch.testing.assert_close(
-        gradient.double(), true_gradient, rtol=rtol, atol=5e-6, equal_nan=True
-    )
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=rtol, atol=5e-6, equal_nan=True)
     if meter is not None and true_meter is not None:
-        torch.testing.assert_close(
-            meter.sums, true_meter.sums, rtol=3e-6, atol=2e-6, equal_nan=True
-        )
+        torch.testing.assert_close(meter.sums, true_meter.sums, rtol=3e-6, atol=2e-6, equal_nan=True)
         assert torch.equal(meter.counts, true_meter.counts)
 
 
@@ -210,7 +203,7 @@ def check_refused_call(call: LossCall, fault: str) -> None:
     """A call that cannot be served raises an error for the caller, and writes nothing."""
     meter = Meter("cpu", topk=call.topk or (1,))
     if fault == "bad target":
-        call.targets = call.targets.long()
+        call.targets = call.targets.long().contiguous()
         if call.targets.numel() == 0:
             return
         call.targets.view(-1)[-1] = call.logits.shape[-1] + 5
@@ -222,9 +215,7 @@ def check_refused_call(call: LossCall, fault: str) -> None:
     before = call.logits.clone() if fault == "bad target" else None
     arguments = {"out": call.out, "config": call.config, **call.options}
     with pytest.raises((IndexError, ValueError, RuntimeError)):
-        cross_entropy_step(
-            call.logits, call.targets, meter, inplace=call.form == "inplace", **arguments
-        )
+        cross_entropy_step(call.logits, call.targets, meter, inplace=call.form == "inplace", **arguments)
     assert not meter.counts.any()
     if before is not None:
         torch.testing.assert_close(call.logits, before, rtol=0, atol=0, equal_nan=True)

@@ -5,7 +5,6 @@ float32 values, the long ones every value. Both print the worst error in units i
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
