@@ -1,6 +1,9 @@
 // The AVX-512 instructions that csrc/cpu names, in plain code for a machine that has only AVX2. With this
 // folder first in the include path, csrc/cpu/avx512.cpp computes what it does on a machine with AVX-512.
 #pragma once
+#if ESPER_LEVEL != 4
+#include_next <immintrin.h>  // the other instruction sets are compiled as they always are
+#else
 #pragma GCC reset_options
 #pragma GCC target("arch=x86-64-v3")
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -85,3 +88,4 @@ inline void stream_si512(void* memory, __m512i x) {
 #define _mm256_mask_loadu_epi16 esper_shim::mask_load<uint16_t>
 #define _mm512_mask_storeu_ps esper_shim::mask_store<float>
 #define _mm256_mask_storeu_epi16 esper_shim::mask_store<uint16_t>
+#endif
