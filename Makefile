@@ -12,16 +12,20 @@ CLEAR := --clear
 endif
 endif
 
-.PHONY: run test test-all lint format wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
+.PHONY: run test test-all test-long lint format wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
 
 run: $(READY)
 	$(BIN)/esper-train heuristic --seed 7
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow and not long" --durations=10
 
 test-all: test
-	$(BIN)/python -m pytest -m slow --durations=10
+	$(BIN)/python -m pytest -m "slow and not long" --durations=10
+
+# By hand and before a release: every value instead of a sample, with the figures that these tests print.
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long -rP
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -77,7 +81,7 @@ size:
 			$$(find $$package -name '*.py' -exec cat {} + | grep -cv '^ *\(#.*\)\?$$'); done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so tests/helpers/*.so
 
 # Where that torch is, since the packages of a virtual environment are not those of the system.
 FIND_TORCH := 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])'
@@ -94,7 +98,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 		$(PYTHON) -m venv $(CLEAR) $(VENV) && cp constraints.txt $(VENV)/constraints.txt && \
 		$(BIN)/python -m pip install -c constraints.txt torch; \
 	fi
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools ninja
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,text,dev]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools ninja pybind11
+	ESPER_TESTING=1 $(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,text,dev]'
 	@echo '$(PYTHON)' > $(VENV)/.python
 	@touch $@

@@ -3,6 +3,7 @@
 ESPER_NO_EXT=1 leaves them out; MAX_JOBS limits the compilers that run at once. CUDA kernels are built where torch is
 built with CUDA and a toolkit is found (CUDA_HOME, or nvcc on the path), for TORCH_CUDA_ARCH_LIST; no GPU is needed.
 FORCE_CUDA=1 builds them or fails, against any torch; NO_CUDA=1 leaves them out.
+ESPER_TESTING=1 adds the module of csrc/testing.cpp to an editable install, beside the tests that use it.
 """
 
 import os
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
@@ -27,7 +28,7 @@ KERNELS = [
     "csrc/cpu/baseline.cpp",
 ]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # every torch from 2.10 on
-HEADERS = ["driver.h", "kernels.h", "simd.h", "cross_entropy.h", "grad_stats.h"]
+HEADERS = ["driver.h", "kernels.h", "simd.inc", "cross_entropy.inc", "grad_stats.inc", "vector_functions.inc"]
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # those that nvcc knows; newer GPUs compile from the last
 CUDA_KERNELS = ["csrc/cuda/cross_entropy.cu", "csrc/cuda/grad_stats.cu"]
 CUDA_LIBRARIES = ["-ltorch", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
@@ -128,6 +129,13 @@ def compiled() -> dict[str, Any]:
         py_limited_api=True,  # do not link torch's Python library
     )
     extensions = [ops]
+    testing = Extension("tests.helpers.cpp", ["csrc/testing.cpp", *KERNELS], depends=depends)
+    if os.environ.get("ESPER_TESTING") == "1":
+        import pybind11
+
+        testing.include_dirs = [pybind11.get_include()]
+        testing.extra_compile_args = ["-std=c++17", *FLAGS, "-DESPER_TESTING"]
+        extensions.append(testing)
     cuda, why = find_cuda(torch.version.cuda)
     if cuda is not None:
         gpu_ops = CppExtension(
@@ -144,6 +152,8 @@ def compiled() -> dict[str, Any]:
 
     class Build(BuildExtension):  # type: ignore[misc]
         def build_extensions(self) -> None:
+            if not self.editable_mode:  # a wheel takes nothing that is for tests
+                self.extensions = [extension for extension in self.extensions if extension is not testing]
             if cuda is not None:
                 gpu_ops.extra_objects = compile_cuda(cuda, Path(self.build_temp) / "cuda")
             super().build_extensions()

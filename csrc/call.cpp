@@ -18,6 +18,7 @@ void require(bool holds, const char* expectation) {
 }
 
 void require_storage(const char* name, const Array& x) {
+  // The room of an empty tensor may be negative: its offset may lie past the end of its storage.
   if (x.numel() > 0 && x.reach() > x.room)
     refuse(name, "to have storage for its shape: it was freed or shrunk");
 }

@@ -3,15 +3,16 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#define ESPER_LEVEL 3  // GCC 12 has read the whole file before it sees the pragma: no __AVX2__
+#define ESPER_LEVEL 3  // GCC 12 reads the whole file before it obeys the pragma, so __AVX2__ stays undefined
 #pragma GCC target("arch=x86-64-v3")
 #include <immintrin.h>
 
 namespace esper::avx2 {
-#include "simd.h"
-#include "cross_entropy.h"
-#include "grad_stats.h"
+#include "simd.inc"
+#include "cross_entropy.inc"
+#include "grad_stats.inc"
+#include "vector_functions.inc"
 
-extern const Kernels kernels{"avx2", cross_entropy, grad_chunk};
+extern const Kernels kernels{"avx2", cross_entropy, grad_chunk, vector_functions};
 }  // namespace esper::avx2
 #endif

@@ -3,15 +3,17 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#define ESPER_LEVEL 4  // GCC 12 has read the whole file before it sees the pragma: no __AVX512F__
+#define ESPER_LEVEL \
+  4  // GCC 12 reads the whole file before it obeys the pragma, so __AVX512F__ stays undefined
 #pragma GCC target("arch=x86-64-v4")
 #include <immintrin.h>
 
 namespace esper::avx512 {
-#include "simd.h"
-#include "cross_entropy.h"
-#include "grad_stats.h"
+#include "simd.inc"
+#include "cross_entropy.inc"
+#include "grad_stats.inc"
+#include "vector_functions.inc"
 
-extern const Kernels kernels{"avx512", cross_entropy, grad_chunk};
+extern const Kernels kernels{"avx512", cross_entropy, grad_chunk, vector_functions};
 }  // namespace esper::avx512
 #endif

@@ -6,12 +6,13 @@
 #include <immintrin.h>
 #endif
 
-// What every machine of the architecture runs: SSE2 on x86-64, NEON on aarch64.
+// Instructions that every machine of the architecture has: SSE2 on x86-64, NEON on aarch64.
 #define ESPER_LEVEL 1
 namespace esper::baseline {
-#include "simd.h"
-#include "cross_entropy.h"
-#include "grad_stats.h"
+#include "simd.inc"
+#include "cross_entropy.inc"
+#include "grad_stats.inc"
+#include "vector_functions.inc"
 
-extern const Kernels kernels{"baseline", cross_entropy, grad_chunk};
+extern const Kernels kernels{"baseline", cross_entropy, grad_chunk, vector_functions};
 }  // namespace esper::baseline

@@ -29,6 +29,18 @@ struct CrossEntropy : LossRows {
 constexpr int64_t kKept = 65536;
 constexpr int64_t kSmallestChunk = 1024;  // the fewest classes per chunk on any instruction set
 
+// The functions that kernels are made of, on arrays: n elements from x to y. Half-precision numbers are given
+// as their bits.
+struct VectorFunctions {
+  void (*exp)(const float* x, float* y, int64_t n);
+  void (*log)(const float* x, float* y, int64_t n);
+  void (*tanh)(const float* x, float* y, int64_t n);
+  void (*widen_bfloat16)(const uint16_t* x, float* y, int64_t n);
+  void (*widen_float16)(const uint16_t* x, float* y, int64_t n);
+  void (*narrow_bfloat16)(const float* x, uint16_t* y, int64_t n);
+  void (*narrow_float16)(const float* x, uint16_t* y, int64_t n);
+};
+
 struct Kernels {
   const char* name;
   // Rows [begin, end). scratch: scratch_size floats. counts: rows that are not finite, then correct@k for
@@ -37,6 +49,7 @@ struct Kernels {
                         int64_t* counts);
   // n contiguous elements, each multiplied by inv_scale.
   GradChunk (*grad_chunk)(const void*, Dtype, int64_t n, double inv_scale);
+  const VectorFunctions* vector_functions;  // null, except in the build for tests
 };
 
 // Floats of scratch: kept exponentials, and the maximum of each chunk of a row.

@@ -66,6 +66,29 @@ def test_every_instruction_set_agrees_with_torch_in_float64(name: str, dtype: to
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("place", ["step", "inplace", "backward"])
+@pytest.mark.parametrize("v", [10, 40, 1025, 9000, 70_001])
+def test_gradients_of_negligible_classes_are_exactly_zero(v: int, place: str, name: str) -> None:
+    """86 or more below the largest logit of a row, wherever that stands: in another chunk too."""
+    config = KernelConfig(backend="cpp", instruction_set=name)
+    below = torch.tensor([0.0, 1.0, 40.0, 85.0, 85.75, 86.0, 86.5, 87.0, 87.25, 88.0, torch.inf])
+    rows = torch.stack([-below[torch.arange(v) % 11].roll(row * v // 4) for row in range(4)])
+    rows[:, v // 2 :] -= 20  # the largest of a later chunk lies lower
+    rows[2:] += 3
+    distance = rows.amax(-1, keepdim=True) - rows
+    targets = rows.argmax(-1)
+    if place == "backward":
+        leaf = rows.clone().requires_grad_()
+        cross_entropy(leaf, targets, reduction="sum", config=config).backward(torch.tensor(2.0**16))
+        grad = leaf.grad
+    else:
+        options = {"reduction": "sum", "grad_scale": 2.0**16, "inplace": place == "inplace"}
+        grad = cross_entropy_step(rows, targets, None, **options, config=config)
+    assert grad is not None
+    assert torch.equal(grad == 0, distance >= 86)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding_to_half_is_torchs(name: str, dtype: torch.dtype) -> None:
     """Two classes, logits 0: the gradient is -s/2, s/2, so grad_scale chooses the number that is rounded."""

@@ -1,0 +1,88 @@
+"""Other builds of the kernels, for tests: with sanitizers, for other instruction sets."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+KERNELS = (ROOT / "csrc/call.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp")))
+SANITIZERS = (
+    "-O1",
+    "-g",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+)
+# The AVX-512 source, with its instructions in plain code; it is offered wherever AVX2 is.
+AVX512_SHIM = (
+    f"-I{ROOT / 'tests/kernels/avx512_shim'}",
+    "-D__builtin_cpu_supports(name)=1",
+    "-Wno-psabi",
+)
+
+
+def copy_with_ops(to: Path, *flags: str, sources: tuple[Path, ...] = KERNELS) -> Path:
+    """Copies the package and its tests to `to`, and compiles the library of ops from `sources`."""
+    require_compiler()
+    for name in ("esper_kernels", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, to / name)
+    include = Path(torch.__file__).parent / "include"
+    lib = Path(torch.__file__).parent / "lib"
+    options = ["-shared", "-fPIC", "-std=c++20", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    files = [str(path) for path in (ROOT / "csrc/ops_cpu.cpp", *sources)]
+    libraries = [f"-L{lib}", "-lc10", "-ltorch", "-ltorch_cpu"]
+    library = to / "esper_kernels/lib/esper_cpu.so"
+    command = ["g++", *options, *flags, f"-I{include}", *files, *libraries, "-o", str(library)]
+    subprocess.run(command, check=True)
+    return to
+
+
+def build_testing_module(library: Path, *flags: str) -> ModuleType:
+    """csrc/testing.cpp compiled with `flags`, for functions that the installed build lacks."""
+    require_compiler()
+    pybind11 = pytest.importorskip("pybind11")
+    options = ["-shared", "-fPIC", "-std=c++17", "-O2", "-w", "-DESPER_TESTING"]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    files = [str(path) for path in (ROOT / "csrc/testing.cpp", *KERNELS)]
+    subprocess.run(["g++", *options, *flags, *includes, *files, "-o", str(library)], check=True)
+    spec = importlib.util.spec_from_file_location("cpp", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def require_compiler() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a process needs to load a library with sanitizers."""
+
+    def runtime(name: str) -> str:
+        command = ["g++", f"-print-file-name={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    # Exceptions need the second library beside the first.
+    preload = f"{runtime('libasan.so')} {runtime('libstdc++.so')}"
+    return {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def run_python(code: list[str], folder: Path, **variables: str) -> str:
+    """Runs Python in the copy at `folder` and returns what it printed."""
+    environment = {**os.environ, **variables, "PYTHONPATH": str(folder)}
+    command = [sys.executable, *code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
