@@ -14,10 +14,9 @@ from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.morph.transformer import transformer_host
 from esper_train.run.directory import load_run
+from esper_train.run.epoch import BadNumbersError, NonFiniteLossError
 from esper_train.run.run import (
-    BadNumbersError,
     EpisodeResult,
-    NonFiniteLossError,
     run_fit,
     run_heuristic_episode,
     train_heuristic,

@@ -20,9 +20,10 @@ from esper_train.config import RunConfig, load_toml, preset
 from esper_train.run.checkpoint import Checkpoints, load, restore, saved
 from esper_train.run.directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
 from esper_train.run.episode import Episode
+from esper_train.run.epoch import BadNumbersError
 from esper_train.run.profile import write_profile
 from esper_train.run.report import write_comparison, write_report
-from esper_train.run.run import BadNumbersError, episode_configs, prepare, run_episode, run_started
+from esper_train.run.run import episode_configs, prepare, run_episode, run_started
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.loggers import logger_makers
 from esper_train.telemetry.progress import ProgressSink

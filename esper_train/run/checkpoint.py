@@ -19,7 +19,7 @@ from esper_train.run.config import CheckpointConfig
 from esper_train.run.directory import write_file
 from esper_train.run.episode import Episode
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of a checkpoint."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
 """Config keys that may change where a run is resumed."""
@@ -37,6 +37,9 @@ def parts(episode: Episode) -> dict[str, Stateful]:
         "policy": episode.policy,
         "telemetry": episode.hub,
         "random": episode.random,
+        "streams": episode.model.streams,
+        "trial": episode.trial,
+        "kept": episode.kept,
     }
 
 

@@ -24,7 +24,7 @@ CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl
 NETWORK, REPORT, CHECKPOINTS = "network.pt", "report.html", "checkpoints"
 BASELINE = "baseline"
 """Directory of the same host trained without slots."""
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of `network.pt`."""
 
 
@@ -88,8 +88,8 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
     host = (task or get_task(config.task, config.task_config())).build_host(config.host)
-    slots, growth = [values["slot"] for values in saved["slots"]], config.growth
-    model = MorphModel(host, slots, growth=growth, max_epochs=config.max_epochs, registry=registry)
+    slots = [values["slot"] for values in saved["slots"]]
+    model = MorphModel(host, slots, growth=config.growth, registry=registry)
     model.rebuild(saved["slots"])
     try:
         model.load_state_dict(saved["weights"])

@@ -22,9 +22,11 @@ from esper_train.base.names import unknown_name
 from esper_train.train.amp import LossScaler
 from esper_train.train.capture import Capture
 from esper_train.train.config import TrainConfig
+from esper_train.train.learner import Learner
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Span = Callable[[str], AbstractContextManager[Any]]
+Scope = Callable[[], AbstractContextManager[None]]
 LOGITS_DIMS: Mapping[str, tuple[int, str]] = {"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")}
 """Task type to the rank and shape of its logits."""
 IGNORED = -100
@@ -73,13 +75,44 @@ class TrainStep:
             self._compile()  # a mode or backend that torch does not know raises here
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, meter: Meter, divisor: float | Tensor | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        meter: Meter,
+        divisor: float | Tensor | None = None,
+        learners: Sequence[Learner] = (),
     ) -> None:
-        """Forward and backward: parameters receive their gradients, the meter the batch; `divisor` is of its group."""
+        """Forward and backward: parameters receive their gradients, the meter the batch; `divisor` is of its group.
+
+        Each of the `learners` then makes a pass of its own over the batch.
+        """
         with self.span("forward"):
-            logits = self._check(self._run(model, model, inputs, {}))
+            if learners:
+                feeding: Callable[..., Any] = model.forward_feeding  # type: ignore[assignment]
+                logits, entered = self._run(model, feeding, inputs, {})
+            else:
+                logits, entered = self._run(model, model, inputs, {}), {}
+        self._learn(self._check(logits), targets, meter, divisor, self.scaler, None)
+        for learner in learners:
+            start = learner.start
+            with self.span("learners"), learner.scope():
+                arguments = {"alpha": {start: 1.0}, "start": start}
+                logits = self._run(model, model, entered[start], arguments)
+                self._learn(logits, targets, None, divisor, learner.scaler, learner.parameters)
+
+    def _learn(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        meter: Meter | None,
+        divisor: float | Tensor | None,
+        scaler: LossScaler | None,
+        parameters: Sequence[Tensor] | None,
+    ) -> None:
+        """Loss and backward; only `parameters` receive gradients, where given."""
         targets = self._within(targets, logits.shape[-1], meter)
-        scale = None if self.scaler is None else self.scaler.scale
+        scale = None if scaler is None else scaler.scale
         if self._criterion is None:
             with self.span("loss"):
                 how = {"normalizer": divisor, "grad_scale": scale, "config": self._config.kernel, **self._options}
@@ -88,15 +121,16 @@ class TrainStep:
                 root = logits if logits._base is None else get_gradient_edge(logits)
                 grad = cross_entropy_step(logits, targets, meter, **memory, **how)
             with self.span("backward"):
-                torch.autograd.backward(root, grad)
+                torch.autograd.backward(root, grad, inputs=parameters)
         else:
             with self.span("loss"):
                 loss = self._criterion(logits, targets)
-                record_loss(loss.detach(), logits.detach(), targets, meter)
+                if meter is not None:
+                    record_loss(loss.detach(), logits.detach(), targets, meter)
                 for factor in (scale, None if divisor is None else 1 / divisor):
                     loss = loss if factor is None else loss * factor
             with self.span("backward"):
-                loss.backward()
+                loss.backward(inputs=parameters)
 
     def divisor(self, targets: Sequence[Tensor]) -> float | Tensor | None:
         """What the loss of each of these batches is divided by, so that their gradients add up to one of them all.
@@ -144,8 +178,10 @@ class TrainStep:
         targets: Tensor,
         meters: Sequence[Meter],
         alphas: Sequence[Mapping[str, float]] = (),
-    ) -> None:
-        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then under each alpha.
+        scopes: Sequence[Scope] = (),
+    ) -> Tensor:
+        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then under each alpha,
+        within its scope. Returns which targets were predicted by the model as it is: bool, of the targets' shape.
 
         What a model keeps of the first pass (`forward_keeping`) is not computed again for the others: each begins
         at the first slot that its alpha names.
@@ -156,12 +192,16 @@ class TrainStep:
         else:
             logits, entered = self._run(model, keeping, inputs, {})
         self._record(logits, targets, meters[0])
-        del logits  # the next ones can have their memory
-        for alpha, meter in zip(alphas, meters[1:], strict=True):
+        best = logits.max(-1)
+        right = (best.indices == targets) & best.values.isfinite()
+        del logits, best  # the next ones can have their memory
+        for alpha, scope, meter in zip(alphas, scopes or [nullcontext] * len(alphas), meters[1:], strict=True):
             start = next((slot for slot in entered if slot in alpha), None)
             begin = {} if start is None else {"start": start}
             features = inputs if start is None else entered[start]
-            self._record(self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter)
+            with scope():
+                self._record(self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter)
+        return right
 
     def _record(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
         targets = self._within(targets, self._check(logits).shape[-1], meter)
@@ -170,15 +210,17 @@ class TrainStep:
         else:
             record_loss(self._criterion(logits, targets), logits, targets, meter)
 
-    def _within(self, targets: Tensor, classes: int, meter: Meter) -> Tensor:
+    def _within(self, targets: Tensor, classes: int, meter: Meter | None) -> Tensor:
         """The targets, those outside the classes ignored and counted: the op does so itself on other devices, but
         raises on the CPU."""
         if self._config.on_bad_numbers == "stop" or self._criterion is not None or targets.device.type != "cpu":
             return targets
-        ignored, counts = self._options.get("ignore_index", IGNORED), meter.on_device()
+        ignored = self._options.get("ignore_index", IGNORED)
         bad = ((targets < 0) | (targets >= classes)) & (targets != ignored)
-        counts["bad_targets"] += bad.sum()
-        counts["ignored"] -= bad.sum()  # the op is about to add them
+        if meter is not None:
+            counts = meter.on_device()
+            counts["bad_targets"] += bad.sum()
+            counts["ignored"] -= bad.sum()  # the op is about to add them
         return targets.long().masked_fill(bad, ignored)
 
     def backend(self, device: torch.device) -> str:
