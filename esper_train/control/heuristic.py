@@ -1,6 +1,7 @@
 """The heuristic controller: a few readable rules, one decision an epoch."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from esper_train.base.names import require_known
 from esper_train.base.state import PlainState
@@ -62,7 +63,7 @@ class HeuristicTamiyo(PlainState):
         gate = judge(SeedStage.FOSSILIZED, state, self._growth)
         if not gate.passed:
             return Decision(op=Op.WAIT, slot=slot, reason="; ".join(gate.failures))
-        contribution = state.contribution or 0.0
+        contribution = fmean(state.contributions)
         reason, confidence = f"contributes {contribution:.2f} points", min(1.0, contribution / 5.0)
         return Decision(op=Op.FOSSILIZE, slot=slot, reason=reason, confidence=confidence)
 

@@ -24,9 +24,9 @@ class GrowthConfig(Settings, table="growth."):
 
     window: Count = 5
     """Epochs over which the gates take their means."""
-    blending_potential: float = 0.3
-    """G2: mean rise in validation accuracy that the seed would bring at alpha 1."""
-    blending_loss_change: float = 0.0
+    blending_potential: float = -1.0
+    """G2: mean rise in validation accuracy that the seed would bring at alpha 1, at least."""
+    blending_loss_change: float = 0.05
     """G2: the mean change that it would bring in validation loss must be below this, in nats."""
     training_min_epochs: CountOrZero = 5
     """G2: epochs in TRAINING, at least; as many as the window are needed in any case."""
@@ -42,12 +42,12 @@ class GrowthConfig(Settings, table="growth."):
     """G3: epochs in BLENDING."""
     probation_alpha: Share = 0.95
     """G3: share of the seed in the slot's output."""
-    fossilize_contribution: float = 1.0
-    """G5: validation accuracy with the seed minus accuracy without it."""
+    fossilize_contribution: float = 0.5
+    """G5: mean of validation accuracy with the seed minus accuracy without it."""
     fossilize_errors: float = 1.0
     """G5: the mean accuracy of the window may be below that of the window before blending by so many
     standard errors of the paired difference."""
-    probation_timeout: Count = 10
+    probation_timeout: Count = 8
     """Epochs after which a seed on probation is culled."""
     harm: float = 3.0
     """A seed with alpha above 0 is culled where accuracy stays this far below its mean before blending, ..."""

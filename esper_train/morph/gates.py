@@ -69,10 +69,11 @@ def _blending(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
 
 def _fossilizing(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
     """Is the network no worse than before blending, and does the seed have a part in that?"""
-    checks = [_at_least("contribution", state.contribution, growth.fossilize_contribution)]
     if len(state.accuracies) < growth.window:
         epochs, window = len(state.accuracies), growth.window
-        return [*checks, (False, f"{epochs} of {window} epochs on probation are over")]
+        return [(False, f"{epochs} of {window} epochs on probation are over")]
+    contribution = fmean(state.contributions) if state.contributions else None
+    checks = [_at_least("mean contribution", contribution, growth.fossilize_contribution)]
     if state.accuracy_before is None or state.tolerance is None:
         return [*checks, (False, "the accuracy before blending was not measured")]
     least = state.accuracy_before - growth.fossilize_errors * state.tolerance

@@ -104,6 +104,8 @@ class SlotState:
     one stage with TRAINING."""
     potentials: tuple[tuple[float, float], ...] = ()
     """`potential` and `potential_loss` of the last epochs in TRAINING, as many as the window has."""
+    contributions: tuple[float, ...] = ()
+    """`contribution` of the last epochs in the present stage, as many as the window has."""
     accuracy_before: float | None = None
     """Mean accuracy of the window before blending."""
     alpha_steps: int = 0
@@ -131,6 +133,7 @@ class SlotState:
         stages = {key: SeedStage[values[key]] for key in ("stage", "previous_stage") if values[key] is not None}
         tuples = {
             "accuracies": tuple(values["accuracies"]),
+            "contributions": tuple(values["contributions"]),
             "potentials": tuple((gain, loss) for gain, loss in values["potentials"]),
         }
         return cls(**{**values, **stages, **tuples})

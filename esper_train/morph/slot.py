@@ -113,7 +113,9 @@ class SeedSlot(nn.Module):
         state, growth, seated = self.state, self.growth, self.seed is not None
         accuracy, before = measured.accuracy, state.accuracy_before
         since_birth, since_entry = state.accuracy_at_germination, state.accuracy_at_stage_start
-        potentials = state.potentials
+        contributions, potentials = state.contributions, state.potentials
+        if measured.contribution is not None:
+            contributions += (measured.contribution,)
         if measured.potential is not None and measured.potential_loss is not None:
             potentials += ((measured.potential, measured.potential_loss),)
         harms = before is not None and state.stage in TRIAL and accuracy < before - growth.harm
@@ -128,6 +130,7 @@ class SeedSlot(nn.Module):
             tolerance=measured.tolerance,
             gradient_ratio=measured.gradient_ratio,
             accuracies=(*state.accuracies, accuracy)[-growth.window :],
+            contributions=contributions[-growth.window :],
             potentials=potentials[-growth.window :],
             harmed=state.harmed + 1 if harms else 0,
             epochs_in_stage=state.epochs_in_stage + 1,
@@ -147,8 +150,6 @@ class SeedSlot(nn.Module):
             case SeedStage.BLENDING:
                 return self._step_blending()
             case SeedStage.PROBATIONARY:
-                if state.contribution is not None and state.contribution <= 0:
-                    return self.cull("no_positive_contribution")
                 if state.epochs_in_stage >= growth.probation_timeout:
                     return self.cull("probation_timeout")
             case SeedStage.EMBARGOED if state.epochs_in_stage >= growth.embargo_epochs:
@@ -228,6 +229,7 @@ class SeedSlot(nn.Module):
             previous_epochs_in_stage=before.epochs_in_stage,
             accuracy_at_stage_start=before.accuracy,
             accuracies=before.accuracies if stage <= SeedStage.TRAINING else (),
+            contributions=(),
             potential=None,
             potential_loss=None,
             contribution=before.contribution if stage is SeedStage.FOSSILIZED else None,

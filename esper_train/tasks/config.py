@@ -33,9 +33,8 @@ PRESETS: Mapping[str, Mapping[str, Plain]] = MappingProxyType(
             "growth": {
                 "window": 3,
                 "training_min_epochs": 3,
-                "blending_potential": 0.05,
                 "blending_epochs": 3,
-                "fossilize_contribution": 0.2,
+                "fossilize_contribution": 0.1,
             },
             "policy": {
                 "plateau_threshold": 1.5,

@@ -111,8 +111,9 @@ class SlotMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.slot = empty_slot(
+            window=1,
             training_timeout=4,
-            blending_min_epochs=1,
+            training_min_epochs=1,
             blending_epochs=2,
             probation_min_epochs=1,
             embargo_epochs=2,
@@ -167,7 +168,7 @@ class SlotMachine(RuleBasedStateMachine):
     )
     def epoch(self, rise: float, contribution: float | None, ratio: float | None) -> None:
         self.accuracy += rise
-        self.slot.observe(self.accuracy, contribution, ratio)
+        self.observe(slot, self.accuracy, contribution, ratio)
         assert self.slot.state.accuracy == self.accuracy
         stage = self.slot.state.stage.name
         changes = self.slot.step_epoch()
