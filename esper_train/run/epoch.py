@@ -278,10 +278,9 @@ def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, Eval
     if len(ablated) > 1:
         variants[JOINT] = dict.fromkeys(ablated, 0.0)
     scopes: dict[str, Callable[[], AbstractContextManager[None]]] = {}
-    for slot in model.slots:
-        if slot.statistics is not None:
-            variants[slot.state.slot] = {slot.state.slot: 1.0}
-            scopes[slot.state.slot] = slot.statistics.bound
+    for name in model.learning:
+        variants[name] = {name: 1.0}
+        scopes[name] = model.incubation(name).entered
     validation = evaluate(
         model,
         map(episode.stop.before, episode.validation),

@@ -56,6 +56,7 @@ def slot_in(stage: SeedStage, *, alpha: float = 1.0, contribution: float | None 
             contribution=contribution,
             gradient_ratio=0.5,
             accuracies=(60.0,) * 5,
+            contributions=() if contribution is None else (contribution,) * 5,
             accuracy_before=60.0 if stage > SeedStage.TRAINING else None,
             tolerance=0.0,
         )
@@ -100,7 +101,7 @@ def observe(
             gradient_ratio=ratio,
             potential=gain,
             potential_loss=loss,
-            tolerance=0.0,
+            tolerance=1.0,
         )
     )
 

@@ -15,7 +15,11 @@ from esper_train.morph.gates import GATES, GateResult, gradient_ratio, judge, pa
 from esper_train.morph.lifecycle import LIVE, TRANSITIONS, SeedStage, SlotState
 
 GROWTH = GrowthConfig(
-    window=3, training_min_epochs=3, training_timeout=15, blending_potential=0.3, blending_loss_change=0.0
+    window=3,
+    training_min_epochs=3,
+    blending_potential=0.3,
+    blending_loss_change=0.0,
+    fossilize_contribution=1.0,
 )
 
 
@@ -100,11 +104,11 @@ def ready(**changes: Any) -> SlotState:
         seed_parameters=5,
         accuracy=50.5,
         accuracy_at_stage_start=50.0,
-        contribution=1.0,
+        contributions=(0.5, 2.0, 0.5),
         potentials=((0.25, -0.5), (0.35, 0.25), (0.3, 0.0)),
         accuracies=(50.0, 51.0, 49.0),
         accuracy_before=50.5,
-        tolerance=0.25,
+        tolerance=0.5,
     )
     return replace(state, **changes)
 
@@ -142,10 +146,10 @@ def test_gates_stand_where_something_was_measured_only() -> None:
         (SeedStage.BLENDING, {"potentials": ((1.0, -1.0),) * 2}, "potential was measured in 2 of 3 epochs"),
         (SeedStage.PROBATIONARY, {"epochs_in_stage": 2}, "epochs in BLENDING 2 is below 3"),
         (SeedStage.PROBATIONARY, {"alpha": 0.9375}, "alpha 0.9375 is below 0.95"),
-        (SeedStage.FOSSILIZED, {"contribution": 0.96875}, "contribution 0.9688 is below 1"),
-        (SeedStage.FOSSILIZED, {"contribution": -3.0}, "contribution -3 is below 1"),
-        (SeedStage.FOSSILIZED, {"contribution": math.nan}, "contribution nan is below 1"),
-        (SeedStage.FOSSILIZED, {"contribution": None}, "contribution was not measured"),
+        (SeedStage.FOSSILIZED, {"contributions": (0.5, 1.5, 0.75)}, "mean contribution 0.9167 is below 1"),
+        (SeedStage.FOSSILIZED, {"contributions": (-3.0,) * 3}, "mean contribution -3 is below 1"),
+        (SeedStage.FOSSILIZED, {"contributions": (math.nan,) * 3}, "mean contribution nan is below 1"),
+        (SeedStage.FOSSILIZED, {"contributions": ()}, "mean contribution was not measured"),
         (SeedStage.FOSSILIZED, {"accuracies": (49.0, 50.0, 50.0)}, "mean accuracy 49.67 is below 50"),
         (SeedStage.FOSSILIZED, {"accuracies": (90.0, 90.0)}, "2 of 3 epochs on probation are over"),
         (SeedStage.FOSSILIZED, {"tolerance": None}, "the accuracy before blending was not measured"),
@@ -164,7 +168,7 @@ def test_gates_pass_above_every_threshold(stage: SeedStage) -> None:
     well = ready(
         alpha=1.0,
         epochs_in_stage=40,
-        contribution=12.0,
+        contributions=(12.0,) * 3,
         potentials=((5.0, -1.0),) * 3,
         accuracies=(90.0,) * 3,
     )
@@ -205,9 +209,9 @@ def test_gates_obey_the_config() -> None:
     assert judge(SeedStage.BLENDING, ready(potentials=((0.2, -0.51),) * 3), growth).passed
     assert judge(SeedStage.PROBATIONARY, ready(alpha=0.5), growth).passed
     good = ready(accuracies=(50.5,) * 3)
-    assert not judge(SeedStage.FOSSILIZED, replace(good, contribution=2.49), growth).passed
-    assert judge(SeedStage.FOSSILIZED, replace(good, contribution=2.5), growth).passed
-    assert not judge(SeedStage.FOSSILIZED, ready(contribution=2.5), growth).passed
+    assert not judge(SeedStage.FOSSILIZED, replace(good, contributions=(2.49,) * 3), growth).passed
+    assert judge(SeedStage.FOSSILIZED, replace(good, contributions=(2.5,) * 3), growth).passed
+    assert not judge(SeedStage.FOSSILIZED, ready(contributions=(2.5,) * 3), growth).passed
 
 
 def health(norm: float, elements: int, groups: dict[str, GradHealth] | None = None) -> GradHealth:

@@ -211,6 +211,7 @@ def test_fossilize_seed_by_name_makes_it_permanent() -> None:
         alpha=1.0,
         contribution=2.5,
         accuracies=(60.0,) * 5,
+        contributions=(2.5,) * 5,
         accuracy_before=60.0,
         tolerance=0.0,
     )

@@ -122,8 +122,8 @@ def test_step_epoch_culls_a_seed_that_never_reaches_blending() -> None:
     observe(slot, 40.0)
     slot.germinate(AFFINE, "s0")
     for i in range(14):
-        assert epoch(slot, 40.0, potential=(0.25, -0.25)) == [], f"epoch {i + 1}"
-    assert moves(epoch(slot, 40.0, potential=(0.25, -0.25))) == [
+        assert epoch(slot, 40.0, potential=(-1.25, -0.25)) == [], f"epoch {i + 1}"
+    assert moves(epoch(slot, 40.0, potential=(-1.25, -0.25))) == [
         ("TRAINING", "CULLED", "training_timeout"),
         ("CULLED", "EMBARGOED", "closed for 5 epochs"),
     ]
@@ -137,22 +137,11 @@ def test_step_epoch_prefers_the_gate_to_the_timeout() -> None:
     assert moves(last) == [("TRAINING", "BLENDING", "G2 passed")]
 
 
-@pytest.mark.parametrize("contribution", [0.0, -0.25])
-def test_step_epoch_culls_a_seed_without_positive_contribution(contribution: float) -> None:
-    slot, _ = raised()
-    assert moves(epoch(slot, 50.0, contribution)) == [
-        ("PROBATIONARY", "CULLED", "no_positive_contribution"),
-        ("CULLED", "EMBARGOED", "closed for 5 epochs"),
-    ]
-    assert slot.seed is None
-    assert slot.state == SlotState(slot="mid", stage=SeedStage.EMBARGOED, accuracy=50.0)
-
-
-@pytest.mark.parametrize("contribution", [0.5, None])
+@pytest.mark.parametrize("contribution", [0.25, -1.0, None])
 def test_step_epoch_culls_at_the_end_of_probation(contribution: float | None) -> None:
     """Not measured is not the same as 0."""
     slot, _ = raised()
-    for i in range(9):
+    for i in range(7):
         assert epoch(slot, 50.0, contribution) == [], f"epoch {i + 1}"
     assert moves(epoch(slot, 50.0, contribution))[0] == ("PROBATIONARY", "CULLED", "probation_timeout")
 
@@ -199,8 +188,6 @@ def test_observe_without_a_measurement_forgets_the_last_one() -> None:
     slot = slot_in(SeedStage.PROBATIONARY, contribution=4.0)
     observe(slot, 60.0)
     assert (slot.state.contribution, slot.state.gradient_ratio) == (None, None)
-    with pytest.raises(ValueError, match="contribution was not measured"):
-        slot.fossilize()
 
 
 def test_observe_of_an_empty_slot_counts_no_life() -> None:
@@ -232,7 +219,7 @@ def test_fossilize_does_not_count_a_contribution_measured_while_blending() -> No
     assert changes[0].before.contribution == 8.0
     assert slot.state.contribution is None
     before = snapshot(slot)
-    with pytest.raises(ValueError, match=r"slot 'mid': G5 refuses: contribution was not measured"):
+    with pytest.raises(ValueError, match=r"slot 'mid': G5 refuses: 0 of 5 epochs on probation are over"):
         slot.fossilize()
     assert snapshot(slot) == before
 
@@ -355,9 +342,9 @@ def test_a_seed_waits_in_training_while_another_is_on_trial() -> None:
     assert moves(epoch(slot, 60.0))[0] == ("TRAINING", "BLENDING", "G2 passed")
 
 
-@pytest.mark.parametrize("last", [(-3.0, -0.25), (1.0, 1.5), (1.0, float("nan"))])
+@pytest.mark.parametrize("last", [(-10.0, -0.25), (1.0, 1.5), (1.0, float("nan"))])
 def test_one_epoch_of_the_window_can_decide_the_potential(last: tuple[float, float]) -> None:
-    """Means over five: (4 - 3) / 5 is below .3, (-1 + 1.5) / 5 is above 0, and NaN passes nothing."""
+    """Means over five: (4 - 10) / 5 is below -1, (-1 + 1.5) / 5 is above .05, and NaN passes nothing."""
     slot = empty_slot()
     slot.germinate(AFFINE, "s0")
     for potential in [HELPS] * 4 + [last]:
