@@ -21,9 +21,10 @@ from esper_train import (
     get_task,
     run_heuristic_episode,
 )
+from esper_train.morph.lifecycle import Measurement
 from esper_train.run.build import build_episode
 from esper_train.run.episode import Episode
-from esper_train.run.run import _execute, _follow
+from esper_train.run.epoch import _execute, follow_optimizers
 from tests.helpers.scripted import EASY, Recorder, Script, germinate, run_under
 
 SHORT = RunConfig(task="synthetic", max_epochs=12, max_batches=3, growth=EASY)
@@ -72,7 +73,7 @@ def test_a_fossil_is_measured_again_now_and_then() -> None:
     config = replace(SHORT, max_epochs=7, growth=replace(EASY, fossil_check_epochs=3))
     recorder, episode = Recorder(), build_episode(config, slots=("early",))
     for change in episode.model.germinate_seed("norm", "seed_0", slot="early"):
-        _follow(episode, change, 0)
+        follow_optimizers(episode, change, 0)
     slot = episode.model.slot("early")
     fossil = replace(slot.state, stage=SeedStage.FOSSILIZED, alpha=1.0)
     slot.restore(fossil, episode.model.registry.require("cnn", "norm"))
@@ -177,13 +178,16 @@ class Lives(RuleBasedStateMachine):
 
     def request(self, decision: Decision) -> None:
         before = [slot.state for slot in self.episode.model.slots]
-        made, refusal = _execute(self.episode, decision)
+        try:
+            made, refusal = _execute(self.episode, decision)
+        except ValueError as unknown:
+            made, refusal = [], str(unknown)
         if refusal is not None:
             assert len(refusal) > 10
             assert made == []
             assert [slot.state for slot in self.episode.model.slots] == before
         for change in made:
-            _follow(self.episode, change, 0)
+            follow_optimizers(self.episode, change, 0)
 
     @rule(
         op=st.sampled_from(list(Op)),
@@ -197,9 +201,17 @@ class Lives(RuleBasedStateMachine):
     @rule(accuracy=st.floats(0, 100), contribution=st.none() | st.floats(-5, 5), ratio=st.none() | st.floats(0, 10))
     def epoch(self, accuracy: float, contribution: float | None, ratio: float | None) -> None:
         for slot in self.episode.model.slots:
-            slot.observe(accuracy, contribution if slot.state.alpha > 0 else None, ratio)
+            measured = Measurement(
+                accuracy=accuracy,
+                contribution=contribution if slot.state.alpha > 0 else None,
+                gradient_ratio=ratio,
+                potential=1.0,
+                potential_loss=-1.0,
+                tolerance=100.0,
+            )
+            slot.observe(measured)
             for change in slot.step_epoch():
-                _follow(self.episode, change, 0)
+                follow_optimizers(self.episode, change, 0)
 
     @invariant()
     def optimizers_hold_the_seated_parameters(self) -> None:
