@@ -184,6 +184,13 @@ class SeedSlot(nn.Module):
             self._raise_alpha()
         return []
 
+    def start_anew(self) -> None:
+        """After the network went back to an earlier state: forget the epochs in between, and let a seed in
+        TRAINING begin its time again."""
+        state = replace(self.state, accuracies=(), potentials=())
+        training = state.stage is SeedStage.TRAINING
+        self.state = replace(state, epochs_in_stage=0) if training else state
+
     def verdict(self, stage: SeedStage) -> GateResult:
         """What the gate in front of `stage` says now."""
         return judge(stage, self.state, self.growth)

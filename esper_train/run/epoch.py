@@ -187,6 +187,8 @@ class Epoch:
         began = trial.began
         trial.end_undone(episode, self._number)
         episode.tracker.restart_plateau()
+        for slot in episode.model.slots:
+            slot.start_anew()
         epochs = self._number - began
         message = (
             f"{failed.seed_id} ({failed.blueprint} in slot {failed.slot}) failed: {reason}; the network is as "
