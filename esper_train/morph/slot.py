@@ -218,6 +218,7 @@ class SeedSlot(nn.Module):
     def restore(self, state: SlotState, blueprint: Blueprint | None) -> None:
         """Rebuild a saved slot; the seed's weights follow through `load_state_dict`."""
         self.seed = None if blueprint is None else blueprint.build(self.channels).to(self.alpha)
+        self.statistics = None
         blending = state.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
         self.gate = self._new_gate(state.blend) if blending else None
         self.state = state
