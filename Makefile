@@ -1,4 +1,4 @@
-# `make run` and `make test` do all the set-up they need; both are quick the second time.
+# `make run` and `make test` do the set-up that they need; both are quick the second time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ CLEAR := --clear
 endif
 endif
 
-.PHONY: run test test-all lint format wheel table size clean
+.PHONY: run test test-all lint format wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
 
 run: $(READY)
 	$(BIN)/esper-train heuristic --seed 7
@@ -34,8 +34,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 
-# For other Linux machines: with CUDA kernels wherever a toolkit is, whatever torch is here. auditwheel names the oldest system
-# that it runs on, and shows why; the libraries of torch and of the driver stay out of it.
+# A wheel for other Linux machines, with CUDA kernels if a toolkit is installed. auditwheel tags it with
+# the oldest system that it runs on and shows why. Libraries of torch and of the driver stay out of it.
 wheel: $(READY)
 	rm -rf build/wheel build/lib.* build/bdist.* && mkdir -p build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" FORCE_CUDA=$${FORCE_CUDA-$$(PATH="$$CUDA_HOME/bin:$$PATH" command -v nvcc >/dev/null && echo 1)} \
@@ -48,7 +48,26 @@ wheel: $(READY)
 	$(BIN)/python -m auditwheel show --allow-pure-python-wheel dist/*.whl
 
 table: $(READY)
-	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks growth
+
+# By hand: downloads every minor release of torch from 2.10 on and of Triton from 3.5 on, one at a time.
+# docs/clusters.md has the table.
+compat: $(READY)
+	$(BIN)/python -m benchmarks compat
+
+# The first half hour on a GPU, in parts of at most ten minutes; see docs/gpu.md. Any Python with torch will do.
+GPU_SESSION = $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks gpu_session
+gpu:
+	$(GPU_SESSION) correct speed why
+gpu-correct gpu-speed gpu-why: gpu-%:
+	$(GPU_SESSION) $*
+
+# What a GPU machine without a package index needs: kernels for Hopper, and pure-Python packages.
+gpu-prepare: $(READY)
+	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST-9.0} FORCE_CUDA=1 $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	rm -rf build/gpu
+	$(BIN)/python -m pip install --no-deps --no-compile --only-binary=:all: --target build/gpu \
+		liger-kernel tyro docstring-parser typeguard
 
 size:
 	@printf '%-14s %5d lines\n' csrc $$(find csrc -type f -exec cat {} + | wc -l)
@@ -60,7 +79,7 @@ size:
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
 
-# An interpreter that already has torch lends it; otherwise the pinned torch is installed.
+# If PYTHON already has torch, that torch is used; otherwise the pinned one is installed.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \

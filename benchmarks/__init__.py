@@ -1,1 +1,1 @@
-"""Measurements: each module is run as `python -m benchmarks.NAME` and writes JSON into `benchmarks/results/`."""
+"""Measurements: `python -m benchmarks` lists them, `python -m benchmarks NAME` runs one."""

@@ -1,16 +1,17 @@
-"""One compiled function for every task and structure, or one for each: the audit's question, in figures.
+"""One compiled function for every task and structure, or one for each of them.
 
-    python -m benchmarks.compiled_steps    # writes results/compiled-steps.json
+    python -m benchmarks compiled_steps    # writes results/compiled-steps.json
 
-The same small networks, of ranks 2 and 3, are called in turn through one compiled function, and each through one of its
-own, made as `TrainStep` makes them. torch keeps what it compiled by function, tries one after the other, and runs
-eagerly beyond 8.
+The same small networks, with inputs of 2 and 3 dimensions, are called in turn: first all through
+one compiled function, then each through its own, made as `TrainStep` makes it. torch stores the
+programs of a function in a list, tries them one after another, and falls back to eager after 8.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -25,13 +26,13 @@ MOST = 10  # torch stops compiling a function after 8 programs
 
 
 def network(number: int) -> tuple[nn.Module, Tensor]:
-    """A network of another structure for every number, and an input: logits of a classifier, or of a language model."""
+    """A network whose structure differs for every number, and an input [N, C] or [N, T, C]."""
     layers = [nn.Linear(8, 8) for _ in range(1 + number // 2)]
     return nn.Sequential(*layers), torch.randn(4, 8) if number % 2 == 0 else torch.randn(4, 6, 8)
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
-    """A call of one of them, where each is called in turn: the median of blocks."""
+    """Median microseconds per call, when all of them are called in turn."""
     times = []
     for _ in range(30):
         started = time.perf_counter()
@@ -43,29 +44,38 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
 
 
 def measure(shared: bool) -> list[dict[str, Any]]:
-    """After each further network: what a call takes, and how many were compiled."""
+    """A row for each number of networks: the time per call, and how many programs were compiled."""
     torch._dynamo.reset()
     counters.clear()
-    step = build_train_step("classification", TrainConfig(compile=CompileConfig(enabled=True, dynamic=False)))
-    one, calls, rows = step._compile(), [], []
+    config = TrainConfig(compile=CompileConfig(enabled=True, dynamic=False))
+    step = build_train_step("classification", config)
+    one = step._compile()
+    calls: list[Callable[[], object]] = []
+    rows: list[dict[str, Any]] = []
     for number in range(MOST):
         model, inputs = network(number)
         program = one if shared else step._compile()
-        calls.append(lambda program=program, model=model, inputs=inputs: program(model, inputs, {}))
+        calls.append(partial(program, model, inputs, {}))
         calls[-1]()
         rows.append(
             {
                 "networks": number + 1,
                 "compiled": counters["stats"]["unique_graphs"],
-                "us a call": microseconds(calls),
+                "us per call": microseconds(calls),
             }
         )
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure both, print the rows, and write the figures."""
+    record.parser("compiled_steps", __doc__).parse_args()
     figures = {"one for all": measure(shared=True), "one each": measure(shared=False)}
     for name, rows in figures.items():
         for row in rows:
             print(name, row)
     print(record.write("compiled-steps", figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,14 @@
-"""The CPU kernels beside eager torch, torch.compile and a copy of the same memory, as the README's table.
+"""The CPU kernels beside eager torch, torch.compile and a copy of the same memory.
 
-    python -m benchmarks.run cpu            # a few minutes
-    python -m benchmarks.run cpu 64x10      # one shape
+    python -m benchmarks cpu            # every shape, a few minutes
+    python -m benchmarks cpu 64x10      # one shape
+    python -m benchmarks cpu 64x10 grads:12x1000
 
-Every shape runs in a process of its own, twice: with the C library's default allocation, as users run it, and with
-MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised, which is eager torch at its best. Rounds alternate between
-the candidates and medians are reported; a shape is timed only after its gradient and counts agreed with eager's.
+Every shape is measured twice, each time in a new process: with the C library's default
+allocation, which is what users get, and with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_
+raised, which is eager torch at its best. Rounds alternate between the candidates, and medians are
+reported. A shape is timed only after its gradient and counts agree with eager torch's. Figures of
+all shapes together are written to results/cpu.json.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
@@ -25,14 +28,23 @@ import torch.nn.functional as F
 from benchmarks import record
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 
-SHAPES = ("64x10", "512x10", "2048x1000", "1024x8192", "512x32000", "1024x50257", "256x128256", "bf16:1024x4096")
+SHAPES = (
+    "64x10",
+    "512x10",
+    "2048x1000",
+    "1024x8192",
+    "512x32000",
+    "1024x50257",
+    "256x128256",
+    "bf16:1024x4096",
+)
 GRADS = ("grads:12x1000", "grads:60x20000", "grads:200x1000", "grads:150x680000")
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 Calls = dict[str, Callable[[], Any]]
 
 
 def loss_calls(shape: str) -> Calls:
-    """The candidates of one shape of logits, checked."""
+    """The candidates for one shape of logits, after their results were checked."""
     dtype = torch.bfloat16 if shape.startswith("bf16:") else torch.float32
     n, v = map(int, shape.removeprefix("bf16:").split("x"))
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +74,7 @@ def loss_calls(shape: str) -> Calls:
     assert leaf.grad is not None
     error = (grad.float() - leaf.grad.float()).norm() / leaf.grad.float().norm()
     if not error < (1e-5 if dtype == torch.float32 else 1e-2) or meter.compute().correct[1] != correct:
-        raise SystemExit(f"{shape}: the gradient or the counts differ from eager's (error {error:.2g}); not timed")
+        raise SystemExit(f"{shape} is not timed: gradient or counts differ from eager torch's (error {error:.2g})")
     avx2 = KernelConfig(instruction_set="avx2")
     return {
         "eager": lambda: train(plain),
@@ -79,13 +91,13 @@ def loss_calls(shape: str) -> Calls:
 
 
 def grad_calls(shape: str) -> Calls:
-    """The candidates of one list of gradients, checked."""
+    """The candidates for one list of gradients, after their results were checked."""
     tensors, size = map(int, shape.removeprefix("grads:").split("x"))
     grads = [torch.randn(size, generator=torch.Generator().manual_seed(i)) for i in range(tensors)]
     stats = grad_stats(grads)
     truth = torch.stack(torch._foreach_norm([g.double() for g in grads]))
     if not torch.allclose(stats.norms, truth, rtol=1e-12, atol=0):
-        raise SystemExit(f"{shape}: the norms differ from float64's; not timed")
+        raise SystemExit(f"{shape} is not timed: the norms differ from those in float64")
     return {
         "grad_stats": lambda: grad_stats(grads, out=stats),
         "foreach_norm": lambda: torch._foreach_norm(grads),
@@ -94,7 +106,7 @@ def grad_calls(shape: str) -> Calls:
 
 
 def measure(shape: str) -> dict[str, Any]:
-    """Median microseconds of each candidate; `busy` where the machine was not ours."""
+    """Median microseconds of each candidate; `busy` if something else used the machine."""
     calls = grad_calls(shape) if shape.startswith("grads:") else loss_calls(shape)
     repeats = {}
     for name, call in calls.items():
@@ -117,48 +129,92 @@ def measure(shape: str) -> dict[str, Any]:
     return {"shape": shape, "microseconds": figures, "threads_used": round(threads, 2), "busy": busy}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: how many times faster than the rivals, and times as slow as moving the memory."""
-    head = ("eager, default", "eager, tuned", "torch.compile", "out / copy_", "in place / mul_", "autograd, default")
-    head = (*head, "loss only / read", "avx2 / best")
-    lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+Times = dict[str, float]
+COLUMNS: dict[str, Callable[[Times, Times], str]] = {
+    "faster than eager": lambda t, tuned: f"{t['eager'] / t['out']:.3g}x",
+    "than tuned eager": lambda t, tuned: f"{tuned['eager'] / tuned['out']:.3g}x",
+    "than `torch.compile`": lambda t, tuned: f"{t['compile'] / t['out']:.3g}x",
+    "time / `copy_`": lambda t, tuned: f"{t['out'] / t['copy_']:.3g}",
+    "in place / `mul_`": lambda t, tuned: f"{t['inplace'] / t['mul_']:.3g}",
+    "autograd form faster than eager": lambda t, tuned: f"{t['eager'] / t['autograd']:.3g}x",
+    "loss only / one read": lambda t, tuned: f"{t['loss only'] / t['read']:.3g}",
+    "AVX2 / best": lambda t, tuned: f"{t['avx2'] / t['out']:.3g}",
+}
+"""The columns of the table, from the microseconds with default and with tuned allocation."""
+SHORT = tuple(COLUMNS)[:5]
+SHORT_SHAPES = ("64x10", "2048x1000", "512x32000", "256x128256", "bf16:1024x4096")
+GRAD_COLUMNS: dict[str, Callable[[Times], str]] = {
+    "microseconds": lambda t: f"{t['grad_stats']:.3g}",
+    "faster than `_foreach_norm`": lambda t: f"{t['foreach_norm'] / t['grad_stats']:.2g}x",
+    "time / one read": lambda t: f"{t['grad_stats'] / t['read']:.2g}",
+}
+
+
+def table(rows: list[dict[str, Any]], columns: Iterable[str] = tuple(COLUMNS)) -> str:
+    """Markdown: how a step on logits of each shape compares."""
+    lines = [["logits", *columns]]
     for row in rows:
-        t, best = row["default"]["microseconds"], row["tuned"]["microseconds"]
-        mark = " (busy)" if row["default"]["busy"] or row["tuned"]["busy"] else ""
-        if "grad_stats" in t:
-            ratios = (
-                f"{t['foreach_norm'] / t['grad_stats']:.1f}x of _foreach_norm, {t['grad_stats'] / t['read']:.2f} read"
-            )
-            lines.append(f"| {row['shape']}{mark} | {ratios} |" + " |" * (len(head) - 1))
-            continue
-        cells = [t["eager"] / t["out"], best["eager"] / best["out"], t["compile"] / t["out"], t["out"] / t["copy_"]]
-        cells += [
-            t["inplace"] / t["mul_"],
-            t["eager"] / t["autograd"],
-            t["loss only"] / t["read"],
-            t["avx2"] / t["out"],
-        ]
-        units = ("x", "x", "x", "", "", "x", "", "")
-        texts = [f"{cell:.3g}{unit}" for cell, unit in zip(cells, units, strict=True)]
-        lines.append(f"| {row['shape']}{mark} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        if not is_gradients(row):
+            times = [row[name]["microseconds"] for name in ("default", "tuned")]
+            lines.append([label(row), *(COLUMNS[column](*times) for column in columns)])
+    return record.markdown(lines)
 
 
-def main(shapes: list[str]) -> None:
-    """Measure each shape in fresh processes, print the table, write the figures."""
+def grad_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: how `grad_stats` compares on each list of gradients."""
+    lines = [["gradients", *GRAD_COLUMNS]]
+    for row in rows:
+        if is_gradients(row):
+            times = row["default"]["microseconds"]
+            lines.append([label(row), *(column(times) for column in GRAD_COLUMNS.values())])
+    return record.markdown(lines)
+
+
+def short_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: some columns and some shapes, for README.md."""
+    return table([row for row in rows if row["shape"] in SHORT_SHAPES], SHORT)
+
+
+def is_gradients(row: dict[str, Any]) -> bool:
+    return str(row["shape"]).startswith("grads:")
+
+
+def label(row: dict[str, Any]) -> str:
+    """The shape in words, marked if something else used the machine."""
+    text = str(row["shape"]).removeprefix("grads:").replace("bf16:", "bfloat16 ").replace("x", " x ")
+    busy = row["default"]["busy"] or row["tuned"]["busy"]
+    return f"{text} (busy)" if busy else text
+
+
+def in_new_process(shape: str, variables: dict[str, str]) -> dict[str, Any]:
+    """`measure` of one shape in a process with these environment variables."""
+    command = [sys.executable, "-m", "benchmarks", "cpu", "--measure", shape]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    """Measure each shape in new processes, print the tables, and write the figures."""
+    parser = record.parser("cpu", __doc__)
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="[bf16:]ROWSxCLASSES or grads:TENSORSxSIZE")
+    parser.add_argument("--measure", metavar="SHAPE", help="measure one shape in this process and print JSON")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
+        return
     rows = []
-    for shape in shapes or [*SHAPES, *GRADS]:
-        row: dict[str, Any] = {"shape": shape}
-        for name, extra in (("default", {}), ("tuned", TUNED)):
-            command = [sys.executable, "-m", "benchmarks.cpu", "--measure", shape]
-            done = subprocess.run(command, env={**os.environ, **extra}, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            row[name] = json.loads(done.stdout.splitlines()[-1])
-        rows.append(row)
-        print(table([row]).splitlines()[-1], flush=True)
-    print(f"\n{table(rows)}\n\n{record.write('cpu', rows)}")
+    for shape in options.shapes or [*SHAPES, *GRADS]:
+        default, tuned = in_new_process(shape, {}), in_new_process(shape, TUNED)
+        rows.append({"shape": shape, "default": default, "tuned": tuned})
+        show = grad_table if is_gradients(rows[-1]) else table
+        print(show(rows[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{table(rows)}\n\n{grad_table(rows)}")
+    if not options.shapes:
+        print(f"\n{record.write('cpu', rows)}")
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[2])))
+    main()

@@ -1,6 +1,8 @@
-"""Registers and spills of every CUDA kernel, compiled here without a GPU.
+"""Registers and spilled bytes of every CUDA kernel, compiled without a GPU.
 
-python -m benchmarks.cuda_resources    # writes results/cuda-resources.json
+    python -m benchmarks cuda_resources    # writes results/cuda-resources.json
+
+Needs `nvcc` on the path.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from benchmarks import record
 ROOT = Path(__file__).parents[1]
 SOURCES = ("cross_entropy", "grad_stats")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-# What the assembler says of one kernel.
+# What the assembler reports about one kernel.
 _KERNEL = re.compile(
     r"entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers",
@@ -25,7 +27,10 @@ _KERNEL = re.compile(
 
 
 def resources(source: str, architecture: int) -> list[dict[str, Any]]:
-    """Each kernel of `csrc/cuda/SOURCE.cu` on GPUs of one architecture. Shared memory is given at the launch."""
+    """A row for each kernel of `csrc/cuda/SOURCE.cu`, compiled for one architecture.
+
+    Shared memory is not in it, because its size is an argument of the launch.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin"]
         command += [f"csrc/cuda/{source}.cu", "-o", f"{folder}/cubin"]
@@ -34,7 +39,7 @@ def resources(source: str, architecture: int) -> list[dict[str, Any]]:
         raise RuntimeError(f"nvcc does not compile {source}.cu for sm_{architecture}: {done.stderr}")
     found = [_KERNEL.search(part) for part in done.stderr.split("Compiling ")[1:]]
     if None in found:
-        raise RuntimeError(f"cannot read what nvcc says of {source}.cu: {done.stderr}")
+        raise RuntimeError(f"cannot read nvcc's report about {source}.cu: {done.stderr}")
     return [
         {
             "kernel": _readable(kernel["name"]),
@@ -53,8 +58,14 @@ def _readable(mangled: str) -> str:
     return re.sub(r"^void |\w+::|\(.*", "", whole.replace("(anonymous namespace)::", ""))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compile everything, print a line per kernel and architecture, and write the figures."""
+    record.parser("cuda_resources", __doc__).parse_args()
     rows = [row for source in SOURCES for sm in ARCHITECTURES for row in resources(source, sm)]
     for row in rows:
         print(row)
     print(record.write("cuda-resources", rows))
+
+
+if __name__ == "__main__":
+    main()

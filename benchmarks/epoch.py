@@ -1,17 +1,19 @@
-"""Whole epochs by our loop beside the loop that the project began from, as users would write it in plain torch.
+"""Whole epochs by our loop beside the same work written in plain PyTorch.
 
-    python -m benchmarks.run epoch                  # every case
-    python -m benchmarks.run epoch digits:8x64      # one case
-    python -m benchmarks.run epoch tiny             # does it run at all
+    python -m benchmarks epoch                  # every case
+    python -m benchmarks epoch digits:8x64      # one case
+    python -m benchmarks epoch tiny             # only to see that it runs
 
-An epoch is training with gradient statistics, and validation: as the network is, and once with each slot ablated.
-The plain loop is eager cross entropy, argmax and comparison, sums on the device, statistics gradient by gradient, SGD
-as torch makes it, and one pass over the validation data a variant, in the batches it trains with. Ours lays out images
-and sizes validation batches as a run does by itself. Model, seed, order of the data and learning rate are the
-same; a case is timed only after both have the same losses for two epochs. Rounds alternate, medians are reported.
+An epoch is training with gradient statistics, then validation: once with the whole network, and
+once with each slot ablated. The plain loop has eager cross entropy, argmax and comparison, sums on
+the device, statistics gradient by gradient, torch's default SGD, and a validation pass per
+variant with batches of the training size. Our loop chooses memory format and validation batches as
+a run does by default. Model, seed, data order and learning rate are the same, and a case is timed
+only after the losses of both agree for two epochs. Rounds alternate, and medians are reported.
 
-Two more figures of each case: what the loop itself costs (`loop_cost`), and what measuring with ablated slots costs
-beside the ideal, which computes again only what follows them (`evaluation_cost`).
+Each case has two more figures: what the loop itself costs (`loop_cost`), and what validation with
+ablated slots costs beside the ideal, which recomputes only what follows the slot
+(`evaluation_cost`). Figures of all cases together are written to results/epoch.json.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -30,86 +31,32 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import record
+from benchmarks.epoch_cases import (
+    CASES,
+    SLOTS,
+    Case,
+    data_of,
+    evaluation_batch,
+    images_pay_channels_last,
+    model_of,
+)
 from esper_kernels import Meter, cross_entropy_step, grad_stats
 from esper_train import (
     AmpConfig,
     CompileConfig,
     MorphModel,
     OptimConfig,
-    SeedStage,
     TrainConfig,
     build_train_step,
-    cnn_host,
     evaluate,
-    get_task,
     train_one_epoch,
-    transformer_host,
 )
-from esper_train.config import preset
-from esper_train.train.data import Loader, Split
+from esper_train.train.data import Loader
 from esper_train.train.optimizers import make_optimizer
 
-LR, SGD, SLOTS = 0.01, OptimConfig(momentum=0.9, weight_decay=0.0), ("early", "mid", "late")
-LOOP_BATCHES = 16  # of an epoch in which the loop's own cost is measured
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One model and its data; `classes` is the vocabulary of a language model."""
-
-    kind: str
-    width: int
-    batch: int
-    classes: int = 10
-    slots: int = 1
-    samples: int = 1024
-
-
-CASES = {
-    "tiny": Case(kind="digits", width=3, batch=16, samples=64),
-    "digits:8x64": Case(kind="digits", width=8, batch=64),
-    "digits:8x256": Case(kind="digits", width=8, batch=256),
-    "digits:32x64": Case(kind="digits", width=32, batch=64),
-    "digits:32x256": Case(kind="digits", width=32, batch=256),
-    "cifar:32x64": Case(kind="cifar", width=32, batch=64, samples=512),
-    "pysource:64x32": Case(kind="pysource", width=64, batch=32, classes=256, samples=512),
-    "lm:64x8x32768": Case(kind="lm", width=64, batch=8, classes=32768, samples=64),
-    **{f"batch:{b}": Case(kind="made", width=8, batch=b, samples=2048) for b in (16, 64, 256, 1024)},
-    **{f"classes:{c}": Case(kind="made", width=8, batch=64, classes=c) for c in (10, 100, 1000, 10000)},
-    **{f"slots:{s}": Case(kind="made", width=8, batch=64, slots=s) for s in (0, 1, 2, 3)},
-}
-
-
-def data_of(case: Case) -> Split:
-    """Inputs and targets to train with; the same are used to validate."""
-    generator = torch.Generator().manual_seed(0)
-    if case.kind in ("digits", "pysource"):
-        inputs, targets = get_task(case.kind).load().train
-        return inputs[: case.samples].contiguous(), targets[: case.samples].contiguous()
-    if case.kind == "lm":
-        tokens = torch.randint(case.classes, (case.samples, 65), generator=generator)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    shape = (3, 32, 32) if case.kind == "cifar" else (1, 8, 8)
-    targets = torch.randint(case.classes, (case.samples,), generator=generator)
-    return torch.randn(case.samples, *shape, generator=generator), targets
-
-
-def model_of(case: Case) -> MorphModel:
-    """A host with a fossil in each of the first `slots` slots."""
-    torch.manual_seed(0)
-    if case.kind in ("pysource", "lm"):
-        host, blueprint = transformer_host(vocab_size=case.classes, context=64, width=case.width), "mlp"
-    else:
-        size, channels = (32, 3) if case.kind == "cifar" else (8, 1)
-        host = cnn_host(image_size=size, in_channels=channels, num_classes=case.classes, width=case.width)
-        blueprint = "conv_light"
-    model = MorphModel(host, SLOTS)
-    for name in SLOTS[: case.slots]:
-        model.germinate_seed(blueprint, name, slot=name)
-        slot = model.slot(name)
-        fossil = replace(slot.state, stage=SeedStage.FOSSILIZED, alpha=1.0)
-        slot.restore(fossil, model.registry.require(host.topology, blueprint))
-    return model
+LR = 0.01
+SGD = OptimConfig(momentum=0.9, weight_decay=0.0)
+LOOP_BATCHES = 16  # per epoch, where the loop's own cost is measured
 
 
 def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -117,7 +64,7 @@ def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """What `grad_stats` gives of these gradients, tensor by tensor, kept on the device until the epoch's end."""
+    """What `grad_stats` measures, one gradient at a time; stays on the device until the epoch ends."""
     grads = [p.grad.detach() for p in model.parameters() if p.grad is not None]
     return {
         "norms": torch.stack([g.norm() for g in grads]),
@@ -135,7 +82,7 @@ def plain_epoch(
     validation: Iterable[Any],
     slots: tuple[str, ...],
 ) -> list[float]:
-    """The baseline. Losses of the training and of each validation pass."""
+    """The baseline; returns the losses of training and of each validation pass."""
     totals: list[tuple[Tensor, Tensor, int]] = []
 
     def count(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
@@ -171,7 +118,7 @@ def plain_epoch(
 
 
 def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
-    """Each trains its own copy of the model for one more epoch and gives that epoch's losses."""
+    """Each call trains its own copy of the model for one more epoch and returns the losses."""
     split, slots = data_of(case), SLOTS[: case.slots]
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
 
@@ -183,7 +130,7 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
         validation: Iterable[Any] = Loader(split, case.batch)
         train: Iterable[Any] = shuffled()
-        if own_loader:  # sample by sample, as a DataLoader comes; its order is its own
+        if own_loader:  # it collates sample by sample, and shuffles in an order of its own
             train = DataLoader(TensorDataset(*split), case.batch, shuffle=True)
             validation = DataLoader(TensorDataset(*split), case.batch)
         return lambda: plain_epoch(model, optimizer, train, validation, slots)
@@ -217,27 +164,19 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
     return found
 
 
-def images_pay_channels_last(case: Case) -> bool:
-    """What a run decides by itself."""
-    return case.width >= 16 and case.kind in ("digits", "cifar", "made")
-
-
-def evaluation_batch(case: Case) -> int:
-    """That of a run with such data."""
-    task = {"cifar": "cifar10", "pysource": "pysource", "lm": "pysource"}.get(case.kind, "digits")
-    return preset(task).evaluation_batch
-
-
 def loop_cost(case: Case, rounds: int) -> dict[str, float]:
-    """Microseconds that `train_one_epoch` takes a batch, and once an epoch, beyond the plainest loop.
+    """Microseconds of `train_one_epoch`, per batch and per epoch, beyond a loop without loss or metrics.
 
-    That one has no loss and no metric in it: forward, backward from a ready-made gradient, optimizer. "by hand" is the
-    same loop with our two ops written into it, which is what they cost where the caches are full of other things. All
-    run one batch again and again; medians of differences within a round, which must not grow with the epochs.
+    That loop has forward, backward from a given gradient, and the optimizer step. "us by hand" is
+    the same loop with our two ops in it: what they cost when the caches hold other data. All loops
+    train on one batch again and again. Each figure is the median of differences within a round; the
+    first and second half show whether it grows with time.
     """
-    model, task_type = model_of(case), "lm" if case.kind in ("pysource", "lm") else "classification"
-    step, parameters = build_train_step(task_type, config := TrainConfig()), list(model.parameters())
-    optimizer = make_optimizer(parameters, 0.0, SGD)  # a learned batch has gradients so small that they take longer
+    model, config = model_of(case), TrainConfig()
+    task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
+    step, parameters = build_train_step(task_type, config), list(model.parameters())
+    # The learning rate is 0, because arithmetic on the tiny gradients of a learned batch is slow.
+    optimizer = make_optimizer(parameters, 0.0, SGD)
     meter = Meter("cpu")
     inputs, targets = next(iter(Loader(data_of(case), case.batch)))
     with torch.no_grad():
@@ -275,19 +214,19 @@ def loop_cost(case: Case, rounds: int) -> dict[str, float]:
         rows.append((own - plain, hand - plain, 1e6 * (one[2] - one[0]), 1e6 * seconds(everything.sum)))
     own_cost, hand_cost, epoch_cost, read = zip(*rows[1:], strict=True)
     return {
-        "us a batch": median(own_cost),
-        "us a batch, first half": median(own_cost[: rounds // 2]),
-        "us a batch, second half": median(own_cost[rounds // 2 :]),
+        "us per batch": median(own_cost),
+        "us per batch, first half": median(own_cost[: rounds // 2]),
+        "us per batch, second half": median(own_cost[rounds // 2 :]),
         "us by hand": median(hand_cost),
-        "us an epoch": median(epoch_cost),
+        "us per epoch": median(epoch_cost),
         "us of a read": median(read),
     }
 
 
 def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
-    """Time of `evaluate` with each slot ablated in turn over that without, and what it would be at best.
+    """The time of `evaluate` with each slot ablated, over that without, and what the ideal would be.
 
-    Of three slots, the last two.
+    With three slots, the last two are ablated.
     """
     split, model, slots = data_of(case), model_of(case), SLOTS[1:] if case.slots == 3 else SLOTS[: case.slots]
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
@@ -316,7 +255,7 @@ def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
 
 def forward_all(model: MorphModel, calls: list[tuple[Tensor, dict[str, Any]]]) -> None:
     for features, arguments in calls:
-        model(features, **arguments)  # and the memory of its result is free for the next
+        model(features, **arguments)  # the result is dropped at once, so its memory is reused
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -326,7 +265,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Median seconds an epoch of each candidate, after two epochs in which their losses agreed."""
+    """Median seconds per epoch of each candidate, after two epochs in which the losses agreed."""
     case = CASES[name]
     runs = candidates(case)
     curves = {label: [run(), run()] for label, run in runs.items()}
@@ -349,41 +288,62 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: how fast our loop is beside the others, what it costs a batch, and what ablated slots cost."""
-    others = ("plain", "plain, DataLoader")
-    heads = [
-        "",
-        "epochs/s",
-        "samples/s",
-        *(f"than {name}" for name in others),
-        "compiled than plain",
-        "bfloat16 than ours",
-    ]
-    heads += ["loop, us a batch", "by hand", "us an epoch", "with ablations", "ideal"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+Row = dict[str, Any]
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "epochs/s": lambda row: f"{1 / row['seconds']['ours']:.3g}",
+    "samples/s": lambda row: f"{row['samples'] / row['seconds']['ours']:.3g}",
+    "faster than plain": lambda row: times(row, "plain", "ours"),
+    "than with `DataLoader`": lambda row: times(row, "plain, DataLoader", "ours"),
+    "compiled, faster than plain": lambda row: times(row, "plain", fastest_compiled(row)),
+    "bfloat16, faster than float32": lambda row: times(row, "ours", "ours, bfloat16"),
+    "loop, us per batch": lambda row: f"{row['loop']['us per batch']:.0f}",
+    "two ops by hand": lambda row: f"{row['loop']['us by hand']:.0f}",
+    "loop, us per epoch": lambda row: f"{row['loop']['us per epoch']:.0f}",
+    "with ablations": lambda row: evaluation(row, "over one pass"),
+    "ideal": lambda row: evaluation(row, "ideal"),
+}
+"""The columns of the table, from a row of `measure`."""
+
+
+def times(row: Row, slower: str, faster: str) -> str:
+    return f"{row['seconds'][slower] / row['seconds'][faster]:.2f}x"
+
+
+def fastest_compiled(row: Row) -> str:
+    """The faster of the compiled candidates, which differ in their memory format."""
+    seconds_of = row["seconds"]
+    return min((name for name in seconds_of if name.startswith("ours, compiled")), key=seconds_of.__getitem__)
+
+
+def evaluation(row: Row, name: str) -> str:
+    return f"{row['evaluation'][name]:.2f}" if row["evaluation"] else ""
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: how our loop compares, what it costs per batch, and what ablations cost."""
+    lines = [["case", *COLUMNS]]
     for row in rows:
-        t, loop, evaluation = row["seconds"], row["loop"], row["evaluation"]
-        compiled = min(value for name, value in t.items() if name.startswith("ours, compiled"))
-        cells = [f"{1 / t['ours']:.3g}", f"{row['samples'] / t['ours']:.3g}"]
-        cells += [f"{t[name] / t['ours']:.2f}x" for name in others]
-        cells += [f"{t['plain'] / compiled:.2f}x", f"{t['ours'] / t['ours, bfloat16']:.2f}x"]
-        cells += [f"{loop[key]:.0f}" for key in ("us a batch", "us by hand", "us an epoch")]
-        cells += [f"{evaluation[key]:.2f}" if evaluation else "" for key in ("over one pass", "ideal")]
         busy = " (busy)" if row["spread"] > 0.3 else ""
-        lines.append("| " + " | ".join([row["case"] + busy, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([row["case"] + busy, *(column(row) for column in COLUMNS.values())])
+    return record.markdown(lines)
 
 
-def main(names: list[str]) -> None:
-    """Measure the cases, print the table, write the figures."""
+def main() -> None:
+    """Measure the cases, print the table, and write the figures."""
+    parser = record.parser("epoch", __doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    names = parser.parse_args().cases
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        raise SystemExit(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")
+        parser.error(f"there is no case {unknown[0]!r}; there are {', '.join(CASES)}")
     rows = []
     for name in names or [name for name in CASES if name != "tiny"]:
         rows.append(measure(name, rounds=3 if name == "tiny" else 15))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(f"\n{table(rows)}")
-    if names != ["tiny"]:
+    if not names:
         print(f"\n{record.write('epoch', rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,19 @@
-"""The GPU kernels beside eager torch, torch.compile, other libraries' kernels and a copy of the same memory.
+"""The GPU kernels beside eager torch, torch.compile, other libraries' kernels and a copy.
 
-    python -m benchmarks.run gpu                                  # everything, on a machine with a CUDA device
-    python -m benchmarks.run gpu bf16:8192x128256 grads:fp32:160x160000
+    python -m benchmarks gpu                                  # everything, on a machine with a CUDA device
+    python -m benchmarks gpu bf16:8192x128256 grads:fp32:160x160000
 
-Logits: one step is loss, correct count, accumulation and logits gradient. It has to read N V numbers and write as many:
-the bandwidth given is of those, and the share is of the bandwidth of a large copy. Gradients have to be read once.
-Rivals that are not installed are named so. A candidate of ours is timed only after it agreed with eager torch.
+One step on logits [N, V] is loss, correct count, accumulation and logits gradient. It has to read and
+write N * V numbers once; GB/s counts these, and the share is that of the bandwidth of a large copy.
+Gradients have to be read once. A candidate of ours is timed only after it agrees with eager torch. The
+table names the rivals that are not installed, and gives the error of a candidate that fails. The figures
+are written after every shape.
 
-Goals: one launch and no host sync a step; at least 85 % of the copy's bandwidth from 1,000 classes up; faster than
+Small inputs are copied and taken in turn, so that every call reads from memory and not from the L2 cache.
+"ms" is the time of a call between two events. For a short call that is the host's time, so "replayed"
+gives the time of the same calls in a CUDA graph.
+
+Goals: one launch and no host sync per step; at least 85 % of the copy's bandwidth from 1,000 classes up; faster than
 every rival at every shape; gradient statistics no slower than `torch._foreach_norm` alone.
 """
 
@@ -16,9 +22,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-import time
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -26,6 +33,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import record
+from benchmarks.gpu_timing import (
+    ROUNDS,
+    copy_bandwidth,
+    device_milliseconds,
+    host_microseconds,
+    launches,
+    replayed_milliseconds,
+    syncs,
+)
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 from esper_kernels.backends import refusal
 
@@ -34,24 +50,24 @@ CLASSES = (10, 100, 1000, 8192, 32000, 50257, 128256, 262144)
 GRADS = ("grads:fp32:60x20000", "grads:fp32:160x160000", "grads:bf16:2000x1000", "grads:bf16:300x4000000")
 BACKENDS = ("triton", "cuda")
 LARGEST = 2**31  # bytes of logits, so that eager torch's several copies fit
-ROUNDS = 15
-Calls = dict[str, Callable[[], Any]]
+MOST_COPIES = 256  # copies of the inputs of a small shape
+MOST_CAPTURED = 200  # calls in one graph
 
 
 class Shape(NamedTuple):
     grads: bool
     dtype: torch.dtype
-    rows: int  # or tensors
-    columns: int  # classes, or elements a tensor
+    rows: int  # for gradients: the number of tensors
+    columns: int  # classes; for gradients: elements per tensor
 
     @property
     def bytes(self) -> int:
-        """What has to be read once."""
+        """Bytes that have to be read once."""
         return self.rows * self.columns * self.dtype.itemsize
 
 
 def shapes() -> list[str]:
-    """All that are measured: 8192 rows, or more or fewer where these are tiny or would not fit."""
+    """All shapes: 8192 rows, but more if these are tiny, and fewer if they do not fit."""
     logits = []
     for name in ("bf16", "fp32"):
         for v in CLASSES:
@@ -75,177 +91,266 @@ def served(op: str, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
 
 
 def rival(module: str, name: str) -> Callable[..., Any] | None:
-    """A function of another library, or None where that is not installed."""
+    """A function of another library, or None if that is not installed."""
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError:
         return None
 
 
-def loss_calls(shape: Shape) -> tuple[Calls, dict[str, str]]:
-    """The candidates of one shape of logits, ours checked, and those that are missing."""
+class Batch(NamedTuple):
+    """The memory of one step."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    leaf: torch.Tensor  # a copy of the logits that requires grad
+    out: torch.Tensor
+
+
+@dataclass
+class Subject:
+    """What is measured at one shape."""
+
+    inputs: list[Any]  # of one shape, taken in turn
+    candidates: dict[str, Callable[[Any], Any]]
+    check: Callable[[str], None] = lambda name: None
+    """Raises AssertionError if the candidate of this name does not agree with eager torch."""
+    missing: dict[str, str] = field(default_factory=dict)  # why a candidate cannot be measured here
+
+
+def copies(size: int, cache: int) -> int:
+    """How many inputs of `size` bytes must take turns, so that none is still in a cache of `cache` bytes."""
+    return 1 if size > 2 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
+
+
+def cache_bytes() -> int:
+    """The size of the current device's L2 cache, in bytes."""
+    return int(torch.cuda.get_device_properties().L2_cache_size)
+
+
+def train(loss: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor | None:
+    """A forward and backward pass; returns the gradient."""
+    batch.leaf.grad = None
+    loss(batch).backward()
+    return batch.leaf.grad
+
+
+def batches(shape: Shape) -> list[Batch]:
+    """Random inputs, so many that they do not stay in the cache."""
     generator = torch.Generator("cuda").manual_seed(0)
-    logits = torch.randn(shape.rows, shape.columns, generator=generator, device="cuda", dtype=shape.dtype)
-    targets = torch.randint(shape.columns, (shape.rows,), generator=generator, device="cuda")
-    leaf, out = logits.clone().requires_grad_(), torch.empty_like(logits)
+    made = []
+    for _ in range(copies(shape.bytes, cache_bytes())):
+        logits = torch.randn(shape.rows, shape.columns, generator=generator, device="cuda", dtype=shape.dtype)
+        targets = torch.randint(shape.columns, (shape.rows,), generator=generator, device="cuda")
+        made.append(Batch(logits, targets, logits.clone().requires_grad_(), torch.empty_like(logits)))
+    return made
+
+
+def loss_subject(shape: Shape) -> Subject:
+    """The candidates for one shape of logits."""
+    inputs = batches(shape)
     total, correct = torch.zeros((), device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
 
-    def plain(x: torch.Tensor) -> torch.Tensor:
+    def plain(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = F.cross_entropy(x, targets)
         total.add_(loss.detach())
         correct.add_(x.argmax(-1).eq(targets).sum())
         return loss
 
-    def train(loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        leaf.grad = None
-        loss(leaf).backward()
+    def step(batch: Batch, config: KernelConfig, meter: Meter) -> torch.Tensor:
+        return cross_entropy_step(batch.logits, batch.targets, meter, out=batch.out, config=config)
+
+    def autograd(batch: Batch, config: KernelConfig, meter: Meter) -> torch.Tensor | None:
+        return train(lambda b: cross_entropy(b.leaf, b.targets, meter=meter, config=config), batch)
 
     compiled = torch.compile(plain, dynamic=False)
-    train(plain)
-    assert leaf.grad is not None
-    calls: Calls = {"eager": lambda: train(plain), "compile": lambda: train(compiled)}
+    candidates: dict[str, Callable[[Batch], Any]] = {
+        "eager": partial(train, lambda b: plain(b.leaf, b.targets)),
+        "compile": partial(train, lambda b: compiled(b.leaf, b.targets)),
+    }
+    expected = train(lambda b: plain(b.leaf, b.targets), inputs[0])
+    assert expected is not None
+    expected, expected_correct = expected.float(), int(correct)
+    bound = 1e-5 if shape.dtype == torch.float32 else 1e-2
     names, missing = served("cross_entropy", shape.dtype)
-    expected, bound = leaf.grad.clone(), 1e-5 if shape.dtype == torch.float32 else 1e-2
+    meters = {}
     for name in names:
-        config, meter = KernelConfig(backend=name), Meter("cuda")
-        grad = cross_entropy_step(logits, targets, meter, out=out, config=config)
-        error = float((grad.float() - expected.float()).norm() / expected.float().norm())
-        if not error < bound or meter.compute().correct[1] != int(correct):
-            raise SystemExit(f"{name}, {shape}: gradient or count differ from eager's (error {error:.2g}); not timed")
-        calls[name] = lambda c=config, m=meter: cross_entropy_step(logits, targets, m, out=out, config=c)
-        calls[f"{name}, autograd"] = lambda c=config, m=meter: train(
-            lambda x: cross_entropy(x, targets, meter=m, config=c)
-        )
+        for label, function in ((name, step), (f"{name}, autograd", autograd)):
+            meters[label] = Meter("cuda")
+            candidates[label] = partial(function, config=KernelConfig(backend=name), meter=meters[label])
+
+    def check(name: str) -> None:
+        if name not in meters:
+            return
+        meters[name].reset()
+        gradient = candidates[name](inputs[0]).float()
+        error = float((gradient - expected).norm() / expected.norm())
+        counted = meters[name].compute().correct[1]
+        assert error < bound, f"the gradient differs from eager's by {error:.2g}, relative in L2"
+        assert counted == expected_correct, f"counts {counted} correct rows, eager {expected_correct}"
+
+    rivals, absent = loss_rivals(inputs)
+    candidates |= rivals
+    candidates["copy_"] = lambda batch: batch.out.copy_(batch.logits)
+    return Subject(inputs, candidates, check, missing | absent)
+
+
+def loss_rivals(inputs: list[Batch]) -> tuple[dict[str, Callable[[Batch], Any]], dict[str, str]]:
+    """Other libraries' kernels, and those that are not installed."""
     liger = rival("liger_kernel.transformers.functional", "liger_cross_entropy")
     quack = rival("quack.cross_entropy", "cross_entropy")
-    if liger is not None:  # writes its gradient over the logits, so it gets some of its own
-        its = logits.clone().requires_grad_()
+    quack_one_pass = rival("quack.cross_entropy", "cross_entropy_fwd")
+    candidates: dict[str, Callable[[Batch], Any]] = {}
+    if liger is not None:  # writes its gradient over the logits, so it gets its own copy
+        own = {id(batch.logits): batch.logits.clone().requires_grad_() for batch in inputs}
 
-        def liger_step() -> None:
-            its.grad = None
-            liger(its, targets, return_token_accuracy=True).loss.backward()
+        def liger_step(batch: Batch) -> None:
+            leaf = own[id(batch.logits)]
+            leaf.grad = None
+            liger(leaf, batch.targets, return_token_accuracy=True).loss.backward()
 
-        calls["liger"] = liger_step
-    if quack is not None:  # has no accuracy
-        calls["quack, loss only"] = lambda: train(lambda x: quack(x, targets))
-    missing |= {name: "not installed" for name, found in (("liger", liger), ("quack", quack)) if found is None}
-    return {**calls, "copy_": lambda: out.copy_(logits)}, missing
+        candidates["liger"] = liger_step
+    if quack is not None:  # neither form counts correct rows
+        candidates["quack, autograd, loss only"] = partial(train, lambda b: quack(b.leaf, b.targets))
+    if quack_one_pass is not None:
+        candidates["quack, one pass, loss only"] = lambda b: quack_one_pass(b.logits, b.targets, return_dx=True)
+    found = {"liger": liger, "quack": quack or quack_one_pass}
+    return candidates, {name: "not installed" for name, function in found.items() if function is None}
 
 
-def grad_calls(shape: Shape) -> tuple[Calls, dict[str, str]]:
-    """The candidates of one list of gradients, ours checked, and those that are missing."""
+def grad_subject(shape: Shape) -> Subject:
+    """The candidates for one list of gradients."""
     generator = torch.Generator("cuda").manual_seed(0)
-    everything = torch.randn(shape.rows, shape.columns, generator=generator, device="cuda", dtype=shape.dtype)
-    grads = [row.clone() for row in everything]
-    del everything
-    truth = torch.stack([g.double().norm() for g in grads])
-    calls: Calls = {
-        "foreach_norm": lambda: torch._foreach_norm(grads),
-        "get_total_norm": lambda: torch.nn.utils.get_total_norm(grads),
-    }
+    inputs = []
+    for _ in range(copies(shape.bytes, cache_bytes())):
+        everything = torch.randn(shape.rows, shape.columns, generator=generator, device="cuda", dtype=shape.dtype)
+        inputs.append([row.clone() for row in everything])
+        del everything
+    truth = torch.stack([grad.double().norm() for grad in inputs[0]])
     names, missing = served("grad_stats", shape.dtype)
+    stats = {name: grad_stats(inputs[0], config=KernelConfig(backend="eager")) for name in names}
+    candidates: dict[str, Callable[[Any], Any]] = {
+        "foreach_norm": torch._foreach_norm,
+        "get_total_norm": torch.nn.utils.get_total_norm,
+    }
     for name in names:
-        config = KernelConfig(backend=name)
-        stats = grad_stats(grads, config=config)
-        if not torch.allclose(stats.norms, truth, rtol=1e-12, atol=0):
-            raise SystemExit(f"{name}, {shape}: the norms differ from float64's; not timed")
-        calls[name] = lambda c=config, s=stats: grad_stats(grads, out=s, config=c)
-    return calls, missing
+        candidates[name] = partial(grad_stats, out=stats[name], config=KernelConfig(backend=name))
 
+    def check(name: str) -> None:
+        if name in stats:
+            candidates[name](inputs[0])
+            assert torch.allclose(stats[name].norms, truth, rtol=1e-12, atol=0), "the norms differ from float64's"
 
-def device_milliseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Mean time of a call between two events of the stream."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats
-
-
-def host_microseconds(call: Callable[[], Any], repeats: int = 10) -> float:
-    """Time the host is busy with one call, while the device still works on the earlier ones."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - started) / repeats * 1e6
-
-
-def syncs(call: Callable[[], Any]) -> int:
-    """How often one call makes the host wait, as torch itself reports it."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
-def launches(call: Callable[[], Any]) -> int:
-    """Kernels that one call starts on the device, copies and fills of memory not counted."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
-
-
-def copy_bandwidth(size: int = 2**30) -> float:
-    """Bytes a second, read and written, of copying 1 GiB."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * size / median(device_milliseconds(lambda: target.copy_(source), 5) for _ in range(ROUNDS)) * 1e3
+    return Subject(inputs, candidates, check, missing)
 
 
 def measure(text: str, copied: float) -> dict[str, Any]:
-    """Medians of alternating rounds for every candidate of one shape. `copied`: of `copy_bandwidth`."""
+    """Medians of alternating rounds for every candidate of one shape. `copied`: from `copy_bandwidth`."""
     shape = parse(text)
     torch._dynamo.reset()
-    calls, missing = grad_calls(shape) if shape.grads else loss_calls(shape)
-    repeats = {}
-    for name, call in calls.items():
-        for _ in range(3):
-            call()
-        repeats[name] = max(1, round(5 / device_milliseconds(call, 3)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    subject = grad_subject(shape) if shape.grads else loss_subject(shape)
+    errors: dict[str, str] = {}
+
+    def attempt(name: str, work: Callable[[], Any]) -> Any:
+        """The result of a candidate's work, or None and its error."""
+        if name in errors:
+            return None
+        try:
+            return work()
+        except Exception as error:  # another library may raise anything; the other candidates are still measured
+            errors[name] = described(error)
+            return None
+
+    def prepare(name: str) -> int:
+        subject.check(name)
+        call = subject.candidates[name]
+        for batch in subject.inputs[:3]:
+            call(batch)
+        return max(1, round(5 / device_milliseconds(call, subject.inputs, 3)))
+
+    repeats = {name: attempt(name, partial(prepare, name)) for name in subject.candidates}
+    times: dict[str, list[float]] = {name: [] for name in subject.candidates}
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            times[name].append(device_milliseconds(call, repeats[name]))
+        for name, call in subject.candidates.items():
+            taken = attempt(name, partial(device_milliseconds, call, subject.inputs, repeats[name]))
+            times[name] += [] if taken is None else [taken]
     moved = shape.bytes if shape.grads else 2 * shape.bytes
     rows = {}
-    for name, call in calls.items():
-        milliseconds = median(times[name])
-        rows[name] = {
-            "milliseconds": round(milliseconds, 5),
-            "gb_per_s": round(moved / milliseconds / 1e6, 1),
-            "share_of_copy": round(moved / milliseconds * 1e3 / copied, 3),
-            "launches": launches(call),
-            "syncs": syncs(call),
-            "host_microseconds": round(median(host_microseconds(call) for _ in range(5)), 1),
-        }
-    return {"shape": text, "candidates": rows, "missing": missing}
+    for name, call in subject.candidates.items():
+        figures = attempt(name, lambda n=name, c=call: facts(c, subject.inputs, median(times[n]), moved, copied))
+        rows[name] = figures or {"error": errors[name]}
+    for name, call in subject.candidates.items():  # last, because a failed capture may affect what follows
+        if name not in errors:
+            number = min(MOST_CAPTURED, repeats[name])
+            replayed = attempt(name, partial(replayed_milliseconds, call, subject.inputs, number))
+            rows[name]["replayed_milliseconds"] = errors[name] if replayed is None else round(replayed, 5)
+    return {"shape": text, "inputs": len(subject.inputs), "candidates": rows, "missing": subject.missing}
+
+
+def facts(
+    call: Callable[[Any], Any], inputs: list[Any], milliseconds: float, moved: int, copied: float
+) -> dict[str, Any]:
+    """The figures of one candidate, from its time and the bytes that it has to move."""
+    return {
+        "milliseconds": round(milliseconds, 5),
+        "gb_per_s": round(moved / milliseconds / 1e6, 1),
+        "share_of_copy": round(moved / milliseconds * 1e3 / copied, 3),
+        "launches": launches(lambda: call(inputs[0])),
+        "syncs": syncs(lambda: call(inputs[0])),
+        "host_microseconds": round(median(host_microseconds(call, inputs) for _ in range(5)), 1),
+    }
+
+
+def described(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+COLUMNS = {
+    "milliseconds": "ms",
+    "replayed_milliseconds": "ms replayed",
+    "gb_per_s": "GB/s",
+    "share_of_copy": "share of a copy",
+    "launches": "launches",
+    "syncs": "syncs",
+    "host_microseconds": "host us",
+}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a shape and candidate."""
-    head = ("shape", "candidate", "ms", "GB/s", "share of a copy", "launches", "syncs", "host us")
+    """Markdown: a row for every shape and candidate."""
+    head = ("shape", "candidate", *COLUMNS.values())
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
+        reasons = dict(row["missing"])
         for name, figures in row["candidates"].items():
-            lines.append(
-                "| " + " | ".join((row["shape"], name, *(f"{figure:.4g}" for figure in figures.values()))) + " |"
-            )
-        lines += [f"| {row['shape']} | {name} | {why} |" + " |" * 5 for name, why in row["missing"].items()]
+            if "error" in figures:
+                reasons[name] = figures["error"]
+                continue
+            cells = [figures[column] for column in COLUMNS]
+            shown = [cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells]
+            lines.append("| " + " | ".join((row["shape"], name, *shown)) + " |")
+        for name, why in reasons.items():
+            lines.append(f"| {row['shape']} | {name} | {why} |" + " |" * (len(COLUMNS) - 1))
     return "\n".join(lines)
 
 
-def main(names: list[str]) -> None:
-    """Measure, print the table, write the figures."""
+def measure_all(names: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Measure every shape, print its rows, and write all figures so far into `folder`."""
+    copied, rows = copy_bandwidth(), []
+    for name in names:
+        try:
+            rows.append(measure(name, copied))
+        except Exception as error:  # such as out of memory; the other shapes are still measured
+            rows.append({"shape": name, "candidates": {}, "missing": {"all": described(error)}})
+        print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
+        record.write("gpu", {"copy_gb_per_s": round(copied / 1e9, 1), "rows": rows}, folder)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main(names: list[str], folder: Path = record.RESULTS) -> None:
+    """Measure, print the table, and write the figures into `folder`."""
     try:
         for name in names:
             parse(name)
@@ -253,9 +358,10 @@ def main(names: list[str]) -> None:
         sys.exit(str(error))
     if not torch.cuda.is_available():
         sys.exit("the benchmark `gpu` needs a CUDA device, and torch finds none here")
-    copied, rows = copy_bandwidth(), []
-    for name in names or shapes():
-        rows.append(measure(name, copied))
-        print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
-        torch.cuda.empty_cache()
-    print(f"\n{table(rows)}\n\n{record.write('gpu', {'copy_gb_per_s': round(copied / 1e9, 1), 'rows': rows})}")
+    print(f"\n{table(measure_all(names or shapes(), folder))}\n\n{folder / 'gpu.json'}")
+
+
+if __name__ == "__main__":
+    arguments = record.parser("gpu", __doc__)
+    arguments.add_argument("shapes", nargs="*", metavar="SHAPE", help="DTYPE:ROWSxCLASSES or grads:DTYPE:TENSORSxSIZE")
+    main(arguments.parse_args().shapes)

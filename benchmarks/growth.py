@@ -1,7 +1,7 @@
 """Does growing pay? Test accuracy of three networks over several seeds, as the README's tables.
 
-    python -m benchmarks.growth                             # digits, 10 seeds, about three minutes on two cores
-    python -m benchmarks.growth --task pysource --seeds 2   # a quarter of an hour
+    python -m benchmarks growth                             # digits, 10 seeds, about three minutes on two cores
+    python -m benchmarks growth --task pysource --seeds 2   # a quarter of an hour
 
 grown: `esper-train heuristic`; fit: the same host, epochs and data without slots; static: a host of the width whose
 parameter count is nearest to the grown network's, trained like fit.

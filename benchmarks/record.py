@@ -1,11 +1,14 @@
-"""Writes a benchmark's figures with the machine, versions and commit they were taken on."""
+"""What the benchmarks share: command line, tables, and results with machine and versions."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +17,67 @@ import torch
 import esper_kernels
 
 RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("torch", "triton", "numpy", "scikit-learn", "tokenizers")
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of the benchmark `name`; `description` is its module's docstring."""
+    return argparse.ArgumentParser(
+        f"python -m benchmarks {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what the figures were taken."""
+    """When, on what machine, and with which versions the figures were taken."""
     return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": platform.platform(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{library: _version(library) for library in LIBRARIES},
         "esper": esper_kernels.__version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
 
-def write(name: str, figures: Any) -> Path:
-    """Write `benchmarks/results/NAME.json`."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+def write(name: str, figures: Any, folder: Path = RESULTS) -> Path:
+    """Write `NAME.json` into `benchmarks/results`, or into another folder."""
+    path = folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n")
     return path
 
 
-def _git(*arguments: str) -> str | None:
+def read(name: str) -> dict[str, Any]:
+    """The committed results `NAME.json`: their `environment` and their `figures`."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A Markdown table; the first line is its head."""
+    head, *body = lines
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _version(library: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -52,4 +88,5 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown")

@@ -1,9 +1,9 @@
-"""Registers, shared memory and spills of every Triton kernel a launch can select, compiled here without a GPU.
+"""Registers, shared memory and spilled bytes of every Triton kernel, compiled without a GPU.
 
-    python -m benchmarks.triton_resources    # writes results/triton-resources.json
+    python -m benchmarks triton_resources    # writes results/triton-resources.json
 
-An op joins `VARIANTS` with a function that lists what its launches can select; `recorded` makes that list from calls
-of the backend's own functions. Needs Triton with its interpreter off.
+`VARIANTS` has a function for each op that lists every variant that its launches can select; `recorded` makes that list
+from calls of the backend's own functions. Needs Triton with its interpreter off.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from esper_kernels.ops.cross_entropy import triton as cross_entropy
 from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.ops.grad_stats import triton as grad_stats_triton
 
+CLASSES = (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144)  # at least one for every launch choice
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
 
 
@@ -44,7 +45,7 @@ class Variant(NamedTuple):
 
 
 def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
-    """What the launches inside `call` would compile on an NVIDIA GPU. None is carried out: CPU tensors will do."""
+    """What the launches in `call` would compile on an NVIDIA GPU. None is executed, so CPU tensors will do."""
     variants, backend = [], make_backend(TARGETS[0])
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -59,7 +60,7 @@ def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
 
 
 def grad_stats_variants() -> Iterator[Variant]:
-    """The dtypes of `inv_scale`, or none; those of the gradients are all in one kernel."""
+    """One variant per dtype of `inv_scale`, and one without it. One kernel has all gradient dtypes."""
     grads = [torch.ones(3, dtype=dtype) for dtype in grad_stats_triton.DTYPES]
     stats = grad_stats(grads)
     for scale in (None, *(torch.ones((), dtype=dtype) for dtype in grad_stats_triton.DTYPES)):
@@ -68,8 +69,8 @@ def grad_stats_variants() -> Iterator[Variant]:
 
 
 def cross_entropy_variants() -> Iterator[Variant]:
-    """Every launch choice, on an H200: its classes, dtypes and, heavy, every option; the autograd form at some."""
-    for classes in (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144):
+    """Every launch choice on an H200, with no option and with all of them ("heavy"); some in autograd form."""
+    for classes in CLASSES:
         targets, weight = torch.zeros(64, dtype=torch.int64), torch.ones(classes)
         plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
         heavy = Options(weight, -100, 0.1, 1e-4, 30.0, "mean", None)
@@ -80,6 +81,51 @@ def cross_entropy_variants() -> Iterator[Variant]:
                 yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None)
                 if classes in (1000, 16000, 262144) and dtype == torch.bfloat16:
                     yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+
+
+def every_form() -> Iterator[Variant]:
+    """Cross entropy in every form and dtype for every launch choice, and each option alone for some."""
+    plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
+    for classes in CLASSES:
+        targets, meter = torch.zeros(64, dtype=torch.int64), Meter("cpu", topk=(5,))
+        heavy = plain._replace(weight=torch.ones(classes), label_smoothing=0.1, z_loss=1e-4, softcap=30.0)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            logits = torch.zeros(64, classes, dtype=dtype)
+            for options in (plain, heavy):
+                name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
+                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None)
+                yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+    for classes in (1000, 50257):
+        yield from _single_options(classes, plain)
+    many, targets = torch.zeros(70_000, 10), torch.zeros(70_000, dtype=torch.int64)
+    yield from _on_an_h200("many rows", cross_entropy.step, many, targets, plain, Meter("cpu"), 1.0, None)
+
+
+def _single_options(classes: int, plain: Options) -> Iterator[Variant]:
+    logits, targets = torch.zeros(4, 16, classes, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int64)
+    meter, number = Meter("cpu"), torch.ones(())
+    options = {
+        "weight": plain._replace(weight=torch.ones(classes)),
+        "smoothing": plain._replace(label_smoothing=0.1),
+        "z-loss": plain._replace(z_loss=1e-4),
+        "softcap": plain._replace(softcap=30.0),
+        "sum": plain._replace(reduction="sum"),
+        "normalizer": plain._replace(normalizer=3.0),
+        "tensors": plain._replace(label_smoothing=number, z_loss=number, normalizer=number),
+    }
+    for name, chosen in options.items():
+        title = f"cross_entropy, {classes} classes, {name}"
+        yield from _on_an_h200(f"{title}, step", cross_entropy.step, logits, targets, chosen, meter, number, None)
+        yield from _on_an_h200(f"{title}, autograd", _autograd, logits, targets, chosen, meter)
+    title, step = f"cross_entropy, {classes} classes", cross_entropy.step
+    each = plain._replace(reduction="none")
+    yield from _on_an_h200(f"{title}, a loss per row", _autograd, logits, targets, each, meter)
+    for dtype in (torch.int32, torch.uint8):
+        yield from _on_an_h200(f"{title}, {dtype} targets", step, logits, targets.to(dtype), plain, meter, 1.0, None)
+    yield from _on_an_h200(f"{title}, no meter", step, logits, targets, plain, None, 1.0, None)
+    shifted = logits[:, :-1], targets[:, 1:]
+    yield from _on_an_h200(f"{title}, shifted sequence", step, *shifted, plain, meter, 1.0, None)
+    yield from _on_an_h200(f"{title}, record", cross_entropy.record, number, logits, targets, meter, plain)
 
 
 def _on_an_h200(name: str, function: Callable[..., Any], *arguments: Any) -> list[Variant]:
@@ -97,7 +143,7 @@ VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants, cr
 
 
 def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
-    """Compile for one GPU; what does not fit into registers is on the stack."""
+    """Compile for one GPU. Bytes on the stack are those that do not fit into registers."""
     source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
     compiled = compile_ahead(source, target=target, options=variant.options)
     with tempfile.TemporaryDirectory() as folder:
@@ -117,12 +163,18 @@ def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
 
 
 def measure() -> list[dict[str, Any]]:
-    """The resources of every variant of every op on every target."""
+    """The resources of every variant of every op for every target."""
     return [resources(variant, target) for variants in VARIANTS for variant in variants() for target in TARGETS]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compile everything, print a line per variant and target, and write the figures."""
+    record.parser("triton_resources", __doc__).parse_args()
     rows = measure()
     for row in rows:
         print(row)
     print(record.write("triton-resources", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,9 @@ using torch::stable::accelerator::DeviceGuard;
 
 cudaStream_t stream_of(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  // Not STABLE_TORCH_ERROR_CODE_CHECK: torch 2.10 to 2.12 do not have it.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "torch does not tell the current stream of CUDA device ", x.get_device_index());
   return static_cast<cudaStream_t>(stream);
 }
 

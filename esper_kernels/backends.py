@@ -4,7 +4,11 @@ Every op calls `select_backend`, and `esper_kernels.info` shows it. `torch.compi
 function (it ignores caches, with a warning), and the choice becomes a constant of the graph.
 """
 
+import os
+import shutil
+import sysconfig
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -56,7 +60,22 @@ def _triton_unavailable(device_type: str) -> str | None:
     # Triton decides when it is imported; `torch.compile` cannot trace the knob itself.
     if device_type == "cpu" and isinstance(triton.language.zeros, triton.JITFunction):
         return "runs on the CPU only in Triton's interpreter, for tests (TRITON_INTERPRET=1 before Python starts)"
+    return _no_launcher() if device_type == "cuda" else None
+
+
+def _no_launcher() -> str | None:
+    """Why Triton could not compile what launches its kernels: it does so in C, when it launches its first."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        asked = f"CC={compilers[0]!r} names none" if "CC" in os.environ else "there is no gcc and no clang"
+        return f"Triton needs a C compiler for its launcher, and {asked}; install one, or name it in CC"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.exists():
+        return f"Triton needs Python's headers for its launcher, and there is no {header}; install them (python3-dev)"
     return None
+
+
+torch.compiler.assume_constant_result(_no_launcher)  # compilers trace the choice of a backend
 
 
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:

@@ -14,7 +14,6 @@ from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.morph.transformer import transformer_host
 from esper_train.run.directory import load_run
-from esper_train.run.epoch import BadNumbersError, NonFiniteLossError
 from esper_train.run.run import (
     EpisodeResult,
     run_fit,
@@ -27,6 +26,7 @@ from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, Sink
 from esper_train.train.config import AmpConfig, CompileConfig, GradConfig, OptimConfig, ScheduleConfig, TrainConfig
+from esper_train.train.errors import BadNumbersError, NonFiniteLossError
 from esper_train.train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
 from esper_train.train.optimizers import OptimizerRegistry
 from esper_train.train.step import TrainStep, build_train_step

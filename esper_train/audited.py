@@ -1,6 +1,7 @@
-"""Names that the audited training module made public, kept with their meaning over our kernels.
+"""Public names of the audited training module, with the same meaning, on top of our kernels.
 
-For code that moves over; new code uses what `docs/audited-names.md` names beside each. Nothing of ours calls this.
+They help code to migrate. New code uses what `docs/audited-names.md` lists beside each name, and nothing
+in this package imports them.
 """
 
 import math
@@ -18,13 +19,13 @@ from esper_train.train.step import LOGITS_DIMS, Criterion, criterion_options
 def collect_seed_gradients_async(
     parameters: Iterable[Tensor], vanishing_threshold: float = 1e-7, exploding_threshold: float = 100.0
 ) -> GradStats:
-    """Gradient statistics on the device, without a host sync; parameters without a gradient are left out."""
+    """Gradient statistics on the device, without a host sync. Parameters without a gradient do not count."""
     grads = [p.grad for p in parameters]
     return grad_stats(grads, vanishing=vanishing_threshold, exploding=exploding_threshold)
 
 
 def materialize_grad_stats(stats: GradStats) -> dict[str, float | bool]:
-    """The four audited numbers of `collect_seed_gradients_async`; the host sync."""
+    """Read the four audited numbers from `collect_seed_gradients_async`: the host sync."""
     health = stats.compute()
     names = ("gradient_norm", "gradient_health", "has_vanishing", "has_exploding")
     return {name: getattr(health, name) for name in names}
@@ -36,7 +37,7 @@ def collect_seed_gradients(
     exploding_threshold: float = 100.0,
     return_enhanced: bool = False,
 ) -> dict[str, float | bool] | GradHealth:
-    """Gradient statistics at once: the four audited numbers, or with `return_enhanced` all of `GradHealth`."""
+    """Measure and read: the four audited numbers, or all of `GradHealth` if `return_enhanced`."""
     stats = collect_seed_gradients_async(parameters, vanishing_threshold, exploding_threshold)
     return stats.compute() if return_enhanced else materialize_grad_stats(stats)
 
@@ -51,7 +52,10 @@ class DualGradientStats(NamedTuple):
 
     @property
     def normalized_ratio(self) -> float:
-        """(seed norm / sqrt(seed parameters)) / (host norm / sqrt(host parameters) + 1e-8); 0 without either."""
+        """(seed norm / sqrt(seed parameters)) / (host norm / sqrt(host parameters) + 1e-8).
+
+        0 if either norm is NaN or below 1e-8, or if either has no parameters.
+        """
         counts = min(self.host_params, self.seed_params)
         if counts == 0 or not (self.host_norm >= 1e-8 and self.seed_norm >= 1e-8):
             return 0.0
@@ -60,7 +64,7 @@ class DualGradientStats(NamedTuple):
 
 
 def collect_dual_gradients(host: Iterable[Tensor], seed: Iterable[Tensor]) -> DualGradientStats:
-    """Both norms from one pass over the gradients and one host sync."""
+    """Both norms, from one pass over the gradients and with one host sync."""
     groups = grad_stats({"host": [p.grad for p in host], "seed": [p.grad for p in seed]}).compute().groups
     h, s = groups["host"], groups["seed"]
     return DualGradientStats(h.gradient_norm, h.elements, s.gradient_norm, s.elements)
@@ -74,10 +78,11 @@ def compute_task_loss(outputs: Tensor, targets: Tensor, criterion: Criterion | N
 def compute_task_loss_with_metrics(
     outputs: Tensor, targets: Tensor, criterion: Criterion | None, task_type: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, correct count and valid count (int64 [], on the device) of logits [N, V] or, for "lm", [N, T, V].
+    """The loss, and the correct and valid counts (int64 [], on the device).
 
-    An `nn.CrossEntropyLoss`, or None, runs as the fused op; any other criterion gets rows [M, V] and targets [M].
-    `ValueError` for an unknown task type.
+    outputs: logits [N, V], or [N, T, V] for "lm".
+    criterion: `nn.CrossEntropyLoss` or None runs as the fused op; any other gets rows [M, V] and targets [M].
+    Raises `ValueError` for an unknown task type.
     """
     require_known("task type", task_type, LOGITS_DIMS)
     meter, options = Meter(outputs.device), criterion_options(criterion)

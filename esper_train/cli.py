@@ -20,7 +20,6 @@ from esper_train.config import RunConfig, load_toml, preset
 from esper_train.run.checkpoint import Checkpoints, load, restore, saved
 from esper_train.run.directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
 from esper_train.run.episode import Episode
-from esper_train.run.epoch import BadNumbersError
 from esper_train.run.profile import write_profile
 from esper_train.run.report import write_comparison, write_report
 from esper_train.run.run import episode_configs, prepare, run_episode, run_started
@@ -28,6 +27,7 @@ from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.loggers import logger_makers
 from esper_train.telemetry.progress import ProgressSink
 from esper_train.telemetry.sinks import ConsoleSink, JsonlSink
+from esper_train.train.errors import BadNumbersError
 
 USAGE = """usage: esper-train {heuristic,fit,report,info} [options]
 

@@ -44,7 +44,7 @@ TRAIN_ARROWS = {
     },
     "run": {"base", "config", "control", "morph", "tasks", "telemetry", "train"},
     "audited": {"base", "train.step"},
-    "cli": {"base", "config", "control", "run", "tasks", "telemetry"},
+    "cli": {"base", "config", "control", "run", "tasks", "telemetry", "train.errors"},
 }
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/epoch.py times only what does the same work."""
+"""benchmarks/epoch.py times only loops that do the same work."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_a_case_has_every_figure() -> None:
     assert set(row["seconds"]) == {"plain", "plain, DataLoader", "ours", "ours, bfloat16", "ours, compiled"}
     assert all(value > 0 for value in row["seconds"].values())
     assert row["batches"] == 4
-    assert {"us a batch", "us by hand", "us an epoch", "us of a read"} < set(row["loop"])
+    assert {"us per batch", "us by hand", "us per epoch", "us of a read"} < set(row["loop"])
     assert set(row["evaluation"]) == {"over one pass", "ideal"}
     line = epoch.table([row]).splitlines()[-1]
     assert line.startswith("| tiny")

@@ -1,5 +1,9 @@
 """What of the GPU benchmark needs no GPU: its arguments, its shapes, its table, and what it says without one."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,14 +30,98 @@ def test_all_classes_are_measured_in_both_dtypes_and_fit() -> None:
     assert sum(shape.grads for shape in found) == len(gpu.GRADS)
 
 
-def test_table_has_a_line_for_every_candidate_and_for_every_missing_one() -> None:
-    figures = {"milliseconds": 0.123456, "gb_per_s": 1234.56, "share_of_copy": 0.5, "launches": 1, "syncs": 0}
-    candidates = {"triton": {**figures, "host_microseconds": 20.0}}
+FIGURES = {
+    "milliseconds": 0.123456,
+    "gb_per_s": 1234.56,
+    "share_of_copy": 0.5,
+    "launches": 1,
+    "syncs": 0,
+    "host_microseconds": 20.0,
+    "replayed_milliseconds": 0.01,
+}
+
+
+def test_table_has_a_line_for_every_candidate_whatever_became_of_it() -> None:
+    candidates = {
+        "triton": FIGURES,
+        "cuda": {"error": "AssertionError: the norms differ"},
+        "compile": {**FIGURES, "replayed_milliseconds": "RuntimeError: not permitted"},
+    }
     row = {"shape": "bf16:8x10", "candidates": candidates, "missing": {"liger": "not installed"}}
-    head, rule, ours, theirs = gpu.table([row]).splitlines()
-    assert ours == "| bf16:8x10 | triton | 0.1235 | 1235 | 0.5 | 1 | 0 | 20 |"
+    head, rule, ours, uncaptured, theirs, failed = gpu.table([row]).splitlines()
+    assert ours == "| bf16:8x10 | triton | 0.1235 | 0.01 | 1235 | 0.5 | 1 | 0 | 20 |"
+    assert "| 0.1235 | RuntimeError: not permitted | 1235 |" in uncaptured
     assert theirs.startswith("| bf16:8x10 | liger | not installed |")
-    assert len({line.count("|") for line in (head, rule, ours, theirs)}) == 1
+    assert failed.startswith("| bf16:8x10 | cuda | AssertionError: the norms differ |")
+    assert len({line.count("|") for line in (head, rule, ours, uncaptured, failed, theirs)}) == 1
+
+
+def test_inputs_take_turns_until_none_is_in_the_cache() -> None:
+    cache = 50 << 20
+    assert gpu.copies(200 << 20, cache) == 1
+    for size in (100 << 20, 16 << 20, 1_310_720, 1):
+        number = gpu.copies(size, cache)
+        # Between two uses of an input, the others pass through the cache twice, or there are as many as allowed.
+        assert (number - 1) * size >= 2 * cache or number == gpu.MOST_COPIES
+
+
+@pytest.fixture
+def without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What measures on the device does the work once and gives a number."""
+
+    def once(call: Any, inputs: Any, repeats: int = 1) -> float:
+        call(inputs[0])
+        return 1.0
+
+    for name in ("device_milliseconds", "host_microseconds", "replayed_milliseconds"):
+        monkeypatch.setattr(gpu, name, once)
+    for name in ("launches", "syncs"):
+        monkeypatch.setattr(gpu, name, lambda call: 1)
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e12)
+
+
+def test_a_candidate_that_fails_is_a_row_and_the_others_are_measured(
+    without_a_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(batch: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    def check(name: str) -> None:
+        assert name != "differs", "the gradient differs"
+
+    def capture(call: Any, inputs: Any, repeats: int) -> float:
+        if call is print:
+            raise RuntimeError("not while capturing")
+        return 0.5
+
+    candidates = {"fails": fails, "differs": id, "prints": print, "good": id}
+    monkeypatch.setattr(gpu, "loss_subject", lambda shape: gpu.Subject([1, 2], candidates, check))
+    monkeypatch.setattr(gpu, "replayed_milliseconds", capture)
+    rows = gpu.measure("bf16:8x10", 1e12)["candidates"]
+    assert rows["fails"] == {"error": "OutOfMemoryError: no memory"}
+    assert rows["differs"]["error"].startswith("AssertionError: the gradient differs")
+    assert rows["prints"]["replayed_milliseconds"] == "RuntimeError: not while capturing"
+    assert (rows["good"]["milliseconds"], rows["good"]["replayed_milliseconds"]) == (1.0, 0.5)
+
+
+def test_figures_are_on_disk_after_every_shape(
+    without_a_device: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = []
+
+    def subject(shape: gpu.Shape) -> gpu.Subject:
+        if (tmp_path / "gpu.json").exists():
+            written.append(len(json.loads((tmp_path / "gpu.json").read_text())["figures"]["rows"]))
+        if shape.columns == 3:
+            raise torch.OutOfMemoryError("no memory for the inputs")
+        return gpu.Subject([1], {"good": id})
+
+    monkeypatch.setattr(gpu, "loss_subject", subject)
+    rows = gpu.measure_all(["bf16:8x2", "bf16:8x3", "bf16:8x4"], tmp_path)
+    assert written == [1, 2]
+    assert json.loads((tmp_path / "gpu.json").read_text())["figures"]["rows"] == rows
+    assert rows[1]["missing"] == {"all": "OutOfMemoryError: no memory for the inputs"}
+    assert [list(row["candidates"]) for row in rows] == [["good"], [], ["good"]]
 
 
 def test_what_is_missing_is_said() -> None:

@@ -2,12 +2,13 @@
 
 import platform
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 
 from esper_kernels import native
 from esper_kernels.backends import DTYPES, OPS, select_backend
-from esper_kernels.version import __version__
+from esper_kernels.version import CHECKED, __version__
 
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 _UNVERIFIED = "tested in a simulator on the CPU, not yet on a GPU: check with python -m esper_kernels.info --check"
@@ -38,6 +39,8 @@ class Info:
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
+        ranges = (f"{name} {oldest} to {newest}" for name, (oldest, newest) in CHECKED.items())
+        lines.append(f"checked with: {', '.join(ranges)}")
         lines.append(f"CUDA device: {'yes' if self.cuda_available else 'no'}")
         lines.append(f"CPU kernels: {', '.join(self.instruction_sets) or native.UNAVAILABLE}")
         lines.append(f"CUDA kernels: {native.cuda_unavailable() or 'ready'}; {_UNVERIFIED}")
@@ -53,7 +56,7 @@ class Info:
 def info() -> Info:
     """Versions, and a choice for each op, device type and dtype."""
     versions = {"esper_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    versions["compiler"] = native.COMPILER
+    versions |= {"triton": _triton_version(), "compiler": native.COMPILER}
     choices = tuple(_choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in DTYPES)
     return Info(
         versions=versions,
@@ -61,6 +64,13 @@ def info() -> Info:
         cuda_available=torch.cuda.is_available(),
         choices=choices,
     )
+
+
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _choice(op: str, device_type: str, dtype: torch.dtype) -> Choice:

@@ -1,7 +1,8 @@
-"""Settings as frozen dataclasses: limits checked when they are made, and read from plain values."""
+"""Settings as frozen dataclasses, with limits that are checked, and their conversion from plain values."""
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -12,7 +13,7 @@ T = TypeVar("T")
 
 
 class Limit(NamedTuple):
-    """What a setting must be, in words and as a test."""
+    """A condition on the value of a setting, in words and as a function."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -28,9 +29,9 @@ Decay = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
 
 
 class Settings:
-    """When made, refuses a value that is not among its field's choices or outside the `Limit` of its type.
+    """Base of the config classes. Raises `ValueError` for a value outside its field's choices or `Limit`.
 
-    `table` is where the fields are in a TOML file.
+    `table` is the name of the table that has the fields in a TOML file.
     """
 
     _table: ClassVar[str]
@@ -40,16 +41,52 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            value, choices = getattr(self, name), typing.get_args(hint)
+            if typing.get_origin(hint) is ClassVar:
+                continue
+            value = getattr(self, name)
+            where = f"{self._table}{name}"
             if typing.get_origin(hint) is Literal:
-                require(
-                    value in choices,
-                    f"{self._table}{name} must be one of {', '.join(c or 'left out' for c in choices)}",
-                    value,
-                )
-            elif typing.get_origin(hint) is Annotated:
-                limit = hint.__metadata__[0]
-                require(limit.holds(value), f"{self._table}{name} must be {limit.words}", value)
+                choices = ", ".join(c or "left out" for c in typing.get_args(hint))
+                require(value in typing.get_args(hint), f"{where} must be one of {choices}", value)
+                continue
+            limits: tuple[Limit, ...] = ()
+            if typing.get_origin(hint) is Annotated:
+                limits = hint.__metadata__
+                hint = typing.get_args(hint)[0]
+            if not _fits(value, hint):
+                raise TypeError(f"{where} takes {_named(hint)}, got {value!r}")
+            for limit in limits:
+                require(limit.holds(value), f"{where} must be {limit.words}", value)
+            require(value == value, f"{where} must be a number", value)  # NaN alone differs
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the annotated type; an int serves as a float, a bool as neither."""
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(part, item) for part in value)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is Callable or hint is Callable:
+        return callable(value)
+    if hint is float:
+        return type(value) in (float, int)
+    if hint is int:
+        return type(value) is int
+    return isinstance(value, hint)
+
+
+def _named(hint: Any) -> str:
+    """The annotated type in words."""
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return f"a tuple of {_named(typing.get_args(hint)[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_named(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return "a callable" if origin is Callable else hint.__name__
 
 
 def require(holds: bool, what: str, value: Any) -> None:
@@ -58,10 +95,11 @@ def require(holds: bool, what: str, value: Any) -> None:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
-    """Build a config dataclass from plain values, as TOML and JSON give them.
+    """Build a config dataclass from plain values, such as those of TOML and JSON.
 
-    Keys left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key (naming the
-    nearest known one) and `TypeError` for a value of the wrong type; messages put `where` before the key.
+    Keys that are left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key
+    (with the nearest known one) and `TypeError` for a value of the wrong type. `where` is the path of `values`,
+    for the messages.
     """
     hints = typing.get_type_hints(cls)
     names = [where + f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -82,7 +120,7 @@ def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
             raise TypeError(f"config key {path!r} takes a list, got {value!r}")
         return tuple(_convert(typing.get_args(hint)[0], item, path) for item in value)
     if typing.get_origin(hint) is Literal:
-        return value  # the dataclass itself names the choices
+        return value  # the dataclass checks the choices itself
     accepted = typing.get_args(hint) or (hint,)
     if float in accepted and type(value) is int:
         return float(value)

@@ -1,4 +1,4 @@
-"""How alpha rises while a seed is blended in: schedules from progress to alpha, and a learned gate on top of one."""
+"""How alpha rises while a seed is blended in: schedules from progress to alpha, and a learned gate."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,20 +21,21 @@ def sigmoid(progress: float) -> float:
 
 
 BLENDS: Mapping[str, Callable[[float], float]] = {"linear": linear, "sigmoid": sigmoid, "gated": linear}
-"""Name to schedule. "gated" has a `Gate` too, which bends its schedule for each sample."""
+"""The schedules by name. "gated" also has a `Gate`, which changes the schedule for each sample."""
 
 
 def get_blend(name: str) -> Callable[[float], float]:
-    """Look a schedule up by name; `ValueError` names the known ones."""
+    """The schedule of this name; `ValueError` lists the known names."""
     require_known("blend", name, BLENDS)
     return BLENDS[name]
 
 
 class Gate(nn.Module):
-    """A learned preference g in (0, 1) for the seed, one a sample (feature maps) or a token (sequences).
+    """A learned preference g in (0, 1) for the seed, per sample (feature maps) or per token (sequences).
 
-    `forward(x, alpha)` bends the scheduled alpha to alpha (alpha + 2 g (1 - alpha)): 0 at 0, 1 at 1, alpha itself
-    at g = 1/2, which is what the gate says at birth. A token's gate looks at that token alone, so causality holds.
+    `forward(x, alpha)` changes the scheduled alpha to alpha (alpha + 2 g (1 - alpha)). That is 0 at 0 and 1
+    at 1 for any g, and alpha itself at g = 1/2, where the gate starts. The gate of a token depends on that
+    token alone, so the model stays causal.
     """
 
     def __init__(self, channels: int) -> None:

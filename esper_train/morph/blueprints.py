@@ -1,7 +1,7 @@
-"""Blueprints: the small modules a seed can be, by topology of the host.
+"""Blueprints: the small modules that a seed can be made of, by the host's topology.
 
-Every blueprint is the identity at birth, so that seating a seed changes nothing, and alive at birth: some
-parameter has a non-zero gradient, so that it can learn. Both are checked when it is registered.
+A module made from a blueprint starts as the identity, so that adding a seed changes nothing, and is
+able to learn: some parameter has a non-zero gradient. Both are checked when it is registered.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,18 +12,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from esper_train.base.device import plain_defaults
 from esper_train.base.names import require_known
 
 Topology = Literal["cnn", "transformer"]
 PROBE_CHANNELS = 8
 LORA_RANK = 8
-# a feature map [N, C, H, W] or a sequence [N, T, C] of random numbers stands for a host's features
+# Shapes of the random features that a new blueprint is checked with: [N, C, H, W] and [N, T, C].
 PROBE_SHAPES = {"cnn": (2, PROBE_CHANNELS, 4, 4), "transformer": (2, 5, PROBE_CHANNELS)}
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A named recipe: `build(channels)` makes a module that maps features to features of the same shape."""
+    """A named recipe: `build(channels)` makes a module whose output has the shape of its input."""
 
     name: str
     topology: Topology
@@ -31,7 +32,7 @@ class Blueprint:
 
 
 class BlueprintRegistry:
-    """The blueprints a run may use, in order of preference. Owned by the run."""
+    """The blueprints that a run may use, in order of preference. Each run has its own registry."""
 
     def __init__(self, blueprints: Iterable[Blueprint] = ()) -> None:
         self._blueprints: dict[tuple[str, str], Blueprint] = {}
@@ -39,7 +40,7 @@ class BlueprintRegistry:
             self.register(blueprint)
 
     def register(self, blueprint: Blueprint) -> None:
-        """Add a blueprint; `ValueError` if its name is taken, or if it is not an identity or not alive at birth."""
+        """Add a blueprint; `ValueError` if its name is taken, it is not the identity, or it cannot learn."""
         require_known("topology", blueprint.topology, PROBE_SHAPES)
         key = (blueprint.topology, blueprint.name)
         if key in self._blueprints:
@@ -48,24 +49,24 @@ class BlueprintRegistry:
         self._blueprints[key] = blueprint
 
     def names(self, topology: str) -> tuple[str, ...]:
-        """Names for one topology, in the order of registration."""
+        """The names for one topology, in the order of registration."""
         return tuple(name for known, name in self._blueprints if known == topology)
 
     def require(self, topology: str, name: str) -> Blueprint:
-        """Look a blueprint up; `ValueError` names those that exist."""
+        """The blueprint of this name; `ValueError` lists the names that exist."""
         require_known(f"{topology} blueprint", name, self.names(topology))
         return self._blueprints[topology, name]
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer itself, all of its parameters 0."""
+    """Set all parameters of the layer to 0, and return it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class Residual(nn.Module):
-    """x + f(x), the identity as long as the last layer of f is zero."""
+    """x + f(x). The last layer of f starts at zero, so the whole starts as the identity."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Residual(nn.Module):
 
 
 class GatedNorm(nn.Module):
-    """x + g (norm(x) - x) with one learned g, 0 at birth."""
+    """x + g (norm(x) - x) with one learned number g, which starts at 0."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class GatedNorm(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze and excitation (Hu et al., 2018), x * 2 sigmoid(f(mean(x))) with the last layer of f 0 at birth."""
+    """Squeeze and excitation (Hu et al., 2018): x * 2 sigmoid(f(mean(x))); the last layer of f starts at 0."""
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
@@ -102,10 +103,10 @@ class ChannelAttention(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """What each position gathers from itself and those before it, all heads side by side: [N, T, C] to [N, T, C].
+    """Causal self-attention without the output projection, [N, T, C] to [N, T, C].
 
-    Without the output projection. `heads` is 4, or the largest divisor of the channels below; `ValueError` if it
-    does not divide them.
+    `heads` defaults to the largest of 4, 3, 2, 1 that divides the channels. `ValueError` if it does not
+    divide them.
     """
 
     def __init__(self, channels: int, heads: int | None = None) -> None:
@@ -121,13 +122,13 @@ class CausalAttention(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with the most groups (32 at most) that leave each at least 16 channels; else one group."""
+    """Group norm with as many groups (32, 16, 8, 4 or 2) as leave each 16 channels or more, else one."""
     groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 16), 1)
     return nn.GroupNorm(groups, channels)
 
 
 def convolution(channels: int, *, expand: int = 1, groups: int = 1, last: int = 1) -> nn.Module:
-    """3x3 convolution to `expand` times the channels, and back by one with a kernel of size `last`."""
+    """Residual branch: a 3x3 convolution to `expand` times the channels, then one of size `last` back."""
     hidden = expand * channels
     first = nn.Conv2d(channels, hidden, 3, padding=1, groups=groups, bias=False)
     back = nn.Conv2d(hidden, channels, last, padding=last // 2)
@@ -135,26 +136,27 @@ def convolution(channels: int, *, expand: int = 1, groups: int = 1, last: int = 
 
 
 def mlp(channels: int) -> nn.Module:
-    """Pre-norm position-wise network with four times the width."""
+    """Pre-norm feed-forward branch with four times the width."""
     wide = 4 * channels
     return Residual(nn.LayerNorm(channels), nn.Linear(channels, wide), nn.GELU(), nn.Linear(wide, channels))
 
 
 def attention(channels: int) -> nn.Module:
-    """Pre-norm causal self-attention."""
+    """Pre-norm causal self-attention branch."""
     return Residual(nn.LayerNorm(channels), CausalAttention(channels), nn.Linear(channels, channels))
 
 
 def lora(channels: int) -> nn.Module:
-    """Linear map of low rank (Hu et al., 2021)."""
+    """Low-rank linear branch (Hu et al., 2021)."""
     return Residual(nn.Linear(channels, LORA_RANK, bias=False), nn.Linear(LORA_RANK, channels, bias=False))
 
 
 def default_registry() -> BlueprintRegistry:
-    """The blueprints that come with the package, in the order to try them."""
+    """The blueprints of the package, in the order in which controllers try them."""
     return BlueprintRegistry(
         [
-            Blueprint("conv_expand", "cnn", partial(convolution, expand=4)),  # the most capacity for a narrow host
+            # The first has the most capacity, which a narrow host needs.
+            Blueprint("conv_expand", "cnn", partial(convolution, expand=4)),
             Blueprint("conv_light", "cnn", convolution),
             Blueprint("attention", "cnn", ChannelAttention),
             Blueprint("norm", "cnn", lambda channels: GatedNorm(group_norm(channels))),
@@ -169,15 +171,15 @@ def default_registry() -> BlueprintRegistry:
 
 
 def _check_birth(blueprint: Blueprint) -> None:
-    """Build once on random features: the output must equal the input, and some parameter must have a gradient."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    """Run it once on random features: output must equal input, and some gradient must not be zero."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), plain_defaults():
         torch.manual_seed(0)
         module = blueprint.build(PROBE_CHANNELS)
         x = torch.randn(PROBE_SHAPES[blueprint.topology])
         y = module(x)
         if y.shape != x.shape or not torch.equal(y, x):
             raise ValueError(
-                f"blueprint {blueprint.name!r} is not the identity at birth: expected its output to equal its "
+                f"blueprint {blueprint.name!r} does not start as the identity: expected its output to equal its "
                 f"input of shape {tuple(x.shape)}, got shape {tuple(y.shape)}. Zero its last layer and add the input."
             )
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -187,6 +189,6 @@ def _check_birth(blueprint: Blueprint) -> None:
             y.backward(torch.randn_like(y))
         if not any(p.grad is not None and p.grad.count_nonzero() for p in parameters):
             raise ValueError(
-                f"blueprint {blueprint.name!r} is dead at birth: none of its parameters has a non-zero gradient, "
-                "so it can never learn. Zero only the last layer, with nothing that saturates behind it."
+                f"blueprint {blueprint.name!r} cannot learn: none of its parameters has a non-zero gradient at first, "
+                "so training never changes it. Zero only the last layer, and let nothing saturate after it."
             )

@@ -1,4 +1,4 @@
-"""Turns a grown model into a plain network: fossilized seeds folded in, no slots, nothing of ours needed to load it."""
+"""Turns a grown model into a plain network that loads without Esper: fossilized seeds, but no slots."""
 
 import copy
 from collections import OrderedDict
@@ -12,10 +12,10 @@ from esper_train.morph.model import MorphModel
 
 
 def fold(model: MorphModel) -> nn.Sequential:
-    """A copy of the network as a plain chain: each segment, the fossilized seed behind it if any, the head.
+    """A copy of the network as a plain chain: each segment, its fossilized seed if it has one, the head.
 
-    The outputs are the model's, bit for bit. A seed that is still in TRAINING has no part in them and is left out;
-    one that is being blended in or on probation is a `ValueError`, because its fate is open.
+    The outputs equal the model's, bit for bit. A seed in TRAINING does not contribute to them and is left
+    out. A seed that is being blended in or is on probation raises `ValueError`: it may still be culled.
     """
     chain: OrderedDict[str, nn.Module] = OrderedDict()
     for name, segment in model.host.segments.items():
@@ -32,10 +32,10 @@ def fold(model: MorphModel) -> nn.Sequential:
 
 
 def export(model: MorphModel, example: Tensor) -> ExportedProgram:
-    """The folded network in eval mode as a program that torch alone can load and run, with any batch size.
+    """The folded network in eval mode as a program for any batch size, which torch alone can load and run.
 
-    `example` is an input [N, ...] with N of at least 2. Write the program with `torch.export.save(program, path)`
-    and get a module back with `torch.export.load(path).module()`.
+    `example` is an input [N, ...] with N >= 2. Save the program with `torch.export.save(program, path)`, and
+    load it as a module with `torch.export.load(path).module()`.
     """
     folded = fold(model).eval()
     return torch.export.export(folded, (example,), dynamic_shapes=({0: Dim.DYNAMIC},))

@@ -12,13 +12,13 @@ SLOT_NAMES = ("early", "mid", "late")
 
 
 class Host(nn.Module):
-    """A network cut into segments, so that a seed can be seated after each of them.
+    """A network in segments, with room for a seed after each of them.
 
     Args:
-        topology: "cnn" for features [N, C, H, W], "transformer" for [N, T, C]; decides which blueprints fit.
-        segments: slot name to the module whose output the slot sees, in order of execution.
-        head: from the last segment's features to logits.
-        slot_channels: slot name to C, the channels of the features there.
+        topology: "cnn" for features [N, C, H, W], "transformer" for [N, T, C]; selects the blueprints.
+        segments: by slot name, the module whose output the slot gets, in order of execution.
+        head: maps the features of the last segment to logits.
+        slot_channels: by slot name, the number of channels C of the features there.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Host(nn.Module):
 
 
 def cut(blocks: Sequence[nn.Module]) -> dict[str, nn.Sequential]:
-    """Cut a chain of blocks into segments, as many as there are slot names or blocks, of about equal depth.
+    """Split blocks into one segment per slot name (fewer if there are fewer blocks), of about equal depth.
 
-    5 blocks make early = blocks 1 and 2, mid = 3 and 4, late = 5; 2 blocks have no late.
+    5 blocks give early = blocks 1 and 2, mid = 3 and 4, late = 5. 2 blocks give early and mid.
     """
     if not blocks:
         raise ValueError("expected at least one block, got none: a host needs a depth of 1 or more")
@@ -51,16 +51,16 @@ def cut(blocks: Sequence[nn.Module]) -> dict[str, nn.Sequential]:
 
 
 def cnn_host(*, image_size: int, in_channels: int, num_classes: int, width: int = 3, depth: int = 3) -> Host:
-    """Plain CNN over images [N, in_channels, image_size, image_size], logits [N, num_classes].
+    """A plain CNN from images [N, in_channels, image_size, image_size] to logits [N, num_classes].
 
-    Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, a 2x2 max-pool while the image is
-    large enough to halve, and ReLU; then the mean over positions and a linear head.
+    Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, a 2x2 max-pool as long as
+    the image can be halved, and ReLU. The head takes the mean over positions and is linear.
     """
     channels = [in_channels, *(width * 2**i for i in range(depth))]
     blocks = []
     for i, (before, after) in enumerate(itertools.pairwise(channels)):
         pool = [nn.MaxPool2d(2)] if image_size >= 2 ** (i + 1) else []
-        # ReLU is the same before the pool and after it, but for four times the work
+        # ReLU before the pool would give the same values for four times the work.
         layers = [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), *pool, nn.ReLU()]
         blocks.append(nn.Sequential(*layers))
     segments = cut(blocks)

@@ -44,7 +44,7 @@ class MorphModel(nn.Module):
         self.seed_slots = nn.ModuleDict({s: SeedSlot(s, channels[s], growth) for s in channels})
         self.streams = RandomStreams(seed)
         """Random numbers of each slot: nothing that a seed draws in TRAINING shows in the run's own."""
-        self.to(next(host.parameters()).device)
+        self.seed_slots.to(next(host.parameters()))  # its device and dtype
 
     def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None, start: str | None = None) -> Tensor:
         """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed out.

@@ -1,4 +1,4 @@
-"""The decoder-only transformer that grows: pre-norm, causal, with tied embeddings."""
+"""A decoder-only transformer as a host: pre-norm, causal, with tied embeddings."""
 
 import math
 
@@ -8,11 +8,11 @@ from esper_train.morph.blueprints import CausalAttention, Residual
 from esper_train.morph.host import Host, cut
 
 INITIAL_STD = 0.02
-"""Standard deviation of the initial weights, after GPT-2 (Radford et al., 2019)."""
+"""Standard deviation of the initial weights, as in GPT-2 (Radford et al., 2019)."""
 
 
 class Embedding(nn.Module):
-    """Token plus learned position embedding: tokens [N, T], int64, T at most `context`, to [N, T, width]."""
+    """Token and learned position embeddings, added: int64 tokens [N, T], T <= `context`, to [N, T, width]."""
 
     def __init__(self, vocab_size: int, context: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Sequential):
-    """x + attention(norm(x)), then the same with a position-wise network of four times the width; [N, T, C]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)) with four times the width inside; [N, T, C]."""
 
     def __init__(self, width: int, heads: int | None, dropout: float) -> None:
         mix = [nn.LayerNorm(width), CausalAttention(width, heads), nn.Linear(width, width)]
@@ -42,11 +42,12 @@ class Block(nn.Sequential):
 def transformer_host(
     *, vocab_size: int, context: int, width: int = 64, depth: int = 3, heads: int | None = None, dropout: float = 0.0
 ) -> Host:
-    """Language model over tokens [N, T], int64, T at most `context`; logits [N, T, vocab_size].
+    """A language model from int64 tokens [N, T], T <= `context`, to logits [N, T, vocab_size].
 
-    `depth` blocks, cut into segments of about equal depth; the head's weight is the token embedding. `heads` is 4,
-    or the largest divisor of the width below; `ValueError` if it does not divide the width. Dropout acts on the
-    embedding and on what each branch adds. The first loss is near ln(vocab_size).
+    `depth` blocks are split into segments of about equal depth. The weight of the head is the token
+    embedding. `heads` defaults to the largest of 4, 3, 2, 1 that divides the width; `ValueError` if it does
+    not divide it. Dropout acts on the embedding and on the output of each branch. The first loss is near
+    ln(vocab_size).
     """
     segments = cut([Block(width, heads, dropout) for _ in range(depth)])
     embedding = Embedding(vocab_size, context, width, dropout)
@@ -61,6 +62,6 @@ def transformer_host(
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for name, parameter in host.named_parameters():
-        if name.endswith(("0.branch.2.weight", "1.branch.3.weight")):  # what each of 2 * depth branches adds
+        if name.endswith(("0.branch.2.weight", "1.branch.3.weight")):  # the outputs of the 2 * depth branches
             nn.init.normal_(parameter, std=INITIAL_STD / math.sqrt(2 * depth))
     return host

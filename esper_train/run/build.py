@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper_train.base.device import resolve_device
+from esper_train.base.device import plain_defaults, resolve_device
 from esper_train.base.state import RandomState
 from esper_train.config import RunConfig
 from esper_train.control.governor import Governor
@@ -30,9 +30,10 @@ def build_episode(
     task = task or get_task(config.task, config.task_config())
     device = resolve_device(config.device)
     resolve_device(config.governor.snapshot_device)
-    splits = load_splits(task)
+    with plain_defaults():
+        splits = load_splits(task)
     order = torch.Generator().manual_seed(config.seed)
-    with RandomState(config.seed, device).active():
+    with RandomState(config.seed, device).active(), plain_defaults():
         host = task.build_host(config.host).to(device)
     if _channels_last(config, host, device):
         host.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

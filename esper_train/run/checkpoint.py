@@ -123,8 +123,12 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
             part.load_state_dict(state["parts"][name])
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"the checkpoint does not fit the run that was built: {error}") from error
-    if episode.epoch > episode.config.max_epochs:
+    left = episode.config.max_epochs - episode.epoch
+    if left < 0:
         raise ValueError(f"{episode.epoch} epochs are done, more than max_epochs, {episode.config.max_epochs}")
+    schedule = episode.config.optim.schedule
+    changes = left * (episode.steps if schedule.each == "step" else 1)
+    episode.optimizers.fit_schedules(schedule, changes)
 
 
 def _digest_file(path: Path) -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import esper_kernels
+from esper_train.base.device import plain_defaults
 from esper_train.base.settings import from_dict
 from esper_train.config import RunConfig
 from esper_train.morph.blueprints import BlueprintRegistry
@@ -87,7 +88,8 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
     saved: Mapping[str, Any] = torch.load(path / NETWORK, map_location="cpu", weights_only=True)
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
-    host = (task or get_task(config.task, config.task_config())).build_host(config.host)
+    with plain_defaults():
+        host = (task or get_task(config.task, config.task_config())).build_host(config.host)
     slots = [values["slot"] for values in saved["slots"]]
     model = MorphModel(host, slots, growth=config.growth, registry=registry)
     model.rebuild(saved["slots"])

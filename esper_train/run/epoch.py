@@ -29,18 +29,11 @@ from esper_train.run.cost import seed_cost
 from esper_train.run.episode import Episode
 from esper_train.run.records import epoch_event, refused_event, stage_event, trouble_events
 from esper_train.telemetry.event import Event, EventType
+from esper_train.train.errors import BadNumbersError, NonFiniteLossError
 from esper_train.train.loop import EpochResult, EvalResult, evaluate, train_one_epoch
 
 JOINT = "+"
 """The variant without any of the seeds measured in an epoch; no slot has this name."""
-
-
-class BadNumbersError(ArithmeticError):
-    """The losses went bad, and by the run's policy it cannot go on."""
-
-
-class NonFiniteLossError(BadNumbersError):
-    """The loss became NaN or infinite."""
 
 
 class Epoch:
@@ -269,6 +262,7 @@ def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, Eval
         max_batches=config.max_batches,
         step=episode.step,
         learners=episode.learners(),
+        governed=True,
     )
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [

@@ -1,7 +1,7 @@
-"""`report.html` of a run directory: its events in words, tables and pictures, one page that opens offline.
+"""`report.html`: the events of a run in words, tables and pictures, on one page that opens offline.
 
-`cli` calls `write_report`, and `write_comparison` for several runs. A page tells only what the runs wrote: their
-`metrics.jsonl`, that of the baseline, and the thresholds in `config.json`. `_tag` and matplotlib escape such text.
+`cli` calls `write_report`, and `write_comparison` for several runs. A page shows only what the runs wrote:
+`metrics.jsonl`, the baseline's, and the thresholds in `config.json`. `_tag` and matplotlib escape the text.
 """
 
 import io
@@ -21,13 +21,13 @@ from esper_train.run.directory import BASELINE, METRICS, REPORT, load_config, re
 
 Record = Mapping[str, Any]
 Curve = tuple[str, Sequence[float], Mapping[str, Any]]
-"""Name, values of the epochs 1, 2, ..., and how `Axes.plot` is to draw them."""
-Axes = Any  # of matplotlib, which is imported only to draw
+"""Name, values for epochs 1, 2, ..., and keyword arguments for `Axes.plot`."""
+Axes = Any  # matplotlib's; it is imported only when something is drawn
 Panel = Callable[[Axes], None]
 
 GREY = "#777777"
 WIDE: Mapping[str, Any] = {"color": "#cccccc", "lw": 4}
-"""Of what is drawn behind the others, the whole of which they are parts."""
+"""Style of a total, which is drawn behind its parts."""
 STAGES = ("#e8e8e8", "#f0e442", "#56b4e9", "#e69f00", "#cc79a7", "#2e9e5b", "#d55e00", "#9a9a9a")
 STAGE_COLORS: Mapping[str, str] = dict(zip(SeedStage.__members__, STAGES, strict=True))  # DORMANT is first
 STYLE: Mapping[str, Any] = {
@@ -63,12 +63,12 @@ th, td {{ text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px sol
 
 
 class _Run(NamedTuple):
-    """The events of one run, by kind; `finished` is empty where the run reported no end."""
+    """The events of one run, by kind. `finished` is empty if the run did not report its end."""
 
     started: Record
-    epochs: list[Record]  # 1, 2, ...; one that was not reported is empty
-    moves: list[Record]  # without those that a rollback undid
-    troubles: list[Record]  # what says in words what was wrong, or done about it
+    epochs: list[Record]  # for epochs 1, 2, ...; empty where none was reported
+    moves: list[Record]  # changes of stage, without those that a rollback undid
+    troubles: list[Record]  # events with a message: what went wrong, or was done about it
     layers: list[Record]
     finished: Record
 
@@ -81,31 +81,31 @@ class _Run(NamedTuple):
         return [move for move in self.moves if move["stage"] == "FOSSILIZED"]
 
     def series(self, *path: str | int) -> list[float]:
-        """A number of each epoch, NaN where there is none."""
+        """One number per epoch; NaN where there is none."""
         return [_number(epoch, *path) for epoch in self.epochs]
 
 
 def write_report(directory: Path) -> Path:
     """Write `report.html` into a run directory and return its path. The same events give the same bytes.
 
-    Accuracies are in percent, contributions in percentage points, losses in nats. A run without events or cut
-    short gets a page that says so; of several runs in one file the last is shown.
+    Accuracies are in percent, contributions in percentage points, losses in nats. If a run has no events or
+    was cut short, the page says so. If a file holds several runs, the last one is shown.
 
-    Raises `FileNotFoundError` for a directory that is not there, `ImportError` without matplotlib, `ValueError` where
-    a line of `metrics.jsonl` before the last is not JSON.
+    Raises `FileNotFoundError` if the directory does not exist, `ImportError` without matplotlib, and
+    `ValueError` if a line of `metrics.jsonl` other than the last is not JSON.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory; give that of a run")
+        raise FileNotFoundError(f"{directory} is not a directory; give the directory of a run")
     run, baseline = _read(directory), _read(directory / BASELINE)
     if run is None:
-        title, parts = "Nothing to report", [_tag("p", f"{METRICS} is missing or holds no run.")]
+        title, parts = "Nothing to report", [_tag("p", f"{METRICS} is missing or contains no run.")]
     else:
         title = f"{run.started['task']}, {run.started['mode']}, seed {run.started['seed']}: {run.status}"
-        note = "The baseline (fit) is the same host, trained without slots."
+        note = "The baseline (fit) is the same host network, trained without slots."
         parts = [_words(run), _summary({"run": run} | ({"baseline": baseline} if baseline else {}))]
         parts.append(_tag("p", note if baseline else "There is no baseline run."))
         growth = None
-        with suppress(OSError, ValueError, TypeError):  # missing, or of another version
+        with suppress(OSError, ValueError, TypeError):  # missing, or written by another version
             growth = load_config(directory).growth
         parts += [*_curves(run, baseline), *_stages(run, growth), *_gradients(run)]
         parts += [*_layers(run), *_rewards(run), *_seeds(run)]
@@ -113,17 +113,17 @@ def write_report(directory: Path) -> Path:
 
 
 def write_comparison(directories: Sequence[Path], path: Path) -> Path:
-    """Write a page that sets several runs side by side to `path`, and return it.
+    """Write a page that compares several runs to `path`, and return the path.
 
-    Raises `ValueError` for a directory that holds no run, otherwise as `write_report`.
+    Raises `ValueError` for a directory without a run, and otherwise the errors of `write_report`.
     """
     runs, panels = {str(d): run for d in directories if (run := _read(d))}, []
     if missing := [str(d) for d in directories if str(d) not in runs]:
-        raise ValueError(f"no run in {', '.join(missing)}: {METRICS} is missing or holds none")
+        raise ValueError(f"no run in {', '.join(missing)}: {METRICS} is missing or contains none")
     for key, unit in (("loss", "validation loss (nats)"), ("accuracy", "validation accuracy (%)")):
         curves = [(n, r.series("validation", key), {"color": f"C{i}"}) for i, (n, r) in enumerate(runs.items())]
         panels += _panel(unit, curves, log=key == "loss", columns=1)
-    height = 4 + 0.3 * len(runs)  # with room for the names
+    height = 4 + 0.3 * len(runs)  # the legend has one line per run
     picture = _picture("comparison", "Validation loss and accuracy of each run", panels, height)
     return _write(path, f"Comparison of {len(runs)} runs", [_summary(runs), *picture])
 
@@ -135,7 +135,7 @@ def _write(path: Path, title: str, parts: Iterable[str]) -> Path:
 
 
 def _read(directory: Path) -> _Run | None:
-    """The last run in a directory's metrics; None where there is none."""
+    """The last run in the metrics of a directory; None if there is none."""
     events = read_metrics(directory) if (directory / METRICS).is_file() else []
     starts = [place for place, event in enumerate(events) if event["event"] == "run_started"]
     if not starts:
@@ -216,9 +216,9 @@ def _stages(run: _Run, growth: GrowthConfig | None) -> list[str]:
         if growth and key == "contribution":
             least = [growth.fossilize_contribution] * len(run.epochs)
             how = {"color": GREY, "ls": "--", "marker": ""}
-            curves.append((f"least to be fossilized: {least[0]:g}", least, how))
+            curves.append((f"needed to fossilize: {least[0]:g}", least, how))
         panels += _panel(name, curves, log=key == "gradient_ratio")
-    note = "Alpha is the seed's share of the slot's output; the ratio is corrected for the numbers of parameters."
+    note = "Alpha is the seed's share of the slot's output. The ratio is corrected for the parameter counts."
     title = "Stage, alpha, gradient ratio and contribution of each slot over epochs"
     return [heading, *_picture("stages", title, panels), _tag("p", note)]
 
@@ -227,13 +227,13 @@ def _gradients(run: _Run) -> list[str]:
     heading, curves = _tag("h2", "Gradients"), [("total", run.series("grad", "gradient_norm"), WIDE)]
     for i, name in enumerate(("host", *run.started["slots"])):
         norms, tensors = (run.series("grad", "groups", name, key) for key in ("gradient_norm", "tensors"))
-        if any(count > 0 for count in tensors):  # the norm over none is 0, and no measurement
+        if any(count > 0 for count in tensors):  # the norm of no tensors is 0, which is not a measurement
             curves.append((name, norms, {"color": f"C{i}"}))
     health = "all gradients", run.series("grad", "gradient_health"), {"color": "black"}
     panels = _panel("gradient norm", curves, log=True) + _panel("health", [health], limits=(-0.05, 1.05))
     if not panels:
         return [heading, _tag("p", "Gradients were not measured.")]
-    note = "A gap is an epoch without a measurement; a line that falls out of a log scale is at 0."
+    note = "A gap is an epoch without a measurement. A line that leaves a log scale has reached 0."
     picture = _picture("gradients", "Gradient norms and health over epochs", panels)
     return [heading, *picture, _tag("p", note)]
 
@@ -242,7 +242,7 @@ def _layers(run: _Run) -> list[str]:
     heading, norms = _tag("h2", "Gradients by layer"), {event["epoch"]: event["norms"] for event in run.layers}
     names = list(dict.fromkeys(name for event in norms.values() for name in event))
     if not names:
-        return [heading, _tag("p", "Each parameter's gradient is reported at the level debug, and after bad numbers.")]
+        return [heading, _tag("p", "Gradients by layer are reported at telemetry level debug, and after bad numbers.")]
     size = [[math.log10(norms.get(i, {}).get(name) or math.nan) for i in range(1, 1 + max(norms))] for name in names]
     decades = _finite(value for row in size for value in row) or [0.0]
     bad = [(i, row) for i, event in norms.items() for row, name in enumerate(names) if event.get(name, 0) is None]
@@ -261,7 +261,7 @@ def _layers(run: _Run) -> list[str]:
         axes.set_ylim(len(names) - 0.5, -0.5)
 
     picture = _picture("layers", "Gradient norm of each parameter over epochs", [draw], 1 + 0.16 * len(names))
-    note = "Of the last batch of an epoch. White: not reported, no gradient, or 0."
+    note = "Measured on the last batch of an epoch. White: not reported, no gradient, or 0."
     return [heading, "<div>", *picture, "</div>", _tag("p", note)]
 
 
@@ -269,14 +269,14 @@ def _rewards(run: _Run) -> list[str]:
     names = dict.fromkeys(name for epoch in run.epochs for name in epoch.get("reward_parts") or ())
     parts = [(name, run.series("reward_parts", name), {"color": f"C{i}"}) for i, name in enumerate(names)]
     curves = [("reward", run.series("reward"), WIDE), *(part for part in parts if any(_finite(part[1])))]
-    return [_tag("h2", "Rewards"), *_picture("rewards", "Reward of each decision, by parts", _panel("reward", curves))]
+    return [_tag("h2", "Rewards"), *_picture("rewards", "Rewards and their parts", _panel("reward", curves))]
 
 
 def _seeds(run: _Run) -> list[str]:
     heading = _tag("h2", "Seeds")
     if not run.moves:
         return [heading, _tag("p", "There was no seed in this run.")]
-    note = "Moves are made at the end of their epoch; contributions are points of validation accuracy."
+    note = "Stages change at the end of an epoch. Contributions are percentage points of validation accuracy."
     if not run.fossilized:
         note = f"No seed was fossilized. {note}"
     columns = ["seed", "slot", "blueprint", "germinated", "end", "epoch", "contribution", "parameters", "reason"]
@@ -284,7 +284,7 @@ def _seeds(run: _Run) -> list[str]:
 
 
 def _lives(run: _Run) -> Iterator[list[str]]:
-    """A row a seed: germination and end or, while that is open, the last move and newest contribution."""
+    """One row per seed: its germination and its end, or the last stage and contribution if it has no end."""
     for seed in dict.fromkeys(move["seed_id"] for move in run.moves if move["seed_id"] is not None):
         moves = [move for move in run.moves if move["seed_id"] == seed]
         end = next((move for move in moves if move["stage"] in ("FOSSILIZED", "CULLED")), None)
@@ -306,18 +306,21 @@ def _panel(
     moves: Sequence[Record] = (),
     columns: int = 4,
 ) -> list[Panel]:
-    """One panel of curves over the epochs, marked where a seed was kept or culled; none without a number."""
+    """One panel of curves over the epochs, with marks where seeds were fossilized or culled.
+
+    The list is empty if no curve has a finite number.
+    """
     drawn = [curve for curve in curves if _finite(curve[1])]
     positive = [value for _, values, _ in drawn for value in _finite(values) if value > 0]
 
     def draw(axes: Axes) -> None:
         for label, values, how in drawn:
-            # the markers show a value between two gaps
+            # A marker also shows a single value between two gaps.
             axes.plot(range(1, 1 + len(values)), values, label=label, **{"lw": 1.2, "marker": ".", "ms": 3, **how})
-        # over less than two decades a log scale may have no tick to label
+        # Over less than two decades, a log scale may have no labelled tick.
         if log and positive and max(positive) > 100 * min(positive):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")  # the default writes mathematical text
+            axes.yaxis.set_major_formatter("{x:g}")  # the default uses mathematical text
             axes.yaxis.set_minor_formatter("")
         if limits:
             axes.set_ylim(*limits)
@@ -333,12 +336,15 @@ def _panel(
 
 
 def _legend(axes: Axes, columns: int = 4, **given: Any) -> None:
-    """Above the panel, where it covers nothing."""
+    """Put the legend above the panel, where it covers nothing."""
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False, **given)
 
 
 def _picture(name: str, title: str, panels: Sequence[Panel], height: float | None = None) -> list[str]:
-    """The panels one below the other as inline SVG, or nothing. `name` is unique on the page."""
+    """The panels below each other as one inline SVG; an empty list without panels.
+
+    `name` must be unique on the page.
+    """
     if not panels:
         return []
     try:
@@ -357,12 +363,12 @@ def _picture(name: str, title: str, panels: Sequence[Panel], height: float | Non
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = f'<svg role="img" aria-label="{escape(title)}"' + svg[svg.index("<svg") + 4 :]
-    # ids start over in every picture, but must differ on one page
+    # matplotlib's ids start anew in each picture, but must be unique on a page.
     return [re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)]
 
 
 def _number(record: Any, *path: str | int) -> float:
-    """The number at the end of the path; NaN for a null, and where the path breaks off."""
+    """The number at the end of the path; NaN if it is null or the path does not exist."""
     with suppress(LookupError, TypeError):
         for key in path:
             record = record[key]
@@ -383,6 +389,6 @@ def _tag(name: str, text: str) -> str:
 
 
 def _table(rows: Iterable[Iterable[str]]) -> str:
-    """Rows of cells, the first one the header."""
+    """An HTML table; the first row is its header."""
     lines = ["".join(_tag("td" if i else "th", cell) for cell in row) for i, row in enumerate(rows)]
     return "<div><table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"

@@ -16,11 +16,12 @@ from esper_train.morph.model import MorphModel
 from esper_train.run.build import build_episode
 from esper_train.run.checkpoint import Checkpoints
 from esper_train.run.episode import Episode
-from esper_train.run.epoch import BadNumbersError, Epoch, NonFiniteLossError, keep_good
+from esper_train.run.epoch import Epoch, keep_good
 from esper_train.run.records import plain
 from esper_train.tasks import Task
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
+from esper_train.train.errors import BadNumbersError, NonFiniteLossError
 from esper_train.train.loop import EvalResult, Measures, evaluate
 
 EPISODE_SEED_STEP = 1000

@@ -21,7 +21,7 @@ TASKS: Mapping[str, Callable[[TaskConfig], Task]] = {
 
 
 def get_task(name: str, config: TaskConfig | None = None) -> Task:
-    """A task by name, with what the config says of its data; `ValueError` names the known ones."""
+    """The task of this name, with its config; `ValueError` lists the known names."""
     require_known("task", name, TASKS)
     return TASKS[name](config or TaskConfig())
 

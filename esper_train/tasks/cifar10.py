@@ -1,4 +1,4 @@
-"""CIFAR-10 from a directory the user has: 60,000 photographs of 32x32 in 10 classes, never downloaded."""
+"""CIFAR-10 from a directory of the user: 60,000 images of 32x32 in 10 classes. Nothing is downloaded."""
 
 import hashlib
 import pickle
@@ -20,19 +20,25 @@ CLASSES, PIXELS = 10, 3 * 32 * 32
 FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 FOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py")
 ARRAYS = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-VALIDATION_SHARE = 10  # the last tenth of the training images, 5,000 if all are there, is for validation
+VALIDATION_SHARE = 10  # the last tenth of the training images (5,000) is for validation
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PADDING = 4  # black pixels around an image before it is cropped
 
 
 def cifar10(config: TaskConfig) -> Task:
-    """The task `cifar10`, uint8 [N, 3, 32, 32]. Missing files are a `FileNotFoundError`, damaged a `ValueError`."""
+    """The task `cifar10`: inputs uint8 [N, 3, 32, 32], targets [N].
+
+    Loading raises `FileNotFoundError` for missing and `ValueError` for damaged files.
+    """
     load = partial(_load, config.data)
     return Task(name="cifar10", task_type="classification", num_classes=CLASSES, load=load, build_host=_host)
 
 
 class Augment(nn.Module):
-    """uint8 images [N, 3, H, W] to normalised float32, in training shifted and mirrored by the device's generator."""
+    """Normalize uint8 images [N, 3, H, W] to float32; in training, also shift and mirror them at random.
+
+    Random numbers come from the device's default generator.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +53,7 @@ class Augment(nn.Module):
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Images [N, C, H, W] with a border of zeros, cut from (top, left) [N] of it on, mirrored where `flip` [N]."""
+    """Pad images [N, C, H, W] with zeros, crop them at `top` [N] and `left` [N], mirror them where `flip` [N]."""
     n, channels, rows, columns = (torch.arange(size, device=images.device) for size in images.shape)
     rows, columns = top[:, None] + rows, left[:, None] + torch.where(flip[:, None], columns.flip(0), columns)
     padded = nn.functional.pad(images, (PADDING,) * 4)
@@ -76,8 +82,8 @@ def _find(directory: str | None) -> list[Path]:
         if all(path.is_file() for path in paths):
             return paths
     raise FileNotFoundError(
-        f"no CIFAR-10 in {directory}, {FOLDERS[1]} or {FOLDERS[2]}: name with --data DIR a directory that has "
-        "data_batch_1.bin to data_batch_5.bin and test_batch.bin (binary layout), or all without .bin (Python layout)"
+        f"no CIFAR-10 in {directory}, or in {FOLDERS[1]} or {FOLDERS[2]} there: give --data DIR with "
+        "data_batch_1.bin to data_batch_5.bin and test_batch.bin (binary layout), or without .bin (Python layout)"
     )
 
 
@@ -94,8 +100,8 @@ def _read(path: Path) -> Split:
         if images.shape != (len(labels), PIXELS) or int(labels.max()) >= CLASSES:
             found = f"{list(images.shape)} and labels up to {int(labels.max())}"
             raise ValueError(f"expected images [{len(labels)}, {PIXELS}] and labels below {CLASSES}, got {found}")
-    except Exception as error:  # a damaged pickle raises all kinds
-        raise ValueError(f"{path} is damaged, or no file of CIFAR-10: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise ValueError(f"{path} is damaged, or not a file of CIFAR-10: {type(error).__name__}: {error}") from error
     return images.reshape(-1, 3, 32, 32), labels.long()
 
 
@@ -104,7 +110,7 @@ def _bytes(values: Iterable[int]) -> Tensor:
 
 
 class _Recipe:
-    """What a pickle says of an array. No array is made from it, so nothing that the file says can run."""
+    """The state of a pickled array. No array is made from it, so nothing in the file can run."""
 
     def __init__(self, *_: Any) -> None: ...
 

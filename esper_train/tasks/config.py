@@ -1,4 +1,4 @@
-"""Settings of the tasks: what they are told of their data, and what suits the runs of each."""
+"""Settings of the tasks: options about their data, and settings of a run that suit each task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ Plain = str | int | float | list[str] | Mapping[str, "Plain"]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Settings):
-    """What a task is told of its data."""
+    """Options about the data of a task."""
 
     data: str | None = None
-    """Directory of the task's data, where it needs one."""
+    """Directory with the data of the task, for tasks that need one."""
     vocab: int = 256
-    """Size of a language task's vocabulary: 256 is bytes, more is a trained byte-pair encoding."""
+    """Vocabulary size of a language task: 256 means bytes, more a trained byte-pair encoding."""
 
 
 PRESETS: Mapping[str, Mapping[str, Plain]] = MappingProxyType(
     {
         "cifar10": {"evaluation_batch": 128},
-        # Seeds of either blueprint live whole lives with these, in two to three minutes of one core.
+        # Seeds of both blueprints go through all stages, in two to three minutes on one core.
         "pysource": {
             "max_epochs": 60,
             "max_batches": 64,
@@ -45,4 +45,4 @@ PRESETS: Mapping[str, Mapping[str, Plain]] = MappingProxyType(
         },
     }
 )
-"""Settings that suit a task, as a TOML file would give them; other tasks take the defaults."""
+"""Settings that suit a task, as in a TOML file. Tasks that are not listed use the defaults."""

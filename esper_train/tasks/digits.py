@@ -9,11 +9,11 @@ from esper_train.tasks.task import Splits, Task
 
 SAMPLES, CLASSES, IMAGE_SIZE, BRIGHTEST = 1797, 10, 8, 16.0
 SPLIT_SEED = 0
-"""The split is the same for every run: 60 % train, 20 % validation, 20 % test."""
+"""Every run has the same split: 60 % training, 20 % validation, 20 % test."""
 
 
 def digits(config: TaskConfig) -> Task:
-    """The task `digits`."""
+    """The task `digits`: inputs float32 [N, 1, 8, 8], standardized by the training split; targets [N]."""
     return Task(name="digits", task_type="classification", num_classes=CLASSES, load=_load, build_host=_host)
 
 
@@ -32,7 +32,9 @@ def _load() -> Splits:
     images = torch.as_tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / BRIGHTEST
     targets = torch.as_tensor(bunch.target, dtype=torch.int64)
     if images.shape != (SAMPLES, 1, IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"digits: expected {SAMPLES} images of 8x8, got {tuple(images.shape)}: is scikit-learn whole?")
+        raise ValueError(
+            f"digits: expected {SAMPLES} images of 8x8, got {tuple(images.shape)}: install scikit-learn again"
+        )
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(SPLIT_SEED))
     parts = order.split([1078, 359, 360])
     seen = images[parts[0]]

@@ -1,4 +1,4 @@
-"""Python's own standard library as text: a language model over its sources, as bytes or as trained byte pairs."""
+"""A language model of Python's standard library: its sources as bytes, or as trained byte pairs."""
 
 import hashlib
 import os
@@ -22,22 +22,26 @@ from esper_train.tasks.task import Splits, Task
 from esper_train.train.data import Split
 
 CONTEXT = 64
-"""Tokens a model sees at once."""
-TRAIN_WINDOWS, HELD_OUT_WINDOWS, WINDOW_SEED = 16_384, 512, 0
-"""Sequences to train with, and to validate and to test with each, at most; the seed they are drawn with."""
-SEPARATOR = b"\0"  # ends each file; no source has one of its own
+"""Tokens per sequence."""
+TRAIN_WINDOWS = 16_384
+"""The most sequences in the training split."""
+HELD_OUT_WINDOWS = 512
+"""The most sequences in the validation and in the test split."""
+WINDOW_SEED = 0
+"""Seeds the choice of sequences, which is the same for every run."""
+SEPARATOR = b"\0"  # ends each file; Python sources cannot contain it
 EXCLUDED = r"(^|/)((site-packages|dist-packages|tests?|idle_test|lib2to3|_bundled)/|_sysconfigdata|config-)"
-"""Paths of tests, of what others wrote, and of what differs with the machine Python was built on."""
+"""Paths of tests, of bundled third-party code, and of files that depend on how Python was built."""
 
 
 def pysource(config: TaskConfig) -> Task:
     """The task `pysource`: the next byte (vocab 256) or byte pair (more) in the standard library's sources.
 
-    Inputs and targets are [N, 64], int64. Each file is in one part: about 90 % train, 5 % validate, 5 % test.
-    Tokenizers are kept in `config.data`, or else in the user's cache directory.
+    Inputs and targets are [N, 64], int64. Each file belongs to one split: about 90 % training, 5 %
+    validation, 5 % test. Tokenizers are cached in `config.data`, by default in the user's cache directory.
 
     Raises:
-        ValueError: a vocab below 256; on loading, too few sources or a directory that cannot be written.
+        ValueError: a vocab below 256; on loading, too few sources, or a directory that is not writable.
         ImportError: on loading, a vocab above 256 without the `tokenizers` package.
     """
     vocab, caches = config.vocab, os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -54,12 +58,15 @@ def pysource(config: TaskConfig) -> Task:
 
 
 def load_sources(root: Path, vocab: int, cache: Path) -> Splits:
-    """The sources under `root`; `ValueError` if a part has none. `cache` is where a tokenizer is kept."""
+    """Encode the sources under `root`; `ValueError` if a split is empty. Tokenizers are cached in `cache`."""
     files = read_sources(root)
     texts = [[text + SEPARATOR for name, text in files.items() if part_of(name) == part] for part in range(3)]
     if not all(texts):
-        expected = f"Python sources under {root} to train, to validate and to test"
-        raise ValueError(f"expected {expected}, got {[len(part) for part in texts]} files: is Python installed whole?")
+        found = [len(part) for part in texts]
+        raise ValueError(
+            f"expected Python sources under {root} to train, to validate and to test, got {found} files: "
+            "is Python's library complete?"
+        )
     named = hashlib.sha256(b"".join(f"{name}\0{len(text)}\0".encode() + text for name, text in files.items()))
     record = {"files": len(files), "bytes": sum(map(len, files.values())), "sha256": named.hexdigest()}
     if vocab == 256:
@@ -74,32 +81,35 @@ def load_sources(root: Path, vocab: int, cache: Path) -> Splits:
 
 
 def read_sources(root: Path) -> dict[str, bytes]:
-    """Relative path to contents, sorted by path."""
+    """The contents of each source by its relative path, sorted by path."""
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     return {name: (root / name).read_bytes() for name in names if not re.search(EXCLUDED, name)}
 
 
 def part_of(name: str) -> int:
-    """0 training, 1 validation, 2 test: by name alone, so the same on every machine."""
+    """0 training, 1 validation, 2 test; depends on the name alone, so it is the same on every machine."""
     share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 100
     return (share >= 90) + (share >= 95)
 
 
 def windows(tokens: Tensor, most: int) -> Split:
-    """Tokens [L] cut into runs of 65, `most` of them drawn at random but always the same: inputs and targets."""
+    """Cut tokens [L] into windows of 65 and return inputs and targets of at most `most` of them.
+
+    They are drawn at random with a fixed seed.
+    """
     rows = tokens[: len(tokens) - len(tokens) % (CONTEXT + 1)].view(-1, CONTEXT + 1)
     drawn = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(WINDOW_SEED))[:most]].long()
     return drawn[:, :-1], drawn[:, 1:]
 
 
 def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
-    """A byte-level BPE (`tokenizers.Tokenizer`) trained on these texts, now or the last time it was needed."""
+    """A byte-level BPE (`tokenizers.Tokenizer`) trained on these texts, from the cache if it is there."""
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
         raise ImportError("a vocab above 256 needs tokenizers: pip install 'esper-kernels[text]'") from error
     path = cache / f"bpe-{vocab}-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:16]}.json"
-    with suppress(Exception):  # none kept yet, or a damaged one: the package has no narrower error
+    with suppress(Exception):  # not cached yet, or damaged: the package raises no narrower error
         return Tokenizer.from_file(str(path))
     level, tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False), Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
@@ -109,7 +119,7 @@ def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             tokenizer.save(str(Path(scratch, "whole")))
-            os.replace(Path(scratch, "whole"), path)  # so that nobody ever reads half a file
+            os.replace(Path(scratch, "whole"), path)  # atomic: nobody reads half a file
     except OSError as error:
-        raise ValueError(f"cannot keep a tokenizer in {cache}: {error}; name another directory as data") from error
+        raise ValueError(f"cannot write a tokenizer to {cache}: {error}; give another directory as data") from error
     return tokenizer

@@ -1,4 +1,4 @@
-"""Seeded data made on the spot, for tests and for trying things out: noisy patterns, and a Markov chain."""
+"""Generated data for tests and first tries: noisy patterns, and sequences of a Markov chain."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ VOCABULARY, SEQUENCE = 32, 16
 
 
 def synthetic(config: TaskConfig) -> Task:
-    """The task `synthetic`: one random 8x8 pattern a class, under Gaussian noise."""
+    """The task `synthetic`: one random 8x8 pattern per class, with Gaussian noise added."""
 
     def host(size: HostConfig) -> Host:
         width, depth = size.width or 3, size.depth or 3
@@ -26,7 +26,7 @@ def synthetic(config: TaskConfig) -> Task:
 
 
 def synthetic_lm(config: TaskConfig) -> Task:
-    """The task `synthetic-lm`: sequences of a random Markov chain, whose next token follows from the last."""
+    """The task `synthetic-lm`: sequences of a random Markov chain; the next token depends on the last."""
 
     def host(size: HostConfig) -> Host:
         width, depth = size.width or 16, size.depth or 3

@@ -1,4 +1,7 @@
-"""A task: data, its kind, and the host to learn it with. Write one for your own data and pass it to `episode`."""
+"""A task: its data, its type, and the host network that learns it.
+
+Write one for your own data and pass it to `run_heuristic_episode` or `run_fit`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,47 +12,50 @@ from esper_train.morph.host import Host
 from esper_train.train.data import Split
 
 IGNORED = -100
-"""A target that has no part in loss or counts."""
+"""A target that is left out of loss and counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Inputs [N, ...] and targets [N] or [N, T] of each part."""
+    """The data of a task: inputs [N, ...] and targets [N] or [N, T] of each split."""
 
     train: Split
     validation: Split
-    """For gates and controllers, which therefore see it."""
+    """What gates and controllers decide by."""
     test: Split
-    """For reports only."""
+    """Only for reports: no decision sees it."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """What identifies the data, as plain values; the run reports it."""
+    """Plain values that identify the data, such as a digest; the run reports them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What to learn and with what.
-
-    `load` returns the data or raises; it never makes any up. `build_host` makes a fresh host from torch's
-    global random state.
-    """
+    """What to learn, and with which host network."""
 
     name: str
     task_type: str
     """"classification" or "lm"."""
     num_classes: int
-    """Classes, or entries of the vocabulary."""
+    """Number of classes, or size of the vocabulary."""
     load: Callable[[], Splits]
+    """Returns the data, or raises if they are missing or damaged; it never substitutes other data."""
     build_host: Callable[[HostConfig], Host]
+    """Makes a new host, initialized from torch's global random state."""
 
 
 def load_splits(task: Task) -> Splits:
-    """A task's data, checked: sizes that fit, finite inputs, targets within the classes."""
+    """Load a task's data and check them.
+
+    Raises `ValueError` for an empty split, sizes that differ, inputs that are not finite, and targets
+    that are neither a class nor `IGNORED`.
+    """
     splits = task.load()
     for name in ("train", "validation", "test"):
         inputs, targets = getattr(splits, name)
         where = f"task {task.name!r}, {name} data"
         if len(inputs) == 0 or len(inputs) != len(targets):
-            raise ValueError(f"{where}: expected as many inputs as targets, got {len(inputs)} and {len(targets)}")
+            sizes = f"{len(inputs)} and {len(targets)}"
+            raise ValueError(f"{where}: expected as many inputs as targets, at least one, got {sizes}")
         if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
             raise ValueError(f"{where}: the inputs have NaN or infinite values")
         bad = targets[((targets < 0) | (targets >= task.num_classes)) & (targets != IGNORED)]

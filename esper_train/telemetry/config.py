@@ -13,12 +13,13 @@ class TelemetryConfig(Settings, table="telemetry."):
     """What a run reports. Telemetry never changes what is trained."""
 
     level: Literal["off", "minimal", "normal", "debug"] = "normal"
-    """minimal: the run, the seeds' lives, bad numbers. normal: each epoch too. debug: each parameter's gradient too."""
+    """minimal: the run, the stages of seeds, bad numbers. normal: also each epoch. debug: also each parameter's
+    gradient."""
     lifecycle_only: bool = False
-    """Nothing but the run's start and end and the seeds' lives."""
+    """Report only the start and the end of the run and the stages of seeds."""
     escalation_epochs: CountOrZero = 5
-    """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never does."""
+    """Epochs to report at debug level after bad numbers or exploding gradients; 0 turns this off."""
     tensorboard: bool = False
-    """Also write for TensorBoard, into the run directory's tensorboard/."""
+    """Also write TensorBoard files, into tensorboard/ of the run directory."""
     wandb: bool = False
-    """Also write for Weights & Biases, offline, into the run directory's wandb/; `wandb sync` uploads it."""
+    """Also write Weights & Biases files, offline, into wandb/ of the run directory; `wandb sync` uploads them."""

@@ -1,4 +1,4 @@
-"""The hub of one run: hands each event to every sink. Owned by the run; there is no global one."""
+"""The hub of a run, which passes each event to every sink. Each run has its own; there is no global one."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from esper_train.telemetry.sinks import Sink
 
 
 class TelemetryHub(PlainState):
-    """Fans events out. A sink that fails is reported on stderr once, closed, and left out from then on."""
+    """Passes events to sinks. A sink that fails is reported on stderr, closed, and gets no more events."""
 
     STATE = ("_escalated_epochs",)
 
@@ -22,11 +22,11 @@ class TelemetryHub(PlainState):
         self._escalated_epochs = 0
 
     def add(self, sink: Sink) -> None:
-        """Write later events to this sink too."""
+        """Also write later events to this sink."""
         self._sinks.append(sink)
 
     def collects(self, kind: EventType) -> bool:
-        """Whether an event of this kind would be written now, so that what only it needs need not be measured."""
+        """Whether an event of this kind would be written now; if not, nothing needs to be measured for it."""
         if self._config.level == "off" or not self._sinks:
             return False
         if self._config.lifecycle_only:
@@ -35,17 +35,17 @@ class TelemetryHub(PlainState):
         return TELEMETRY_LEVELS.index(LEVELS.get(kind, "minimal")) <= TELEMETRY_LEVELS.index(level)
 
     def emit(self, event: Event) -> None:
-        """Write the event to every sink, if the level takes it."""
+        """Write the event to every sink, if the level includes it."""
         if self.collects(event.type):
             for sink in tuple(self._sinks):
                 self._attempt(sink, partial(sink.write, event))
 
     def escalate(self, epochs: int | None = None) -> None:
-        """Write everything for some epochs (the config's number if none is given), from the next event on."""
+        """Write all events for some epochs (by default, the number in the config)."""
         self._escalated_epochs = self._config.escalation_epochs if epochs is None else epochs
 
     def tick(self) -> None:
-        """An epoch is over."""
+        """Count one epoch of an escalation as over."""
         self._escalated_epochs = max(0, self._escalated_epochs - 1)
 
     def close(self) -> None:
@@ -56,8 +56,8 @@ class TelemetryHub(PlainState):
     def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # any fault of a sink must not end the training it reports on
+        except Exception as error:  # a fault of a sink must not end the training that it reports on
             print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
             self._sinks.remove(sink)
-            with suppress(Exception):  # it has been reported
+            with suppress(Exception):  # the fault has been reported
                 sink.close()

@@ -1,4 +1,4 @@
-"""Sinks for TensorBoard and Weights & Biases: optional packages, imported only where a run asks for one."""
+"""Sinks for TensorBoard and Weights & Biases, optional packages that are imported only on request."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.sinks import Sink, describe
 
 CURVES = frozenset({EventType.EPOCH, EventType.LAYER_GRADIENTS})
-"""Kinds of event whose numbers are drawn over the epochs; the others are words."""
+"""Kinds of event whose numbers are drawn over the epochs; the others are written as text."""
 
 
 class TensorBoardSink:
-    """Numbers of each epoch as scalars, other events as text. Takes a `SummaryWriter`."""
+    """Writes numbers of each epoch as scalars, and other events as text, to a `SummaryWriter`."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
@@ -32,7 +32,10 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Numbers of each epoch as history, the start as config, the end as summary. Takes what `wandb.init` returns."""
+    """Writes numbers of each epoch as history, the start as config, and the end as summary of a wandb run.
+
+    run: what `wandb.init` returned.
+    """
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -52,7 +55,7 @@ class WandbSink:
 
 
 def logger_makers(config: TelemetryConfig) -> list[Callable[[Path], Sink]]:
-    """What makes the sinks a config asks for, of a run's directory. `ImportError` here where a package is missing."""
+    """Functions that make the requested sinks for a run directory. `ImportError` if a package is missing."""
     makers: list[Callable[[Path], Sink]] = []
     if config.tensorboard:
         board = _imported("torch.utils.tensorboard", "tensorboard")
@@ -65,7 +68,7 @@ def logger_makers(config: TelemetryConfig) -> list[Callable[[Path], Sink]]:
 
 
 def numbers(data: Mapping[str, Any], where: str = "") -> dict[str, float]:
-    """Every number in an event's data, by its path; an item of a list goes by its slot's name."""
+    """Every number in the data of an event, by its path; in lists, items are named by their slot."""
     found: dict[str, float] = {}
     for key, value in data.items():
         if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Live progress on a terminal, by rich: a bar with losses, accuracies, slots and the time left."""
+"""Live progress on a terminal, with rich: a bar with losses, accuracies, slots and the time left."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,7 +9,7 @@ from esper_train.telemetry.sinks import describe, describe_epoch
 
 
 class ProgressSink:
-    """Shows epochs as one line that changes, and everything else as lines above it."""
+    """Shows epochs in one line that changes, and other events as lines above it."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(
@@ -32,5 +32,5 @@ class ProgressSink:
         self._progress.console.print(escape(describe(event)), highlight=False)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the display and restore the terminal."""
         self._progress.stop()

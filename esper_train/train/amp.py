@@ -16,8 +16,8 @@ class LossScaler:
 
     def __init__(self, config: AmpConfig) -> None:
         self._interval = config.growth_interval
-        self.scale = torch.tensor(config.init_scale)  # float32 []
-        self._good_steps = torch.zeros((), dtype=torch.int32)
+        self.scale = torch.tensor(config.init_scale, dtype=torch.float32, device="cpu")
+        self._good_steps = torch.zeros((), dtype=torch.int32, device="cpu")
 
     def to(self, device: torch.device) -> None:
         """Move the state to `device`, where it is not there yet."""

@@ -45,7 +45,17 @@ class CudaGraphs:
             callers.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
-        """Capture the work without doing it, and give what does it."""
+        """Capture the work without doing it, and give what does it.
+
+        Where the capture fails, the process can go on, or the error has a note that it cannot.
+        """
+        try:
+            return self._capture(work)
+        except Exception as error:
+            self._end_failed_capture(error)
+            raise
+
+    def _capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         # torch's own context does not leave the stream when a capture fails; a loader's thread may be pinning memory
         with (
@@ -54,6 +64,22 @@ class CudaGraphs:
         ):
             work()
         return graph.replay
+
+    def _end_failed_capture(self, error: Exception) -> None:
+        """Capture something that succeeds: torch's generator otherwise stays in the capture that failed."""
+        device = self._stream.device
+
+        def fill() -> None:
+            torch.zeros((), device=device)
+
+        try:
+            self._capture(fill)
+            state = torch.cuda.get_rng_state(device)
+            torch.rand((), device=device)
+            torch.cuda.set_rng_state(state, device)
+            torch.cuda.synchronize(device)
+        except Exception as remaining:  # torch raises various kinds here
+            error.add_note(f"CUDA is not usable after the failed capture ({remaining}): restart the process")
 
 
 class Capture:

@@ -1,7 +1,8 @@
 """Settings of the epoch loop and of the optimizers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from esper_kernels import KernelConfig
 from esper_train.base.settings import Count, CountOrZero, Decay, Positive, PositiveOrNone, Settings, Share, require
@@ -16,7 +17,7 @@ class CompileConfig(Settings, table="train.compile."):
     fullgraph: bool = False
     dynamic: bool | None = None
     """None: the batch size alone is dynamic, so that a ragged last batch is no new program."""
-    backend: str = "inductor"
+    backend: str | Callable[..., Any] = "inductor"
     error_on_graph_break: bool = False
     """For diagnosis: raise where the compiler would leave the graph and come back, and say where."""
     on_failure: Literal["raise", "eager"] = "raise"

@@ -44,14 +44,17 @@ class Loader:
         return -(-len(self._split[1]) // self._batch_size)
 
     def __iter__(self) -> Iterator[Split]:
+        """Batches that share no memory with the data: a model may write over its input."""
         inputs, targets = self._split
-        order = None if self._shuffle is None else torch.randperm(len(targets), generator=self._shuffle)
+        rows = torch.arange(len(targets), device="cpu")
+        if self._shuffle is not None:
+            rows = torch.randperm(len(targets), generator=self._shuffle, device="cpu")
         if self._loader is not None:
-            rows = torch.arange(len(targets)) if order is None else order
             self._order[:] = [part.tolist() for part in rows.split(self._batch_size)]
             yield from self._loader
-        elif order is None:
-            yield from zip(*(part.split(self._batch_size) for part in self._split), strict=True)
+        elif self._shuffle is None:
+            for x, t in zip(*(part.split(self._batch_size) for part in self._split), strict=True):
+                yield x.clone(), t.clone()
         else:
-            for part in order.to(targets.device).split(self._batch_size):
+            for part in rows.to(targets.device).split(self._batch_size):
                 yield inputs.index_select(0, part), targets.index_select(0, part)

@@ -4,6 +4,7 @@
 gradient statistics stay on the device; each call reads them once, at its end, which is its only host sync.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from esper_kernels import GradHealth, Meter, MeterResult, compute_all
 from esper_train.train.capture import Batch, Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
+from esper_train.train.errors import NonFiniteLossError
 from esper_train.train.learner import Learner
 from esper_train.train.optimizers import OptimizerRegistry
 from esper_train.train.step import Criterion, Scope, Span, TrainStep, build_train_step
@@ -105,6 +107,7 @@ def train_one_epoch(
     criterion: Criterion | None = None,
     max_batches: int | None = None,
     step: TrainStep | None = None,
+    governed: bool = False,
     learners: Sequence[Learner] = (),
 ) -> EpochResult:
     """Train on every batch once.
@@ -117,10 +120,19 @@ def train_one_epoch(
         task_type: "classification" or "lm".
         criterion: see `build_train_step`.
         max_batches: stop after so many; None takes all.
-        step: from `build_train_step`, to keep a compiled one over epochs; None makes one for this call.
+        step: from `build_train_step` with the same task type, config and criterion, to keep a
+            compiled one over epochs; None makes one for this call.
+        governed: the caller judges the losses itself, as a run does by its governor: a loss that
+            is not finite is returned under every policy, and the policy "rollback" is accepted.
         learners: what learns beside the model from the same batches.
 
+    A model in eval mode is put into training mode. In a model in training mode, submodules in eval
+    mode, such as a frozen batch norm, stay in it.
+
     Raises:
+        NonFiniteLossError: with the policy "stop", the loss is NaN or infinite; the error's
+            `result` is the `EpochResult`.
+        TypeError: something that is no pair (inputs, targets) of tensors came from the loader.
         ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of another shape.
         IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the end of the epoch
             on other devices.
@@ -128,8 +140,14 @@ def train_one_epoch(
     started = time.perf_counter()
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
-    step = step or build_train_step(task_type, config, criterion)
-    device, capture = _device(model), None
+    if config.on_bad_numbers == "rollback" and not governed:
+        raise ValueError(
+            "train.on_bad_numbers 'rollback' needs a run, which keeps states to return to; use "
+            "'stop', 'warn' or 'skip' with train_one_epoch"
+        )
+    step = _step(step, task_type, config, criterion)
+    device = _device(model)
+    capture = None
     for scaler in (step.scaler, *(learner.scaler for learner in learners)):
         if scaler is not None:
             scaler.to(device)
@@ -144,7 +162,8 @@ def train_one_epoch(
     else:
         steps = make()
     run: Callable[[Sequence[Batch], bool], None] = capture.run if capture else steps
-    model.train()
+    if not model.training:
+        model.train()
     batches = _batches(loader, None if capture else device, max_batches, step.span)
     for number, group in enumerate(iter(lambda: list(islice(batches, config.accumulate)), [])):
         run(group, step.scaler is not None or (config.grad.every > 0 and number % config.grad.every == 0))
@@ -155,7 +174,7 @@ def train_one_epoch(
     strict = config.on_bad_numbers == "stop"
     result, units = steps.read(strict)
     grad, left_out = units.pop(_NETWORK)
-    return EpochResult(
+    epoch = EpochResult(
         **_measures(result),
         grad=grad,
         skipped=left_out,
@@ -167,6 +186,13 @@ def train_one_epoch(
         replayed=capture.replayed if capture else 0,
         not_replayed=dict(capture.eager) if capture else {},
     )
+    if strict and not governed and epoch.valid > 0 and not math.isfinite(epoch.loss):
+        raise NonFiniteLossError(
+            f"the training loss is {epoch.loss}; try a smaller learning rate or "
+            "train.grad.clip_norm, or set train.on_bad_numbers to 'warn' or 'skip'",
+            epoch,
+        )
+    return epoch
 
 
 class _Steps:
@@ -257,14 +283,14 @@ def evaluate(
     is entered around the passes of some variants. Otherwise as `train_one_epoch`.
     """
     started = time.perf_counter()
-    step = step or build_train_step(task_type, config, criterion)
+    step = _step(step, task_type, config, criterion)
     device = _device(model)
     overrides = variants or {}
     meters = [Meter(device, topk=config.topk) for _ in range(1 + len(overrides))]
     alphas = list(overrides.values())
     entered = [(scopes or {}).get(name, nullcontext) for name in overrides]
     right: list[Tensor] = []
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode(False), torch.no_grad():  # inference mode would hide what the model changes in place
@@ -272,7 +298,8 @@ def evaluate(
                 with step.span("evaluation"):
                     right.append(step.measure(model, inputs, targets, meters, alphas, entered).flatten())
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     rows = torch.cat(right).long()
     result, *others, predicted = compute_all(*meters, rows, strict=config.on_bad_numbers == "stop")
     return EvalResult(
@@ -288,19 +315,49 @@ def _batches(loader: Batches, device: torch.device | None, most: int | None, spa
     """The loader's batches, `most` of them at most, on `device`; None leaves them where they are."""
     if most is not None and most < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {most}")
-    drawn, empty = iter(islice(loader, most)), True
+    drawn = iter(islice(loader, most))
+    end = object()
+    empty = True
     while True:
         with span("data"):
-            batch = next(drawn, None)
-            if batch is None:
+            batch = next(drawn, end)
+            if batch is end:
                 break
-            inputs, targets = batch
+            inputs, targets = _pair(batch)
             if device is not None:
-                inputs, targets = (part.to(device, non_blocking=True) for part in batch)
+                inputs = inputs.to(device, non_blocking=True)
+                targets = targets.to(device, non_blocking=True)
         empty = False
         yield inputs, targets
     if empty:
         raise ValueError("the loader gave no batch: is the data set smaller than a batch with drop_last=True?")
+
+
+def _pair(batch: object) -> Batch:
+    """The batch, if it is a pair of tensors; `TypeError` says what came instead."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, targets = batch
+        if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+            return inputs, targets
+    raise TypeError(
+        f"expected batches (inputs, targets) of two tensors, got {_described(batch)} from the "
+        "loader; leave broken samples out in its collate_fn, or make such pairs there"
+    )
+
+
+def _described(batch: object) -> str:
+    if isinstance(batch, (tuple, list)):
+        kinds = ", ".join(type(part).__name__ for part in batch)
+        return f"a {type(batch).__name__} ({kinds})"
+    return "None" if batch is None else f"a {type(batch).__name__}"
+
+
+def _step(step: TrainStep | None, task_type: str, config: TrainConfig, criterion: Criterion | None) -> TrainStep:
+    """The caller's step, which must have been built from the same settings, or a new one."""
+    if step is None:
+        return build_train_step(task_type, config, criterion)
+    step.require_match(task_type, config, criterion)
+    return step
 
 
 def _whole_epoch(last: GradHealth, counts: list[int]) -> GradHealth:

@@ -71,7 +71,11 @@ class OptimizerRegistry:
         `ValueError` for an optimizer that cannot leave a step out by itself.
         """
         for optimizer in self.present(groups):
-            if not all(group.get("fused") and not group.get("dampening") for group in optimizer.param_groups):
+            # The promise that torch's own loss scaler asks for. A restored state may have taken the
+            # setting away.
+            promised = getattr(optimizer, "_step_supports_amp_scaling", False)
+            fused = all(g.get("fused") and not g.get("dampening") for g in optimizer.param_groups)
+            if not promised or not fused:
                 raise ValueError(
                     "to skip a step without a host sync, expected an optimizer made with fused=True and without "
                     f"dampening, got {type(optimizer).__name__}; make it so, or use another train.on_bad_numbers, "
@@ -87,9 +91,21 @@ class OptimizerRegistry:
         """Step the schedules after a "step" or an "epoch", if that is when they do; one at its end stays there."""
         if each == self._schedule_each:
             for schedule in self._schedules.values():
-                last = getattr(schedule, "T_max", getattr(schedule, "total_steps", math.inf) - 1)
-                if schedule.last_epoch < last:
+                if schedule.last_epoch < _length(schedule):
                     schedule.step()
+
+    def fit_schedules(self, config: ScheduleConfig, left: int) -> None:
+        """Let every schedule end after `left` more changes of the rate, where it would not.
+
+        For a run that is resumed with another length: the rate is then that of a schedule which
+        had this length from the start.
+        """
+        for group, schedule in self._schedules.items():
+            done = schedule.last_epoch
+            if done + left != _length(schedule):
+                fitted = make_schedule(schedule.optimizer, config, done + left, done)
+                assert fitted is not None
+                self._schedules[group] = fitted
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer by group, that of its schedule under "schedule"."""
@@ -133,11 +149,36 @@ def make_optimizer(parameters: Sequence[Tensor], lr: float, config: OptimConfig)
     return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
-def make_schedule(optimizer: Optimizer, config: ScheduleConfig, total: int) -> LRScheduler | None:
-    """The schedule over `total` changes of the rate; None for a constant one."""
+def make_schedule(optimizer: Optimizer, config: ScheduleConfig, total: int, done: int = 0) -> LRScheduler | None:
+    """The schedule over `total` changes of the rate, after `done` of them; None for a constant rate.
+
+    With `done`, the optimizer must have had a schedule of this kind before.
+    """
     lr = optimizer.defaults["lr"]
+    last = done - 1  # torch takes one step when it makes a schedule
     if config.kind == "cosine":
-        return CosineAnnealingLR(optimizer, total, eta_min=config.final * lr)
+        cosine = CosineAnnealingLR(optimizer, total, eta_min=config.final * lr, last_epoch=last)
+        if done:  # torch derives each rate from the one before, which was another schedule's
+            cosine._last_lr = cosine._get_closed_form_lr()
+            for group, rate in zip(optimizer.param_groups, cosine._last_lr, strict=True):
+                group["lr"] = rate
+        return cosine
     if config.kind == "onecycle":
-        return OneCycleLR(optimizer, lr, total + 1, pct_start=config.warmup, cycle_momentum=False)
+        return OneCycleLR(
+            optimizer,
+            lr,
+            total + 1,
+            pct_start=config.warmup,
+            cycle_momentum=False,
+            last_epoch=last,
+        )
     return None
+
+
+def _length(schedule: LRScheduler) -> float:
+    """Changes of the rate until the schedule's end."""
+    if isinstance(schedule, CosineAnnealingLR):
+        return schedule.T_max
+    if isinstance(schedule, OneCycleLR):
+        return schedule.total_steps - 1
+    return math.inf

@@ -1,4 +1,8 @@
-"""Every kernel test runs once for each backend; a new backend joins by its name in BACKENDS."""
+"""Every kernel test runs once for each backend; a new backend joins by its name and devices in BACKENDS.
+
+A test that takes `config` alone makes CPU tensors, or CUDA tensors where it is marked `gpu`; one that takes `device`
+too runs on both.
+"""
 
 import os
 
@@ -12,24 +16,54 @@ if not torch.cuda.is_available():
 from esper_kernels import KernelConfig, select_backend
 from esper_kernels.native import INSTRUCTION_SETS
 
-# What a set other than the machine's best adds is arithmetic; the slow tests run everything on it again.
-BACKENDS = (
-    "eager",
-    "cpp",
-    "triton",
-    pytest.param("cpp-avx2", marks=pytest.mark.slow),
-    pytest.param("cpp-baseline", marks=pytest.mark.slow),
+BACKENDS = {
+    "eager": ("cpu", "cuda"),
+    "cpp": ("cpu",),
+    "triton": ("cpu", "cuda"),
+    "cuda": ("cuda",),
+    # What a set other than the machine's best adds is arithmetic; the slow tests run everything on it again.
+    "cpp-avx2": ("cpu",),
+    "cpp-baseline": ("cpu",),
+}
+ON_CUDA = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+)
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="where there is a GPU, Triton's kernels run on it and not in the interpreter"
 )
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """For tests with `config`: each backend on each device that it serves."""
+    named_by_the_test = any("config" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "config" not in metafunc.fixturenames or named_by_the_test:
+        return
+    takes_device = "device" in metafunc.fixturenames
+    on_gpu = any(metafunc.definition.iter_markers("gpu"))
+    devices = ("cpu", "cuda") if takes_device else ("cuda",) if on_gpu else ("cpu",)
+    cases = []
+    for device in devices:
+        for backend in (name for name in BACKENDS if device in BACKENDS[name]):
+            values = (backend, device) if takes_device else (backend,)
+            cases.append(pytest.param(*values, marks=_marks(backend, device)))
+    metafunc.parametrize("config,device" if takes_device else "config", cases, indirect=True)
+
+
+def _marks(backend: str, device: str) -> list[pytest.MarkDecorator]:
+    marks = [*ON_CUDA] if device == "cuda" else []
+    if backend.startswith("cpp-"):
+        marks.append(pytest.mark.slow)
+    if (backend, device) == ("triton", "cpu"):
+        marks.append(INTERPRETED)
+    return marks
+
+
+@pytest.fixture
 def config(request: pytest.FixtureRequest) -> KernelConfig:
     name, _, instruction_set = request.param.partition("-")
     if name == "triton":
         pytest.importorskip("triton")
-        on_cpu = "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu"
-        if on_cpu and torch.cuda.is_available():
-            pytest.skip("where there is a GPU, Triton's kernels run on it and not in the interpreter")
     if name != "cpp":
         return KernelConfig(backend=name)
     if instruction_set not in ("", *INSTRUCTION_SETS):
@@ -40,18 +74,7 @@ def config(request: pytest.FixtureRequest) -> KernelConfig:
     return config
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-            ],
-        ),
-    ]
-)
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -60,7 +83,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def logits_dtype(request: pytest.FixtureRequest, config: KernelConfig) -> torch.dtype:
     """A dtype of logits whose gradient the backend can write: parametrized indirectly."""
     dtype: torch.dtype = request.param
-    if config.backend == "triton" and dtype == torch.float64:
+    if config.backend in ("triton", "cuda") and dtype == torch.float64:
         pytest.skip("float64 is served by eager only")
     if config.backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter loses carries when it rounds to bfloat16")

@@ -69,6 +69,43 @@ def test_by_name_is_served_or_raises_with_the_reason() -> None:
         select_backend("cross_entropy", "cuda", torch.float32, cpp)
 
 
+def test_triton_asks_for_the_compiler_of_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    missing = "Triton needs a C compiler for its launcher, and there is no gcc and no clang; install one, or"
+    chosen = backends._select("cross_entropy", "cuda", torch.float32, KernelConfig())  # not cached
+    assert chosen.name != "triton"
+    assert dict(chosen.refused)["triton"].startswith(missing)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "CC='no-such-compiler' names none" in str(backends.refusal("cross_entropy", "triton", "cuda"))
+    (tmp_path / "clang").touch(mode=0o755)
+    assert "CC='no-such-compiler' names none" in str(backends.refusal("cross_entropy", "triton", "cuda"))
+    monkeypatch.delenv("CC")
+    assert "C compiler" not in str(backends.refusal("cross_entropy", "triton", "cuda"))
+    monkeypatch.setattr(backends.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    needed = f"Triton needs Python's headers for its launcher, and there is no {tmp_path}/Python.h"
+    assert str(backends.refusal("cross_entropy", "triton", "cuda")).startswith(needed)
+
+
+def test_info_says_that_triton_lacks_a_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")}
+    command = [sys.executable, "-m", "esper_kernels.info"]
+    environment |= {"PATH": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    row = next(line for line in done.stdout.splitlines() if line.split()[:2] == ["cross_entropy", "cuda"])
+    assert "(triton: Triton needs a C compiler for its launcher" in row
+
+
+def test_the_compiler_of_the_launcher_is_a_constant_to_torch_compile() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if backends._no_launcher() is None else x + 2
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())).item() == (1 if backends._no_launcher() is None else 2)
+
+
 def test_instruction_set_is_one_of_the_machine_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"'auto', 'avx512', 'avx2', 'baseline'.*got 'sse'"):
         KernelConfig(instruction_set="sse")

@@ -169,10 +169,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, *state = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        of_options = len(saved) - len(ctx.places)  # where they begin
+        logits, targets, *state = saved[:of_options]
         options = list(ctx.options)
-        for i in reversed(ctx.places):
-            options[i] = state.pop()
+        for place, value in zip(ctx.places, saved[of_options:], strict=True):
+            options[place] = value  # no `state.pop()`: torch.compile of 2.11 has a tuple there
         backward = _MODULES[ctx.backend].backward
         if not torch.is_grad_enabled():
             grad = backward(grad_output, logits, targets, *state, Options(*options))

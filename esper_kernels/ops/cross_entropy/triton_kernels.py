@@ -39,7 +39,7 @@ def _capped(x, softcap):
 
 
 @triton.jit
-def _read(x_row, c, mask, softcap, EVICT: tl.constexpr = ""):
+def _read(x_row, c, mask, softcap, EVICT: tl.constexpr):  # no default: Triton 3.6 compiles no string there
     """A tile [rows, block]: the logits as stored, and after softcap; -inf where masked."""
     x = tl.load(x_row[:, None] + c, mask, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
     if softcap is None:
@@ -161,7 +161,7 @@ def batch(
             row_max, row_sum = tl.load(given + row, valid, other=0.0), tl.load(given + rows + row, valid, other=1.0)
         if RESIDENT:
             mask = valid[:, None] & (c < V)
-            stored, x = _read(x_row, c, mask, softcap)
+            stored, x = _read(x_row, c, mask, softcap, "")
             if counts is not None:
                 earlier = (stored == target_logit[:, None]) & (c < target[:, None])
                 rank = tl.sum(((stored > target_logit[:, None]) | earlier).to(tl.int32), 1)
@@ -180,7 +180,7 @@ def batch(
             origin = tl.where(tl.abs(target_x) < float("inf"), target_x, 0.0)
             for block in tl.range(0, tl.cdiv(V, BLOCK) * tl.max(valid.to(tl.int32), 0), num_stages=STAGES):
                 at = block * BLOCK + c
-                stored, x = _read(x_row, at, at < V, softcap)
+                stored, x = _read(x_row, at, at < V, softcap, "")
                 if counts is not None:
                     earlier = (stored == target_logit[:, None]) & (at < target[:, None])
                     lane_rank += ((stored > target_logit[:, None]) | earlier).to(tl.int32)

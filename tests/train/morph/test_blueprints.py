@@ -1,4 +1,4 @@
-"""Blueprints: what comes with the package is the identity and alive at birth, and nothing else gets in."""
+"""Blueprints: what comes with the package starts as the identity and can learn, and nothing else gets in."""
 
 import pytest
 import torch
@@ -222,11 +222,11 @@ def pool(channels: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (NotIdentity, r"blueprint 'new' is not the identity at birth: .*of shape \(2, 8, 4, 4\), got shape \(2, 8"),
-        (SlightlyOff, r"blueprint 'new' is not the identity at birth"),
-        (Wider, r"is not the identity at birth: .*shape \(2, 8, 4, 4\), got shape \(2, 16, 4, 4\)"),
-        (pool, r"is not the identity at birth: .*shape \(2, 8, 4, 4\), got shape \(2, 8, 2, 2\)"),
-        (DeadBranch, r"blueprint 'new' is dead at birth: none of its parameters has a non-zero gradient"),
+        (NotIdentity, r"blueprint 'new' does not start as the identity: .*of shape \(2, 8, 4, 4\), got shape \(2, 8"),
+        (SlightlyOff, r"blueprint 'new' does not start as the identity"),
+        (Wider, r"does not start as the identity: .*shape \(2, 8, 4, 4\), got shape \(2, 16, 4, 4\)"),
+        (pool, r"does not start as the identity: .*shape \(2, 8, 4, 4\), got shape \(2, 8, 2, 2\)"),
+        (DeadBranch, r"blueprint 'new' cannot learn: none of its parameters has a non-zero gradient"),
     ],
 )
 def test_register_refuses_what_is_not_identity_or_dead_and_stays_as_it_was(build: type, message: str) -> None:
@@ -265,7 +265,7 @@ def test_register_takes_a_blueprint_without_parameters(topology: str) -> None:
 def test_register_works_where_gradients_are_switched_off() -> None:
     with torch.no_grad():
         assert default_registry().names("cnn")[0] == "conv_expand"
-        with pytest.raises(ValueError, match="dead at birth"):
+        with pytest.raises(ValueError, match="cannot learn"):
             BlueprintRegistry([Blueprint("dead", "cnn", DeadBranch)])
 
 
@@ -318,5 +318,5 @@ def test_register_refuses_a_parameter_that_is_never_used() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    with pytest.raises(ValueError, match="dead at birth"):
+    with pytest.raises(ValueError, match="cannot learn"):
         BlueprintRegistry([Blueprint("x", "cnn", lambda channels: Unused())])

@@ -304,7 +304,7 @@ def test_pictures_show_curves_slots_and_gradients(run: Path) -> None:
         assert word in curves
     for word in ("early", "mid", "TRAINING", "BLENDING", "PROBATIONARY", "FOSSILIZED", "EMBARGOED"):
         assert word in stages
-    for word in ("alpha", "seed / host gradient", "contribution (points)", "least to be fossilized: 1.75"):
+    for word in ("alpha", "seed / host gradient", "contribution (points)", "needed to fossilize: 1.75"):
         assert word in stages
     assert "GERMINATED" not in stages  # no epoch was trained in it
     for word in ("gradient norm", "health", "host", "total"):
@@ -464,7 +464,7 @@ def test_few_epochs(tmp_path: Path, epochs: int) -> None:
 def test_nothing_reported(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content, encoding="utf-8")
-    assert "metrics.jsonl is missing or holds no run." in page(tmp_path).text
+    assert "metrics.jsonl is missing or contains no run." in page(tmp_path).text
 
 
 def test_missing_directory_and_broken_metrics_are_refused(tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_last_of_several_runs_is_shown(tmp_path: Path) -> None:
 
 def test_unknown_threshold_is_not_drawn(tmp_path: Path) -> None:
     shown = page(write(tmp_path, *grown(), finished()))
-    assert "least to be fossilized" not in "".join(shown.pictures.values())
+    assert "needed to fossilize" not in "".join(shown.pictures.values())
 
 
 def test_missing_matplotlib_names_the_extra(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,7 +513,7 @@ def test_events_of_a_real_run(tmp_path: Path) -> None:
     assert list(shown.pictures) == [
         "Loss and accuracy over epochs",
         "Gradient norms and health over epochs",
-        "Reward of each decision, by parts",
+        "Rewards and their parts",
     ]
 
 
@@ -530,7 +530,7 @@ def test_gradients_by_layer(tmp_path: Path) -> None:
 
 
 def test_layers_that_were_not_reported_are_said(run: Path) -> None:
-    assert "Each parameter's gradient is reported at the level debug" in page(run).text
+    assert "Gradients by layer are reported at telemetry level debug" in page(run).text
 
 
 def test_rewards_are_drawn_by_parts(tmp_path: Path) -> None:
@@ -539,7 +539,7 @@ def test_rewards_are_drawn_by_parts(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         event = epoch_event(epoch)
         events.append(Event(EventType.EPOCH, epoch, {**event.data, "reward": 0.75, "reward_parts": parts}))
-    picture = page(write(tmp_path, *events)).pictures["Reward of each decision, by parts"]
+    picture = page(write(tmp_path, *events)).pictures["Rewards and their parts"]
     for word in ("reward", "attribution", "rent"):
         assert word in picture
     assert "final" not in picture  # never anything but 0

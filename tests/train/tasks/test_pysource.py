@@ -231,7 +231,7 @@ def test_a_damaged_tokenizer_is_trained_anew(damage: bytes | None, corpus: Path,
 @needs_tokenizers
 def test_a_directory_that_cannot_be_written_is_refused(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"cannot keep a tokenizer in .*file.*name another directory"):
+    with pytest.raises(ValueError, match=r"cannot write a tokenizer to .*file.*give another directory"):
         load_sources(corpus, 280, tmp_path / "file")
 
 

@@ -212,9 +212,9 @@ def test_load_splits_takes_whole_number_inputs_and_sequence_targets() -> None:
 
 TARGETS = torch.tensor([0, 1, 2])
 BAD: dict[str, tuple[Callable[[], Split], str]] = {
-    "more inputs": (lambda: (torch.ones(4, 2), TARGETS), r"as many inputs as targets, got 4 and 3"),
-    "more targets": (lambda: (torch.ones(2, 2), TARGETS), r"as many inputs as targets, got 2 and 3"),
-    "empty": (lambda: (torch.ones(0, 2), TARGETS[:0]), r"as many inputs as targets, got 0 and 0"),
+    "more inputs": (lambda: (torch.ones(4, 2), TARGETS), r"as many inputs as targets, at least one, got 4 and 3"),
+    "more targets": (lambda: (torch.ones(2, 2), TARGETS), r"as many inputs as targets, at least one, got 2 and 3"),
+    "empty": (lambda: (torch.ones(0, 2), TARGETS[:0]), r"as many inputs as targets, at least one, got 0 and 0"),
     "NaN": (lambda: (torch.tensor([1.0, torch.nan, 0.0]), TARGETS), r"the inputs have NaN or infinite values"),
     "inf": (lambda: (torch.tensor([1.0, 0.0, -torch.inf]), TARGETS), r"the inputs have NaN or infinite values"),
     "class too large": (

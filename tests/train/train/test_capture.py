@@ -562,20 +562,6 @@ def test_an_epoch_of_replays_syncs_once() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_read_on_the_host_within_the_step_is_torchs_error() -> None:
-    class Reading(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * (1.0 if float(x.sum()) > 0 else 2.0)
-
-    config, model, stream = TrainConfig(capture=True), Reading(6, 5).cuda(), torch.cuda.current_stream()
-    batches = [(inputs.flatten(1), targets) for inputs, targets in data(*[8] * 5)]
-    with pytest.raises(RuntimeError, match="captur"):
-        train_one_epoch(model, batches, sgd(*model.parameters()), config, task_type="classification")
-    assert torch.cuda.current_stream() == stream
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_growing_network_on_a_gpu_is_captured_by_structure() -> None:
     config = replace(GROWING, device="cuda", train=TrainConfig(capture=True))
     script, recorder = Script(e1=germinate("early", blend="gated")), Recorder()

@@ -109,14 +109,14 @@ class Made(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.weight = nn.Parameter(torch.randn(4, 3, generator=generator))
         self.offset = nn.Parameter(torch.randn(6, 3, generator=generator))
-        self.logits: list[Tensor] = []
-        self.gradients: list[Tensor] = []
+        self.logits: list[int] = []  # addresses: whoever kept the tensors would change the choice
+        self.gradients: list[int] = []
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits = self.make(inputs, self.weight, self.offset)
         if logits.requires_grad:
-            logits.register_hook(self.gradients.append)
-        self.logits.append(logits)
+            logits.register_hook(lambda g: self.gradients.append(g.data_ptr()))
+        self.logits.append(logits.data_ptr())
         return logits
 
 
@@ -134,8 +134,8 @@ class Made(nn.Module):
         ("kept", lambda x, w, b: F.log_softmax(x @ w, -1)),
         ("kept", lambda x, w, b: SavesItsOutput.apply(x @ w)),
         ("kept", lambda x, w, b: SavesItsOutput.apply(x @ w).view(2, 3, 3)),
-        ("kept", lambda x, w, b: x @ w + b),  # hands the gradient itself on, to a parameter
-        ("kept", lambda x, w, b: b.view(2, 3, 3)),
+        ("logits", lambda x, w, b: x @ w + b),  # hands the gradient itself on, to a parameter
+        ("fresh", lambda x, w, b: b.view(2, 3, 3)),  # the parameter's gradient is a view of ours
         ("fresh", lambda x, w, b: (w.t() @ x.t()).t()),  # classes apart
     ],
 )
@@ -151,9 +151,111 @@ def test_memory_of_the_gradient_never_changes_what_is_learned(
         F.cross_entropy(plain(inputs).flatten(0, -2), TARGETS).backward()
     for mine, torchs in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, torchs.grad)
-    over = [g.data_ptr() == x.data_ptr() for g, x in zip(ours.gradients, ours.logits, strict=True)]
-    same = ours.gradients[0].data_ptr() == ours.gradients[1].data_ptr()
-    assert (over, same) == ([where == "logits"] * 2, where == "kept")
+    over = [g == x for g, x in zip(ours.gradients, ours.logits, strict=True)]
+    assert over == [where == "logits"] * 2
+    if where == "kept":
+        assert ours.gradients[0] == ours.gradients[1]
+
+
+class Keeps(nn.Module):
+    """A linear model with a hook on its output, as `keep` says."""
+
+    def __init__(self, keep: Callable[[Tensor, list[Tensor]], None], rank: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 3)
+        self.kept: list[Tensor] = []
+        self.rank = rank
+        self.linear.register_forward_hook(lambda m, inputs, out: keep(out, self.kept))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.view(2, 3, 4) if self.rank == 3 else x)
+
+
+class Viewed(Keeps):
+    """Its output is a view of what the hook saw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).view(6, 3)
+
+
+def retain_grad(out: Tensor, kept: list[Tensor]) -> None:
+    out.retain_grad()
+    kept.append(out)
+
+
+KEEPERS = {
+    "the output": lambda out, kept: kept.append(out),
+    "its detach": lambda out, kept: kept.append(out.detach()),
+    "a view": lambda out, kept: kept.append(out[..., :1]),
+    "an array of numpy": lambda out, kept: kept.append(torch.from_numpy(out.detach().numpy())),
+    "retain_grad": retain_grad,
+}
+
+
+@pytest.mark.parametrize("model_type", [Keeps, Viewed, lambda keep: Keeps(keep, rank=3)])
+@pytest.mark.parametrize("keep", KEEPERS.values(), ids=KEEPERS)
+def test_logits_that_somebody_keeps_are_not_written_over(
+    keep: Callable[[Tensor, list[Tensor]], None], model_type: Callable[..., Keeps]
+) -> None:
+    model = model_type(keep)
+    step = build_train_step("lm" if model.rank == 3 else "classification", TrainConfig())
+    targets = TARGETS.view(2, 3) if model.rank == 3 else TARGETS
+    step(model, INPUTS, targets, Meter("cpu"))
+    (kept,) = model.kept
+    with torch.no_grad():
+        expected = F.linear(INPUTS, model.linear.weight, model.linear.bias)
+    torch.testing.assert_close(kept.detach().reshape(6, -1), expected[:, : kept.shape[-1]])
+
+
+def test_a_gradient_hook_that_reads_the_logits_sees_logits() -> None:
+    """A hook that masks the gradient by the size of the logits trains the same network as plain torch."""
+
+    def mask(out: Tensor, kept: list[Tensor]) -> None:
+        values = out.detach()
+        out.register_hook(lambda g: g * (values.abs() < 0.5))
+
+    ours = Keeps(mask)
+    plain = Keeps(mask)
+    build_train_step("classification", TrainConfig())(ours, INPUTS, TARGETS, Meter("cpu"))
+    F.cross_entropy(plain(INPUTS), TARGETS).backward()
+    for mine, torchs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, torchs.grad)
+
+
+@pytest.mark.parametrize("make", [lambda out: out.relu(), lambda out: out.tanh(), lambda out: out])
+def test_gradients_that_a_hook_keeps_stay_what_they_were(make: Callable[[Tensor], Tensor]) -> None:
+    """Each step writes where no earlier gradient that somebody still holds lies."""
+    kept: list[Tensor] = []
+    copies: list[Tensor] = []
+
+    def note(gradient: Tensor) -> None:
+        kept.append(gradient)
+        copies.append(gradient.clone())
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = make(self.linear(x))
+            out.register_hook(note)
+            return out
+
+    model = Model()
+    step = build_train_step("classification", TrainConfig())
+    for shift in range(4):
+        step(model, INPUTS + shift, TARGETS, Meter("cpu"))
+    assert len(kept) == 4
+    for mine, then in zip(kept, copies, strict=True):
+        assert torch.equal(mine, then)
+
+
+def test_a_model_that_needs_no_gradient_is_refused() -> None:
+    model = linear().requires_grad_(False)
+    with pytest.raises(ValueError, match="unfreeze a parameter"):
+        build_train_step("classification", TrainConfig())(model, INPUTS, TARGETS, Meter("cpu"))
 
 
 class Counting:

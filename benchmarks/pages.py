@@ -1,0 +1,105 @@
+"""The tables and the picture of README.md and docs/, made from the committed results.
+
+    python -m benchmarks pages    # after results/*.json have changed
+
+A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, where NAME is a key of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cpu, epoch, growth, record
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/benchmarks.md")
+PICTURE = ROOT / "docs" / "pictures" / "cpu.svg"
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "cpu in short": ("cpu", cpu.short_table),
+    "cpu": ("cpu", cpu.table),
+    "gradient statistics": ("cpu", cpu.grad_table),
+    "epoch": ("epoch", epoch.table),
+    "growth on digits": ("growth-digits", growth.table),
+    "growth on pysource": ("growth-pysource", growth.table),
+}
+"""The results and the function that make each table."""
+BARS = {"eager PyTorch": ("eager", "#9aa5b1"), "torch.compile": ("compile", "#5b7c99")}
+"""What the picture compares with: the name in the results, and a colour."""
+
+
+def filled(page: str) -> str:
+    """The page with every table made anew; ValueError for a table that is not in `TABLES`."""
+    return re.sub(r"<!-- (?!end of )(.+?) -->\n.*?<!-- end of \1 -->", _block, page, flags=re.DOTALL)
+
+
+def _block(found: re.Match[str]) -> str:
+    name = found[1]
+    if name not in TABLES:
+        raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+    results, table = TABLES[name]
+    measured = record.read(results)
+    lines = [f"<!-- {name} -->", table(measured["figures"]), "", caption(measured["environment"])]
+    return "\n".join([*lines, f"<!-- end of {name} -->"])
+
+
+def caption(environment: dict[str, Any]) -> str:
+    """When and where figures were measured, in one line."""
+    where = f"{environment['cpu']}, {environment['cores']} cores"
+    versions = f"Python {environment['python']}, torch {environment['torch']}"
+    return f"*Measured {environment['date']} on {where}; {versions}; commit {environment['commit']}.*"
+
+
+def speedups() -> tuple[list[str], dict[str, list[float]]]:
+    """The shapes of the picture, and how many times faster a step is than each rival."""
+    rows = [row for row in record.read("cpu")["figures"] if not cpu.is_gradients(row)]
+    times = [row["default"]["microseconds"] for row in rows]
+    factors = {name: [t[key] / t["out"] for t in times] for name, (key, _) in BARS.items()}
+    return [cpu.label(row) for row in rows], factors
+
+
+def draw(path: Path) -> None:
+    """Draw the speedups as bars; the SVG has its words as text and no date."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    shapes, factors = speedups()
+    height = 0.8 / len(factors)
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "esper", "font.size": 10}):
+        figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+        for number, (name, values) in enumerate(factors.items()):
+            places = [place + number * height for place in range(len(shapes))]
+            bars = axes.barh(places, values, height, label=f"over {name}", color=BARS[name][1])
+            axes.bar_label(bars, [f"{value:.3g}x" for value in values], padding=3, fontsize=8)
+        axes.set_yticks([place + height / 2 for place in range(len(shapes))], shapes)
+        axes.invert_yaxis()
+        axes.set_xlabel("speedup of loss, counts and logits gradient together")
+        axes.set_title("cross_entropy_step on a CPU, for logits [rows x classes]", fontsize=11, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    lines = (line.rstrip() for line in drawing.getvalue().splitlines())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Write every table and the picture."""
+    record.parser("pages", __doc__).parse_args()
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(path)
+    draw(PICTURE)
+    print(PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The one place that decides where a step writes the gradient of the logits.
+
+Fresh memory of the size of large logits costs more than computing their gradient, so memory is used
+again wherever nobody else can see it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a gradient is written: over the logits, into `out`, or, with neither, into new memory."""
+
+    inplace: bool = False
+    out: Tensor | None = None
+
+
+class GradientMemory:
+    """Memory for the gradient of the logits, owned by one step object and kept between batches."""
+
+    def __init__(self) -> None:
+        self._workspace: Tensor | None = None
+
+    def destination(self, logits: Tensor) -> Destination:
+        """Where the gradient of `logits` may go.
+
+        Args:
+            logits: the values of the model's output, as `detach` gives them. The caller must have
+                given up the output itself: then whoever still holds the memory (autograd, which
+                saved it for the backward pass; a hook; the model; a parameter) is somebody else.
+
+        Returns:
+            Over the logits where nobody else holds their memory; otherwise a workspace, which is
+            made anew if somebody, such as a hook that stores gradients, still holds the last one.
+            New memory on devices whose allocator hands out memory for nothing, and for logits that
+            are not contiguous.
+        """
+        if not logits.is_cpu or not logits.is_contiguous():
+            return Destination()
+        if held_only_here(logits):
+            return Destination(inplace=True)
+        workspace = self._workspace
+        fits = workspace is not None and (workspace.shape, workspace.dtype) == (
+            logits.shape,
+            logits.dtype,
+        )
+        if workspace is None or not fits or not held_only_here(workspace):
+            self._workspace = workspace = torch.empty_like(logits)
+        # Another tensor object on the same memory: one that is kept shows in the count of holders.
+        return Destination(out=workspace.detach())
+
+
+def held_only_here(tensor: Tensor) -> bool:
+    """Whether no other tensor object uses the memory of `tensor`.
+
+    Autograd's saved tensors, views, `detach()`, arrays of numpy and exports by DLPack all count.
+    """
+    return _users(tensor) == _users(torch.empty(1, device="cpu"))
+
+
+def _users(tensor: Tensor) -> int:
+    # The count that torch's own CUDA graph trees use; it includes the storage object made here.
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
