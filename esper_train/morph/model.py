@@ -153,9 +153,11 @@ class MorphModel(nn.Module):
         states = [SlotState.from_plain(values) for values in topology]
         if {state.slot for state in states} != set(self.seed_slots):
             raise ValueError(f"expected slots {list(self.seed_slots)}, got {[state.slot for state in states]}")
-        for state in states:
-            blueprint = self.registry.require(self.host.topology, state.blueprint) if state.blueprint else None
-            self.slot(state.slot).restore(state, blueprint)
+        with torch.random.fork_rng(devices=[]):  # the initial weights do not stay
+            for state in states:
+                name = state.blueprint
+                blueprint = self.registry.require(self.host.topology, name) if name else None
+                self.slot(state.slot).restore(state, blueprint)
         for name in self.seed_slots:
             self._prepare(name)
 

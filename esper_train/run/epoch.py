@@ -43,6 +43,7 @@ class Epoch:
         self._episode = episode
         self._number = number
         self._finding: Finding | None = None
+        self._verdict = False  # whether a trial ended
         self._events: list[Event] = []  # to be written after the epoch's own line
 
     def observe(self) -> Signals | None:
@@ -110,7 +111,8 @@ class Epoch:
         else:
             validation = self._validation
             episode.kept.offer(episode.model, number, validation.accuracy, validation.loss)
-            if not episode.governor.suspicious and number % episode.config.governor.snapshot_epochs == 0:
+            due = number % episode.config.governor.snapshot_epochs == 0
+            if not episode.governor.suspicious and (due or self._verdict):
                 keep_good(episode, number)
         return reward
 
@@ -168,6 +170,7 @@ class Epoch:
             device = resolve_device(episode.config.governor.snapshot_device)
             episode.trial.begin(episode, slot, number, self._validation.right, device)
         elif change.stage is SeedStage.FOSSILIZED:
+            self._verdict = True
             episode.trial.end_kept()
             if before.contribution is not None:
                 episode.contributions.append(before.contribution)
