@@ -64,7 +64,7 @@ def slot_stages(directory: Path, epoch: int) -> set[str]:
 # epoch: what the checkpoint finds in the slots
 @pytest.mark.parametrize(
     ("epoch", "stages"),
-    [(2, {"TRAINING"}), (6, {"BLENDING"}), (8, {"PROBATIONARY"}), (9, {"EMBARGOED"}), (20, {"FOSSILIZED"})],
+    [(2, {"TRAINING"}), (6, {"BLENDING"}), (8, {"PROBATIONARY"}), (10, {"EMBARGOED"}), (20, {"FOSSILIZED"})],
 )
 def test_a_resumed_run_reports_what_an_uninterrupted_one_does(
     epoch: int, stages: set[str], whole: Path, tmp_path: Path
