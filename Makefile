@@ -18,10 +18,10 @@ run: $(READY)
 	$(BIN)/esper-train heuristic --seed 7
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=10
 
 test-all: test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=10
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -79,11 +79,16 @@ size:
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache esper_kernels/lib esper_kernels/*.so
 
+# Where that torch is, since the packages of a virtual environment are not those of the system.
+FIND_TORCH := 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])'
+OWN_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
 # If PYTHON already has torch, that torch is used; otherwise the pinned one is installed.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \
 		$(PYTHON) -m venv $(CLEAR) --system-site-packages $(VENV); \
+		$(PYTHON) -c $(FIND_TORCH) > $$($(BIN)/python -c $(OWN_PACKAGES))/torch.pth; \
 		grep -v -e '^torch=' -e '^triton=' constraints.txt > $(VENV)/constraints.txt; \
 	else \
 		$(PYTHON) -m venv $(CLEAR) $(VENV) && cp constraints.txt $(VENV)/constraints.txt && \

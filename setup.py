@@ -10,11 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own AVX-512 header
@@ -92,16 +92,21 @@ def compile_cuda(cuda: Path, folder: Path) -> list[str]:
     return objects
 
 
+class AnyPython(bdist_wheel):
+    """A wheel for every Python of this platform: its libraries are torch ops, without any Python in them."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def compiled() -> dict[str, Any]:
     """What `setup` needs to build the kernels; prints what was decided and why."""
     if os.environ.get("ESPER_NO_EXT") == "1":
         print("esper-kernels: pure Python, because ESPER_NO_EXT=1")
         return {}
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        sys.exit("esper-kernels: no kernels for Python without its global lock yet; set ESPER_NO_EXT=1 for pure Python")
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
     except ImportError:
         sys.exit(
             "esper-kernels: cannot import torch, against which the kernels are compiled; install it and run "
@@ -120,18 +125,9 @@ def compiled() -> dict[str, Any]:
         depends=depends,
         extra_compile_args=[*FLAGS, STABLE_ABI],
         extra_link_args=["-s"],
-        py_limited_api=True,  # no Python in it: one library for every version
+        py_limited_api=True,  # do not link torch's Python library
     )
-    facts = Extension(
-        "esper_kernels._native",
-        ["csrc/bindings.cpp"],
-        depends=depends,
-        include_dirs=include_paths(),  # ATen/dlpack.h
-        define_macros=[("Py_LIMITED_API", "0x030B0000")],
-        extra_compile_args=["-std=c++17", *FLAGS],
-        extra_link_args=["-s"],
-    )
-    extensions = [ops, facts]
+    extensions = [ops]
     cuda, why = find_cuda(torch.version.cuda)
     if cuda is not None:
         gpu_ops = CppExtension(
@@ -159,8 +155,7 @@ def compiled() -> dict[str, Any]:
     )
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
-        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for this Python and every later one
+        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True), "bdist_wheel": AnyPython},
     }
 
 

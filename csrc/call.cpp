@@ -1,22 +1,85 @@
 #include "call.h"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
 namespace esper {
 namespace {
 
-// Dimensions of size 1 vanish and neighbours that follow one another merge; two leading ones may remain.
-bool layout_of(const Array& x, RowLayout* layout) {
-  if (x.dims == 0 || (x.sizes[x.dims - 1] != 1 && x.strides[x.dims - 1] != 1)) return false;
-  if (x.numel() == 0) return *layout = {}, true;
+void require(bool holds, const char* expectation) {
+  if (!holds) throw std::invalid_argument(std::string("esper: expected ") + expectation);
+}
+
+[[noreturn]] void refuse(const char* name, const char* expectation) {
+  throw std::invalid_argument(std::string("esper: expected ") + name + " " + expectation);
+}
+
+void require_storage(const char* name, const Array& x) {
+  if (x.numel() > 0 && x.reach() > x.room)
+    refuse(name, "to have storage for its shape: it was freed or shrunk");
+}
+
+// Memory for exactly n numbers of one type.
+template <class T>
+T* memory_of(const char* name, const Array& x, Dtype dtype, int64_t n) {
+  if (x.dtype != dtype) refuse(name, "to have another dtype");
+  if (x.numel() != n || !x.contiguous()) refuse(name, "to be contiguous, with another number of elements");
+  if (!x.aligned()) refuse(name, "to lie at a multiple of its element size");
+  require_storage(name, x);
+  return static_cast<T*>(x.data);
+}
+
+bool same_sizes(const Array& x, const Array& y, int64_t dims) {
+  return std::equal(x.sizes, x.sizes + dims, y.sizes);
+}
+
+bool overlap(const Array& x, const Array& y) {
+  const char *x_begin = static_cast<const char*>(x.data), *y_begin = static_cast<const char*>(y.data);
+  return x_begin < y_begin + y.reach() && y_begin < x_begin + x.reach();
+}
+
+bool same_place(const Array& x, const Array& y) {
+  return x.data == y.data && x.dims == y.dims && same_sizes(x, y, x.dims) &&
+         std::equal(x.strides, x.strides + x.dims, y.strides);
+}
+
+// Whether two elements share memory, as in an expanded tensor. May be true of exotic strides without.
+bool overlaps_itself(const Array& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < x.dims; ++d)
+    if (x.sizes[d] > 1) dims.emplace_back(x.strides[d], x.sizes[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;  // from the first to the last element, over the dimensions so far
+  for (const auto& [stride, size] : dims) {
+    if (stride <= reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
+}
+
+void require_number(const char* name, const Number& number, double low, double high) {
+  if (number.from_tensor) return;
+  if (!(number.value >= low && number.value <= high)) refuse(name, "to be in its range");
+}
+
+// Merges neighbouring leading dimensions; false if more than two remain.
+bool merge_rows(const Array& x, RowLayout* layout) {
   int64_t size[2] = {1, 1}, stride[2] = {0, 0};
   int level = 0;
   for (int64_t d = x.dims - 2; d >= 0; --d) {
     if (x.sizes[d] == 1) continue;
     if (size[level] == 1) {
-      size[level] = x.sizes[d], stride[level] = x.strides[d];
+      size[level] = x.sizes[d];
+      stride[level] = x.strides[d];
     } else if (x.strides[d] == stride[level] * size[level]) {
       size[level] *= x.sizes[d];
     } else if (level == 0) {
-      level = 1, size[1] = x.sizes[d], stride[1] = x.strides[d];
+      level = 1;
+      size[1] = x.sizes[d];
+      stride[1] = x.strides[d];
     } else {
       return false;
     }
@@ -25,35 +88,155 @@ bool layout_of(const Array& x, RowLayout* layout) {
   return true;
 }
 
+// What the forward pass, the step and the backward pass have in common.
+void check_inputs(const LossCall& call) {
+  const Array &logits = call.logits, &targets = call.targets;
+  require(logits.dtype <= kFloat16, "logits of float32, bfloat16 or float16");
+  require(targets.dtype >= kInt64, "targets of int64, int32 or uint8");
+  require(logits.dims > 0 && logits.sizes[logits.dims - 1] > 0, "logits [..., V] with V of at least 1");
+  require(targets.dims == logits.dims - 1 && same_sizes(logits, targets, targets.dims),
+          "targets of the logits' shape without the classes");
+  require_storage("logits", logits);
+  require_storage("targets", targets);
+  if (call.weight) {
+    const int64_t classes = logits.sizes[logits.dims - 1];
+    require(call.weight->dims == 1 && call.weight->sizes[0] == classes, "weight [V]");
+    require(call.weight->dtype == kFloat32, "weight of float32");
+    require_storage("weight", *call.weight);
+  }
+  require_number("label_smoothing", call.numbers.label_smoothing, 0, 1);
+  require_number("z_loss", call.numbers.z_loss, 0, HUGE_VAL);
+  if (call.numbers.has_softcap)
+    require_number("softcap", call.numbers.softcap, std::numeric_limits<float>::denorm_min(),
+                   std::numeric_limits<float>::max());
+}
+
+void check_out(const LossCall& call) {
+  const Array &logits = call.logits, &out = *call.out;
+  require(out.dtype == logits.dtype && out.dims == logits.dims && same_sizes(logits, out, logits.dims),
+          "out like the logits");
+  require_storage("out", out);
+  if (out.numel() == 0) return;
+  require(out.sizes[out.dims - 1] == 1 || out.strides[out.dims - 1] == 1, "out with class stride 1");
+  require(!overlaps_itself(out), "out without elements that share memory");
+  require(same_place(out, logits) || !overlap(out, logits), "out that does not overlap the logits");
+  require(!overlap(out, call.targets) && !(call.weight && overlap(out, *call.weight)),
+          "out that overlaps neither targets nor weight");
+}
+
 }  // namespace
 
-bool lay_out(const LossCall& call, CrossEntropy* p) {
-  const Array &logits = call.logits, &targets = call.targets;
-  if (logits.dtype > kFloat16 || targets.dtype < kInt64 || !targets.contiguous() || logits.dims == 0)
-    return false;
-  if (!layout_of(logits, &p->logits_at)) return false;
-  p->classes = logits.sizes[logits.dims - 1];
-  p->rows = targets.numel();
-  if (p->classes == 0 || p->rows * p->classes != logits.numel()) return false;
-  p->dtype = logits.dtype;
-  p->logits = logits.data;
-  p->targets = targets.data;
-  p->target_bytes = bytes_of(targets.dtype);
-  p->ignore_index = call.ignore_index;
-  p->weight = call.weight;
-  p->weight_sum = p->classes;
-  p->smoothing = call.smoothing;
-  p->z_loss = call.z_loss;
-  p->softcap = call.softcap;
-  if (call.rows) {
-    p->saved_max = call.rows;
-    p->saved_sum = call.rows + p->rows;
-    p->saved_denominator = call.rows + 2 * p->rows;
+int64_t Array::numel() const {
+  int64_t n = 1;
+  for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
+  return n;
+}
+
+int64_t Array::reach() const {
+  int64_t last = 0;
+  for (int64_t d = 0; d < dims; ++d) {
+    if (sizes[d] == 0) return 0;
+    last += (sizes[d] - 1) * strides[d];
   }
-  if (!call.out) return true;
-  p->out = call.out->data;
-  return call.out->dtype == logits.dtype && call.out->numel() == logits.numel() &&
-         layout_of(*call.out, &p->out_at);
+  return (last + 1) * bytes_of(dtype);
+}
+
+bool Array::contiguous() const {
+  int64_t expected = 1;
+  bool follows = true;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    follows = follows && (sizes[d] == 1 || strides[d] == expected);
+    expected *= sizes[d];
+  }
+  return follows || expected == 0;
+}
+
+bool Array::has_row_layout() const {
+  RowLayout layout;
+  if (numel() == 0) return true;
+  return dims > 0 && (sizes[dims - 1] == 1 || strides[dims - 1] == 1) && merge_rows(*this, &layout);
+}
+
+RowLayout Array::row_layout() const {
+  RowLayout layout;
+  if (numel() > 0) merge_rows(*this, &layout);
+  return layout;
+}
+
+bool usable(const Array& x, bool as_rows) {
+  return x.aligned() && (as_rows ? x.has_row_layout() : x.contiguous());
+}
+
+void check(const LossCall& call) {
+  check_inputs(call);
+  const int64_t rows = call.targets.numel();
+  require(call.reduction >= kMean && call.reduction <= kNone, "a known reduction");
+  require(call.reduction == kMean || !call.numbers.has_normalizer, "a normalizer with a mean only");
+  require_number("normalizer", call.numbers.normalizer, 0, HUGE_VAL);
+  require_number("grad_scale", call.numbers.grad_scale, -HUGE_VAL, HUGE_VAL);
+  require(call.sums.has_value() == call.counts.has_value(), "both accumulators of a meter or none");
+  if (call.sums) {
+    memory_of<double>("a meter's sums", *call.sums, kFloat64, kNumSums);
+    memory_of<int64_t>("a meter's counts", *call.counts, kInt64, kFirstCorrect + call.topk.size());
+    for (const int64_t k : call.topk) require(k > 0, "each k of topk to be at least 1");
+  }
+  if (call.loss) memory_of<float>("loss", *call.loss, kFloat32, call.reduction == kNone ? rows : 1);
+  if (call.saved) memory_of<float>("saved", *call.saved, kFloat32, 2 * rows + 1);
+  if (call.out) check_out(call);
+}
+
+void check_backward(const LossCall& call, const Array& grad_output) {
+  check_inputs(call);
+  const int64_t rows = call.targets.numel();
+  require(call.out && call.saved, "out and saved");
+  memory_of<float>("saved", *call.saved, kFloat32, 2 * rows + 1);
+  memory_of<float>("grad_output", grad_output, kFloat32, grad_output.dims == 0 ? 1 : rows);
+  check_out(call);
+}
+
+GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays& out) {
+  for (const Array& x : tensors) {
+    require(x.dtype <= kFloat16, "gradients of float32, bfloat16 or float16");
+    require_storage("each gradient", x);
+  }
+  const int64_t n = tensors.size();
+  return {memory_of<double>("norms", out.norms, kFloat64, n),
+          memory_of<double>("max_abs", out.max_abs, kFloat64, n),
+          memory_of<int64_t>("zeros", out.zeros, kInt64, n),
+          memory_of<int64_t>("nans", out.nans, kInt64, n),
+          memory_of<int64_t>("infs", out.infs, kInt64, n),
+          memory_of<double>("total_norm", out.total_norm, kFloat64, 1),
+          memory_of<float>("found_inf", out.found_inf, kFloat32, 1)};
+}
+
+LossRows rows_of(const LossCall& call, const Array* grad_output) {
+  LossRows p{};
+  p.rows = call.targets.numel();
+  p.classes = call.logits.sizes[call.logits.dims - 1];
+  p.dtype = call.logits.dtype;
+  p.logits = call.logits.data;
+  p.logits_at = call.logits.row_layout();
+  p.targets = call.targets.data;
+  p.target_bytes = bytes_of(call.targets.dtype);
+  p.ignore_index = call.ignore_index;
+  p.weight = call.weight ? static_cast<const float*>(call.weight->data) : nullptr;
+  p.num_topk = call.counts ? call.topk.size() : 0;
+  if (call.loss && call.reduction == kNone) p.row_loss = static_cast<float*>(call.loss->data);
+  if (call.saved) {
+    p.saved_max = static_cast<float*>(call.saved->data);
+    p.saved_sum = p.saved_max + p.rows;
+    p.saved_denominator = p.saved_sum + p.rows;
+  }
+  if (call.out) {
+    p.out = call.out->data;
+    p.out_at = call.out->row_layout();
+  }
+  if (grad_output) {
+    p.backward = true;
+    p.scale_of_row = static_cast<const float*>(grad_output->data);
+    p.scale_stride = grad_output->dims == 0 ? 0 : 1;
+  }
+  return p;
 }
 
 }  // namespace esper

@@ -1,6 +1,7 @@
-// A call of an op, on the CPU and on CUDA alike. Plain memory, no torch.
+// A call of an op, and every check of it, for the CPU and CUDA alike. Plain memory, no torch.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #if defined(__CUDACC__)
@@ -11,7 +12,7 @@
 
 namespace esper {
 
-// What the kernels compute with, then float64 of the results, then what targets may be.
+// What the kernels compute with, then float64 for results, then what targets may be.
 enum Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64, kInt64, kInt32, kUInt8 };
 
 ESPER_ANYWHERE inline int bytes_of(Dtype dtype) {
@@ -19,7 +20,21 @@ ESPER_ANYWHERE inline int bytes_of(Dtype dtype) {
   return bytes[dtype];
 }
 
-// Row i of a tensor [..., classes] of up to two leading dimensions, in elements; classes have stride 1.
+enum Reduction : int64_t { kMean, kSum, kNone };  // in the order of REDUCTIONS in esper_kernels/config.py
+
+// A Meter's accumulators, in the order of SUMS and COUNTS in esper_kernels/meter.py.
+enum MeterSum { kLossSum, kWeightSum, kBatchMeanSum, kNumSums };
+enum MeterCount {
+  kValid,
+  kIgnored,
+  kNonfinite,
+  kBadTargets,
+  kBatches,
+  kBatchesWithValid,
+  kFirstCorrect  // correct@k for each k of topk
+};
+
+// Where row i of a tensor [..., classes] begins, in elements. Up to two leading dimensions, class stride 1.
 struct RowLayout {
   int64_t inner = 1, outer_stride = 0, inner_stride = 0;
   ESPER_ANYWHERE int64_t offset(int64_t i) const {
@@ -27,9 +42,60 @@ struct RowLayout {
   }
 };
 
-// One call of cross entropy over `rows` rows. With x the logits after softcap c * tanh(logit / c), a row's
-// loss is w_t (1 - smoothing) (lse - x_t) + smoothing / classes * sum_c w_c (lse - x_c) + z_loss * lse^2.
-struct CrossEntropy {
+// A number, or the address of one.
+struct Number {
+  double value = 0;
+  const void* at = nullptr;  // a double if `is_double`, else a float
+  bool is_double = false;
+  bool from_tensor = false;  // its range is then the caller's business
+  ESPER_ANYWHERE double read() const {
+    if (!at) return value;
+    return is_double ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
+  }
+};
+
+// A tensor: its address, with sizes and strides in elements.
+struct Array {
+  void* data;
+  int64_t dims;
+  const int64_t *sizes, *strides;
+  Dtype dtype;
+  int64_t room;  // bytes from `data` to the end of its storage
+
+  int64_t numel() const;
+  int64_t reach() const;  // bytes from `data` to the end of the last element
+  bool contiguous() const;
+  bool aligned() const { return reinterpret_cast<uintptr_t>(data) % bytes_of(dtype) == 0; }
+  // Whether kernels can read it row by row; the ops copy other tensors first.
+  bool has_row_layout() const;
+  RowLayout row_layout() const;  // requires has_row_layout()
+};
+
+// Options that may be tensors: on CUDA they are then read by the kernel.
+struct LossNumbers {
+  Number label_smoothing, z_loss, grad_scale{1}, softcap, normalizer;
+  bool has_softcap = false;
+  bool has_normalizer = false;  // otherwise a mean divides by the sum of the rows' weights
+};
+
+// One call of cross entropy: loss and counts, and the gradient if `out` is given.
+struct LossCall {
+  Array logits, targets;        // [..., V] and [...]
+  std::optional<Array> weight;  // float32 [V]
+  int64_t ignore_index = -100;
+  LossNumbers numbers;
+  int64_t reduction = kMean;
+  std::optional<Array> sums, counts;  // a Meter's, float64 and int64
+  std::vector<int64_t> topk = {};
+  std::optional<Array> loss;   // float32 [], or [N] for kNone
+  std::optional<Array> saved;  // float32 [2 N + 1]: maxima, sums, denominator; written forward, read backward
+  std::optional<Array> out;    // like the logits, and may be the logits themselves
+};
+
+// What kernels on every device read of a call over `rows` rows. With x the logits after softcap
+// c * tanh(logit / c), a row's loss is
+// w_t (1 - smoothing) (lse - x_t) + smoothing / classes * sum_c w_c (lse - x_c) + z_loss * lse^2.
+struct LossRows {
   int64_t rows, classes;
   Dtype dtype;
   const void* logits;
@@ -38,89 +104,49 @@ struct CrossEntropy {
   int target_bytes;     // 1 unsigned, 4 and 8 signed
   int64_t ignore_index;
   const float* weight;  // [classes] or null
-  float weight_sum;     // sum of weight, or classes
-  float smoothing, z_loss;
-  float softcap;  // 0: none
-  // Loss: added to `loss` and `counts` of `run`; null where not wanted.
-  float* row_loss;               // [rows]
-  float *saved_max, *saved_sum;  // [rows]; max of x (NaN where the row is not finite), sum of exp(x - max)
-  float* saved_denominator;      // what the loss is divided by
-  const int64_t* topk;
+  float* row_loss;      // [rows] or null
+  // [rows], or null: the maximum of x (NaN if the row is not finite), and the sum of exp(x - maximum), on
+  // CUDA over the classes other than the target. Read if `backward`, otherwise written.
+  float *saved_max, *saved_sum;
+  float* saved_denominator;  // what the sum of row losses is divided by
   int64_t num_topk;
-  // Gradient of the sum of row losses, times scale and scale_of_row; null `out`: none. `out` may be the
-  // logits.
-  void* out;
+  void* out;  // the gradient, or null; may be the logits
   RowLayout out_at;
-  bool zero;  // write zeros, even where the row is not finite
-  float scale;
-  const float* scale_of_row;  // element i * scale_stride, or null
+  bool backward;              // the gradient only, from saved_max and saved_sum
+  const float* scale_of_row;  // the gradient's factor for row i is element i * scale_stride; or null
   int64_t scale_stride;
-  bool backward;  // saved_max and saved_sum are given: gradient only
-  bool stream;    // store past the caches
 };
 
-// A number, or where it is found.
-struct Number {
-  double value = 0;
-  const void* at = nullptr;  // double where wide, else float
-  bool wide = false;
-  ESPER_ANYWHERE double read() const {
-    if (!at) return value;
-    return wide ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
-  }
+ESPER_ANYWHERE inline int64_t target_of(const LossRows& p, int64_t i) {
+  if (p.target_bytes == 8) return static_cast<const int64_t*>(p.targets)[i];
+  if (p.target_bytes == 4) return static_cast<const int32_t*>(p.targets)[i];
+  return static_cast<const uint8_t*>(p.targets)[i];
+}
+
+ESPER_ANYWHERE inline bool is_valid(const LossRows& p, int64_t target) {
+  return target != p.ignore_index && target >= 0 && target < p.classes;
+}
+
+// Where the statistics of T tensors go; the fields of esper_kernels.GradStats.
+struct GradStatsArrays {
+  Array norms, max_abs, zeros, nans, infs, total_norm, found_inf;
 };
-
-// A tensor: where it lies, sizes and strides in elements.
-struct Array {
-  void* data;
-  int64_t dims;
-  const int64_t *sizes, *strides;
-  Dtype dtype;
-
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
-    return n;
-  }
-  bool contiguous() const {
-    int64_t expected = 1;
-    bool follows = true;
-    for (int64_t d = dims - 1; d >= 0; --d) {
-      follows = follows && (sizes[d] == 1 || strides[d] == expected);
-      expected *= sizes[d];
-    }
-    return follows || expected == 0;
-  }
-};
-
-enum Reduction : int64_t { kMean, kSum, kNone };  // in the order of esper_kernels/cross_entropy/cpp.py
-
-// Why a call was not served; nothing was written then.
-enum class Outcome { kDone, kUnsupported, kBadTargets };
-
-// Loss and counts, and where `out` is given the gradient. Pointers are null where not wanted.
-struct LossCall {
-  Array logits, targets;  // [..., V] with class stride 1; contiguous
-  const float* weight = nullptr;
-  int64_t ignore_index = -100;
-  double smoothing = 0, z_loss = 0, softcap = 0;
-  double normalizer = -1, grad_scale = 1;  // a negative normalizer: the sum of the weights
-  int64_t reduction = kMean;
-  double* sums = nullptr;  // a Meter's, in the layout of esper_kernels/meter.py
-  int64_t* counts = nullptr;
-  std::vector<int64_t> topk = {1};
-  float *loss = nullptr, *rows = nullptr;  // [] or for kNone [N]; [2 N + 1] to keep for the gradient
-  const Array* out = nullptr;              // may be the logits
-};
-// The shape of the call, its strides and plain options; false where the tensors are not as promised.
-bool lay_out(const LossCall&, CrossEntropy*);
-
-// Where the statistics of T tensors go, as esper_kernels.grad_stats.GradStats.
 struct GradStatsOut {
   double *norms, *max_abs;
   int64_t *zeros, *nans, *infs;
   double* total_norm;
   float* found_inf;
 };
+
+// The checks. Each throws std::invalid_argument for a call that would read or write the wrong memory or
+// means nothing; nothing has been written then. Values in device memory are not looked at.
+void check(const LossCall&);
+void check_backward(const LossCall&, const Array& grad_output);
+GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays&);
+
+// A checked call as the kernels see it. Logits, targets, weight and out have been replaced by copies where
+// `usable` is false. backward: grad_output, which is [] or one number per row.
+LossRows rows_of(const LossCall&, const Array* grad_output = nullptr);
+bool usable(const Array& x, bool as_rows);  // as_rows: read by rows; otherwise it has to be contiguous
 
 }  // namespace esper

@@ -22,12 +22,15 @@ cudaStream_t stream_of(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// A number given as a tensor: beside `x` it is read by the kernel, on the CPU here.
-Number number_of(double value, const MaybeTensor& tensor, const Tensor& x) {
-  return esper::number_of(value, tensor, tensor && tensor->is_cpu() == x.is_cpu());
+// A meter's ticket, which the last block of a launch sets back to 0.
+unsigned* ticket_of(const Array& x) {
+  if (x.dtype != kInt32 || x.numel() != 1 || x.reach() > x.room || !x.aligned())
+    throw std::invalid_argument("esper: expected a ticket of one int32");
+  return static_cast<unsigned*>(x.data);
 }
 
-// Memory from torch's allocator, kept until the launches are queued: it is then in the order of the stream.
+// Memory from torch's allocator, held until the launches are queued; after that the order of the stream
+// protects it.
 struct Workspace {
   const Tensor& beside;
   std::vector<Tensor> tensors{};
@@ -37,55 +40,74 @@ struct Workspace {
   }
 };
 
-void cross_entropy(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index, double smoothing,
-                   double z_loss, double softcap, double normalizer, double grad_scale,
-                   std::vector<MaybeTensor> numbers, int64_t reduction, int64_t, MaybeTensor sums,
-                   MaybeTensor counts, std::vector<int64_t> topk, MaybeTensor loss, MaybeTensor rows,
-                   MaybeTensor out, MaybeTensor ticket) {
+void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index,
+                      double label_smoothing, double z_loss, std::optional<double> softcap, int64_t reduction,
+                      std::optional<double> normalizer, int64_t, double grad_scale, MaybeTensor sums,
+                      MaybeTensor counts, MaybeTensor ticket, std::vector<int64_t> topk, MaybeTensor loss,
+                      MaybeTensor saved, MaybeTensor out, MaybeTensor label_smoothing_at,
+                      MaybeTensor z_loss_at, MaybeTensor softcap_at, MaybeTensor normalizer_at,
+                      MaybeTensor grad_scale_at) {
   const DeviceGuard guard(logits.get_device_index());
-  STD_TORCH_CHECK(topk.size() <= cuda::kMostTopk, "on CUDA a Meter counts correct@k for up to ",
-                  cuda::kMostTopk, " k, got ", topk.size());
-  const Array written = out ? array_of(*out) : Array{};
-  const cuda::LossNumbers given{
-      number_of(smoothing, at(numbers, 0), logits), number_of(z_loss, at(numbers, 1), logits),
-      number_of(grad_scale, at(numbers, 3), logits), number_of(normalizer, at(numbers, 2), logits)};
+  Arrays arrays{logits};
+  const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
+                            arrays.number(z_loss, z_loss_at),
+                            arrays.number(grad_scale, grad_scale_at),
+                            arrays.number(softcap.value_or(0), softcap_at),
+                            arrays.number(normalizer.value_or(0), normalizer_at),
+                            softcap || softcap_at,
+                            normalizer || normalizer_at};
+  LossCall call = inputs_of(arrays, logits, targets, weight, ignore_index, numbers);
+  call.reduction = reduction;
+  call.sums = arrays.of(sums);
+  call.counts = arrays.of(counts);
+  call.topk = std::move(topk);
+  call.loss = arrays.of(loss);
+  call.saved = arrays.of(saved);
+  call.out = arrays.of(out);
+  check(call);
+  cuda::check(call);
+  unsigned* const zero = ticket ? ticket_of(arrays.of(*ticket)) : nullptr;
   Workspace workspace{logits};
-  check(cuda::cross_entropy(
-      {array_of(logits), array_of(targets), data<float>(weight), ignore_index, smoothing, z_loss, softcap,
-       normalizer, grad_scale, reduction, data<double>(sums), data<int64_t>(counts), topk, data<float>(loss),
-       data<float>(rows), out ? &written : nullptr},
-      given, data<unsigned>(ticket), std::ref(workspace), stream_of(logits)));
+  run_usable(call, arrays, logits, targets, weight, out,
+             [&] { cuda::cross_entropy(call, zero, std::ref(workspace), stream_of(logits)); });
 }
 
-void cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor targets, MaybeTensor weight,
-                            int64_t ignore_index, double smoothing, double z_loss, double softcap,
-                            std::vector<MaybeTensor> numbers, int64_t, Tensor rows, Tensor out) {
+void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index,
+                               double label_smoothing, double z_loss, std::optional<double> softcap, int64_t,
+                               Tensor grad_output, Tensor saved, Tensor out, MaybeTensor label_smoothing_at,
+                               MaybeTensor z_loss_at, MaybeTensor softcap_at) {
   const DeviceGuard guard(logits.get_device_index());
-  const Array written = array_of(out);
-  LossCall call{array_of(logits), array_of(targets), data<float>(weight), ignore_index, smoothing, z_loss,
-                softcap};
-  call.rows = memory<float>(rows);
-  call.out = &written;
-  const cuda::LossNumbers given{
-      number_of(smoothing, at(numbers, 0), logits), number_of(z_loss, at(numbers, 1), logits), {1}, {}};
-  check(cuda::cross_entropy_backward(call, given, array_of(grad_output), stream_of(logits)));
+  Arrays arrays{logits};
+  const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
+                            arrays.number(z_loss, z_loss_at),
+                            {1},
+                            arrays.number(softcap.value_or(0), softcap_at),
+                            {},
+                            softcap || softcap_at};
+  LossCall call = inputs_of(arrays, logits, targets, weight, ignore_index, numbers);
+  call.saved = arrays.of(saved);
+  call.out = arrays.of(out);
+  Array gradient = arrays.of(grad_output);
+  arrays.make_usable(grad_output, false, &gradient);
+  check_backward(call, gradient);
+  cuda::check(call);
+  run_usable(call, arrays, logits, targets, weight, out,
+             [&] { cuda::cross_entropy_backward(call, gradient, stream_of(logits)); });
 }
 
-void grad_stats(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t, Tensor norms, Tensor max_abs,
-                Tensor zeros, Tensor nans, Tensor infs, Tensor total_norm, Tensor found_inf) {
+void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t, Tensor norms, Tensor max_abs,
+                   Tensor zeros, Tensor nans, Tensor infs, Tensor total_norm, Tensor found_inf) {
   const DeviceGuard guard(norms.get_device_index());
-  std::vector<Array> arrays;
-  for (Tensor& x : tensors) {
-    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-    arrays.push_back(array_of(x));
-    STD_TORCH_CHECK(arrays.back().dtype <= kFloat16, "expected float32, bfloat16 or float16");
-  }
+  Arrays arrays{norms};
+  std::vector<Array> gradients;
+  for (const Tensor& x : tensors) gradients.push_back(arrays.of(x));
+  const GradStatsOut out =
+      check(gradients, {arrays.of(norms), arrays.of(max_abs), arrays.of(zeros), arrays.of(nans),
+                        arrays.of(infs), arrays.of(total_norm), arrays.of(found_inf)});
+  const Number scale = arrays.number(1, inv_scale);
+  for (size_t i = 0; i < tensors.size(); ++i) arrays.make_usable(tensors[i], false, &gradients[i]);
   Workspace workspace{norms};
-  cuda::grad_stats(
-      arrays, number_of(1, inv_scale, norms),
-      {memory<double>(norms), memory<double>(max_abs), memory<int64_t>(zeros), memory<int64_t>(nans),
-       memory<int64_t>(infs), memory<double>(total_norm), memory<float>(found_inf)},
-      std::ref(workspace), stream_of(norms));
+  cuda::grad_stats(gradients, scale, out, std::ref(workspace), stream_of(norms));
 }
 
 }  // namespace
@@ -97,7 +119,7 @@ extern "C" __attribute__((visibility("default"))) void esper_cuda_refusal(char* 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(esper, CUDA, m) {
-  m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy));
-  m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward));
-  m.impl("grad_stats", TORCH_BOX(&esper::grad_stats));
+  m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy_op));
+  m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward_op));
+  m.impl("grad_stats", TORCH_BOX(&esper::grad_stats_op));
 }

@@ -1,34 +1,39 @@
-// Torch's tensors as the kernels see them, through libtorch's stable ABI, and what the ops are called with.
+// Torch's tensors as the kernels see them, through libtorch's stable ABI, and the schemas of the ops.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <stdexcept>
 #include <vector>
 
 #include "call.h"
 
 namespace esper {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+// Each number may be given as a tensor at the end instead.
 constexpr const char* kSchemas[] = {
-    "cross_entropy(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, float smoothing, "
-    "float z_loss, float softcap, float normalizer, float grad_scale, Tensor?[] numbers, int reduction, "
-    "int instruction_set, Tensor(a!)? sums, Tensor(b!)? counts, int[] topk, Tensor(c!)? loss, "
-    "Tensor(d!)? rows, Tensor(e!)? out, Tensor(f!)? ticket=None) -> ()",
-    "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor targets, Tensor? weight, "
-    "int ignore_index, float smoothing, float z_loss, float softcap, Tensor?[] numbers, "
-    "int instruction_set, Tensor rows, Tensor(a!) out) -> ()",
+    "cross_entropy(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, float label_smoothing, "
+    "float z_loss, float? softcap, int reduction, float? normalizer, int instruction_set, float grad_scale, "
+    "Tensor(a!)? sums, Tensor(b!)? counts, Tensor(c!)? ticket, int[] topk, Tensor(d!)? loss, "
+    "Tensor(e!)? saved, Tensor(f!)? out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
+    "Tensor? softcap_at=None, Tensor? normalizer_at=None, Tensor? grad_scale_at=None) -> ()",
+    "cross_entropy_backward(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, int instruction_set, Tensor grad_output, "
+    "Tensor saved, Tensor(a!) out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
+    "Tensor? softcap_at=None) -> ()",
     "grad_stats(Tensor[] tensors, Tensor? inv_scale, int instruction_set, Tensor(a!) norms, "
     "Tensor(b!) max_abs, Tensor(c!) zeros, Tensor(d!) nans, Tensor(e!) infs, Tensor(f!) total_norm, "
     "Tensor(g!) found_inf) -> ()",
+    "use_huge_pages(Tensor x) -> ()",
 };
 
 inline Dtype dtype_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return kFloat32;
@@ -45,42 +50,91 @@ inline Dtype dtype_of(const Tensor& x) {
     case ScalarType::Byte:
       return kUInt8;
     default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or a target's type");
+      throw std::invalid_argument("esper: a tensor has a dtype that is not served");
   }
 }
 
 inline Array array_of(const Tensor& x) {
-  return {x.data_ptr(), x.dim(), x.sizes().data(), x.strides().data(), dtype_of(x)};
+  int64_t storage_bytes = 0;
+  // Not STABLE_TORCH_ERROR_CODE_CHECK: torch 2.10 to 2.12 do not have it.
+  STD_TORCH_CHECK(aoti_torch_get_storage_size(x.get(), &storage_bytes) == AOTI_TORCH_SUCCESS,
+                  "torch does not tell the size of a storage");
+  const Dtype dtype = dtype_of(x);
+  return {x.data_ptr(),       x.dim(), x.sizes().data(),
+          x.strides().data(), dtype,   storage_bytes - x.storage_offset() * bytes_of(dtype)};
 }
 
-template <class T>
-T* data(const MaybeTensor& x) {
-  return x ? static_cast<T*>(x->data_ptr()) : nullptr;
+// Arrays of the tensors of one call, with the copies that it keeps alive.
+struct Arrays {
+  const Tensor& beside;  // all others are on its device
+  std::vector<Tensor> copies{};
+
+  Array of(const Tensor& x) const {
+    if (x.is_cpu() != beside.is_cpu() || x.get_device_index() != beside.get_device_index())
+      throw std::invalid_argument("esper: expected all tensors on one device");
+    return array_of(x);
+  }
+  std::optional<Array> of(const MaybeTensor& x) const {
+    return x ? std::optional<Array>(of(*x)) : std::nullopt;
+  }
+  // Replaces an array by a contiguous copy unless kernels can read it as it is.
+  void make_usable(const Tensor& x, bool as_rows, Array* array) {
+    if (usable(*array, as_rows)) return;
+    Tensor copy = torch::stable::contiguous(x);
+    if (!array_of(copy).aligned()) copy = torch::stable::clone(copy);
+    copies.push_back(copy);
+    *array = array_of(copy);
+  }
+  Tensor with_dtype(const Tensor& x, ScalarType dtype) {
+    if (x.scalar_type() == dtype) return x;
+    copies.push_back(torch::stable::to(x, dtype));
+    return copies.back();
+  }
+  // A number that may be given as a [] tensor. Kernels read one on their own device; it is read here if it
+  // is on the CPU and they are not.
+  Number number(double value, const MaybeTensor& tensor) {
+    if (!tensor) return {value};
+    const bool is_float = tensor->scalar_type() == ScalarType::Float;
+    const Tensor readable = is_float ? *tensor : with_dtype(*tensor, ScalarType::Double);
+    const Array x = array_of(readable);
+    if (x.dims != 0 || x.reach() > x.room || !x.aligned())
+      throw std::invalid_argument("esper: expected a 0-d tensor as a number");
+    const Number number{value, x.data, x.dtype == kFloat64, true};
+    if (readable.is_cpu() == beside.is_cpu()) return number;
+    if (!readable.is_cpu())
+      throw std::invalid_argument("esper: expected a number's tensor on the logits' device or the CPU");
+    return {number.read(), nullptr, false, true};
+  }
+};
+
+// The inputs of cross entropy and its backward. Weight becomes float32.
+inline LossCall inputs_of(Arrays& arrays, const Tensor& logits, const Tensor& targets, MaybeTensor& weight,
+                          int64_t ignore_index, const LossNumbers& numbers) {
+  if (weight) {
+    const Dtype dtype = dtype_of(*weight);
+    if (dtype > kFloat64) throw std::invalid_argument("esper: expected weight of a floating dtype");
+    weight = arrays.with_dtype(*weight, ScalarType::Float);
+  }
+  LossCall call{arrays.of(logits), arrays.of(targets), arrays.of(weight)};
+  call.ignore_index = ignore_index;
+  call.numbers = numbers;
+  return call;
 }
 
-// A number that may be given as a [] tensor of float32 or float64. One on the CPU is read here; one beside
-// the logits on a GPU is left to the kernel.
-inline Number number_of(double value, const MaybeTensor& tensor, bool left_to_kernel) {
-  if (!tensor) return {value};
-  const Array x = array_of(*tensor);
-  STD_TORCH_CHECK(x.dims == 0 && (x.dtype == kFloat32 || x.dtype == kFloat64),
-                  "expected a 0-d tensor of float32 or float64");
-  const Number number{value, x.data, x.dtype == kFloat64};
-  return left_to_kernel ? number : Number{number.read()};
-}
-
-inline MaybeTensor at(const std::vector<MaybeTensor>& tensors, size_t i) {
-  return i < tensors.size() ? tensors[i] : std::nullopt;
-}
-
-template <class T>
-T* memory(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
-}
-
-inline void check(Outcome outcome) {
-  STD_TORCH_CHECK(outcome != Outcome::kBadTargets, "targets are outside [0, classes) and not ignore_index");
-  STD_TORCH_CHECK(outcome == Outcome::kDone, "expected contiguous targets and rows, class stride 1");
+// Runs a checked call, with copies in place of inputs that kernels cannot read, and of an `out` that they
+// cannot write.
+template <class Run>
+void run_usable(LossCall& call, Arrays& arrays, const Tensor& logits, const Tensor& targets,
+                const MaybeTensor& weight, const MaybeTensor& out, const Run& run) {
+  arrays.make_usable(logits, true, &call.logits);
+  arrays.make_usable(targets, false, &call.targets);
+  if (weight) arrays.make_usable(*weight, false, &*call.weight);
+  if (!call.out || usable(*call.out, true)) return run();
+  Tensor written = torch::stable::new_empty(*out, out->sizes());
+  call.out = array_of(written);
+  run();
+  Tensor given = *out;
+  torch::stable::copy_(given, written);
 }
 
 }  // namespace esper

@@ -15,10 +15,8 @@ import torch
 
 from esper_kernels import native
 from esper_kernels.config import KernelConfig
-from esper_kernels.native import Road
 
 OPS = ("cross_entropy", "grad_stats")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of logits and of gradients
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
 # The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the safer of two unproven.
@@ -108,19 +106,3 @@ def select_backend(op: str, device_type: str, dtype: torch.dtype, config: Kernel
     """
     select = _select if torch.compiler.is_compiling() else _select_cached
     return select(op, device_type, dtype, _DEFAULT if config is None else config)
-
-
-def direct(config: KernelConfig | None = None) -> Road | None:
-    """The road past torch's dispatcher to `cpp` on plain CPU tensors; None where it may not be tried.
-
-    Compilers, tracers, dispatch modes and profilers would not see such a call, so it gives way to the op wherever
-    one of them looks on.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.autograd.profiler._is_profiler_enabled
-        or (config is not None and config.backend not in ("auto", "cpp"))
-    ):
-        return None
-    return native.ROAD

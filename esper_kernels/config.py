@@ -1,19 +1,24 @@
-"""`KernelConfig`: what a caller may choose about the kernels. Read by `backends.select_backend` only."""
+"""`KernelConfig`: what a caller may choose about the kernels; and the names and dtypes that the ops share."""
 
 from dataclasses import dataclass
 
+import torch
+
 BACKENDS = ("eager", "cpp", "triton", "cuda")
-INSTRUCTION_SET_NAMES = ("auto", "avx512", "avx2", "baseline")  # in the order of csrc/cpu/driver.cpp
+INSTRUCTION_SETS = ("auto", "avx512", "avx2", "baseline")  # in the order of csrc/cpu/driver.h
+REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/call.h
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of logits and of gradients
+TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
     """How the ops of this package run.
 
-    backend: "auto" takes the first of the device's backends that can serve the call; a name takes that one or
-        raises ValueError with the reason. Unknown names raise ValueError here.
-    instruction_set: of the `cpp` backend: "auto" takes the best this machine has; "avx512", "avx2" or "baseline"
-        takes that one, or raises ValueError where the machine or the build lacks it.
+    backend: "auto" takes the first of the device's backends that can serve the call; a name takes
+        that one, or raises ValueError with the reason. Unknown names raise ValueError here.
+    instruction_set: for the `cpp` backend: "auto" takes the best that this machine has; "avx512",
+        "avx2" or "baseline" takes that one, or raises ValueError if the machine or build lacks it.
     """
 
     backend: str = "auto"
@@ -22,5 +27,5 @@ class KernelConfig:
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
-        if self.instruction_set not in INSTRUCTION_SET_NAMES:
-            raise ValueError(f"instruction_set must be one of {INSTRUCTION_SET_NAMES}, got {self.instruction_set!r}")
+        if self.instruction_set not in INSTRUCTION_SETS:
+            raise ValueError(f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}")

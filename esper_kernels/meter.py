@@ -1,7 +1,7 @@
 """`Meter`: loss and counts of many batches, kept on the device until `compute` reads them.
 
-The cross-entropy backends add to `sums` and `counts` batch by batch, compiled or not; besides, only `reset`,
-`load_state_dict` and `all_reduce` write them. One stream a meter.
+The cross-entropy backends add to `sums` and `counts` batch by batch, compiled or not; otherwise only `reset`,
+`load_state_dict` and `all_reduce` write them. Use a meter on one stream.
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,9 @@ class Meter:
     device: where the logits are. A device without float64 raises ValueError.
     topk: the k of correct@k, positive integers, 1 always among them; a k may exceed the number of classes.
 
+    A meter counts calls: inside `torch.utils.checkpoint`, which runs its function again in backward, a batch
+    is counted twice. Compute the loss outside of the checkpointed function.
+
     Attributes: device, topk (sorted), sums (float64, see SUMS), counts (int64, see COUNTS).
     """
 
@@ -64,12 +67,17 @@ class Meter:
             raise ValueError(f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the CPU there")
         if not all(isinstance(k, int) and 0 < k < 2**63 for k in topk):
             raise ValueError(f"topk must hold positive integers, got {tuple(topk)}")
-        self.topk: tuple[int, ...] = tuple(sorted({1, *topk}))
+        self._topk = tuple(sorted({1, *topk}))
         with torch.inference_mode(False):  # a meter made inside inference mode must work outside of it
             self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-            self.counts = torch.zeros(len(COUNTS) + len(self.topk), dtype=torch.int64, device=device)
-            self.ticket = torch.zeros(1, dtype=torch.int32, device=device)  # of a launch's blocks, 0 between launches
+            self.counts = torch.zeros(len(COUNTS) + len(self._topk), dtype=torch.int64, device=device)
+            self.ticket = torch.zeros(1, dtype=torch.int32, device=device)  # 0 between launches
         self.device = self.sums.device  # "cuda" has become "cuda:0"
+
+    @property
+    def topk(self) -> tuple[int, ...]:
+        """The k of correct@k, sorted; fixed, because `counts` has a place for each."""
+        return self._topk
 
     def reset(self) -> None:
         """Forget every batch."""

@@ -1,39 +1,30 @@
-"""The compiled kernels: loads the ops of `csrc/` once, and says why where they cannot be had.
+"""The compiled kernels: loads the ops of `csrc/` once, and says why if they cannot be had.
 
-`UNAVAILABLE` is None where `torch.ops.esper` is ready on the CPU, `cuda_unavailable()` where it is on CUDA.
-`INSTRUCTION_SETS` are those this machine can run.
-`ROAD` has the same calls past torch's dispatcher, for plain CPU tensors: a few hundred nanoseconds instead of
-four microseconds; `NO_ROAD` says why it is None.
+`UNAVAILABLE` is None if `torch.ops.esper` is ready on the CPU, `cuda_unavailable()` if it is on CUDA.
+`INSTRUCTION_SETS` are those that this machine can run. The libraries hold torch ops and no Python module, so
+that one build serves every Python version.
 """
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from esper_kernels.config import INSTRUCTION_SETS as _NAMES
 
 _LIBRARY = Path(__file__).with_name("lib") / "esper_cpu.so"
 _CUDA_LIBRARY = _LIBRARY.with_name("esper_cuda.so")
-
-
-class Road(NamedTuple):
-    """See csrc/bindings.cpp. Each checks everything itself and writes nothing where it does not serve."""
-
-    cross_entropy: Callable[..., bool]
-    cross_entropy_backward: Callable[..., bool]
-    use_huge_pages: Callable[[torch.Tensor], None]
-    grad_stats: Callable[..., tuple[int, ...] | None]
+_OPS = ("cross_entropy", "cross_entropy_backward", "grad_stats", "use_huge_pages")
 
 
 class _Loaded(NamedTuple):
     unavailable: str | None
     instruction_sets: tuple[str, ...] = ()
     compiler: str = "none"
-    road: Road | None = None
-    no_road: str | None = "the CPU kernels are not there"
+    registration: torch.library.Library | None = None  # lasts as long as it is referenced
 
 
 def _load() -> _Loaded:
@@ -43,21 +34,32 @@ def _load() -> _Loaded:
         return _Loaded("the CPU kernels are not built (pure Python install)")
     try:
         torch.ops.load_library(str(_LIBRARY))
-        native: Any = import_module("esper_kernels._native")  # after the library, which it looks into
-    except (OSError, ImportError, RuntimeError) as error:
+        library = ctypes.CDLL(str(_LIBRARY))
+    except (OSError, RuntimeError) as error:
         return _Loaded(f"the CPU kernels do not load: {_one_line(error)}")
-    for name in ("cross_entropy", "cross_entropy_backward", "grad_stats"):
-        torch.library.register_fake(f"esper::{name}", lambda *arguments: None)  # it only writes
-    facts = (None, tuple(native.instruction_sets(str(_LIBRARY))), native.compiler)
-    try:
-        return _Loaded(*facts, Road(*native.road(str(_LIBRARY), torch.Tensor)), None)
-    except (AttributeError, RuntimeError) as error:
-        return _Loaded(*facts, None, f"torch {torch.__version__} does not offer it: {error}")
+    registration = torch.library.Library("esper", "IMPL")
+    for name in _OPS:
+        torch.library.register_fake(f"esper::{name}", _check_devices)
+        # Derivatives come from the autograd function around the op.
+        registration.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    library.esper_has_instruction_set.restype = ctypes.c_bool
+    library.esper_compiler.restype = ctypes.c_char_p
+    usable = (library.esper_has_instruction_set(ctypes.c_int64(i)) for i in range(len(_NAMES)))
+    sets = tuple(name for name, there in zip(_NAMES, usable, strict=True) if there and name != "auto")
+    return _Loaded(None, sets, library.esper_compiler().decode(), registration)
+
+
+def _check_devices(*arguments: Any) -> None:
+    """What compilers run instead of an op: the ops only write to memory that they are given."""
+    flat = [x for part in arguments for x in (part if isinstance(part, (list, tuple)) else (part,))]
+    devices = {str(x.device) for x in flat if isinstance(x, Tensor)}
+    if "meta" in devices and len(devices) > 1:  # torch takes this for the op where devices are mixed
+        raise ValueError(f"esper: expected all tensors on one device, got {sorted(devices)}")
 
 
 @cache
 def _load_cuda() -> str | None:
-    if UNAVAILABLE is not None:  # it defines the ops
+    if UNAVAILABLE is not None:  # the library of CPU ops defines the schemas
         return UNAVAILABLE
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
@@ -75,7 +77,7 @@ def _load_cuda() -> str | None:
 
 
 def cuda_unavailable() -> str | None:
-    """Why the CUDA kernels cannot run, None where they can. Asks for a device, so not before somebody needs it."""
+    """Why the CUDA kernels cannot run; None if they can. Looks for a device, so it runs when first asked."""
     return _load_cuda()
 
 
@@ -83,7 +85,8 @@ torch.compiler.assume_constant_result(cuda_unavailable)  # compilers trace the c
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:300]  # the cause says what is wrong with the file
+    # The cause says what is wrong with the file.
+    return " ".join(str(error.__cause__ or error).split())[:300]
 
 
-UNAVAILABLE, INSTRUCTION_SETS, COMPILER, ROAD, NO_ROAD = _load()
+UNAVAILABLE, INSTRUCTION_SETS, COMPILER, _REGISTRATION = _load()

@@ -1,7 +1,8 @@
 """The command `esper-train`: reads the config, runs, shows progress, and leaves a run directory with a report.
 
 Exit codes: 0 done, 2 something in the request, the data or the disk cannot work, 3 the losses went bad,
-130 stopped by Ctrl-C, 143 by SIGTERM: such a run leaves a checkpoint, and a second signal ends it at once.
+130 stopped by Ctrl-C, 143 by SIGTERM, 129 by the loss of its terminal: such a run leaves a checkpoint, and a second
+signal ends it at once.
 Only this module prints, and only it imports tyro and rich.
 """
 
@@ -15,10 +16,20 @@ from pathlib import Path
 
 from esper_kernels import KernelConfig
 from esper_kernels import info as kernel_info
+from esper_train.base.console import lasting_output
 from esper_train.base.stop import Stopped, StopRequest
 from esper_train.config import RunConfig, load_toml, preset
 from esper_train.run.checkpoint import Checkpoints, load, restore, saved
-from esper_train.run.directory import BASELINE, CHECKPOINTS, METRICS, create, cut_back, load_config, save_network
+from esper_train.run.directory import (
+    BASELINE,
+    CHECKPOINTS,
+    METRICS,
+    claimed,
+    create,
+    cut_back,
+    load_config,
+    save_network,
+)
 from esper_train.run.episode import Episode
 from esper_train.run.profile import write_profile
 from esper_train.run.report import write_comparison, write_report
@@ -41,7 +52,12 @@ EXIT_USAGE, EXIT_BAD_NUMBERS, EXIT_SIGNAL = 2, 3, 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code. It is the same where nobody reads what is printed."""
+    with lasting_output():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given.pop(0) if given else "--help"
     if command in ("-h", "--help"):
@@ -61,16 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = options.run_config()
         if options.resume and options.out:
             raise ValueError("--resume goes on in the directory that it names; leave --out out")
-        new = options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{command}-{config.task}"
         with StopRequest() as stop:
-            _run(config, Path(options.resume or new), command, stop, options)
+            _run(config, command, stop, options)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         return EXIT_SIGNAL + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
     except BadNumbersError as error:
         print(f"esper-train: {error}", file=sys.stderr)
         return EXIT_BAD_NUMBERS
-    except (ValueError, TypeError, IndexError, OSError, ImportError) as error:
+    except (ValueError, TypeError, IndexError, OSError, ImportError, RuntimeError, OverflowError) as error:
         print(f"esper-train: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     return 0
@@ -126,30 +141,46 @@ def _report(arguments: Sequence[str]) -> None:
     print(f"report: {write_report(*given.directories) if one else write_comparison(given.directories, given.out)}")
 
 
-def _run(run: RunConfig, out: Path, mode: str, stop: StopRequest, options: _Options) -> None:
-    """Every episode, each in its own directory where there are several, and its baseline."""
-    growing = mode == "heuristic"
-    for number, config in enumerate(episode_configs(run), start=1):
-        directory = out if run.episodes == 1 else out / f"episode-{number}"
-        episode = prepare(config, mode, hub=TelemetryHub((), config.telemetry))
-        episode.stop, loggers = stop, logger_makers(config.telemetry)
-        checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
-        if checkpoints:
-            restore(load(checkpoints[-1]), episode)
-        # up to here whatever cannot work was refused, and nothing was written
-        if run.episodes > 1 and number == 1:
-            create(out, run, resume=options.resume is not None)
-        create(directory, config, resume=options.resume is not None)
-        if options.profile:
-            print(write_profile(config, config.slots if growing else (), directory))
-        for make in loggers:
-            episode.hub.add(make(directory))
-        try:
-            _run_episode(episode, directory)
-            if growing and options.baseline:
-                _run(config, directory / BASELINE, "fit", stop, options)
-        finally:
-            print(f"report: {write_report(directory)}")
+def _run(run: RunConfig, mode: str, stop: StopRequest, options: _Options) -> None:
+    """Every episode, each in a directory of its own where there are several."""
+    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{mode}-{run.task}"
+    out, resume = Path(options.resume or options.out or name), options.resume is not None
+    with claimed(out, resume=resume, numbered=not (options.resume or options.out)) as out:
+        if run.episodes == 1:
+            _run_in(out, run, mode, stop, options)
+            return
+        for number, config in enumerate(episode_configs(run), start=1):
+            directory = out / f"episode-{number}"
+            with claimed(directory, resume=resume):
+                _run_in(directory, config, mode, stop, options, whole=run)
+
+
+def _run_in(
+    directory: Path, config: RunConfig, mode: str, stop: StopRequest, options: _Options, whole: RunConfig | None = None
+) -> None:
+    """One run in its directory, and its baseline. `whole` is what the directory of several is to be resumed with."""
+    growing, loggers = mode == "heuristic", logger_makers(config.telemetry)
+    episode = prepare(config, mode, hub=TelemetryHub((), config.telemetry))
+    episode.stop = stop
+    checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
+    if checkpoints:
+        restore(load(checkpoints[-1], directory / METRICS), episode)
+    # up to here whatever cannot work was refused, and nothing was written
+    if whole is not None:
+        create(directory.parent, whole)
+    create(directory, config)
+    if options.profile:
+        print(write_profile(config, config.slots if growing else (), directory))
+    for make in loggers:
+        episode.hub.add(make(directory, episode.epoch if options.resume else None))
+    try:
+        _run_episode(episode, directory)
+        del episode  # its worker processes end here
+        if growing and options.baseline:
+            with claimed(directory / BASELINE, resume=options.resume is not None):
+                _run_in(directory / BASELINE, config, "fit", stop, options)
+    finally:
+        print(f"report: {write_report(directory)}")
 
 
 def _run_episode(episode: Episode, directory: Path) -> None:

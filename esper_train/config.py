@@ -7,15 +7,22 @@ obeys it; nothing is read from the environment.
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from esper_train.base.settings import Count, CountOrNone, CountOrZero, Settings, from_dict
+from esper_train.base.settings import Count, CountOrNone, Limit, Settings, from_dict, require
 from esper_train.control.config import GovernorConfig, HeuristicConfig
 from esper_train.morph.config import GrowthConfig, HostConfig
 from esper_train.run.config import CheckpointConfig
 from esper_train.tasks.config import PRESETS, TaskConfig
 from esper_train.telemetry.config import TelemetryConfig
 from esper_train.train.config import OptimConfig, TrainConfig
+
+SEED_STEP = 1000
+"""Distance between the seeds of successive episodes."""
+
+
+# A slip of the keyboard must not start so many processes that the machine stops answering.
+Workers = Annotated[int, Limit("between 0 and 512", lambda value: 0 <= value <= 512)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +45,14 @@ class RunConfig(Settings):
     batch_size: Count = 64
     evaluation_batch: Count = 512
     """Rows a batch where nothing is trained. Many save calls; on a CPU, more than the caches hold take longer."""
-    workers: CountOrZero = 0
+    workers: Workers = 0
     """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data in place, on the
     device where it fits, which is faster for tensors in memory."""
     channels_last: bool | None = None
     """Convolutions in channels-last layout; None: where it pays, that is with 16 channels or more on a CPU, and in
     half precision on a GPU."""
     seed: int = 42
+    """Where the random numbers begin; the generators of torch take 64 bits."""
     keep: Literal["best", "last"] = "best"
     """Which network a run gives: that of the epoch with the best validation accuracy (of several, the one with the
     lowest loss) in which no seed's effect was open, or that of the last epoch."""
@@ -58,6 +66,12 @@ class RunConfig(Settings):
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        last = self.seed + SEED_STEP * (self.episodes - 1)
+        words = f"seed must be at least -2**63, and the last of {self.episodes} episodes' seeds below 2**63 - 1"
+        require(self.seed >= -(2**63) and last < 2**63 - 1, words, self.seed)
 
     def task_config(self) -> TaskConfig:
         """What the task is told of its data."""
@@ -73,6 +87,6 @@ def load_toml(path: str | Path, base: RunConfig | None = None) -> RunConfig:
     """Read a `RunConfig` from a TOML file; keys left out keep the value of `base`, or their default."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     return from_dict(RunConfig, values, base=base)

@@ -1,6 +1,14 @@
-"""For every test: Hypothesis makes the same examples on each run, so that a red test is the fault of a change."""
+"""For every test: repeatable examples, and Triton's interpreter where there is no GPU."""
 
+import os
+
+import torch
 from hypothesis import settings
 
+# The same examples on each run, so that a red test is the fault of a change.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+# Triton reads this once, when it is first imported, so it is set before any test module is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

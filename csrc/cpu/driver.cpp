@@ -2,20 +2,22 @@
 
 #include <cmath>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 namespace esper {
 namespace {
 
-// Below this many elements one thread is done before others would have woken up.
+// With at most this many elements, one thread is done before others would have woken up.
 constexpr int64_t kSerial = 65536;
-// Outputs larger than this are stored past the caches: they would have left them before they are read again.
+// Gradients larger than this are stored past the caches, which could not hold them until they are read.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-// For each block of rows, in parallel: f(block, scratch).
+// Calls f(block, scratch) for each block, in parallel unless `serial`.
 template <class F>
 void for_blocks(int64_t blocks, bool serial, int64_t scratch_size, ParallelFor parallel_for, const F& f) {
   const auto range = [&](int64_t begin, int64_t end) {
-    thread_local std::unique_ptr<float[]> scratch;  // kept: fresh pages would cost more than the kernel
+    thread_local std::unique_ptr<float[]> scratch;  // reused, because fresh pages cost more than the kernel
     thread_local int64_t size = 0;
     if (size < scratch_size) {
       scratch.reset(new float[scratch_size]);
@@ -27,14 +29,24 @@ void for_blocks(int64_t blocks, bool serial, int64_t scratch_size, ParallelFor p
   parallel_for(blocks, range);
 }
 
+// What a batch adds to a meter.
 struct Sums {
   double loss = 0, weight = 0;
   int64_t valid = 0, ignored = 0;
-  std::vector<int64_t> counts;  // non-finite, correct@k
+  std::vector<int64_t> counts = {};  // rows that are not finite, then correct@k for each k of topk
 };
 
+[[noreturn]] void throw_bad_target(const CrossEntropy& p, int64_t bad) {
+  int64_t i = 0;
+  while (target_of(p, i) == p.ignore_index || is_valid(p, target_of(p, i))) ++i;
+  throw std::out_of_range("target " + std::to_string(target_of(p, i)) + " of row " + std::to_string(i) +
+                          " is outside [0, " + std::to_string(p.classes) + ") and not ignore_index " +
+                          std::to_string(p.ignore_index) + "; " + std::to_string(bad) + " such rows");
+}
+
+// Counts the targets and adds up their weights; throws for one that is bad.
 template <class T>
-bool scan(const T* targets, const CrossEntropy& p, Sums* sums) {
+Sums scan(const T* targets, const CrossEntropy& p) {
   int64_t bad = 0, ignored = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     const int64_t t = targets[i];
@@ -42,24 +54,26 @@ bool scan(const T* targets, const CrossEntropy& p, Sums* sums) {
     ignored += skip;
     bad += !skip & (static_cast<uint64_t>(t) >= static_cast<uint64_t>(p.classes));
   }
-  if (bad) return false;
-  sums->ignored = ignored;
-  sums->valid = p.rows - ignored;
-  sums->weight = static_cast<double>(sums->valid);
-  if (!p.weight) return true;
-  sums->weight = 0;
+  if (bad) throw_bad_target(p, bad);
+  Sums sums;
+  sums.ignored = ignored;
+  sums.valid = p.rows - ignored;
+  sums.weight = static_cast<double>(sums.valid);
+  if (!p.weight) return sums;
+  sums.weight = 0;
   for (int64_t i = 0; i < p.rows; ++i)
-    if (targets[i] != p.ignore_index) sums->weight += p.weight[targets[i]];
-  return true;
+    if (targets[i] != p.ignore_index) sums.weight += p.weight[targets[i]];
+  return sums;
 }
 
-bool scan_targets(const CrossEntropy& p, Sums* sums) {
-  if (p.target_bytes == 8) return scan(static_cast<const int64_t*>(p.targets), p, sums);
-  if (p.target_bytes == 4) return scan(static_cast<const int32_t*>(p.targets), p, sums);
-  return scan(static_cast<const uint8_t*>(p.targets), p, sums);
+Sums scan_targets(const CrossEntropy& p) {
+  if (p.target_bytes == 8) return scan(static_cast<const int64_t*>(p.targets), p);
+  if (p.target_bytes == 4) return scan(static_cast<const int32_t*>(p.targets), p);
+  return scan(static_cast<const uint8_t*>(p.targets), p);
 }
 
-void run(const Kernels& kernels, ParallelFor parallel_for, const CrossEntropy& p, bool count, Sums* sums) {
+// Runs the kernels over all rows; adds their losses and counts to those of the targets.
+Sums run(const Kernels& kernels, ParallelFor parallel_for, const CrossEntropy& p, bool count, Sums sums) {
   const int64_t step = rows_per_block(p.classes), blocks = (p.rows + step - 1) / step;
   const int64_t columns = 1 + p.num_topk;
   std::vector<double> loss(blocks);
@@ -70,81 +84,79 @@ void run(const Kernels& kernels, ParallelFor parallel_for, const CrossEntropy& p
                kernels.cross_entropy(p, begin, end, scratch, &loss[block],
                                      count ? &counts[block * columns] : nullptr);
              });
-  for (double x : loss) sums->loss += x;
-  sums->counts.assign(columns, 0);
-  for (size_t i = 0; i < counts.size(); ++i) sums->counts[i % columns] += counts[i];
+  for (double x : loss) sums.loss += x;
+  sums.counts.assign(columns, 0);
+  for (size_t i = 0; i < counts.size(); ++i) sums.counts[i % columns] += counts[i];
+  return sums;
 }
 
-// What both passes have in common; false where the tensors are not as promised.
-bool start(const LossCall& call, CrossEntropy* p) {
-  if (!lay_out(call, p)) return false;
-  if (p->weight && call.smoothing > 0) {
+// What both passes have in common.
+CrossEntropy start(const LossCall& call, const Array* grad_output) {
+  CrossEntropy p{rows_of(call, grad_output)};
+  p.smoothing = call.numbers.label_smoothing.read();
+  p.z_loss = call.numbers.z_loss.read();
+  p.softcap = call.numbers.has_softcap ? call.numbers.softcap.read() : 0;
+  p.weight_sum = p.classes;
+  if (p.weight && p.smoothing > 0) {
     double sum = 0;
-    for (int64_t c = 0; c < p->classes; ++c) sum += p->weight[c];
-    p->weight_sum = sum;
+    for (int64_t c = 0; c < p.classes; ++c) sum += p.weight[c];
+    p.weight_sum = sum;
   }
-  p->stream = p->out && p->out != p->logits && p->rows * p->classes * bytes_of(p->dtype) > kStreamBytes;
-  return true;
+  p.stream = p.out && p.out != p.logits && p.rows * p.classes * bytes_of(p.dtype) > kStreamBytes;
+  return p;
+}
+
+void add_to_meter(const LossCall& call, const Sums& seen) {
+  double* sums = static_cast<double*>(call.sums->data);
+  int64_t* counts = static_cast<int64_t*>(call.counts->data);
+  sums[kLossSum] += seen.loss;
+  sums[kWeightSum] += seen.weight;
+  if (seen.valid) sums[kBatchMeanSum] += seen.loss / seen.weight;
+  counts[kValid] += seen.valid;
+  counts[kIgnored] += seen.ignored;
+  counts[kNonfinite] += seen.counts[0];
+  counts[kBatches] += 1;
+  counts[kBatchesWithValid] += seen.valid > 0;
+  for (size_t k = 0; k < call.topk.size(); ++k) counts[kFirstCorrect + k] += seen.counts[1 + k];
 }
 
 }  // namespace
 
 const Kernels* kernels_at(int64_t instruction_set) {
-  constexpr const char* names[] = {"auto", "avx512", "avx2", "baseline"};
-  return instruction_set >= 0 && instruction_set < 4 ? find_kernels(names[instruction_set]) : nullptr;
+  const bool known = instruction_set >= 0 && instruction_set < kNumInstructionSets;
+  return known ? find_kernels(kInstructionSets[instruction_set]) : nullptr;
 }
 
-Outcome cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor parallel_for) {
-  CrossEntropy p{};
-  if (!start(call, &p)) return Outcome::kUnsupported;
-  Sums sums;
-  if (!scan_targets(p, &sums)) return Outcome::kBadTargets;
+void cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor parallel_for) {
+  CrossEntropy p = start(call, nullptr);
+  const Sums targets = scan_targets(p);
   double denominator = 1;
-  if (call.reduction == kMean) denominator = call.normalizer < 0 ? sums.weight : call.normalizer;
+  if (call.reduction == kMean)
+    denominator = call.numbers.has_normalizer ? call.numbers.normalizer.read() : targets.weight;
   p.topk = call.topk.data();
-  p.num_topk = call.topk.size();
-  if (call.reduction == kNone) p.row_loss = call.loss;
   p.zero = denominator == 0;
-  p.scale = call.grad_scale / denominator;
-  run(kernels, parallel_for, p, call.counts != nullptr, &sums);
+  p.scale = call.numbers.grad_scale.read() / denominator;
+  const Sums sums = run(kernels, parallel_for, p, call.counts.has_value(), targets);
 
-  if (call.loss && call.reduction != kNone)
-    *call.loss = denominator == 0 ? std::nan("") : sums.loss / denominator;
-  if (call.rows) *p.saved_denominator = denominator;
-  if (!call.counts) return Outcome::kDone;
-  double* s = call.sums;
-  s[0] += sums.loss;
-  s[1] += sums.weight;
-  if (sums.valid) s[2] += sums.loss / sums.weight;
-  int64_t* c = call.counts;
-  c[0] += sums.valid;
-  c[1] += sums.ignored;
-  c[2] += sums.counts[0];
-  c[4] += 1;
-  c[5] += sums.valid > 0;
-  for (size_t k = 0; k < call.topk.size(); ++k) c[6 + k] += sums.counts[1 + k];
-  return Outcome::kDone;
+  if (call.loss && call.reduction != kNone) {
+    const double loss = denominator == 0 ? std::nan("") : sums.loss / denominator;
+    *static_cast<float*>(call.loss->data) = loss;
+  }
+  if (p.saved_denominator) *p.saved_denominator = denominator;
+  if (call.counts) add_to_meter(call, sums);
 }
 
-Outcome cross_entropy_backward(const LossCall& call, const Array& grad_output, const Kernels& kernels,
-                               ParallelFor parallel_for) {
-  CrossEntropy p{};
-  if (!call.out || grad_output.dtype != kFloat32 || !grad_output.contiguous() || !start(call, &p))
-    return Outcome::kUnsupported;
-  p.backward = true;
+void cross_entropy_backward(const LossCall& call, const Array& grad_output, const Kernels& kernels,
+                            ParallelFor parallel_for) {
+  CrossEntropy p = start(call, &grad_output);
   const double denominator = *p.saved_denominator;
   p.zero = denominator == 0;
-  const float* given = static_cast<const float*>(grad_output.data);
-  if (grad_output.numel() == 1 && p.rows != 1) {
-    p.scale = given[0] / denominator;
-  } else {
-    p.scale = 1 / denominator;
-    p.scale_of_row = given;
-    p.scale_stride = grad_output.numel() == p.rows ? 1 : 0;
+  p.scale = 1 / denominator;
+  if (p.scale_stride == 0) {
+    p.scale = *p.scale_of_row / denominator;
+    p.scale_of_row = nullptr;
   }
-  Sums sums;
-  run(kernels, parallel_for, p, false, &sums);
-  return Outcome::kDone;
+  run(kernels, parallel_for, p, false, {});
 }
 
 void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradStatsOut& out,
@@ -161,8 +173,8 @@ void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradS
       pieces.push_back({static_cast<int64_t>(t), begin, size - begin < kPiece ? size - begin : kPiece});
     elements += size;
   }
-  // Equal shares of the elements, however they lie in tensors: share s has the pieces that begin inside of
-  // it.
+  // Threads get equal shares of the elements, whatever the tensors' sizes: share s holds the pieces that
+  // begin inside of it.
   const int64_t shares = (elements + kSerial - 1) / kSerial;
   std::vector<int64_t> first(shares + 1, static_cast<int64_t>(pieces.size()));
   int64_t seen = 0, filled = 0;
@@ -181,7 +193,7 @@ void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradS
   });
 
   double total = 0;
-  bool spoilt = false;
+  bool found_inf = false;
   size_t i = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
     GradChunk all{};
@@ -193,7 +205,7 @@ void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradS
       all.infs += found[i].infs;
     }
     total += all.sum_of_squares;
-    spoilt |= all.nans + all.infs > 0;
+    found_inf |= all.nans + all.infs > 0;
     out.norms[t] = std::sqrt(all.sum_of_squares);
     out.max_abs[t] = all.max_abs;
     out.zeros[t] = all.zeros;
@@ -201,7 +213,7 @@ void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradS
     out.infs[t] = all.infs;
   }
   *out.total_norm = std::sqrt(total);
-  *out.found_inf = spoilt;
+  *out.found_inf = found_inf;
 }
 
 }  // namespace esper

@@ -1,5 +1,5 @@
-// One call of an op on the CPU: checks what memory safety needs, splits the work, adds the parts up in a
-// fixed order. Plain memory, no torch.
+// A checked call of an op on the CPU: splits the work among threads and adds the parts up in a fixed order.
+// Plain memory, no torch.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -13,26 +13,21 @@ namespace esper {
 using Range = std::function<void(int64_t, int64_t)>;
 using ParallelFor = void (*)(int64_t n, const Range& f);
 
-// Loss and counts, and where `out` is given the gradient.
-Outcome cross_entropy(const LossCall&, const Kernels&, ParallelFor);
+// Loss and counts, and the gradient if `out` is given. Throws std::out_of_range for a bad target, before
+// anything is written.
+void cross_entropy(const LossCall&, const Kernels&, ParallelFor);
 
-// The gradient from what `cross_entropy` put into `rows`: maxima, sums, the denominator. grad_output: [] or
-// [N].
-Outcome cross_entropy_backward(const LossCall&, const Array& grad_output, const Kernels&, ParallelFor);
+// The gradient, from what `cross_entropy` saved. grad_output: [], or one number per row.
+void cross_entropy_backward(const LossCall&, const Array& grad_output, const Kernels&, ParallelFor);
 
-// Contiguous tensors, or empty ones.
+// Tensors are contiguous.
 void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradStatsOut&, const Kernels&,
                 ParallelFor);
 
-// The instruction sets by the index of esper_kernels/config.py; null where it is unknown or cannot run here.
+// In the order of INSTRUCTION_SETS in esper_kernels/config.py.
+constexpr const char* kInstructionSets[] = {"auto", "avx512", "avx2", "baseline"};
+constexpr int64_t kNumInstructionSets = 4;
+// Null if this machine or build lacks it.
 const Kernels* kernels_at(int64_t instruction_set);
-
-// What the library of ops offers to bindings.cpp: the calls above with torch's threads.
-struct Api {
-  const Kernels* (*kernels_at)(int64_t);
-  Outcome (*cross_entropy)(const LossCall&, const Kernels&);
-  Outcome (*cross_entropy_backward)(const LossCall&, const Array& grad_output, const Kernels&);
-  void (*grad_stats)(const std::vector<Array>&, double inv_scale, const GradStatsOut&, const Kernels&);
-};
 
 }  // namespace esper

@@ -6,33 +6,45 @@
 
 namespace esper {
 
-// Elements a gradient-statistics chunk saw.
+// The statistics of a chunk of a gradient.
 struct GradChunk {
   double sum_of_squares, max_abs;
   int64_t zeros, nans, infs;
 };
 
-// Scratch of one thread, in floats: exponentials of a row up to this class are kept, later ones computed
-// twice (so that any number of classes costs at most 256 KiB a thread).
+// A call as the CPU kernels see it: LossRows with the options that the driver has read.
+struct CrossEntropy : LossRows {
+  float weight_sum;  // sum of weight, or classes
+  float smoothing, z_loss;
+  float softcap;  // 0: none
+  const int64_t* topk;
+  // The gradient of the sum of row losses is multiplied by scale, and by scale_of_row if that is given.
+  float scale;
+  bool zero;    // write a gradient of 0, even for rows that are not finite
+  bool stream;  // store the gradient past the caches
+};
+
+// The exponentials of the first kKept classes of a row are kept in a thread's scratch, in floats; those of
+// later classes are computed twice. So a thread needs at most 256 KiB, whatever the number of classes.
 constexpr int64_t kKept = 65536;
-constexpr int64_t kSmallestChunk = 1024;  // classes a step, see cross_entropy.h
+constexpr int64_t kSmallestChunk = 1024;  // the fewest classes per chunk on any instruction set
 
 struct Kernels {
   const char* name;
-  // Rows [begin, end). counts: non-finite rows, then correct rows for each of topk. scratch: scratch_size
-  // floats.
+  // Rows [begin, end). scratch: scratch_size floats. counts: rows that are not finite, then correct@k for
+  // each k of topk.
   void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end, float* scratch, double* loss,
                         int64_t* counts);
   // n contiguous elements, each multiplied by inv_scale.
   GradChunk (*grad_chunk)(const void*, Dtype, int64_t n, double inv_scale);
 };
 
-// A row's scratch: kept exponentials and the maximum of each chunk.
+// Floats of scratch: kept exponentials, and the maximum of each chunk of a row.
 inline int64_t scratch_size(int64_t classes) {
   return (classes < kKept ? classes : kKept) + classes / kSmallestChunk + 64;
 }
 
-// Rows of a unit of work: fixed by the shape, so that sums do not depend on the number of threads.
+// Rows per unit of work: fixed by the shape, so that sums do not depend on the number of threads.
 inline int64_t rows_per_block(int64_t classes) {
   const int64_t rows = 32768 / classes / 16 * 16;
   return rows > 0 ? rows : 1;

@@ -5,6 +5,8 @@
 // each with a part of the row in its shared memory, so that it is read once. Rows that do not fit are read
 // twice, from both ends, so that the second read finds the latest part in the cache.
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/driver.h"
 #include "cuda/rows.h"
@@ -20,11 +22,12 @@ constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters 
 constexpr int kLargestCluster = 8;     // that every chip with clusters takes
 constexpr int kCountHere = 128 << 10;  // bytes of targets that every block looks through by itself
 constexpr int kCountBlocks = 64;       // that count larger ones first
-constexpr int kMostCounts = 4 + kMostTopk;  // valid, ignored, non-finite, bad; then correct@k
+constexpr int kRowCounts = kBadTargets + 1;          // kValid to kBadTargets, of MeterCount
+constexpr int kMostCounts = kRowCounts + kMostTopk;  // then correct@k
 
 struct Batch {
-  CrossEntropy p;  // without the values that Scalars has
-  int lanes;       // a row, for few_classes
+  LossRows p;
+  int lanes;  // per row, for cross_entropy_warp_rows
   LossNumbers numbers;
   int64_t reduction;
   const double* weights;  // kCountBlocks parts of the sum of the rows' weights; null: add them up here
@@ -35,13 +38,11 @@ struct Batch {
   unsigned* ticket;  // null where neither loss nor meter is wanted
 };
 
-ESPER_ANYWHERE bool normalized(const Batch& b) {
-  return b.reduction == kMean && (b.numbers.normalizer.at || b.numbers.normalizer.value >= 0);
-}
+ESPER_ANYWHERE bool normalized(const Batch& b) { return b.reduction == kMean && b.numbers.has_normalizer; }
 
 // The same for every row, in every thread.
 struct Scalars {
-  float smoothing, z_loss, weight_sum, scale;
+  float smoothing, z_loss, softcap, weight_sum, scale;
   bool zero;
 };
 
@@ -90,17 +91,7 @@ __device__ float capped(float x, float softcap) {
   return kCap ? softcap * tanhf(x / softcap) : x;
 }
 
-__device__ int64_t target_of(const CrossEntropy& p, int64_t i) {
-  if (p.target_bytes == 8) return static_cast<const int64_t*>(p.targets)[i];
-  return p.target_bytes == 4 ? static_cast<const int32_t*>(p.targets)[i]
-                             : static_cast<const uint8_t*>(p.targets)[i];
-}
-
-__device__ bool is_valid(const CrossEntropy& p, int64_t target) {
-  return target != p.ignore_index && target >= 0 && target < p.classes;
-}
-
-__device__ double weight_of_rows(const CrossEntropy& p, int64_t first, int64_t step) {
+__device__ double weight_of_rows(const LossRows& p, int64_t first, int64_t step) {
   double sum = 0;
   for (int64_t i = first; i < p.rows; i += step) {
     const int64_t target = target_of(p, i);
@@ -113,7 +104,7 @@ __device__ double sum_of_block(double x, Shared& shared) {
   return reduce_block(x, 0.0, reinterpret_cast<double*>(shared.scratch), Add());
 }
 
-__global__ void count_weights(const __grid_constant__ Batch b, double* weights) {
+__global__ void sum_row_weights(const __grid_constant__ Batch b, double* weights) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const double sum =
@@ -122,11 +113,15 @@ __global__ void count_weights(const __grid_constant__ Batch b, double* weights) 
 }
 
 __device__ Scalars prepare(const Batch& b, Shared& shared) {
-  const CrossEntropy& p = b.p;
+  const LossRows& p = b.p;
   if (threadIdx.x < kMostCounts) shared.counts[threadIdx.x] = 0;
   __syncthreads();
-  Scalars s{static_cast<float>(b.numbers.smoothing.read()), static_cast<float>(b.numbers.z_loss.read()),
-            static_cast<float>(p.classes), 1, false};
+  Scalars s{static_cast<float>(b.numbers.label_smoothing.read()),
+            static_cast<float>(b.numbers.z_loss.read()),
+            static_cast<float>(b.numbers.softcap.read()),
+            static_cast<float>(p.classes),
+            1,
+            false};
   if (s.smoothing > 0 && p.weight) {
     double sum = 0;
     for (int64_t c = threadIdx.x; c < p.classes; c += blockDim.x) sum += p.weight[c];
@@ -151,26 +146,26 @@ __device__ Scalars prepare(const Batch& b, Shared& shared) {
 }
 
 template <class T, bool kCap>
-__device__ Row open_row(const CrossEntropy& p, int64_t i) {
+__device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i) {
   const int64_t target = target_of(p, i);
   Row row{i, -1, target == p.ignore_index, 0, 0, 0};
   if (!is_valid(p, target)) return row;
   row.target = target;
   row.weight = p.weight ? p.weight[target] : 1;
   row.logit = widen(static_cast<const T*>(p.logits)[p.logits_at.offset(i) + target]);
-  row.x = capped<kCap>(row.logit, p.softcap);
+  row.x = capped<kCap>(row.logit, s.softcap);
   return row;
 }
 
 // Of a row before its logits are read; of one that the backward finds, after.
-__device__ State state_of(const CrossEntropy& p, const Row& row) {
+__device__ State state_of(const LossRows& p, const Row& row) {
   if (p.backward) return {p.saved_max[row.i], p.saved_sum[row.i], 0, 0};
   return {row.x == row.x ? row.x : -INFINITY, 0, 0, 0};
 }
 
 // The logits of classes first, first + step, ...; those outside of the row are -inf.
 template <bool kCap, int n>
-__device__ void absorb(const CrossEntropy& p, const Scalars& s, const Row& row, const float (&logits)[n],
+__device__ void absorb(const LossRows& p, const Scalars& s, const Row& row, const float (&logits)[n],
                        int first, int step, State& state) {
   const unsigned classes = p.classes, target = row.target;
   float x[n], top = state.top;
@@ -179,7 +174,7 @@ __device__ void absorb(const CrossEntropy& p, const Scalars& s, const Row& row, 
     const unsigned c = first + j * step;  // huge before the row
     state.ahead += logits[j] > row.logit || (logits[j] == row.logit && c < target);
     x[j] = logits[j];
-    if (kCap) x[j] = c < classes ? capped<kCap>(logits[j], p.softcap) : -INFINITY;
+    if (kCap) x[j] = c < classes ? capped<kCap>(logits[j], s.softcap) : -INFINITY;
     top = fmaxf(top, x[j]);  // leaves out NaN, which the sum keeps
   }
   if (top > state.top) {
@@ -207,20 +202,20 @@ struct Gradient {
   float top, of_softmax, everywhere, at_target;
 
   template <bool kCap>
-  __device__ float at(const CrossEntropy& p, int c, float logit) const {
+  __device__ float at(const LossRows& p, const Scalars& s, int c, float logit) const {
     if (zero) return 0;
-    const float x = capped<kCap>(logit, p.softcap);
+    const float x = capped<kCap>(logit, s.softcap);
     float g = of_softmax * __expf(x - top);
     if (everywhere != 0) g -= everywhere * (p.weight ? p.weight[c] : 1);
     if (c == target) g = at_target;
-    return kCap ? g * (1 - (x / p.softcap) * (x / p.softcap)) : g;
+    return kCap ? g * (1 - (x / s.softcap) * (x / s.softcap)) : g;
   }
 };
 
 // The loss and the counts of a row whose logits have all been absorbed, added up by one thread of its group.
 __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, const State& state,
                               bool leader, Tally& tally, Shared& shared) {
-  const CrossEntropy& p = b.p;
+  const LossRows& p = b.p;
   const bool valid = row.target >= 0;
   const float e_target = expf(row.x - state.top), sum = state.others + e_target;
   const float log_sum = row.x == state.top ? log1pf(state.others) : logf(sum), lse = state.top + log_sum;
@@ -244,10 +239,10 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
       p.saved_max[row.i] = finite ? state.top : NAN;
       p.saved_sum[row.i] = state.others;
     }
-    atomicAdd(&shared.counts[valid ? 0 : row.ignored ? 1 : 3], 1u);
-    if (valid && !finite) atomicAdd(&shared.counts[2], 1u);
+    atomicAdd(&shared.counts[valid ? kValid : row.ignored ? kIgnored : kBadTargets], 1u);
+    if (valid && !finite) atomicAdd(&shared.counts[kNonfinite], 1u);
     for (int k = 0; k < p.num_topk; ++k)
-      if (valid && finite && state.ahead < b.topk[k]) atomicAdd(&shared.counts[4 + k], 1u);
+      if (valid && finite && state.ahead < b.topk[k]) atomicAdd(&shared.counts[kRowCounts + k], 1u);
   }
   if (!p.out) return {};
   const float scale = p.backward && p.scale_stride ? s.scale * p.scale_of_row[row.i] : s.scale;
@@ -265,7 +260,7 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
 // Adds up the block's tally; the last of the blocks adds up all of them, in order, and writes the results.
 __device__ void finish(const Batch& b, const Tally& tally, int block, int blocks, Shared& shared) {
   if (!b.ticket) return;
-  const int columns = 6 + b.p.num_topk, thread = threadIdx.x;
+  const int columns = 2 + kRowCounts + b.p.num_topk, thread = threadIdx.x;
   const double loss = sum_of_block(tally.loss, shared), weight = sum_of_block(tally.weight, shared);
   for (int column = thread; column < columns; column += blockDim.x)
     b.partials[static_cast<int64_t>(column) * blocks + block] = column == 0   ? loss
@@ -284,24 +279,25 @@ __device__ void finish(const Batch& b, const Tally& tally, int block, int blocks
   double denominator = b.reduction == kMean ? weight_sum : 1;
   if (normalized(b)) denominator = b.numbers.normalizer.read();
   if (b.p.saved_denominator) *b.p.saved_denominator = denominator;
-  const bool unknown = !b.counts && counts[3] > 0;  // a meter reports bad targets; else the loss has to
+  const bool unknown =
+      !b.counts && counts[kBadTargets] > 0;  // a meter reports bad targets; else the loss has to
   if (b.loss) *b.loss = denominator == 0 || unknown ? NAN : loss_sum / denominator;
   if (!b.counts) return;
-  b.sums[0] += loss_sum;
-  b.sums[1] += weight_sum;
-  if (counts[0] > 0) b.sums[2] += loss_sum / weight_sum;
-  for (int i = 0; i < 4; ++i) b.counts[i] += counts[i];
-  b.counts[4] += 1;
-  b.counts[5] += counts[0] > 0;
-  for (int k = 0; k < b.p.num_topk; ++k) b.counts[6 + k] += counts[4 + k];
+  b.sums[kLossSum] += loss_sum;
+  b.sums[kWeightSum] += weight_sum;
+  if (counts[kValid] > 0) b.sums[kBatchMeanSum] += loss_sum / weight_sum;
+  for (int i = 0; i < kRowCounts; ++i) b.counts[i] += counts[i];
+  b.counts[kBatches] += 1;
+  b.counts[kBatchesWithValid] += counts[kValid] > 0;
+  for (int k = 0; k < b.p.num_topk; ++k) b.counts[kFirstCorrect + k] += counts[kRowCounts + k];
 }
 
 template <class T, bool kCap, int kPerLane, int kLanes>
 __global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? kFewBlocks / 2 : kFewBlocks)
-    few_classes(const __grid_constant__ Batch b) {
+    cross_entropy_warp_rows(const __grid_constant__ Batch b) {
   const int lanes = kLanes ? kLanes : b.lanes;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const CrossEntropy& p = b.p;
+  const LossRows& p = b.p;
   const Scalars s = prepare(b, shared);
   const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
   Tally tally;
@@ -309,7 +305,7 @@ __global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? kFewBlocks / 2 : k
        begin += static_cast<int64_t>(gridDim.x) * groups) {
     const int64_t i = begin + group;
     const bool there = i < p.rows;
-    const Row row = there ? open_row<T, kCap>(p, i) : Row{i, -1, false, 0, 0, 0};
+    const Row row = there ? open_row<T, kCap>(p, s, i) : Row{i, -1, false, 0, 0, 0};
     State state = there ? state_of(p, row) : State{};
     float logits[kPerLane];
     if (row.target >= 0) {
@@ -329,18 +325,19 @@ __global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? kFewBlocks / 2 : k
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       const int c = lane + j * lanes;
-      if (c < p.classes) out[c] = narrow<T>(gradient.template at<kCap>(p, c, logits[j]));
+      if (c < p.classes) out[c] = narrow<T>(gradient.template at<kCap>(p, s, c, logits[j]));
     }
   }
   finish(b, tally, blockIdx.x, gridDim.x, shared);
 }
 
 template <class T, bool kCap, bool kKept>
-__global__ void __launch_bounds__(kManyThreads, kManyBlocks) many_classes(const __grid_constant__ Batch b) {
+__global__ void __launch_bounds__(kManyThreads, kManyBlocks)
+    cross_entropy_block_rows(const __grid_constant__ Batch b) {
   constexpr int kSize = Vector<T>::kSize;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   Vector<T>* kept = reinterpret_cast<Vector<T>*>(shared_memory() + kSharedBytes);  // each thread its own
-  const CrossEntropy& p = b.p;
+  const LossRows& p = b.p;
   const Scalars s = prepare(b, shared);
   const int parts = kKept ? cluster().num_blocks() : 1, part = kKept ? cluster().block_rank() : 0;
   const unsigned classes = p.classes;
@@ -348,7 +345,7 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks) many_classes(const 
   Tally tally;
   int turn = 0;
   for (int64_t i = team; i < p.rows; i += teams) {
-    const Row row = open_row<T, kCap>(p, i);
+    const Row row = open_row<T, kCap>(p, s, i);
     const Span<const T> in{static_cast<const T*>(p.logits) + p.logits_at.offset(i), p.classes};
     const int64_t begin = in.vectors() * part / parts, end = in.vectors() * (part + 1) / parts;
     State state = state_of(p, row);
@@ -380,7 +377,7 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks) many_classes(const 
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const unsigned c = first + j;  // huge before the row
-        g.x[j] = narrow<T>(c < classes ? gradient.template at<kCap>(p, c, widen(x.x[j])) : 0);
+        g.x[j] = narrow<T>(c < classes ? gradient.template at<kCap>(p, s, c, widen(x.x[j])) : 0);
       }
       out.store(first, g);
     };
@@ -396,14 +393,14 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks) many_classes(const 
   if (part == 0) finish(b, tally, team, teams, shared);
 }
 
-// Which kernel, and on what grid. `lanes` 0: many_classes.
+// Which kernel, and on what grid. `lanes` 0: cross_entropy_block_rows.
 struct Plan {
   Grid grid;
   int lanes = 0;
   bool kept = false;
 };
 
-Plan plan_of(const CrossEntropy& p, const Device& device) {
+Plan plan_of(const LossRows& p, const Device& device) {
   Plan plan{{0, kManyThreads, kSharedBytes}};
   Grid& grid = plan.grid;
   int64_t teams = p.rows, room;  // what works on rows; how many a multiprocessor holds
@@ -433,16 +430,16 @@ Plan plan_of(const CrossEntropy& p, const Device& device) {
 using Kernel = void (*)(Batch);
 
 template <class T, bool kCap>
-Kernel kernel_of(const CrossEntropy& p, const Plan& plan) {
-  if (plan.lanes * 8 >= p.classes) return few_classes<T, kCap, 8, 0>;
-  if (plan.lanes) return few_classes<T, kCap, kFewClasses / kWarp, kWarp>;
-  return plan.kept ? many_classes<T, kCap, true> : many_classes<T, kCap, false>;
+Kernel kernel_of(const LossRows& p, const Plan& plan) {
+  if (plan.lanes * 8 >= p.classes) return cross_entropy_warp_rows<T, kCap, 8, 0>;
+  if (plan.lanes) return cross_entropy_warp_rows<T, kCap, kFewClasses / kWarp, kWarp>;
+  return plan.kept ? cross_entropy_block_rows<T, kCap, true> : cross_entropy_block_rows<T, kCap, false>;
 }
 
 void run(Batch& b, const Plan& plan, cudaStream_t stream) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
-    return b.p.softcap == 0 ? kernel_of<T, false>(b.p, plan) : kernel_of<T, true>(b.p, plan);
+    return b.numbers.has_softcap ? kernel_of<T, true>(b.p, plan) : kernel_of<T, false>(b.p, plan);
   };
   b.lanes = plan.lanes;
   const Dtype dtype = b.p.dtype;
@@ -452,41 +449,45 @@ void run(Batch& b, const Plan& plan, cudaStream_t stream) {
   check(launch(kernel, plan.grid, stream, b));
 }
 
-bool start(const LossCall& call, const LossNumbers& numbers, Batch* b) {
-  b->numbers = numbers;
-  b->reduction = call.reduction;
-  return lay_out(call, &b->p) && b->p.classes <= INT32_MAX;
-}
-
 }  // namespace
 
 bool has_kernels() {
   cudaFuncAttributes attributes;
-  const bool found = cudaFuncGetAttributes(&attributes, count_weights) == cudaSuccess;
+  const bool found = cudaFuncGetAttributes(&attributes, sum_row_weights) == cudaSuccess;
   if (!found) cudaGetLastError();  // or torch would report it as its own
   return found;
 }
 
-Outcome cross_entropy(const LossCall& call, const LossNumbers& numbers, unsigned* ticket,
-                      const Allocate& allocate, cudaStream_t stream) {
+void check(const LossCall& call) {
+  if (call.topk.size() > kMostTopk)
+    throw std::invalid_argument("on CUDA a Meter counts correct@k for up to " + std::to_string(kMostTopk) +
+                                " k, got " + std::to_string(call.topk.size()));
+  if (call.logits.sizes[call.logits.dims - 1] > INT32_MAX)
+    throw std::invalid_argument("on CUDA there may be up to 2^31 - 1 classes");
+}
+
+void cross_entropy(const LossCall& call, unsigned* ticket, const Allocate& allocate, cudaStream_t stream) {
   Batch b{};
-  if (call.topk.size() > kMostTopk || !start(call, numbers, &b)) return Outcome::kUnsupported;
+  b.p = rows_of(call);
+  b.numbers = call.numbers;
+  b.reduction = call.reduction;
   std::copy(call.topk.begin(), call.topk.end(), b.topk);
-  b.p.num_topk = call.counts ? call.topk.size() : 0;
-  (call.reduction == kNone ? b.p.row_loss : b.loss) = call.loss;
-  b.sums = call.sums;
-  b.counts = call.counts;
+  if (call.loss && call.reduction != kNone) b.loss = static_cast<float*>(call.loss->data);
+  if (call.counts) {
+    b.sums = static_cast<double*>(call.sums->data);
+    b.counts = static_cast<int64_t*>(call.counts->data);
+  }
   const Plan plan = plan_of(b.p, current_device());
 
   const bool weights =
       b.p.out && b.reduction == kMean && !normalized(b) && b.p.rows * b.p.target_bytes > kCountHere;
   const bool sums = b.loss || b.counts || b.p.saved_denominator;
   const int64_t blocks = plan.grid.blocks / plan.grid.cluster;
-  const int64_t words = (6 + b.p.num_topk) * blocks;
+  const int64_t words = (2 + kRowCounts + b.p.num_topk) * blocks;
   double* memory = nullptr;
   if (weights || sums) memory = static_cast<double*>(allocate(8 * (kCountBlocks + words + 1)));
   if (weights) {
-    check(launch(count_weights, Grid{kCountBlocks, kFewThreads, kSharedBytes}, stream, b, memory));
+    check(launch(sum_row_weights, Grid{kCountBlocks, kFewThreads, kSharedBytes}, stream, b, memory));
     b.weights = memory;
   }
   if (sums) {
@@ -495,22 +496,15 @@ Outcome cross_entropy(const LossCall& call, const LossNumbers& numbers, unsigned
     if (!ticket) check(cudaMemsetAsync(b.ticket, 0, sizeof(unsigned), stream));
   }
   run(b, plan, stream);
-  return Outcome::kDone;
 }
 
-Outcome cross_entropy_backward(const LossCall& call, const LossNumbers& numbers, const Array& grad_output,
-                               cudaStream_t stream) {
+void cross_entropy_backward(const LossCall& call, const Array& grad_output, cudaStream_t stream) {
   Batch b{};
-  if (!call.out || !call.rows || grad_output.dtype != kFloat32 || !grad_output.contiguous() ||
-      !start(call, numbers, &b))
-    return Outcome::kUnsupported;
-  b.p.backward = true;
-  b.p.scale_of_row = static_cast<const float*>(grad_output.data);
-  b.p.scale_stride = grad_output.numel() == 1 ? 0 : 1;
-  if (b.p.scale_stride && grad_output.numel() != b.p.rows) return Outcome::kUnsupported;
-  if (b.p.rows == 0) return Outcome::kDone;
+  b.p = rows_of(call, &grad_output);
+  b.numbers = call.numbers;
+  b.reduction = call.reduction;
+  if (b.p.rows == 0) return;
   run(b, plan_of(b.p, current_device()), stream);
-  return Outcome::kDone;
 }
 
 }  // namespace esper::cuda

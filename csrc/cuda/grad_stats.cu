@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kPieceElements = 32768, kMostPieces = 8192;  // larger pieces rather than more
-constexpr int kTold =
+constexpr int kTableTensors =
     CUDART_VERSION >= 12010 ? 512 : 128;  // tensors a launch is told of: 12 KiB of arguments
 
 struct Tensor {
@@ -49,11 +49,12 @@ struct Shared {
 };
 
 struct Part {
-  Tensor tensors[kTold];
+  Tensor tensors[kTableTensors];
 };
 
 __global__ void __launch_bounds__(kThreads)
-    tell(const __grid_constant__ Part part, const __grid_constant__ Job job, int first, int count) {
+    write_tensor_table(const __grid_constant__ Part part, const __grid_constant__ Job job, int first,
+                       int count) {
   for (int i = threadIdx.x; i < count; i += kThreads) {
     job.tensors[first + i] = part.tensors[i];
     job.tickets[first + i] = 0;
@@ -129,7 +130,7 @@ __device__ void finish_tensor(const Job& job, int t, int first, int pieces, Shar
   if (threadIdx.x == 0) write_tensor(job, t, all);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) measure(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, 2) grad_stats_pieces(const __grid_constant__ Job job) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const double scale = job.inv_scale.read();
   const int64_t share = blockIdx.x, shares = gridDim.x;
@@ -195,13 +196,14 @@ void grad_stats(const std::vector<Array>& arrays, const Number& inv_scale, const
   Part part{};
   int first = 0;
   do {  // without any tensor too: it makes the ticket
-    const int count = std::min(kTold, job.num_tensors - first);
+    const int count = std::min(kTableTensors, job.num_tensors - first);
     std::copy_n(tensors.begin() + first, count, part.tensors);
-    check(launch(tell, Grid{1, kThreads}, stream, part, job, first, count));
+    check(launch(write_tensor_table, Grid{1, kThreads}, stream, part, job, first, count));
     first += count;
   } while (first < job.num_tensors);
   const int most = current_device().multiprocessors * (2048 / kThreads);
-  check(launch(measure, Grid{std::clamp(job.num_pieces, 1, most), kThreads, sizeof(Shared)}, stream, job));
+  check(launch(grad_stats_pieces, Grid{std::clamp(job.num_pieces, 1, most), kThreads, sizeof(Shared)}, stream,
+               job));
 }
 
 }  // namespace esper::cuda

@@ -7,7 +7,8 @@ from importlib import metadata
 import torch
 
 from esper_kernels import native
-from esper_kernels.backends import DTYPES, OPS, select_backend
+from esper_kernels.backends import OPS, select_backend
+from esper_kernels.config import DTYPES
 from esper_kernels.version import CHECKED, __version__
 
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
@@ -44,7 +45,6 @@ class Info:
         lines.append(f"CUDA device: {'yes' if self.cuda_available else 'no'}")
         lines.append(f"CPU kernels: {', '.join(self.instruction_sets) or native.UNAVAILABLE}")
         lines.append(f"CUDA kernels: {native.cuda_unavailable() or 'ready'}; {_UNVERIFIED}")
-        lines.append(f"CPU calls past the dispatcher: {native.NO_ROAD or 'yes'}")
         dtypes: dict[tuple[str, str, str, str], list[str]] = {}
         for row in self.choices:
             dtypes.setdefault((row.op, row.device_type, row.backend or "none", row.why), []).append(row.dtype)

@@ -1,10 +1,14 @@
 """Signals that end a run: the first lets the batch finish, a second one ends the process at once. `cli` listens."""
 
 import signal
+import time
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; a request of the system; a terminal that is gone."""
+ECHO = 0.5
+"""Seconds in which the same request may arrive twice: `timeout` signals both its child and the group of it."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -12,10 +16,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a run is to end. Within `with`, in the main thread, Ctrl-C and SIGTERM ask for it."""
+    """Whether a run is to end. Within `with`, in the main thread, `SIGNALS` ask for it."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._asked = 0.0
 
     def before(self, batch: Any) -> Any:
         """The batch itself, or `Stopped`: here one batch is finished and the next not begun."""
@@ -24,7 +29,9 @@ class StopRequest:
         return batch
 
     def __enter__(self) -> Self:
-        self._handlers = {each: signal.signal(each, self._ask) for each in SIGNALS}
+        # under nohup, the loss of the terminal is to be ignored
+        ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+        self._handlers = {n: signal.signal(n, self._ask) for n in SIGNALS if n not in ignored}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -32,6 +39,8 @@ class StopRequest:
             signal.signal(each, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        for each in SIGNALS:  # the system's own way to end a process needs no answer from it
-            signal.signal(each, signal.SIG_DFL)
+        if self._signal is None:
+            self._signal, self._asked = number, time.monotonic()
+        elif time.monotonic() - self._asked > ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

@@ -4,7 +4,6 @@
 file beside it; both appear whole and the digest first, so a kill at any moment leaves the checkpoints before.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -16,7 +15,15 @@ import torch
 
 from esper_train.base.state import Stateful, copied
 from esper_train.run.config import CheckpointConfig
-from esper_train.run.directory import write_file
+from esper_train.run.directory import (
+    METRICS,
+    digest_file,
+    read_checked,
+    remove_unfinished,
+    sync_metrics,
+    write_digest,
+    write_file,
+)
 from esper_train.run.episode import Episode
 
 FORMAT = 2
@@ -57,7 +64,8 @@ class Checkpoints:
     def take(self, episode: Episode) -> None:
         """At the end of an epoch. `OSError` as `write`; `TypeError` for a state beyond tensors and plain values."""
         state = {name: copied(part.state_dict(), "cpu") for name, part in parts(episode).items()}
-        self._unwritten = episode.epoch, {"format": FORMAT, "run": _identity(episode), "parts": state}
+        record = {"format": FORMAT, "run": _identity(episode), "parts": state, "metrics": self._metrics_size()}
+        self._unwritten = episode.epoch, record
         if episode.epoch % self._config.every == 0 or episode.epoch == episode.config.max_epochs:
             self.write()
 
@@ -66,6 +74,8 @@ class Checkpoints:
         if self._unwritten is None:
             return
         epoch, record = self._unwritten
+        if record["metrics"]:
+            sync_metrics(self._directory.parent)  # what a checkpoint follows must not be lost when it is not
         buffer = io.BytesIO()
         torch.save(record, buffer)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -73,9 +83,13 @@ class Checkpoints:
         self._unwritten = None
         for old in saved(self._directory)[: -self._config.keep]:
             old.unlink()
-            _digest_file(old).unlink(missing_ok=True)
-        for left in self._directory.glob(".*.new"):  # by a kill during a write
-            left.unlink()
+            digest_file(old).unlink(missing_ok=True)
+        remove_unfinished(self._directory)
+
+    def _metrics_size(self) -> int:
+        """Bytes that the run has reported so far."""
+        metrics = self._directory.parent / METRICS
+        return metrics.stat().st_size if metrics.exists() else 0
 
 
 def saved(directory: Path) -> list[Path]:
@@ -85,20 +99,24 @@ def saved(directory: Path) -> list[Path]:
 
 def save(path: Path, data: bytes) -> None:
     """Write a checkpoint, after the digest by which it will be trusted."""
-    write_file(_digest_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
+    write_digest(path, data)
     write_file(path, data)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, running no code from it; `ValueError` if it is damaged, of another format, or none."""
+def load(path: Path, metrics: Path | None = None) -> dict[str, Any]:
+    """Read a checkpoint, running no code from it.
+
+    Raises `ValueError` if it is damaged, of another format, none, or if `metrics`, the file with what its run
+    reported, is shorter than it was then.
+    """
     try:
-        data, digest = path.read_bytes(), _digest_file(path).read_bytes()
-        if digest[:64] != hashlib.sha256(data).hexdigest().encode():
-            raise ValueError("its SHA-256 is not the one beside it, so it was damaged")
+        data = read_checked(path, need_digest=True)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         if found != FORMAT:
             raise ValueError(f"expected format {FORMAT}, got {found!r}")
+        if metrics is not None:
+            _require_metrics(metrics, state.get("metrics", 0))
     except Exception as error:  # the unpickler fails in many ways on what is not its own
         why = error if isinstance(error, (ValueError, OSError)) else "it is more than tensors and plain values"
         older = [other.name for other in saved(path.parent) if other != path]
@@ -131,8 +149,11 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
     episode.optimizers.fit_schedules(schedule, changes)
 
 
-def _digest_file(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+def _require_metrics(path: Path, size: int) -> None:
+    """Refuse a gap between what was reported and what is gone on from. Older checkpoints do not know the size."""
+    there = path.stat().st_size if path.exists() else 0
+    if there < size:
+        raise ValueError(f"{path.name} has {there} bytes and had {size} then, so its last lines are lost")
 
 
 def _identity(episode: Episode) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """The directory of a run: what it was asked, where it ran, what it reported, and the network it trained."""
 
+import fcntl
+import hashlib
 import io
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -23,19 +26,81 @@ from esper_train.tasks import Task, get_task
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 NETWORK, REPORT, CHECKPOINTS = "network.pt", "report.html", "checkpoints"
+LOCK = ".lock"
+"""There while a process writes to the directory, and locked by it; or unlocked, where a process was killed."""
+UNFINISHED = ".new"
+"""How the name of a file ends that is not whole yet."""
 BASELINE = "baseline"
 """Directory of the same host trained without slots."""
 FORMAT = 2
 """Version of the layout of `network.pt`."""
 
 
-def create(path: Path, config: RunConfig, *, resume: bool = False) -> Path:
-    """Make a run directory and write what the run was asked and where it runs.
+@contextmanager
+def claimed(path: Path, *, resume: bool = False, numbered: bool = False) -> Iterator[Path]:
+    """Make a run directory, unless it is there, and keep every other process from writing to it meanwhile.
 
-    Raises `FileExistsError` if there is something at `path` already, unless `resume`: no run overwrites another.
+    Yields its path: with `numbered`, that of a new directory, with a number at its end where the name was taken.
+    Should this process die, the system gives the directory free. What was made and stayed empty is removed again.
+
+    Raises:
+        FileExistsError: there is something at `path` already, and no `resume`: no run overwrites another.
+        BlockingIOError: another process writes to it.
     """
-    if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not empty; choose another --out, or remove it")
+    made = [each for each in path.parents if not each.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if numbered:
+        path = _new(path)
+    elif path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; choose another --out, or remove it")
+    if numbered or not path.exists():
+        path.mkdir(exist_ok=True)
+        made.insert(0, path)
+    lock = _lock(path / LOCK)
+    try:
+        if not resume and any(entry.name != LOCK for entry in path.iterdir()):
+            raise FileExistsError(f"{path} exists and is not empty; choose another --out, or remove it")
+        remove_unfinished(path)
+        yield path
+    finally:
+        (path / LOCK).unlink(missing_ok=True)  # before it is given free, so that whoever comes next makes a new one
+        lock.close()
+        with suppress(OSError):  # there is something in it
+            for each in made:
+                each.rmdir()
+
+
+def _new(path: Path) -> Path:
+    """A directory that this call made: `path`, or with a number added where there is one already."""
+    for number in count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            candidate.mkdir()
+            return candidate
+    raise AssertionError("counting has no end")
+
+
+def _lock(path: Path) -> BinaryIO:
+    """The file, locked and with our number in it. Made anew where its last owner removed it meanwhile."""
+    while True:
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        os.register_at_fork(after_in_child=lock.close)  # workers must not hold it longer than we do
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = lock.read().decode() or "unknown"
+            lock.close()
+            advice = "wait for it, stop it, or choose another directory"
+            raise BlockingIOError(f"{path.parent} is in use by process {owner}; {advice}") from error
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+            return lock
+        lock.close()
+
+
+def create(path: Path, config: RunConfig) -> Path:
+    """Write into a run directory what the run was asked and where it runs."""
     path.mkdir(parents=True, exist_ok=True)
     environment = {
         "esper": esper_kernels.__version__,
@@ -45,47 +110,97 @@ def create(path: Path, config: RunConfig, *, resume: bool = False) -> Path:
         "threads": torch.get_num_threads(),
         "device": config.device,
     }
-    for name, values in ((CONFIG, asdict(config)), (ENVIRONMENT, environment)):
-        write_file(path / name, (json.dumps(values, indent=2) + "\n").encode())
+    write_with_digest(path / CONFIG, (json.dumps(asdict(config), indent=2) + "\n").encode())
+    write_file(path / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
     return path
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file so that, whatever happens meanwhile, there is the old one or the new one, whole and on disk."""
-    new = path.with_name(f".{path.name}.new")
+    new = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with new.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
-    except OSError:
+    except BaseException:
         new.unlink(missing_ok=True)  # a full disk is not to stay full because of it
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what kills during a `write_file` have left in a directory."""
+    for left in path.glob(f".*{UNFINISHED}"):
+        left.unlink()
+
+
+def sync_metrics(path: Path) -> None:
+    """Have on disk what a run directory's metrics hold."""
+    for each in (path / METRICS, path):
+        _sync(each)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
+
+
+def write_with_digest(path: Path, data: bytes) -> None:
+    """Write a file that may be there already, and its SHA-256 beside it.
+
+    A kill in between leaves a file without a digest, never one with that of another.
+    """
+    digest_file(path).unlink(missing_ok=True)
+    write_file(path, data)
+    write_digest(path, data)
+
+
+def write_digest(path: Path, data: bytes) -> None:
+    """Write the SHA-256 of a file's contents beside it, as `sha256sum --check` reads it."""
+    write_file(digest_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
+
+
+def read_checked(path: Path, *, need_digest: bool = False) -> bytes:
+    """The contents of a file; `ValueError` if they are not those of the digest beside it.
+
+    Without a digest, which older versions did not write, they are returned unless `need_digest`: then that is an
+    `OSError`.
+    """
+    data, beside = path.read_bytes(), digest_file(path)
+    if not need_digest and not beside.exists():
+        return data
+    if beside.read_bytes()[:64] != hashlib.sha256(data).hexdigest().encode():
+        raise ValueError(f"the SHA-256 of {path.name} is not the one beside it, so it was damaged or changed")
+    return data
+
+
+def digest_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
 
 
 def save_network(path: Path, model: MorphModel) -> None:
     """Write the weights and the state of every slot to `network.pt`, as tensors and plain values only."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "slots": model.topology(), "weights": model.state_dict()}, buffer)
-    write_file(path / NETWORK, buffer.getvalue())
+    write_with_digest(path / NETWORK, buffer.getvalue())
 
 
 def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintRegistry | None = None) -> nn.Module:
     """The trained network of a run directory, on the CPU and in eval mode.
 
     `task` and `registry` are needed where the run used ones of your own. Raises `FileNotFoundError` where there
-    is no network, `ValueError` where it is of another format or does not fit the run's config.
+    is no network, `ValueError` where it was damaged, is of another format or does not fit the run's config.
     """
     path = Path(path)
     config = load_config(path)
     _require_file(path, NETWORK)
-    saved: Mapping[str, Any] = torch.load(path / NETWORK, map_location="cpu", weights_only=True)
+    data = _read_whole(path / NETWORK)
+    saved: Mapping[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
     with plain_defaults():
@@ -101,21 +216,39 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
 
 
 def load_config(path: Path) -> RunConfig:
-    """The config of a run directory; `FileNotFoundError` if it is none."""
+    """The config of a run directory; `FileNotFoundError` if it is none, `ValueError` if it was damaged or changed."""
     _require_file(path, CONFIG)
-    return from_dict(RunConfig, json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    try:
+        values = json.loads(_read_whole(path / CONFIG))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path / CONFIG} is not JSON: {error}; bring it back, or start a new run") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path / CONFIG} holds no settings; bring it back, or start a new run")
+    return from_dict(RunConfig, values)
+
+
+def _read_whole(path: Path) -> bytes:
+    try:
+        return read_checked(path)
+    except ValueError as error:
+        advice = f"bring it back; if the change was meant, remove {digest_file(path).name}"
+        raise ValueError(f"{path} cannot be used: {error}; {advice}") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The events of a run directory; a last line cut short by a kill is left out."""
     events = []
-    lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+    lines = (path / METRICS).read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path / METRICS}, line {number} is not JSON: {error}") from error
+            event = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path / METRICS}, line {number} is not JSON: {error}") from error
+        if not isinstance(event, dict) or not {"event", "epoch"} <= event.keys():
+            raise ValueError(f"{path / METRICS}, line {number} is no event of a run: {line[:60]!r}")
+        events.append(event)
     return events
 
 

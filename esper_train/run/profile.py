@@ -9,6 +9,7 @@ from torch.profiler import profile, record_function
 from esper_train.base.state import RandomState
 from esper_train.config import RunConfig
 from esper_train.run.build import build_episode
+from esper_train.run.directory import write_file
 from esper_train.train.loop import evaluate, train_one_epoch
 
 PARTS = ("data", "forward", "loss", "backward", "statistics", "optimizer", "evaluation")
@@ -40,5 +41,5 @@ def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) ->
     lines = ["| part | ms | share |", "|---|---|---|"]
     lines += [f"| {part} | {spent[part]:.3f} | {spent[part] / sum(spent.values()):.0%} |" for part in PARTS]
     table = "\n".join(lines)
-    (directory / TABLE).write_text(table + "\n", encoding="utf-8")
+    write_file(directory / TABLE, (table + "\n").encode())
     return table

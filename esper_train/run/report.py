@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.lifecycle import SeedStage
-from esper_train.run.directory import BASELINE, METRICS, REPORT, load_config, read_metrics
+from esper_train.run.directory import BASELINE, METRICS, REPORT, load_config, read_metrics, write_file
 
 Record = Mapping[str, Any]
 Curve = tuple[str, Sequence[float], Mapping[str, Any]]
@@ -132,7 +132,7 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
 
 def _write(path: Path, title: str, parts: Iterable[str]) -> Path:
     page = PAGE.format(title=_tag("title", title), body="\n".join([_tag("h1", title), *parts]))
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_file(path, page.encode())
     return path
 
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 
 from esper_train.base.names import require_known
-from esper_train.config import RunConfig
+from esper_train.config import SEED_STEP, RunConfig
 from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Op, Policy
 from esper_train.morph.blueprints import BlueprintRegistry
@@ -23,9 +23,6 @@ from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
 from esper_train.train.loop import EvalResult, Measures, evaluate
-
-EPISODE_SEED_STEP = 1000
-"""Distance between the seeds of successive episodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,7 @@ def run_fit(config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | 
 
 def episode_configs(config: RunConfig) -> list[RunConfig]:
     """The config of each episode."""
-    return [replace(config, seed=config.seed + EPISODE_SEED_STEP * i, episodes=1) for i in range(config.episodes)]
+    return [replace(config, seed=config.seed + SEED_STEP * i, episodes=1) for i in range(config.episodes)]
 
 
 def prepare(
@@ -203,7 +200,7 @@ class Ending:
 
 def _give_kept(episode: Episode) -> None:
     """Make the episode's network the one that the run gives."""
-    if kept_epoch(episode) != episode.epoch:
+    if episode.config.keep == "best":
         episode.kept.give(episode.model)
         del episode.contributions[episode.model.fossils :]  # of seeds that came later
 

@@ -13,12 +13,13 @@ class TelemetryConfig(Settings, table="telemetry."):
     """What a run reports. Telemetry never changes what is trained."""
 
     level: Literal["off", "minimal", "normal", "debug"] = "normal"
-    """minimal: the run, the stages of seeds, bad numbers. normal: also each epoch. debug: also each parameter's
-    gradient."""
+    """off: nothing. minimal: the run, the seeds' lives, bad numbers. normal: each epoch too. debug: each parameter's
+    gradient too."""
     lifecycle_only: bool = False
-    """Report only the start and the end of the run and the stages of seeds."""
+    """At every level, "off" included: the run's start and end and the seeds' lives, and nothing else."""
     escalation_epochs: CountOrZero = 5
-    """Epochs to report at debug level after bad numbers or exploding gradients; 0 turns this off."""
+    """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never does, and neither do
+    the level "off" and `lifecycle_only`."""
     tensorboard: bool = False
     """Also write TensorBoard files, into tensorboard/ of the run directory."""
     wandb: bool = False

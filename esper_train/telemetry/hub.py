@@ -26,11 +26,13 @@ class TelemetryHub(PlainState):
         self._sinks.append(sink)
 
     def collects(self, kind: EventType) -> bool:
-        """Whether an event of this kind would be written now; if not, nothing needs to be measured for it."""
-        if self._config.level == "off" or not self._sinks:
+        """Whether an event of this kind would be written now, so that what only it needs need not be measured."""
+        if not self._sinks:
             return False
         if self._config.lifecycle_only:
             return kind in LIFECYCLE
+        if self._config.level == "off":
+            return False
         level = "debug" if self._escalated_epochs > 0 else self._config.level
         return TELEMETRY_LEVELS.index(LEVELS.get(kind, "minimal")) <= TELEMETRY_LEVELS.index(level)
 
@@ -41,8 +43,12 @@ class TelemetryHub(PlainState):
                 self._attempt(sink, partial(sink.write, event))
 
     def escalate(self, epochs: int | None = None) -> None:
-        """Write all events for some epochs (by default, the number in the config)."""
-        self._escalated_epochs = self._config.escalation_epochs if epochs is None else epochs
+        """Write everything for some epochs (the config's number if none is given), from the next event on.
+
+        It never ends an escalation early that is under way.
+        """
+        asked = self._config.escalation_epochs if epochs is None else epochs
+        self._escalated_epochs = max(self._escalated_epochs, asked)
 
     def tick(self) -> None:
         """Count one epoch of an escalation as over."""
@@ -56,8 +62,9 @@ class TelemetryHub(PlainState):
     def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # a fault of a sink must not end the training that it reports on
-            print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
+        except Exception as error:  # any fault of a sink must not end the training it reports on
+            with suppress(OSError, ValueError):  # standard error may be gone as well
+                print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
             self._sinks.remove(sink)
             with suppress(Exception):  # the fault has been reported
                 sink.close()

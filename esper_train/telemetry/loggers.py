@@ -1,6 +1,7 @@
 """Sinks for TensorBoard and Weights & Biases, optional packages that are imported only on request."""
 
 import importlib
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class TensorBoardSink:
             for name, value in numbers(event.data).items():
                 self._writer.add_scalar(name, value, event.epoch)
         else:
-            self._writer.add_text(event.type.value, describe(event), event.epoch)
+            self._writer.add_text(words_name(event), describe(event), event.epoch)
         self._writer.flush()  # a killed run loses nothing
 
     def close(self) -> None:
@@ -42,29 +43,55 @@ class WandbSink:
 
     def write(self, event: Event) -> None:
         if event.type is EventType.RUN_STARTED:
-            self._run.config.update(dict(event.data))
+            self._run.config.update(dict(event.data), allow_val_change=True)
         elif event.type is EventType.RUN_FINISHED:
             self._run.summary.update({"status": event.data["status"], **numbers(event.data)})
         else:
-            slot = f"/{event.data['slot']}" if "slot" in event.data else ""
-            words = {event.type.value + slot: describe(event).strip()}
+            words = {words_name(event): describe(event).strip()}
             self._run.log(numbers(event.data) if event.type in CURVES else words, step=event.epoch)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def logger_makers(config: TelemetryConfig) -> list[Callable[[Path], Sink]]:
-    """Functions that make the requested sinks for a run directory. `ImportError` if a package is missing."""
-    makers: list[Callable[[Path], Sink]] = []
+def logger_makers(config: TelemetryConfig) -> list[Callable[[Path, int | None], Sink]]:
+    """What makes the sinks that a config asks for. `ImportError` here where a package is missing.
+
+    Each takes a run's directory and, where the run is resumed, the number of epochs that are done: what was reported
+    of later ones is reported again, and hidden here. None begins a run.
+    """
+    makers: list[Callable[[Path, int | None], Sink]] = []
     if config.tensorboard:
         board = _imported("torch.utils.tensorboard", "tensorboard")
-        makers.append(lambda directory: TensorBoardSink(board.SummaryWriter(str(directory / "tensorboard"))))
+
+        def tensorboard_sink(directory: Path, done: int | None) -> Sink:
+            first = done + 1 if done else done  # of the epochs to be reported; a run begun anew starts before them
+            return TensorBoardSink(board.SummaryWriter(str(directory / "tensorboard"), purge_step=first))
+
+        makers.append(tensorboard_sink)
     if config.wandb:
         wandb = _imported("wandb", "wandb")
-        options = {"project": "esper", "mode": "offline"}
-        makers.append(lambda directory: WandbSink(wandb.init(**options, name=directory.name, dir=str(directory))))
+
+        def wandb_sink(directory: Path, done: int | None) -> Sink:
+            where = {"project": "esper", "mode": "offline", "name": directory.name, "dir": str(directory)}
+            return WandbSink(wandb.init(**where, id=_wandb_id(directory, anew=not done), resume="allow"))
+
+        makers.append(wandb_sink)
     return makers
+
+
+def words_name(event: Event) -> str:
+    """The name that an event's words go by: no two events of an epoch share one, or the later would hide the other."""
+    return "/".join([event.type.value, *(str(event.data[key]) for key in ("slot", "stage") if key in event.data)])
+
+
+def _wandb_id(directory: Path, *, anew: bool) -> str:
+    """The name by which W&B knows a run however often it is resumed; another one where it begins anew."""
+    path = directory / "wandb" / "run-id.txt"
+    if anew or not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(uuid.uuid4().hex, encoding="ascii")
+    return path.read_text(encoding="ascii").strip()
 
 
 def numbers(data: Mapping[str, Any], where: str = "") -> dict[str, float]:

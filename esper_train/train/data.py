@@ -1,11 +1,12 @@
 """Batches of tensors in memory, on the model's device or from worker processes."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
+
+from esper_train.base.workers import WorkerLoader
 
 Split = tuple[Tensor, Tensor]
 """Inputs [N, ...] and targets [N] or [N, T]."""
@@ -30,15 +31,14 @@ class Loader:
         workers: int = 0,
     ) -> None:
         self._split, self._batch_size, self._shuffle = split, batch_size, shuffle
-        self._loader: DataLoader[Any] | None = None
+        self._loader: WorkerLoader | None = None
         self._order: list[list[int]] = []
         cuda = device.type == "cuda"
         if cuda and not workers and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2:
             self._split = split[0].to(device), split[1].to(device)
         elif cuda or workers:  # its own generator, so that it does not draw from torch's global one
-            how: dict[str, Any] = {"num_workers": workers, "pin_memory": cuda, "persistent_workers": workers > 0}
-            data = TensorDataset(*split)
-            self._loader = DataLoader(data, None, sampler=self._order, generator=torch.Generator(), **how)
+            data, own = TensorDataset(*split), torch.Generator()
+            self._loader = WorkerLoader(data, self._order, workers, pin_memory=cuda, generator=own)
 
     def __len__(self) -> int:
         return -(-len(self._split[1]) // self._batch_size)

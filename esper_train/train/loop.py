@@ -186,9 +186,11 @@ def train_one_epoch(
         replayed=capture.replayed if capture else 0,
         not_replayed=dict(capture.eager) if capture else {},
     )
-    if strict and not governed and epoch.valid > 0 and not math.isfinite(epoch.loss):
+    if strict and not governed and _went_bad(epoch, scaled=step.scaler is not None):
+        bad_gradients = epoch.grad.nan_count + epoch.grad.inf_count if epoch.grad else 0
         raise NonFiniteLossError(
-            f"the training loss is {epoch.loss}; try a smaller learning rate or "
+            f"the training loss is {epoch.loss} and {bad_gradients} gradient entries were NaN or "
+            "infinite; try a smaller learning rate or "
             "train.grad.clip_norm, or set train.on_bad_numbers to 'warn' or 'skip'",
             epoch,
         )
@@ -331,6 +333,13 @@ def _batches(loader: Batches, device: torch.device | None, most: int | None, spa
         yield inputs, targets
     if empty:
         raise ValueError("the loader gave no batch: is the data set smaller than a batch with drop_last=True?")
+
+
+def _went_bad(epoch: EpochResult, *, scaled: bool) -> bool:
+    """Whether the loss or, without a loss scaler, which skips such steps, a gradient was not finite."""
+    gradients = 0 if epoch.grad is None else epoch.grad.nan_count + epoch.grad.inf_count
+    loss_is_bad = epoch.valid > 0 and not math.isfinite(epoch.loss)
+    return loss_is_bad or (gradients > 0 and not scaled)
 
 
 def _pair(batch: object) -> Batch:

@@ -4,14 +4,8 @@ A test that takes `config` alone makes CPU tensors, or CUDA tensors where it is 
 too runs on both.
 """
 
-import os
-
 import pytest
 import torch
-
-# Without a GPU, Triton's kernels run in its interpreter. Triton asks for it once, when it is first imported: later.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from esper_kernels import KernelConfig, select_backend
 from esper_kernels.native import INSTRUCTION_SETS

@@ -133,3 +133,34 @@ def test_autocast_gives_float32_arithmetic(config: KernelConfig) -> None:
     loss.backward()
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("compiler", COMPILERS[1:])
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss", "softcap", "normalizer", "grad_scale"])
+@pytest.mark.parametrize("form", ["loss", "step"])
+def test_a_number_that_changes_every_step_does_not_recompile(
+    config: KernelConfig, compiler: str, name: str, form: str
+) -> None:
+    """One compilation for the first value, one for all others."""
+    if form == "loss" and name == "grad_scale":
+        pytest.skip("the loss has no grad_scale")
+    if name == "softcap" and config.backend == "triton":
+        pytest.skip("Triton's kernels are given softcap by value")
+
+    def run(logits: Tensor, number: float) -> Tensor:
+        if form == "loss":
+            return cross_entropy(logits, TARGETS, **{name: number}, config=config)
+        return cross_entropy_step(logits, TARGETS, None, **{name: number}, config=config)
+
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for i in range(12):
+        leaf, rival = LOGITS.clone().requires_grad_(form == "loss"), LOGITS.clone().requires_grad_(form == "loss")
+        number = 0.05 * (i + 1)
+        actual, expected = compiled(leaf, number), run(rival, number)
+        torch.testing.assert_close(actual, expected)
+        if form == "loss":
+            actual.backward()
+            expected.backward()
+            torch.testing.assert_close(leaf.grad, rival.grad)
+    assert counter.frame_count <= 2

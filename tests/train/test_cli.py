@@ -32,6 +32,7 @@ def test_heuristic_leaves_a_whole_run_directory(tmp_path: Path, capsys: pytest.C
     out = tmp_path / "run"
     assert cli.main(["heuristic", *QUICK, "--out", str(out)]) == 0
     names = {"checkpoints", "config.json", "environment.json", "metrics.jsonl", "network.pt", "report.html"}
+    names |= {"config.json.sha256", "network.pt.sha256"}
     assert {p.name for p in out.iterdir()} == names | {"baseline"}
     assert {p.name for p in (out / "baseline").iterdir()} == names
     events = read_metrics(out)
@@ -98,6 +99,9 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         (["fit", *QUICK, "--backend", "cuda"], "cuda"),
         (["fit", *QUICK, "--sed", "3"], "--seed"),
         (["fit", "--max-batches", "0"], "max_batches must be at least 1"),
+        (["fit", *QUICK, "--seed", str(2**64)], "seed must be at least -2**63"),
+        (["fit", *QUICK, "--seed", str(2**63 - 1500), "--episodes", "3"], "seed must be at least -2**63"),
+        (["fit", *QUICK, "--seed", str(-(2**63) - 1)], "seed must be at least -2**63"),
         (["fit", "--config", "no-such-file.toml"], "no-such-file.toml"),
     ],
 )
@@ -132,6 +136,20 @@ def test_bad_config_files_are_refused(
     assert code == 2
     assert message in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe")
+    code, text = fails(capsys, "fit", "--config", str(tmp_path / "run.toml"))
+    assert code == 2
+    assert f"{tmp_path / 'run.toml'} is not valid TOML" in text
+
+
+def test_a_compiler_that_nobody_knows_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--train.compile.enabled", "--train.compile.backend", "nope", "--out", str(tmp_path / "run")]
+    code, text = fails(capsys, "fit", *QUICK, *options)
+    assert code == 2
+    assert "nope" in text
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

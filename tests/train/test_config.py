@@ -152,7 +152,7 @@ def test_from_dict_refuses_an_unknown_key_and_names_the_nearest(values: dict[str
         ),
         ({"train": {"amp": {"init_scale": 0}}}, r"amp\.init_scale must be positive and finite, got 0\.0"),
         ({"train": {"amp": {"growth_interval": 0}}}, r"amp\.growth_interval must be at least 1, got 0"),
-        ({"workers": -1}, r"workers must be at least 0, got -1"),
+        ({"workers": -1}, r"workers must be between 0 and 512, got -1"),
         ({"optim": {"schedule": {"kind": "cos"}}}, r"schedule\.kind must be one of constant, .*, got 'cos'"),
         ({"optim": {"schedule": {"each": "batch"}}}, r"schedule\.each must be one of step, epoch, got 'batch'"),
         ({"optim": {"schedule": {"final": 1.5}}}, r"schedule\.final must be in \[0, 1\], got 1\.5"),

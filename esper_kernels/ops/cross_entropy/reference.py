@@ -1,9 +1,9 @@
 """The definition of cross entropy and its metrics, in eager torch on any device.
 
-A backend is a module with these functions: `forward` (gives the loss, then what its own `backward` needs),
-`backward`, `step`, `record`. They trust their arguments, which `esper_kernels.cross_entropy` has checked, and
-never wait for the device. A target outside [0, V) is not valid, has zero gradient and is counted; on CPU tensors
-it is refused before.
+A backend is a module with these functions: `forward` (returns the loss, then what its own `backward` needs),
+`backward`, `step`, `record`. They trust their arguments, which `esper_kernels.checks` has checked, and never
+wait for the device. A target outside [0, V) is not valid, has zero gradient and is counted; on CPU tensors it
+has been refused before the call.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Options(NamedTuple):
     ignore_index: int
     label_smoothing: Number
     z_loss: Number
-    softcap: float | None
+    softcap: Number | None  # a tensor only inside compiled graphs
     reduction: str
     normalizer: Number | None
     instruction_set: str = "auto"  # for `cpp`
@@ -74,8 +74,10 @@ def refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> 
 
 
 @torch.no_grad()
-def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool = True) -> Forward:
-    """logits [..., V], targets [...]; adds the batch to `meter`. keep: `backward` will follow."""
+def forward(
+    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, for_backward: bool = True
+) -> Forward:
+    """logits [..., V], targets [...]; adds the batch to `meter`. Keeps the same for any `for_backward`."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
     x = _capped(logits, options.softcap)
     e, z = _factor(options.label_smoothing, x), _factor(options.z_loss, x)
@@ -150,11 +152,18 @@ def backward(
 
 @torch.no_grad()
 def step(
-    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    meter: Meter | None,
+    grad_scale: Number | None,
+    out: Tensor | None,
 ) -> Tensor:
     """The gradient of the loss times grad_scale, into `out` (may be the logits); adds the batch to `meter`."""
     result = forward(logits, targets, options, meter)
-    scale = torch.ones_like(result.denominator) * grad_scale
+    scale = torch.ones_like(result.denominator)
+    if grad_scale is not None:
+        scale = scale * grad_scale
     grad = backward(scale, logits, targets, *result[1:], options)
     return grad if out is None else out.copy_(grad)
 
@@ -185,7 +194,7 @@ def _add_to_meter(
     meter.counts.add_(torch.stack([count.long() for count in counts]))
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+def _capped(logits: Tensor, softcap: Number | None) -> Tensor:
     x = logits if logits.dtype == torch.float64 else logits.float()
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 

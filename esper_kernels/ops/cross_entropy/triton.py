@@ -15,29 +15,38 @@ from torch import Tensor
 
 from esper_kernels.meter import COUNTS, Meter
 from esper_kernels.ops.cross_entropy import launch
+from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
 from esper_kernels.ops.cross_entropy.reference import Number, Options
+from esper_kernels.ops.values import materialized
 
 
-def forward(logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, keep: bool) -> tuple[Tensor, ...]:
-    """The loss and, to keep for `backward`, float32 [2 N + 1]: maximum and sum of a row, then the weights' sum."""
-    loss = logits.new_empty(targets.shape if options.reduction == "none" else (), dtype=torch.float32)
-    kept = logits.new_empty(2 * targets.numel() + 1, dtype=torch.float32) if keep else None
-    _call(logits, targets, options, meter, loss=loss, kept=kept)
-    return (loss,) if kept is None else (loss, kept)
+def forward(
+    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, for_backward: bool
+) -> tuple[Tensor, ...]:
+    """The loss, and what `backward` needs if it will follow."""
+    loss, saved = loss_and_saved(logits, targets, options.reduction, for_backward)
+    _call(logits, targets, options, meter, loss=loss, saved=saved)
+    return (loss,) if saved is None else (loss, saved)
 
 
-def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, kept: Tensor, options: Options) -> Tensor:
-    grad = logits.new_empty(logits.shape)
-    _call(logits, targets, options, None, grad_scale=grad_output.contiguous(), given=kept, grad=grad)
+def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options) -> Tensor:
+    grad = gradient_like(logits)
+    _call(logits, targets, options, None, grad_scale=grad_output.contiguous(), given=saved, grad=grad)
     return grad
 
 
 def step(
-    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, grad_scale: Number, out: Tensor | None
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    meter: Meter | None,
+    grad_scale: Number | None,
+    out: Tensor | None,
 ) -> Tensor:
-    grad = logits.new_empty(logits.shape) if out is None else out
-    written = grad if _followed(grad) else logits.new_empty(logits.shape)
-    _call(logits, targets, options, meter, grad_scale=grad_scale, grad=written)
+    grad = gradient_like(logits) if out is None else out
+    written = grad if _followed(grad) else gradient_like(logits)
+    scale = 1.0 if grad_scale is None else grad_scale
+    _call(logits, targets, options, meter, grad_scale=scale, grad=written)
     return grad if written is grad else grad.copy_(written)
 
 
@@ -54,18 +63,20 @@ def _call(
     given: Tensor | None = None,
     recorded: Tensor | None = None,
     loss: Tensor | None = None,
-    kept: Tensor | None = None,
+    saved: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> None:
     normalizer = options.normalizer if options.reduction == "mean" else 1.0
     values = (options.label_smoothing, options.z_loss, options.softcap, normalizer, grad_scale)
     numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in values]
     numbers[:2] = [x or math.nan for x in numbers[:2]]  # a factor of 0 is none
-    tensors = [x.detach() if isinstance(x, Tensor) else None for x in (*values, options.weight, given, recorded)]
-    meters, topk = ([None, None, None], ()) if meter is None else ([meter.sums, meter.counts, meter.ticket], meter.topk)
+    given_tensors = (*values, options.weight, given, recorded)
+    tensors = [materialized(x.detach()) if isinstance(x, Tensor) else None for x in given_tensors]
+    logits, targets = materialized(logits), materialized(targets)
+    *meters, topk = accumulators(meter)
     run = _op if torch.compiler.is_compiling() else _launch
     per_row = options.reduction == "none"
-    run(logits, targets, numbers, tensors, options.ignore_index, topk, per_row, loss, kept, grad, *meters)
+    run(logits, targets, numbers, tensors, options.ignore_index, topk, per_row, loss, saved, grad, *meters)
 
 
 def _followed(x: Tensor) -> bool:

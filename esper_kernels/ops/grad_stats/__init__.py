@@ -1,7 +1,7 @@
 """Gradient statistics: `grad_stats` measures, `GradStats.compute` reads, `clip_grad_norm_` clips.
 
-`grad_stats` checks its arguments, asks `select_backend`, and lets that backend's module fill the result;
-`reference` is the definition. Call them after backward, outside a compiled region.
+`grad_stats` asks `select_backend`, and lets that backend's module fill the result; `reference` is the
+definition. Call them after backward, outside a compiled region.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,19 +9,22 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from esper_kernels.backends import DTYPES, direct, select_backend
-from esper_kernels.config import KernelConfig
+from esper_kernels import checks
+from esper_kernels.backends import select_backend
+from esper_kernels.config import DTYPES, KernelConfig
 from esper_kernels.ops.grad_stats import cpp, reference, triton
 from esper_kernels.ops.grad_stats.stats import GradHealth, GradStats
+from esper_kernels.ops.values import materialized
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
+_PLAIN = (Tensor, torch.nn.Parameter)
 Grads = Sequence[Tensor | None]
 
 
 def grad_stats(
-    grads: Grads | Mapping[str, Grads],
+    grads: Grads | Mapping[str, Grads | Tensor | None],
     *,
     vanishing: float = 1e-7,
     exploding: float = 100.0,
@@ -31,34 +34,58 @@ def grad_stats(
 ) -> GradStats:
     """Norms, largest magnitudes, and zero, NaN and Inf counts of gradients, on the device; no host sync.
 
-    grads: a sequence of tensors or None, or a mapping from group name to such a sequence; float16, bfloat16,
-        float32, float64 mixed, any shape and stride, one device. None and empty tensors keep their place.
+    grads: a sequence of tensors or None, or a mapping from group name to such a sequence or to one tensor;
+        float16, bfloat16, float32, float64 mixed, any shape and stride, one device. None and empty tensors
+        keep their place.
     vanishing, exploding: a tensor whose L2 norm is strictly below / above is counted as such.
-    inv_scale: [] on the gradients' device (1 / a loss scaler's scale), multiplied to every value read.
+    inv_scale: [] on the gradients' device (1 / a loss scaler's scale), by which every value is multiplied.
     out: an earlier result of as many tensors on the same device, whose memory is overwritten and reused.
 
     Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is not.
     """
-    groups: tuple[tuple[str, int], ...] = ()
+    tensors, groups = _flatten(grads)
+    stats = _measure_natively(tensors, inv_scale, out, config)
+    if stats is None:
+        device, dtype = _check(tensors, inv_scale, out)
+        choice = select_backend("grad_stats", device.type, dtype, config)
+        stats = _allocate(len(tensors), device) if out is None else out
+        ready = [x if x is None else materialized(x) for x in tensors]
+        scale = None if inv_scale is None else materialized(inv_scale)
+        with torch.no_grad():
+            _MODULES[choice.name].fill(ready, scale, stats, choice.instruction_set)
+    numels = tuple(0 if x is None else x.numel() for x in tensors)
+    return stats.over(numels, groups, vanishing, exploding)
+
+
+def _flatten(grads: object) -> tuple[list[Tensor | None], tuple[tuple[str, int], ...]]:
+    """The tensors in order, and each group's name and size."""
     if isinstance(grads, Tensor):
         raise TypeError("grads must be a sequence of tensors or None, or a mapping of them; pass [tensor]")
-    if isinstance(grads, Mapping):
-        groups = tuple((name, len(members)) for name, members in grads.items())
-        tensors = [tensor for members in grads.values() for tensor in members]
-    else:
-        tensors = list(grads)
-    on_cpu = not tensors or getattr(tensors[0], "is_cpu", True)  # the road looks at the others
-    if on_cpu and (road := direct(config)) is not None and (out is None or len(out.numels) == len(tensors)):
-        stats = _allocate(len(tensors), torch.device("cpu")) if out is None else out
-        numels = cpp.direct_fill(road, tensors, inv_scale, stats, "auto" if config is None else config.instruction_set)
-        if numels is not None:
-            return stats.over(numels, groups, vanishing, exploding)
-    device, dtype = _check(tensors, inv_scale, out)
-    choice = select_backend("grad_stats", device.type, dtype, config)
-    stats = _allocate(len(tensors), device) if out is None else out
-    with torch.no_grad():
-        _MODULES[choice.name].fill(tensors, inv_scale, stats, choice.instruction_set)
-    return stats.over(tuple(0 if x is None else x.numel() for x in tensors), groups, vanishing, exploding)
+    if not isinstance(grads, Mapping):
+        return list(grads), ()  # type: ignore[call-overload]  # what is no sequence raises here
+    members = {
+        name: [group] if group is None or isinstance(group, Tensor) else list(group) for name, group in grads.items()
+    }
+    groups = tuple((name, len(group)) for name, group in members.items())
+    return [tensor for group in members.values() for tensor in group], groups
+
+
+def _measure_natively(
+    tensors: list[Tensor | None], inv_scale: Tensor | None, out: GradStats | None, config: KernelConfig | None
+) -> GradStats | None:
+    """The statistics from a compiled op, which checks the tensors itself; None if it refuses them."""
+    first = next((x for x in tensors if x is not None), None)
+    if not isinstance(first, Tensor) or not all(x is None or type(x) in _PLAIN for x in tensors):
+        return None  # a subclass may mean something else by its memory
+    choice = select_backend("grad_stats", first.device.type, torch.float32, config)
+    if choice.name not in checks.NATIVE:
+        return None
+    try:
+        stats = _allocate(len(tensors), first.device) if out is None else out
+        cpp.fill(tensors, inv_scale, stats, choice.instruction_set)
+    except checks.REFUSALS:
+        return None
+    return stats
 
 
 def clip_grad_norm_(
@@ -110,6 +137,7 @@ def _check(tensors: Grads, inv_scale: Tensor | None, out: GradStats | None) -> t
             raise TypeError(f"grads[{place}] must be a dense tensor or None (of a DTensor to_local()), got {what}")
         if x.dtype not in DTYPES:
             raise TypeError(f"grads[{place}] must be one of {DTYPES}, got {x.dtype}")
+        checks.check_storage(f"grads[{place}]", x)
         device = device or x.device
         if x.device != device:
             raise ValueError(f"grads must be on one device, got {device} and, at place {place}, {x.device}")
@@ -119,13 +147,31 @@ def _check(tensors: Grads, inv_scale: Tensor | None, out: GradStats | None) -> t
         raise TypeError(f"inv_scale must be a 0-d tensor, got {inv_scale!r}")
     if inv_scale is not None and inv_scale.device != device:
         raise ValueError(f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}")
-    if out is not None and (len(out.numels), out.norms.device) != (len(tensors), device):
-        raise ValueError(
-            f"out must be of {len(tensors)} tensors on {device}, got {len(out.numels)} on "
-            f"{out.norms.device}; leave it out to allocate"
-        )
+    if inv_scale is not None:
+        checks.check_storage("inv_scale", inv_scale)
+    if out is not None:
+        _check_result(out, len(tensors), device)
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return device, torch.float64 if wide else torch.float32
+
+
+def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> None:
+    """That `out` is an earlier result of as many tensors on this device."""
+    if (len(out.numels), out.norms.device) != (num_tensors, device):
+        raise ValueError(
+            f"out must be of {num_tensors} tensors on {device}, got {len(out.numels)} on {out.norms.device}; "
+            "leave it out to allocate"
+        )
+    names = ("norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf")
+    expected = _allocate(num_tensors, torch.device("meta"))
+    for name in names:
+        x, like = getattr(out, name), getattr(expected, name)
+        if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, device) or not x.is_contiguous():
+            raise ValueError(
+                f"out.{name} must be a contiguous {like.dtype} tensor of shape {tuple(like.shape)} on {device}, "
+                f"got {checks.describe(x)}"
+            )
+        checks.check_storage(f"out.{name}", x)
 
 
 def _allocate(num_tensors: int, device: torch.device) -> GradStats:

@@ -21,6 +21,7 @@ import torch
 
 from esper_train import Idle, RunConfig, TelemetryConfig, TelemetryHub, TrainStep, cli, load_run
 from esper_train.base.state import RandomState, copied
+from esper_train.base.stop import StopRequest
 from esper_train.run import checkpoint
 from esper_train.run.build import build_episode
 from esper_train.run.checkpoint import Checkpoints, load, restore, save, saved
@@ -118,7 +119,7 @@ def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) 
     state = torch.load(whole / "checkpoints" / "epoch-6.pt", weights_only=True)
     parts = {"episode", "model", "optimizers", "step", "tracker", "governor", "policy", "telemetry", "random"}
     parts |= {"streams", "trial", "kept"}
-    assert set(state) == {"format", "run", "parts"}
+    assert set(state) == {"format", "run", "parts", "metrics"}
     assert set(state["parts"]) == parts
     assert {"python", "numpy", "torch", "order"} <= set(state["parts"]["random"])
     assert any(group.endswith(".gate") for group in state["parts"]["optimizers"])
@@ -161,7 +162,7 @@ class AtBatch:
         monkeypatch.setattr(TrainStep, "__call__", wrapped)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_lets_the_batch_finish_and_loses_no_epoch(
     number: signal.Signals, code: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,16 +180,26 @@ def test_a_signal_lets_the_batch_finish_and_loses_no_epoch(
     assert reported(tmp_path / "run") == reported(whole)
 
 
-def test_after_the_first_signal_the_system_handles_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[object] = []
+def test_the_same_signal_sent_twice_at_once_is_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` signals its child and the child's group."""
 
-    def act() -> None:
+    def twice() -> None:
         signal.raise_signal(signal.SIGTERM)
-        seen.extend((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))
+        signal.raise_signal(signal.SIGTERM)
 
-    AtBatch(2, act, monkeypatch)
+    AtBatch(2, twice, monkeypatch)
     assert start(tmp_path / "run") == 143
-    assert seen == [signal.SIG_DFL, signal.SIG_DFL]
+
+
+def test_under_nohup_the_loss_of_the_terminal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.before("batch") == "batch"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(
@@ -315,7 +326,9 @@ def test_damaged_and_foreign_checkpoints_are_refused(whole: Path, tmp_path: Path
     save(path, data)
     for name, damaged in damages(data):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"epoch-7.pt cannot be used: .*damaged; remove it to go on from epoch-6"):
+        with pytest.raises(
+            ValueError, match=r"epoch-7.pt cannot be used: .*damaged or changed; remove it to go on from epoch-6"
+        ):
             pytest.fail(f"{name} was read: {load(path)}")
     path.write_bytes(data)
     assert load(path)["parts"]["episode"]["epoch"] == 7
@@ -329,6 +342,50 @@ def test_what_is_not_a_checkpoint_is_refused_even_with_the_right_digest(whole: P
             save(tmp_path / "epoch-1.pt", damaged)
             with pytest.raises(ValueError, match=r"epoch-1.pt cannot be used: .*start the run anew"):
                 pytest.fail(f"{name} was read: {load(tmp_path / 'epoch-1.pt')}")
+
+
+@pytest.mark.parametrize("damage", ["cut to epoch 3", "cut within a line", "gone", "other file"])
+def test_a_gap_between_metrics_and_checkpoint_is_refused(
+    damage: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = stopped_after(7, whole, tmp_path / "run")
+    metrics, size = directory / "metrics.jsonl", load(directory / "checkpoints" / "epoch-7.pt")["metrics"]
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    if damage == "gone":
+        metrics.unlink()
+    else:
+        kept = {"cut to epoch 3": b"".join(lines[:4]), "cut within a line": b"".join(lines)[: size - 1]}
+        metrics.write_bytes(kept.get(damage, b'{"event": "run_started", "epoch": 0}\n'))
+    before = contents(directory)
+    assert resume(directory) == 2
+    assert f"and had {size} then, so its last lines are lost; remove it to go on" in capsys.readouterr().err
+    assert contents(directory) == before
+
+
+def test_metrics_cut_to_an_older_checkpoint_are_gone_on_from(whole: Path, tmp_path: Path) -> None:
+    """As the refusal says, once the newer checkpoints are removed."""
+    directory = stopped_after(3, whole, tmp_path / "run")
+    size = load(directory / "checkpoints" / "epoch-3.pt")["metrics"]
+    os.truncate(directory / "metrics.jsonl", size)
+    assert resume(directory) == 0
+    assert reported(directory) == reported(whole)
+
+
+def test_metrics_are_on_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is synced, in its order: the metrics' own file before each checkpoint's digest and data."""
+    synced: list[str] = []
+    inner = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.strip("."))
+        inner(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert start(tmp_path / "run", "--max-epochs", "2", "--checkpoint.every", "1") == 0
+    for epoch in (1, 2):
+        place = synced.index(f"epoch-{epoch}.pt.sha256.new")
+        assert synced[place - 2 : place] == ["metrics.jsonl", "run"]
+        assert synced.index(f"epoch-{epoch}.pt.new") > place
 
 
 @pytest.mark.parametrize("shape", ["zip", "legacy"])

@@ -1,7 +1,11 @@
 """A run's directory: what is written, and that the trained network comes back as it was."""
 
 import json
+import os
 import pickle
+import random
+import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,13 +65,12 @@ def test_config_comes_back(run: tuple[Path, torch.nn.Module]) -> None:
     assert environment["torch"] == torch.__version__
 
 
-def test_create_overwrites_nothing(tmp_path: Path) -> None:
+def test_a_claim_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="not empty"):
-        run_directory.create(tmp_path, CONFIG)
+    for path in (tmp_path, tmp_path / "precious.txt"):
+        with pytest.raises(FileExistsError, match="choose another --out"), run_directory.claimed(path):
+            pass
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
-    with pytest.raises(FileExistsError):
-        run_directory.create(tmp_path / "precious.txt", CONFIG)
 
 
 def test_load_run_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -109,8 +112,78 @@ def test_load_run_runs_no_code_from_the_file(tmp_path: Path) -> None:
 
 
 def test_read_metrics_forgives_a_last_line_cut_short(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"event": "a"}\n{"event": "b"}\n{"eve')
+    first, second = (json.dumps({"event": name, "epoch": 1}) for name in "ab")
+    (tmp_path / "metrics.jsonl").write_text(f'{first}\n{second}\n{{"eve')
     assert [e["event"] for e in run_directory.read_metrics(tmp_path)] == ["a", "b"]
-    (tmp_path / "metrics.jsonl").write_text('{"event": "a"}\n{"eve\n{"event": "b"}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    (tmp_path / "metrics.jsonl").write_text(f'{first}\n{{"eve\n{second}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
         run_directory.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"3", b"[]", b'{"event": "epoch"}', b'"\xff"'])
+def test_read_metrics_refuses_what_is_no_event(line: bytes, tmp_path: Path) -> None:
+    good = b'{"event": "epoch", "epoch": 1}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + line + b"\n" + good)
+    with pytest.raises(ValueError, match="line 2 is no"):
+        run_directory.read_metrics(tmp_path)
+
+
+# of the 300 flips that the fault list speaks of, 110 loaded silently
+@pytest.mark.parametrize("name", ["network.pt", "config.json"])
+def test_no_flipped_bit_is_read(name: str, run: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    path, draw = tmp_path / "copy", random.Random(0)
+    shutil.copytree(run[0], path)
+    data = (path / name).read_bytes()
+    for place in draw.sample(range(len(data)), 60):
+        (path / name).write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        with pytest.raises(ValueError, match=rf"{name} cannot be used: .*damaged or changed; .*remove {name}.sha256"):
+            load_run(path)
+    (path / name).write_bytes(data)
+    load_run(path)
+
+
+def test_files_of_versions_without_digests_are_read(run: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    shutil.copytree(run[0], tmp_path / "copy")
+    for digest in (tmp_path / "copy").glob("*.sha256"):
+        digest.unlink()
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.equal(load_run(tmp_path / "copy")(x), load_run(run[0])(x))
+
+
+@pytest.mark.parametrize("call", range(1, 20))
+def test_a_file_that_is_written_anew_is_never_left_with_the_digest_of_another(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before each call to the system that replacing it makes: the old one or the new one can be read."""
+    path, calls = tmp_path / "network.pt", 0
+    run_directory.write_with_digest(path, b"old")
+
+    class Stop(Exception):
+        pass
+
+    def stopping(owner: object, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def wrapped(*arguments: object, **keywords: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise Stop
+            return inner(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    for owner, name in ((Path, "open"), (Path, "replace"), (os, "fsync"), (os, "open")):
+        stopping(owner, name)
+    with suppress(Stop):
+        run_directory.write_with_digest(path, b"new")
+    monkeypatch.undo()
+    assert run_directory.read_checked(path) in ((b"new",) if calls < call else (b"old", b"new"))
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\xff"])
+def test_a_config_that_is_none_is_refused_by_its_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json (is not JSON|holds no settings).*bring it back"):
+        run_directory.load_config(tmp_path)

@@ -84,13 +84,15 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     """Both are raised within one batch; the process is ended by the second, before the batch is over."""
     code = """
-import signal, sys
+import signal, sys, time
 from esper_train import TrainStep, cli
+from esper_train.base.stop import ECHO
 inner, begun = TrainStep.__call__, []
 def twice(step, *arguments):
     begun.append(None)
     if len(begun) == 5:
         signal.raise_signal(signal.SIGTERM)
+        time.sleep(1.1 * ECHO)
         signal.raise_signal(signal.SIGTERM)
         print("the batch went on", flush=True)
     inner(step, *arguments)

@@ -148,7 +148,7 @@ def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None
     lives = {EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED}
     # exploding gradients escalate every level but off
     everything = lives | {EventType.EPOCH, EventType.LAYER_GRADIENTS}
-    assert kinds == (set() if level == "off" else lives if lifecycle_only else everything)
+    assert kinds == (lives if lifecycle_only else set() if level == "off" else everything)
 
 
 def test_a_level_takes_its_kinds_until_it_is_escalated() -> None:
@@ -162,6 +162,13 @@ def test_a_level_takes_its_kinds_until_it_is_escalated() -> None:
             escalated = set(EventType) if left and level != "off" else kinds
             assert {kind for kind in EventType if hub.collects(kind)} == escalated
             hub.tick()
+
+
+def test_an_escalation_does_not_shorten_one_under_way() -> None:
+    hub = TelemetryHub([Recorder()], TelemetryConfig(escalation_epochs=2))
+    hub.escalate(5)
+    hub.escalate()
+    assert hub.state_dict() == {"_escalated_epochs": 5}
 
 
 def test_bad_numbers_escalate_to_debug(broken_events: list[Event]) -> None:

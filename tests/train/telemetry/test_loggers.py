@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from esper_train import EventType, RunConfig, TelemetryConfig, TelemetryHub, run_heuristic_episode
+from esper_train import EventType, RunConfig, TelemetryConfig, TelemetryHub, cli, run_heuristic_episode
 from esper_train.telemetry.loggers import logger_makers, numbers
 from tests.helpers.scripted import EASY, Recorder, Script, germinate
 
@@ -15,8 +15,8 @@ from tests.helpers.scripted import EASY, Recorder, Script, germinate
 class Board:
     """Stands in for `SummaryWriter`."""
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: str, purge_step: int | None = None) -> None:
+        self.directory, self.purge_step = directory, purge_step
         self.scalars: list[tuple[str, float, int]] = []
         self.texts: list[tuple[str, str, int]] = []
         self.unflushed = 0
@@ -37,12 +37,20 @@ class Board:
         self.closed = True
 
 
+class Config(dict[str, Any]):
+    """The real one refuses another value for a key, unless told that it may change."""
+
+    def update(self, values: dict[str, Any], allow_val_change: bool = False) -> None:  # type: ignore[override]
+        assert allow_val_change or all(self.get(key, value) == value for key, value in values.items())
+        super().update(values)
+
+
 class Wandb:
     """Stands in for the module and for the run that `init` returns."""
 
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
-        self.config: dict[str, Any] = {}
+        self.config = Config()
         self.summary: dict[str, Any] = {}
         self.history: list[tuple[int, dict[str, Any]]] = []
         self.finished = False
@@ -64,15 +72,16 @@ def logged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Board, Wand
     """A run whose seed reaches blending, at the level debug, written to both."""
     boards: list[Board] = []
 
-    def writer(directory: str) -> Board:
-        boards.append(Board(directory))
+    def writer(directory: str, purge_step: int | None) -> Board:
+        boards.append(Board(directory, purge_step))
         return boards[0]
 
     wandb, recorder = Wandb(), Recorder()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     telemetry = TelemetryConfig(level="debug", tensorboard=True, wandb=True)
-    sinks = [make(tmp_path / "run") for make in logger_makers(telemetry)]
+    (tmp_path / "run").mkdir()
+    sinks = [make(tmp_path / "run", None) for make in logger_makers(telemetry)]
     config = RunConfig(task="synthetic", max_epochs=5, max_batches=2, growth=EASY)
     hub = TelemetryHub([*sinks, recorder], telemetry)
     run_heuristic_episode(config, policy=Script(e1=germinate()), hub=hub)
@@ -95,9 +104,9 @@ def test_tensorboard_gets_curves_and_words(logged: tuple[Board, Wandb, Recorder]
     assert {step for tag, _, step in board.scalars if tag == "norms/host.head.2.bias"} == {1, 2, 3, 4, 5}
     assert [tag for tag, _, _ in board.texts] == [
         "run_started",
-        "seed_stage",
-        "seed_stage",
-        "seed_stage",
+        "seed_stage/early/GERMINATED",
+        "seed_stage/early/TRAINING",
+        "seed_stage/early/BLENDING",
         "run_finished",
     ]
     assert (board.unflushed, board.closed) == (0, True)
@@ -105,15 +114,59 @@ def test_tensorboard_gets_curves_and_words(logged: tuple[Board, Wandb, Recorder]
 
 def test_wandb_gets_config_history_and_summary(logged: tuple[Board, Wandb, Recorder], tmp_path: Path) -> None:
     _, wandb, recorder = logged
-    assert wandb.given == {"project": "esper", "mode": "offline", "name": "run", "dir": str(tmp_path / "run")}
+    number = (tmp_path / "run" / "wandb" / "run-id.txt").read_text()
+    where = {"project": "esper", "mode": "offline", "name": "run", "dir": str(tmp_path / "run")}
+    assert wandb.given == where | {"id": number, "resume": "allow"}
     assert wandb.config["task"] == "synthetic"
     losses = [(step, data["train/loss"]) for step, data in wandb.history if "train/loss" in data]
     assert losses == [(event.epoch, event.data["train"]["loss"]) for event in recorder.of(EventType.EPOCH)]
-    words = [data["seed_stage/early"] for _, data in wandb.history if "seed_stage/early" in data]
-    assert words[0].startswith("early: seed_0 DORMANT -> GERMINATED")
+    epochs: dict[int, dict[str, Any]] = {}
+    for step, data in wandb.history:
+        assert not epochs.get(step, {}).keys() & data.keys()  # the real one would keep the later value alone
+        epochs.setdefault(step, {}).update(data)
+    assert epochs[1]["seed_stage/early/GERMINATED"].startswith("early: seed_0 DORMANT -> GERMINATED")
+    assert epochs[1]["seed_stage/early/TRAINING"].startswith("early: seed_0 GERMINATED -> TRAINING")
     assert wandb.summary["status"] == "completed"
     assert wandb.summary["test/accuracy"] == recorder.of(EventType.RUN_FINISHED)[0].data["test"]["accuracy"]
     assert wandb.finished
+
+
+@pytest.mark.parametrize(("done", "purged"), [(None, None), (0, 0), (4, 5)])
+def test_a_resumed_run_hides_in_tensorboard_what_it_reports_again(
+    done: int | None, purged: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    (make,) = logger_makers(TelemetryConfig(tensorboard=True))
+    assert make(tmp_path, done)._writer.purge_step == purged  # type: ignore[attr-defined]
+
+
+def test_a_resumed_run_is_the_same_run_in_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    numbers_given = []
+    for done in (None, 4, 9, 0):
+        wandb = Wandb()
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        (make,) = logger_makers(TelemetryConfig(wandb=True))
+        make(tmp_path, done)
+        numbers_given.append(wandb.given["id"])
+    first, second, third, begun_anew = numbers_given
+    assert first == second == third != begun_anew
+
+
+def test_a_resumed_command_says_how_far_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    boards: list[Board] = []
+
+    def writer(directory: str, purge_step: int | None) -> Board:
+        boards.append(Board(directory, purge_step))
+        return boards[-1]
+
+    monkeypatch.setattr(cli, "write_report", lambda directory: directory)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    run = ["--task", "synthetic", "--max-epochs", "2", "--max-batches", "2", "--telemetry.tensorboard"]
+    assert cli.main(["fit", *run, "--out", str(tmp_path / "run")]) == 0
+    assert cli.main(["fit", "--resume", str(tmp_path / "run"), "--max-epochs", "4"]) == 0
+    assert [board.purge_step for board in boards] == [None, 3]
+    steps = [step for board in boards for tag, _, step in board.scalars if tag == "train/loss"]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_numbers_are_found_by_their_path_and_nothing_else_is() -> None:

@@ -1,0 +1,145 @@
+"""Worker processes that prepare batches: signals are for the run alone, and a worker's death shows where it matters."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from multiprocessing import active_children, connection
+from multiprocessing.process import BaseProcess
+from types import FrameType, TracebackType
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from esper_train.base.stop import SIGNALS
+
+END = object()
+GRACE = 1.0
+"""Seconds that a dying process may take to be seen as dead once its connections are closed."""
+
+
+class WorkerLoader:
+    """A `DataLoader` whose workers outlive the signals that its own process answers.
+
+    Slurm, systemd, `timeout` and terminals send a signal to every process of a run. The run finishes its batch and
+    saves its state, and needs its workers for that; they go when it goes. A worker that died is a
+    `ChildProcessError`, raised where a batch is waited for and nowhere else.
+    """
+
+    def __init__(self, data: Dataset[Any], order: Iterable[Any], workers: int, **options: Any) -> None:
+        self._answered = [each for each in SIGNALS if callable(signal.getsignal(each))]
+        self._loader = DataLoader(
+            data,
+            batch_size=None,
+            sampler=order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=partial(_ignore, self._answered),
+            **options,
+        )
+        self._processes: list[BaseProcess] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        with self._explained():
+            batches = self._begin()
+        while True:
+            with self._explained():
+                batch = next(batches, END)
+            if batch is END:
+                return
+            yield batch
+
+    def _begin(self) -> Iterator[Any]:
+        """An iterator over an epoch. The first call starts the workers, shielded until they ignore signals."""
+        if self._processes or self._loader.num_workers == 0:
+            return iter(self._loader)
+        others = active_children()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._answered)
+        try:
+            batches = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._processes = [each for each in active_children() if each not in others]
+        return batches
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """While a batch is waited for: say what it means when a worker is gone."""
+        try:
+            with _watched():
+                yield
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, ChildProcessError) or not self._has_dead():
+                raise
+            raise _death(error) from error
+
+    def _has_dead(self) -> bool:
+        """Whether a worker is dead, or is found dead in a moment: its connections close before it is gone."""
+        return bool(connection.wait([each.sentinel for each in self._processes], timeout=GRACE))
+
+
+class _Watch:
+    """A handler of SIGCHLD that lets the one before it raise only while a batch is waited for.
+
+    torch's own raises wherever the run happens to be: in the middle of saving, for one.
+    """
+
+    def __init__(self, inner: Callable[[int, FrameType | None], Any]) -> None:
+        self._inner = inner
+        self._waiting = self._missed = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._check(frame)
+        else:
+            self._missed = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self._waiting = True
+        try:
+            if self._missed:
+                self._missed = False
+                self._check(None)
+            yield
+        finally:
+            self._waiting = False
+
+    def _check(self, frame: FrameType | None) -> None:
+        try:
+            self._inner(signal.SIGCHLD, frame)
+        except RuntimeError as error:
+            raise _death(error) from error
+
+
+def _watched() -> AbstractContextManager[None]:
+    """Where workers may be reported dead: the process's table of signals says by whom."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return nullcontext()  # torch asks the workers themselves every few seconds
+    if not isinstance(handler, _Watch):
+        handler = _Watch(handler)
+        signal.signal(signal.SIGCHLD, handler)
+    return handler.waiting()
+
+
+def _ignore(numbers: Iterable[int], worker: int) -> None:
+    """In a worker, at its start: leave these signals, which were held back until now, to the run."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    sys.excepthook = _report_unless_left
+
+
+def _report_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In a worker's own threads: a run that ends leaves its connections to workers, and says itself why."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _death(error: Exception) -> ChildProcessError:
+    what = str(error).strip() or type(error).__name__
+    advice = "if memory ran out, use fewer workers, or workers=0; --resume goes on from the last whole epoch"
+    return ChildProcessError(f"a process that prepares batches died ({what}); {advice}")
