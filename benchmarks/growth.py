@@ -1,63 +1,80 @@
-"""Does growing pay? Test accuracy of three networks over several seeds, as the README's tables.
+"""Does growing pay? Test accuracy of grown networks and of their hosts, at several lengths of run.
 
-    python -m benchmarks growth                             # digits, 10 seeds, about three minutes on two cores
-    python -m benchmarks growth --task pysource --seeds 2   # a quarter of an hour
+    python -m benchmarks growth                                      # digits, 10 seeds, 75 to 600 epochs
+    python -m benchmarks growth --task pysource --seeds 3 --epochs 60
 
-grown: `esper-train heuristic`; fit: the same host, epochs and data without slots; static: a host of the width whose
-parameter count is nearest to the grown network's, trained like fit.
+grown: `esper-train heuristic`; fit: the same host, epochs and data without slots. Both give the network
+that `keep` names. The figures of a run are printed and written as soon as it ends.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from statistics import mean
-from typing import Any
+import math
+from dataclasses import asdict, dataclass, replace
+from statistics import mean, stdev
 
 from benchmarks import record
-from esper_train import HostConfig, get_task, run_fit, run_heuristic_episode
+from esper_train import run_fit, run_heuristic_episode
 from esper_train.config import preset
 
 
-def parameters(task: str, width: int) -> int:
-    """Parameters of the task's host of this width."""
-    host = get_task(task).build_host(HostConfig(width=width))
-    return sum(p.numel() for p in host.parameters())
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A grown network and its host. Accuracies on the test split in percent."""
+
+    epochs: int
+    seed: int
+    grown: float
+    fit: float
+    parameters: int
+    fossils: int
+    undone: int
+    undone_epochs: int
+
+    @property
+    def gain(self) -> float:
+        """Percentage points."""
+        return self.grown - self.fit
 
 
-def measure(task: str, seed: int) -> dict[str, Any]:
-    """One seed's row: accuracies on the test split in percent, parameters, fossils."""
-    config = replace(preset(task), seed=seed)
-    grown = run_heuristic_episode(config)
-    fit = run_fit(config)
-    width = min(range(1, 65), key=lambda w: abs(parameters(task, w) - grown.parameters))
-    static = run_fit(replace(config, host=HostConfig(width=width)))
-    return {
-        "seed": seed,
-        "grown": grown.test.accuracy,
-        "fit": fit.test.accuracy,
-        "static": static.test.accuracy,
-        "grown_parameters": grown.parameters,
-        "fit_parameters": fit.parameters,
-        "static_parameters": static.parameters,
-        "fossils": grown.fossils,
-        "contributions": grown.contributions,
-    }
+def measure(task: str, epochs: int, seed: int) -> Pair:
+    """Train both networks."""
+    config = replace(preset(task), seed=seed, max_epochs=epochs)
+    grown, fit = run_heuristic_episode(config), run_fit(config)
+    return Pair(
+        epochs=epochs,
+        seed=seed,
+        grown=grown.test.accuracy,
+        fit=fit.test.accuracy,
+        parameters=grown.parameters,
+        fossils=grown.fossils,
+        undone=grown.undone,
+        undone_epochs=grown.undone_epochs,
+    )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a network, a column a seed, mean last."""
-    seeds = [str(row["seed"]) for row in rows]
-    lines = ["| | " + " | ".join(f"seed {s}" for s in seeds) + " | mean |", "|---" * (len(rows) + 2) + "|"]
-
-    def line(label: str, values: list[float], digits: int) -> None:
-        cells = [f"{value:.{digits}f}" for value in values]
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | **{mean(values):.{max(digits, 1)}f}** |")
-
-    for name in ("grown", "fit", "static"):
-        line(f"{name}: test accuracy, %", [row[name] for row in rows], 2)
-        line(f"{name}: parameters", [row[f"{name}_parameters"] for row in rows], 0)
-    line("grown: fossilized seeds", [row["fossils"] for row in rows], 0)
+def table(pairs: list[Pair]) -> str:
+    """Markdown: one row per length of run, with the mean gain and its standard error."""
+    lines = [
+        "| epochs | seeds | grown, % | fit, % | gain, points | below by more than 1 / 2 | kept | undone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for epochs in dict.fromkeys(pair.epochs for pair in pairs):
+        rows = [pair for pair in pairs if pair.epochs == epochs]
+        gains = [row.gain for row in rows]
+        error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+        cells = [
+            str(epochs),
+            str(len(rows)),
+            f"{mean(row.grown for row in rows):.2f}",
+            f"{mean(row.fit for row in rows):.2f}",
+            f"{mean(gains):+.2f} ± {error:.2f}",
+            f"{sum(gain < -1 for gain in gains)} / {sum(gain < -2 for gain in gains)}",
+            str(sum(row.fossils for row in rows)),
+            str(sum(row.undone for row in rows)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -66,15 +83,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="digits")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[75, 150, 300, 600])
     options = parser.parse_args()
-    rows = []
-    for seed in range(options.seeds):
-        rows.append(measure(options.task, seed))
-        print(
-            f"seed {seed}: " + ", ".join(f"{k} {rows[-1][k]:.2f}" for k in ("grown", "fit", "static")),
-            flush=True,
-        )
-    print(f"\n{table(rows)}\n\n{record.write(f'growth-{options.task}', rows)}")
+    pairs: list[Pair] = []
+    for epochs in options.epochs:
+        for seed in range(options.seeds):
+            pairs.append(measure(options.task, epochs, seed))
+            path = record.write(f"growth-{options.task}", [asdict(pair) for pair in pairs])
+            last = pairs[-1]
+            print(f"{epochs} epochs, seed {seed}: grown {last.grown:.2f}, fit {last.fit:.2f}", flush=True)
+    print(f"\n{table(pairs)}\n\n{path}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
@@ -84,6 +85,66 @@ class RandomState:
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         self._order.set_state(state_dict["order"])
         self._restored = state_dict
+
+
+class RandomStreams:
+    """Torch's random numbers, apart by name: each stream goes on where it was last left.
+
+    What draws inside `active` does not show in the random numbers outside.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._states: dict[str, dict[str, Tensor]] = {}  # name to type of device to generator state
+
+    @contextmanager
+    def active(self, name: str, device: torch.device) -> Iterator[None]:
+        """Draw from the stream `name` inside, on the CPU and on `device`."""
+        callers = _torch_states(device)
+        state = self._states.get(name)
+        try:
+            if state is None:
+                torch.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+            else:
+                _set_torch_states(state, device)
+            yield
+            self._states[name] = _torch_states(device)
+        finally:
+            _set_torch_states(callers, device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every stream stands."""
+        return {name: dict(state) for name, state in self._states.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        self._states = {name: dict(state) for name, state in state_dict.items()}
+
+
+@contextmanager
+def no_random_numbers(device: torch.device, advice: str) -> Iterator[None]:
+    """`ValueError` with the advice where torch's random numbers were drawn inside; not while a CUDA
+    graph is being captured, when their state cannot be read."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    before = _torch_states(device)
+    yield
+    after = _torch_states(device)
+    if not all(torch.equal(before[kind], after[kind]) for kind in before):
+        raise ValueError(f"expected no random numbers to be drawn; {advice}")
+
+
+def _torch_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def _set_torch_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 def _numpy() -> Any:

@@ -19,10 +19,6 @@ class HeuristicConfig(Settings, table="policy."):
     """No germination before this epoch."""
     life_margin: int = 7
     """No germination when fewer epochs than a whole seed life plus this many are left."""
-    cull_after_epochs: int = 5
-    """A seed younger than this in BLENDING is not culled for lost accuracy; of use where blending lasts longer."""
-    cull_accuracy_drop: float = 2.0
-    """Percentage points lost since the stage began that get a seed with alpha above 0 culled."""
     blueprints: tuple[str, ...] = ()
     """Rotation of blueprints, first choice first; empty takes the registry's order for the host's topology."""
     blend: str = "sigmoid"

@@ -35,7 +35,7 @@ class Governor(PlainState):
 
     def __init__(self, config: GovernorConfig, guess: float) -> None:
         self._config = config
-        self._guess = guess
+        self.guess = guess
         self.history: list[float] = []
         self.suspicious = self.rollbacks = 0
 
@@ -51,7 +51,7 @@ class Governor(PlainState):
         return found if self.suspicious >= self._config.patience else None
 
     def _compare(self, loss: float) -> Finding | None:
-        config, guess = self._config, self._guess
+        config, guess = self._config, self.guess
         if len(self.history) < config.min_history:
             return None
         mean, deviation = fmean(self.history), pstdev(self.history)
@@ -61,6 +61,10 @@ class Governor(PlainState):
         if mean < LEARNED * guess and abs(loss - guess) < NEAR_GUESS * guess:
             return Finding(kind="collapse", message=f"the validation loss {loss:.4g} is that of a guess; {usual}")
         return None
+
+    def restart(self) -> None:
+        """Judge the epochs that are to come afresh, without a rollback."""
+        self.suspicious = 0
 
     def rolled_back(self) -> None:
         """Count a rollback; the epochs that are to come are judged afresh."""

@@ -1,6 +1,7 @@
 """The heuristic controller: a few readable rules, one decision an epoch."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from esper_train.base.names import require_known
 from esper_train.base.state import PlainState
@@ -9,11 +10,12 @@ from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
 from esper_train.morph.blending import get_blend
 from esper_train.morph.config import GrowthConfig
+from esper_train.morph.gates import judge
 from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
 
 
 class HeuristicTamiyo(PlainState):
-    """Germinates on a plateau, culls what harms, fossilizes what pays, at the gate's own threshold.
+    """Germinates on a plateau, and fossilizes what passes the gate; slots cull what harms by themselves.
 
     `blueprints` are those for the host's topology, in order of preference. `ValueError` if there is none, or if
     `config.blueprints` names another.
@@ -56,24 +58,18 @@ class HeuristicTamiyo(PlainState):
     def _judge(self, state: SlotState) -> Decision:
         """What to do with the open seed."""
         slot, age = state.slot, state.epochs_in_stage
-        if state.stage is SeedStage.PROBATIONARY:
-            c, least = state.contribution, self._growth.fossilize_contribution
-            if c is None:
-                return Decision(op=Op.WAIT, slot=slot, reason="contribution not measured yet")
-            if c < least:
-                return Decision(op=Op.WAIT, slot=slot, reason=f"contribution {c:.2f} is below {least:.2f}")
-            reason, confidence = f"contributes {c:.2f} points", min(1.0, c / 5.0)
-            return Decision(op=Op.FOSSILIZE, slot=slot, reason=reason, confidence=confidence)
-        # before alpha rises the seed has no part in the output, so a fall in accuracy is not its doing
-        drop = -(state.improvement or 0.0) if state.alpha > 0 else 0.0
-        if age >= self._config.cull_after_epochs and drop > self._config.cull_accuracy_drop:
-            reason = f"accuracy fell by {drop:.2f} points in {state.stage.name}"
-            return Decision(op=Op.CULL, slot=slot, reason=reason)
-        return Decision(op=Op.WAIT, slot=slot, reason=f"seed is in {state.stage.name} for {age} epochs")
+        if state.stage is not SeedStage.PROBATIONARY:
+            return Decision(op=Op.WAIT, slot=slot, reason=f"seed is in {state.stage.name} for {age} epochs")
+        gate = judge(SeedStage.FOSSILIZED, state, self._growth)
+        if not gate.passed:
+            return Decision(op=Op.WAIT, slot=slot, reason="; ".join(gate.failures))
+        contribution = fmean(state.contributions)
+        reason, confidence = f"contributes {contribution:.2f} points", min(1.0, contribution / 5.0)
+        return Decision(op=Op.FOSSILIZE, slot=slot, reason=reason, confidence=confidence)
 
     def _consider_germination(self, signals: Signals) -> Decision:
         config, plateau = self._config, signals.plateau_epochs
-        needed = self._growth.seed_life(signals.max_epochs) + config.life_margin
+        needed = self._growth.seed_life() + config.life_margin
         left = signals.max_epochs - signals.epoch
         slot = next((s.slot for s in signals.slots if s.stage is SeedStage.DORMANT), None)
         most, seated = self._growth.max_seeds, sum(s.seed_id is not None for s in signals.slots)
@@ -82,7 +78,8 @@ class HeuristicTamiyo(PlainState):
             (most is not None and seated >= most, f"{seated} seeds are the most"),
             (signals.epoch < config.min_epochs, f"before epoch {config.min_epochs}"),
             (left < needed, f"{left} epochs left, a seed's life needs {needed}"),
-            (not signals.host_stable or plateau < config.plateau_epochs, "the host is still learning"),
+            (plateau < config.plateau_epochs, "the host is still learning"),
+            (signals.germination_wait > 0, f"{signals.germination_wait} epochs to wait after an undoing"),
         )
         for hinders, reason in hindrances:
             if hinders:

@@ -20,10 +20,9 @@ MAX_EPOCH_POTENTIAL = 2.0
 COSTS: Mapping[Op, float] = {Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.01, Op.CULL: 0.005}
 WORTH_KEEPING = 1.0
 """Least contribution that fossilizing is rewarded for, least improvement that a fossil is."""
-Scale = tuple[float, float, float]
 Parts = dict[str, float]
-LOSS_SCALE: Scale = (2.3, 0.3, 0.1)
-"""Loss of a guess among ten classes, a loss to reach, and by how much it may change in an epoch."""
+LOSS_TARGET, LOSS_CHANGE = 0.13, 0.043
+"""A loss to reach, and by how much it may change in an epoch, as shares of the loss of a guess."""
 
 
 class SeedInfo(NamedTuple):
@@ -184,9 +183,13 @@ def minimal_reward(op: Op, state: SlotState, signals: Signals, host_parameters: 
     return {**sparse_reward(op, state, signals, host_parameters), "operation": -0.1 if young else 0.0}
 
 
-def loss_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int, scale: Scale = LOSS_SCALE) -> Parts:
-    """The fall of the validation loss, a rise counting half; in the last epoch the share of the way to the target."""
-    baseline, target, typical = scale
+def loss_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
+    """The fall of the validation loss, a rise counting half; in the last epoch the share of the way to the target.
+
+    The task's own scale: ln of the number of classes, the loss of a guess.
+    """
+    baseline = signals.guess_loss
+    target, typical = LOSS_TARGET * baseline, LOSS_CHANGE * baseline
     falls = max(-5.0, min((signals.loss_delta or 0.0) / typical, 5.0))
     seed = SeedInfo.from_state(state)
     rent = min(0.05 * _growth(_seed_parameters(signals), host_parameters), 5.0)

@@ -6,11 +6,6 @@ from dataclasses import dataclass
 from esper_train.base.state import PlainState
 from esper_train.morph.lifecycle import SlotState
 
-STABLE_LOSS_CHANGE = (-0.05, 0.03)
-"""Relative fall of the validation loss within which an epoch counts as stable."""
-STABLE_EPOCHS = 3
-"""Stable epochs in a row after which the host counts as stable for good."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
@@ -22,7 +17,11 @@ class Observation:
     train_accuracy: float
     val_loss: float
     val_accuracy: float
+    guess_loss: float
+    """Loss of a guess: ln of the number of classes."""
     slots: tuple[SlotState, ...] = ()
+    germination_wait: int = 0
+    """Epochs for which no seed may germinate, after one whose effect was undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +35,19 @@ class Signals(Observation):
     best_val_accuracy: float
     plateau_epochs: int
     """Epochs since the best validation accuracy last rose by the threshold."""
-    host_stable: bool
 
 
 class SignalTracker(PlainState):
     """Turns epoch results into `Signals`.
 
     A plateau is measured against the best accuracy so far: differences from epoch to epoch would start it anew
-    on noise. The host is stable once the loss barely moved for three epochs in a row, and during a plateau.
+    on noise.
     """
 
-    STATE = ("_previous", "_best_loss", "_best_accuracy", "_risen_to", "_plateau", "_stable_streak", "_stable")
+    STATE = ("_previous", "_best_loss", "_best_accuracy", "_risen_to", "_plateau")
 
-    def __init__(self, *, plateau_threshold: float = 0.5, plateau_epochs: int = 3) -> None:
+    def __init__(self, *, plateau_threshold: float = 0.5) -> None:
         self._threshold = plateau_threshold
-        self._plateau_length = plateau_epochs
         self.reset()
 
     def reset(self) -> None:
@@ -60,8 +57,10 @@ class SignalTracker(PlainState):
         self._best_accuracy = -math.inf
         self._risen_to = -math.inf  # the accuracy from which a rise by the threshold is counted
         self._plateau = 0
-        self._stable_streak = 0
-        self._stable = False
+
+    def restart_plateau(self) -> None:
+        """Count the epochs of a plateau anew, after the network went back to an earlier state."""
+        self._plateau = 0
 
     def update(self, measured: Observation) -> Signals:
         """Take one epoch in. `RuntimeError` if two slots carry a seed of the same id."""
@@ -73,10 +72,6 @@ class SignalTracker(PlainState):
         if self._previous is not None:
             previous_loss, previous_accuracy = self._previous
             loss_delta, accuracy_delta = previous_loss - loss, accuracy - previous_accuracy
-            low, high = STABLE_LOSS_CHANGE
-            quiet = previous_loss > 0 and low <= loss_delta / previous_loss <= high
-            self._stable_streak = self._stable_streak + 1 if quiet else 0
-            self._stable = self._stable or self._stable_streak >= STABLE_EPOCHS
         self._plateau += 1
         if accuracy >= self._risen_to + self._threshold:
             self._risen_to, self._plateau = accuracy, 0
@@ -90,5 +85,4 @@ class SignalTracker(PlainState):
             best_val_loss=self._best_loss,
             best_val_accuracy=self._best_accuracy,
             plateau_epochs=self._plateau,
-            host_stable=self._stable or self._plateau >= self._plateau_length,
         )

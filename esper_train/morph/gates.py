@@ -1,4 +1,4 @@
-"""Quality gates: what a seed that trains must show before it enters a stage. Pure functions of a slot's state.
+"""Quality gates: what a seed must show before it enters a stage. Pure functions of a slot's state.
 
 A measurement that was not made fails its check by name; it is never read as 0.
 """
@@ -6,6 +6,7 @@ A measurement that was not made fails its check by name; it is never read as 0.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from esper_kernels import GradHealth
 from esper_train.morph.config import GrowthConfig
@@ -32,37 +33,71 @@ GATES: Mapping[SeedStage, str] = {
 """The gate in front of each stage; other stages are entered freely."""
 
 
-def judge(stage: SeedStage, state: SlotState, growth: GrowthConfig, max_epochs: int) -> GateResult:
-    """What the gate in front of `stage` says of a slot in a run of `max_epochs`; `stage` is one of `GATES`."""
-    checks: list[tuple[bool, str]] = []
+def judge(stage: SeedStage, state: SlotState, growth: GrowthConfig) -> GateResult:
+    """What the gate in front of `stage` says of a slot; `stage` is one of `GATES`."""
     match stage:
         case SeedStage.BLENDING:
-            epochs = max(growth.blending_min_epochs, growth.training_dwell(max_epochs))
-            # without parameters there is no gradient to measure
-            ratio = state.gradient_ratio if state.seed_parameters > 0 else math.inf
-            checks = [
-                _at_least("epochs in TRAINING", state.epochs_in_stage, epochs),
-                _at_least("improvement", state.improvement, growth.blending_improvement),
-                _at_least("gradient ratio", ratio, growth.blending_gradient_ratio),
-            ]
+            checks = _blending(state, growth)
         case SeedStage.PROBATIONARY:
             checks = [
                 _at_least("epochs in BLENDING", state.epochs_in_stage, growth.probation_min_epochs),
                 _at_least("alpha", state.alpha, growth.probation_alpha),
             ]
         case SeedStage.FOSSILIZED:
-            checks = [_at_least("contribution", state.contribution, growth.fossilize_contribution)]
-    return GateResult(gate=GATES[stage], failures=tuple(message for passed, message in checks if not passed))
+            checks = _fossilizing(state, growth)
+        case _:
+            raise ValueError(f"there is no gate in front of {stage.name}")
+    failures = tuple(message for passed, message in checks if not passed)
+    return GateResult(gate=GATES[stage], failures=failures)
 
 
-def gradient_ratio(grad: GradHealth | None, slot: str) -> float | None:
-    """Gradient norm of a slot's seed over that of the host, as if both had as many parameters; at most 10.
+def _blending(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
+    """Does the seed help a network that has never adapted to it?"""
+    checks = [_at_least("epochs in TRAINING", state.epochs_in_stage, growth.training_min_epochs)]
+    if growth.incubation == "straight_through":
+        return checks  # a seed without an effect has no potential; G5 alone judges it
+    if len(state.potentials) < growth.window:
+        measured, window = len(state.potentials), growth.window
+        return [*checks, (False, f"potential was measured in {measured} of {window} epochs")]
+    gain, loss = (fmean(values) for values in zip(*state.potentials, strict=True))
+    most = growth.blending_loss_change
+    checks.append(_at_least("potential", gain, growth.blending_potential))
+    # not the reverse comparison: NaN passes neither
+    checks.append((loss < most, f"potential loss {loss:+.4g} is not below {most:.4g}"))
+    return checks
+
+
+def _fossilizing(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
+    """Is the network no worse than before blending, and does the seed have a part in that?"""
+    if len(state.accuracies) < growth.window:
+        epochs, window = len(state.accuracies), growth.window
+        return [(False, f"{epochs} of {window} epochs on probation are over")]
+    contribution = fmean(state.contributions) if state.contributions else None
+    checks = [_at_least("mean contribution", contribution, growth.fossilize_contribution)]
+    if state.accuracy_before is None or state.tolerance is None:
+        return [*checks, (False, "the accuracy before blending was not measured")]
+    least = state.accuracy_before - growth.fossilize_errors * state.tolerance
+    checks.append(_at_least("mean accuracy", fmean(state.accuracies), least))
+    return checks
+
+
+def paired_error(gained: int, lost: int, rows: int) -> float:
+    """Standard error in percentage points of the difference between two accuracies on the same rows:
+    `gained` are right in the second alone and `lost` in the first alone, of `rows`.
+
+    The square root of the discordant pairs, as in McNemar's test.
+    """
+    return 100.0 * math.sqrt(gained + lost) / rows
+
+
+def gradient_ratio(grad: GradHealth | None, seed: GradHealth | None) -> float | None:
+    """Gradient norm of a seed over that of the host, as if both had as many parameters; at most 10.
 
     None where either was not measured or is not finite, or where the host has no gradient to compare with.
     """
-    if grad is None or not {slot, "host"} <= set(grad.groups):
+    if grad is None or seed is None or "host" not in grad.groups:
         return None
-    seed, host = grad.groups[slot], grad.groups["host"]
+    host = grad.groups["host"]
     if seed.elements == 0 or not (math.isfinite(seed.gradient_norm) and 1e-8 <= host.gradient_norm < math.inf):
         return None
     return min(10.0, seed.gradient_norm / host.gradient_norm * math.sqrt(host.elements / seed.elements))

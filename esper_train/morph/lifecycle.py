@@ -47,6 +47,27 @@ LIVE = frozenset({SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING, 
 """Stages of a seed whose fate is open."""
 
 
+TRIAL = frozenset({SeedStage.BLENDING, SeedStage.PROBATIONARY})
+"""Stages in which the network adapts to a seed whose fate is open; a cull there is undone."""
+
+
+class RefusedError(ValueError):
+    """The state of a slot, or a gate, does not allow what was asked. Names that nobody knows are a
+    plain `ValueError`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one epoch says of a slot. Accuracies in percentage points; None is "not measured"."""
+
+    accuracy: float
+    contribution: float | None = None
+    gradient_ratio: float | None = None
+    potential: float | None = None
+    potential_loss: float | None = None
+    tolerance: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlotState:
     """A slot and its seed at the end of an epoch. Accuracies in percentage points; None is "not measured"."""
@@ -66,9 +87,31 @@ class SlotState:
     accuracy_at_germination: float | None = None
     accuracy_at_stage_start: float | None = None
     contribution: float | None = None
-    """Validation accuracy minus that with this slot's alpha at 0, measured in the present stage."""
+    """With alpha above 0: validation accuracy minus that with this slot's alpha at 0, measured in
+    the present stage."""
+    potential: float | None = None
+    """With alpha 0: validation accuracy with the seed at alpha 1 minus the accuracy as it is. The
+    network has never adapted to the seed, so the number cannot come from that."""
+    potential_loss: float | None = None
+    """The same of the validation loss, in nats; a seed that helps has a negative one."""
+    tolerance: float | None = None
+    """Standard error of the difference between the accuracy now and before blending, from the rows
+    that changed sides."""
     gradient_ratio: float | None = None
     """Gradient norm of the seed over that of the host, corrected for their sizes."""
+    accuracies: tuple[float, ...] = ()
+    """Of the last epochs in the present stage, as many as the window has; an empty slot counts as
+    one stage with TRAINING."""
+    potentials: tuple[tuple[float, float], ...] = ()
+    """`potential` and `potential_loss` of the last epochs in TRAINING, as many as the window has."""
+    contributions: tuple[float, ...] = ()
+    """`contribution` of the last epochs in the present stage, as many as the window has."""
+    accuracy_before: float | None = None
+    """Mean accuracy of the window before blending."""
+    alpha_steps: int = 0
+    """Epochs of blending in which alpha rose."""
+    harmed: int = 0
+    """Epochs in a row with an accuracy far below that before blending."""
 
     @property
     def improvement(self) -> float | None:
@@ -88,7 +131,12 @@ class SlotState:
     def from_plain(cls, values: Mapping[str, Any]) -> Self:
         """The state that `to_plain` wrote."""
         stages = {key: SeedStage[values[key]] for key in ("stage", "previous_stage") if values[key] is not None}
-        return cls(**{**values, **stages})
+        tuples = {
+            "accuracies": tuple(values["accuracies"]),
+            "contributions": tuple(values["contributions"]),
+            "potentials": tuple((gain, loss) for gain, loss in values["potentials"]),
+        }
+        return cls(**{**values, **stages, **tuples})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,18 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from esper_train.base.names import require_known
+from esper_train.base.state import RandomStreams
 from esper_train.morph.blueprints import BlueprintRegistry, default_registry
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.host import Host
-from esper_train.morph.lifecycle import SeedStage, SlotState, StageChange
+from esper_train.morph.incubation import Incubation, Statistics
+from esper_train.morph.lifecycle import RefusedError, SeedStage, SlotState, StageChange
 from esper_train.morph.slot import SeedSlot
 
 
 class MorphModel(nn.Module):
     """A host with seed slots after some of its segments; with no slots, just the host.
 
-    `slots` names the open ones; unknown or repeated ones are a `ValueError`. Some stage lengths follow from
-    `max_epochs`, the length of the run. Seeds are made from `registry`; None takes the package's own.
+    `slots` names the open ones; unknown or repeated ones are a `ValueError`. Seeds are made from `registry`; None
+    takes the package's own. `seed` starts the random numbers from which seeds are initialised and drop out.
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class MorphModel(nn.Module):
         slots: Sequence[str] = (),
         *,
         growth: GrowthConfig | None = None,
-        max_epochs: int = 75,
+        seed: int = 0,
         registry: BlueprintRegistry | None = None,
     ) -> None:
         super().__init__()
@@ -39,7 +41,9 @@ class MorphModel(nn.Module):
         self.registry = registry or default_registry()
         channels = {slot: host.slot_channels[slot] for slot in host.segments if slot in slots}
         growth = growth or GrowthConfig()
-        self.seed_slots = nn.ModuleDict({s: SeedSlot(s, channels[s], growth, max_epochs) for s in channels})
+        self.seed_slots = nn.ModuleDict({s: SeedSlot(s, channels[s], growth) for s in channels})
+        self.streams = RandomStreams(seed)
+        """Random numbers of each slot: nothing that a seed draws in TRAINING shows in the run's own."""
         self.seed_slots.to(next(host.parameters()))  # its device and dtype
 
     def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None, start: str | None = None) -> Tensor:
@@ -62,9 +66,23 @@ class MorphModel(nn.Module):
         intact = torch.compiler.is_compiling() or all(kept._version == v for kept, v in entered.values())
         return logits, {name: kept for name, (kept, _) in entered.items()} if intact else {}
 
+    def forward_feeding(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and a copy of what entered each slot whose seed learns beside the network, for its pass."""
+        entered: dict[str, tuple[Tensor, int]] = {}
+        logits = self._run(x, {}, None, entered, copied=self.learning)
+        return logits, {name: kept for name, (kept, _) in entered.items()}
+
     def _run(
-        self, x: Tensor, alpha: Mapping[str, float], start: str | None, entered: dict[str, tuple[Tensor, int]] | None
+        self,
+        x: Tensor,
+        alpha: Mapping[str, float],
+        start: str | None,
+        entered: dict[str, tuple[Tensor, int]] | None,
+        copied: Sequence[str] | None = None,
     ) -> Tensor:
+        """The network, from slot `start` on. What enters each slot goes into `entered`, with its version; of
+        the slots in `copied` alone a copy, where that is given."""
+        copies = copied is not None or torch.compiler.is_compiling()  # compilers know no versions
         for name, segment in self.host.segments.items():
             if start is None:
                 x = segment(x)
@@ -72,10 +90,42 @@ class MorphModel(nn.Module):
                 continue
             start = None
             if name in self.seed_slots:
-                if entered is not None:  # compilers know no versions
-                    entered[name] = (x.clone(), 0) if torch.compiler.is_compiling() else (x, x._version)
+                if entered is not None and (copied is None or name in copied):
+                    entered[name] = (x.detach().clone(), 0) if copies else (x, x._version)
                 x = self.seed_slots[name](x, alpha.get(name))
         return self.host.head(x)
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """Slots whose seeds learn beside the network, by passes of their own."""
+        # not through `state`: a compiled program that reads the record is compiled anew every epoch
+        slots = self.seed_slots.items()
+        return tuple(name for name, slot in slots if slot.statistics is not None)
+
+    def incubation(self, name: str) -> Incubation:
+        """The surroundings of the pass of a slot in `learning`."""
+        statistics = self.slot(name).statistics
+        if statistics is None:
+            raise ValueError(f"slot {name!r} has no seed that learns beside the network")
+        seeds = [self.seed_slots[later] for later in self._after(name) if later in self.seed_slots]
+        behind = [*self._host_after(name), *(module for slot in seeds for module in slot.modules())]
+        return Incubation(behind, statistics)
+
+    def _prepare(self, name: str) -> None:
+        """Statistics for a seed that learns beside the network, from the network's own."""
+        slot = self.slot(name)
+        learns = slot.state.stage is SeedStage.TRAINING and slot.growth.incubation == "closed"
+        slot.statistics = Statistics(self._host_after(name)) if learns else None
+
+    def _after(self, name: str) -> list[str]:
+        """The segments that run after a slot."""
+        names = list(self.host.segments)
+        return names[names.index(name) + 1 :]
+
+    def _host_after(self, name: str) -> list[nn.Module]:
+        """The host's modules that run after a slot."""
+        parts = [*(self.host.segments[later] for later in self._after(name)), self.host.head]
+        return [module for part in parts for module in part.modules()]
 
     @property
     def structure(self) -> tuple[tuple[str | None, str], ...]:
@@ -103,27 +153,35 @@ class MorphModel(nn.Module):
         states = [SlotState.from_plain(values) for values in topology]
         if {state.slot for state in states} != set(self.seed_slots):
             raise ValueError(f"expected slots {list(self.seed_slots)}, got {[state.slot for state in states]}")
-        for state in states:
-            blueprint = self.registry.require(self.host.topology, state.blueprint) if state.blueprint else None
-            self.slot(state.slot).restore(state, blueprint)
+        with torch.random.fork_rng(devices=[]):  # the initial weights do not stay
+            for state in states:
+                name = state.blueprint
+                blueprint = self.registry.require(self.host.topology, name) if name else None
+                self.slot(state.slot).restore(state, blueprint)
+        for name in self.seed_slots:
+            self._prepare(name)
 
     def germinate_seed(self, blueprint: str, seed_id: str, *, slot: str, blend: str = "sigmoid") -> list[StageChange]:
-        """Seat a new seed. `ValueError` for an unknown slot, blueprint or blend or a slot that is not open;
-        `RuntimeError` if a seed of this id is already seated."""
+        """Seat a new seed. `ValueError` for an unknown slot, blueprint or blend, `RefusedError` for a slot that is
+        not open or one seed too many, `RuntimeError` if a seed of this id is already seated."""
         target = self.slot(slot)
+        recipe = self.registry.require(self.host.topology, blueprint)
         seated = sum(other.seed is not None for other in self.slots)
         if target.growth.max_seeds is not None and seated >= target.growth.max_seeds:
-            raise ValueError(f"{seated} seeds are seated and growth.max_seeds is {target.growth.max_seeds}")
+            raise RefusedError(f"{seated} seeds are seated and growth.max_seeds is {target.growth.max_seeds}")
         if any(seed_id == other.state.seed_id for other in self.slots):
             raise RuntimeError(f"a seed with the id {seed_id!r} is already seated; ids must differ")
-        return target.germinate(self.registry.require(self.host.topology, blueprint), seed_id, blend)
+        with self.streams.active(slot, target.alpha.device):
+            changes = target.germinate(recipe, seed_id, blend)
+        self._prepare(slot)
+        return changes
 
     def fossilize_seed(self, *, slot: str) -> list[StageChange]:
-        """Make a slot's seed permanent; `ValueError` with the reasons where it may not be."""
+        """Make a slot's seed permanent; `RefusedError` with the reasons where it may not be."""
         return self.slot(slot).fossilize()
 
     def cull_seed(self, *, slot: str, reason: str = "requested") -> list[StageChange]:
-        """Remove a slot's live seed; `ValueError` if it has none."""
+        """Remove a slot's live seed; `RefusedError` if it has none."""
         return self.slot(slot).cull(reason)
 
     def has_active_seed_in_slot(self, slot: str) -> bool:

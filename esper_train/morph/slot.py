@@ -6,6 +6,7 @@ returns the `StageChange`s it made, so that whoever called can attach optimizers
 
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from esper_train.morph.blending import Gate, get_blend
 from esper_train.morph.blueprints import Blueprint
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.gates import GateResult, judge
-from esper_train.morph.lifecycle import TRANSITIONS, SeedStage, SlotState, StageChange
+from esper_train.morph.incubation import Statistics
+from esper_train.morph.lifecycle import (
+    TRANSITIONS,
+    TRIAL,
+    Measurement,
+    RefusedError,
+    SeedStage,
+    SlotState,
+    StageChange,
+)
 
 PARTS: Mapping[SeedStage, str] = {
     SeedStage.TRAINING: "learns",
@@ -29,14 +39,15 @@ PARTS: Mapping[SeedStage, str] = {
 class SeedSlot(nn.Module):
     """Holds at most one seed. All it knows of the seed's life is `state`, a frozen record replaced on change."""
 
-    def __init__(self, slot: str, channels: int, growth: GrowthConfig, max_epochs: int) -> None:
+    def __init__(self, slot: str, channels: int, growth: GrowthConfig) -> None:
         super().__init__()
         self.channels = channels
         self.growth = growth
-        self.max_epochs = max_epochs
         self.seed: nn.Module | None = None
         self.gate: Gate | None = None
         """Of a seed with the blend "gated", until alpha is 1."""
+        self.statistics: Statistics | None = None
+        """Of the batch norms behind the slot, for a seed that learns beside the network."""
         self.state = SlotState(slot=slot)
         # what forward reads: a tensor, so that a new value is no new program for torch.compile
         self.register_buffer("alpha", torch.zeros(()))
@@ -45,16 +56,18 @@ class SeedSlot(nn.Module):
     def forward(self, x: Tensor, alpha: float | None = None) -> Tensor:
         """Features in, features out, same shape. `alpha` overrides the slot's own for this call; 0 is "no seed".
 
-        In TRAINING the value is x, while the seed receives the full gradient of the slot's output
-        (straight-through); with `isolate_training` the seed sends none into the host.
+        In TRAINING the value is x. A seed that learns beside the network is called under alpha 1;
+        with `incubation` "straight_through" it receives the full gradient of the slot's output here,
+        and sends none into the host with `isolate_training`.
         """
         part = self.part
         if self.seed is None or alpha == 0.0 or part == "none":
             return x
         if alpha is not None:
-            return torch.lerp(x, self.seed(_plain(x)), x.new_tensor(alpha))
+            z = self.seed(_plain(x))
+            return z if alpha == 1.0 else torch.lerp(x, z, x.new_tensor(alpha))
         if part == "learns":
-            if not torch.is_grad_enabled():
+            if self.growth.incubation == "closed" or not torch.is_grad_enabled():
                 return x
             return _StraightThrough.apply(x, self.seed(_plain(x.detach() if self.growth.isolate_training else x)))
         z = self.seed(_plain(x))
@@ -74,8 +87,8 @@ class SeedSlot(nn.Module):
         self.part = PARTS.get(state.stage, "none")
 
     def germinate(self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid") -> list[StageChange]:
-        """Seat a new seed and let it train from the next batch on. `ValueError` unless the slot is DORMANT and the
-        seed has an id."""
+        """Seat a new seed and let it train from the next batch on. `RefusedError` unless the slot is
+        DORMANT, `ValueError` for a seed without an id."""
         self._require_legal(SeedStage.GERMINATED)
         if not seed_id:
             raise ValueError(f"slot {self.state.slot!r}: a seed needs an id that is not empty, got {seed_id!r}")
@@ -90,68 +103,113 @@ class SeedSlot(nn.Module):
             seed_parameters=sum(p.numel() for p in self.seed.parameters() if p.requires_grad),
             accuracy=self.state.accuracy,
             accuracy_at_germination=self.state.accuracy,
+            accuracies=self.state.accuracies,
         )
         germinated = self._enter(SeedStage.GERMINATED, f"{blueprint.name} seated")
         return [germinated, self._enter(SeedStage.TRAINING, "training begins")]
 
-    def observe(self, accuracy: float, contribution: float | None = None, gradient_ratio: float | None = None) -> None:
-        """Record one epoch: validation accuracy and contribution in percentage points, None where not measured."""
-        state, seated = self.state, self.seed is not None
+    def observe(self, measured: Measurement) -> None:
+        """Record what one epoch measured."""
+        state, growth, seated = self.state, self.growth, self.seed is not None
+        accuracy, before = measured.accuracy, state.accuracy_before
         since_birth, since_entry = state.accuracy_at_germination, state.accuracy_at_stage_start
+        contributions, potentials = state.contributions, state.potentials
+        if measured.contribution is not None:
+            contributions += (measured.contribution,)
+        if measured.potential is not None and measured.potential_loss is not None:
+            potentials += ((measured.potential, measured.potential_loss),)
+        harms = before is not None and state.stage in TRIAL and accuracy < before - growth.harm
         self.state = replace(
             state,
             accuracy=accuracy,
             accuracy_at_germination=accuracy if seated and since_birth is None else since_birth,
             accuracy_at_stage_start=accuracy if since_entry is None else since_entry,
-            contribution=contribution,
-            gradient_ratio=gradient_ratio,
+            contribution=measured.contribution,
+            potential=measured.potential,
+            potential_loss=measured.potential_loss,
+            tolerance=measured.tolerance,
+            gradient_ratio=measured.gradient_ratio,
+            accuracies=(*state.accuracies, accuracy)[-growth.window :],
+            contributions=contributions[-growth.window :],
+            potentials=potentials[-growth.window :],
+            harmed=state.harmed + 1 if harms else 0,
             epochs_in_stage=state.epochs_in_stage + 1,
             epochs_alive=state.epochs_alive + 1 if seated else 0,
         )
 
-    def step_epoch(self) -> list[StageChange]:
-        """Make the moves that need no controller: gates passed, blending advanced, time over. Once an epoch."""
+    def step_epoch(self, may_blend: bool = True) -> list[StageChange]:
+        """Make the moves that need no controller: gates passed, blending advanced, time over. Called
+        once per epoch; `may_blend` is false while another seed is on trial."""
         state, growth = self.state, self.growth
-        if state.stage is SeedStage.TRAINING:
-            if self.verdict(SeedStage.BLENDING).passed:
-                change = self._enter(SeedStage.BLENDING, "G2 passed")
-                self._raise_alpha()  # at once: an epoch at alpha 0 would give the seed no gradient
-                return [change]
-            if state.epochs_in_stage >= growth.training_limit(self.max_epochs):
-                return self.cull("training_timeout")
-        elif state.stage is SeedStage.BLENDING:
-            if state.epochs_in_stage >= growth.blending_epochs and self.verdict(SeedStage.PROBATIONARY).passed:
-                self.gate = None
-                return [self._enter(SeedStage.PROBATIONARY, "G3 passed")]
-            self._raise_alpha()
-        elif state.stage is SeedStage.PROBATIONARY:
-            if state.contribution is not None and state.contribution <= 0:
-                return self.cull("no_positive_contribution")
-            if state.epochs_in_stage >= growth.probation_timeout(self.max_epochs):
-                return self.cull("probation_timeout")
-        elif state.stage is SeedStage.EMBARGOED and state.epochs_in_stage >= growth.embargo_epochs:
-            return [self._enter(SeedStage.DORMANT, "embargo over")]
+        if state.harmed >= growth.harm_patience:
+            below = f"{growth.harm:g} points below its mean before blending"
+            return self.cull(f"accuracy was {below} for {state.harmed} epochs")
+        match state.stage:
+            case SeedStage.TRAINING:
+                return self._step_training(may_blend)
+            case SeedStage.BLENDING:
+                return self._step_blending()
+            case SeedStage.PROBATIONARY:
+                if state.epochs_in_stage >= growth.probation_timeout:
+                    return self.cull("probation_timeout")
+            case SeedStage.EMBARGOED if state.epochs_in_stage >= growth.embargo_epochs:
+                return [self._enter(SeedStage.DORMANT, "embargo over")]
         return []
+
+    def _step_training(self, may_blend: bool) -> list[StageChange]:
+        if self.verdict(SeedStage.BLENDING).passed:
+            if not may_blend:
+                return []  # its turn comes
+            before = self.state.accuracies
+            change = self._enter(SeedStage.BLENDING, "G2 passed")
+            self.statistics = None
+            self.state = replace(self.state, accuracy_before=fmean(before) if before else None)
+            self._raise_alpha()  # at once: an epoch at alpha 0 would give the seed no gradient
+            return [change]
+        if self.state.epochs_in_stage >= self.growth.training_timeout:
+            return self.cull("training_timeout")
+        return []
+
+    def _step_blending(self) -> list[StageChange]:
+        state, growth = self.state, self.growth
+        whole = state.alpha_steps >= growth.blending_epochs
+        if whole and self.verdict(SeedStage.PROBATIONARY).passed:
+            self.gate = None
+            return [self._enter(SeedStage.PROBATIONARY, "G3 passed")]
+        if state.epochs_in_stage >= growth.blending_timeout:
+            return self.cull("blending_timeout")
+        before, accuracy = state.accuracy_before, state.accuracy
+        waits = before is not None and accuracy is not None and accuracy < before - growth.blending_cost
+        if not waits:
+            self._raise_alpha()
+        return []
+
+    def start_anew(self) -> None:
+        """After the network went back to an earlier state: forget the epochs in between, and let a seed in
+        TRAINING begin its time again."""
+        state = replace(self.state, accuracies=(), potentials=())
+        training = state.stage is SeedStage.TRAINING
+        self.state = replace(state, epochs_in_stage=0) if training else state
 
     def verdict(self, stage: SeedStage) -> GateResult:
         """What the gate in front of `stage` says now."""
-        return judge(stage, self.state, self.growth, self.max_epochs)
+        return judge(stage, self.state, self.growth)
 
     def fossilize(self) -> list[StageChange]:
-        """Make the seed permanent. `ValueError` with the gate's reasons where it may not be."""
+        """Make the seed permanent. `RefusedError` with the gate's reasons where it may not be."""
         self._require_legal(SeedStage.FOSSILIZED)
         gate = self.verdict(SeedStage.FOSSILIZED)
         if not gate.passed:
-            raise ValueError(f"slot {self.state.slot!r}: {gate.gate} refuses: {'; '.join(gate.failures)}")
+            raise RefusedError(f"slot {self.state.slot!r}: {gate.gate} refuses: {'; '.join(gate.failures)}")
         change = self._enter(SeedStage.FOSSILIZED, "G5 passed")
         self._freeze_fossil()
         return [change]
 
     def cull(self, reason: str) -> list[StageChange]:
-        """Remove a live seed and close the slot for the embargo. `ValueError` if there is none."""
+        """Remove a live seed and close the slot for the embargo. `RefusedError` if there is none."""
         self._require_legal(SeedStage.CULLED)
         culled = self._enter(SeedStage.CULLED, reason)
-        self.seed = self.gate = None
+        self.seed = self.gate = self.statistics = None
         self._set_alpha(0.0)
         embargoed = self._enter(SeedStage.EMBARGOED, f"closed for {self.growth.embargo_epochs} epochs")
         self.state = SlotState(slot=self.state.slot, stage=SeedStage.EMBARGOED, accuracy=self.state.accuracy)
@@ -160,6 +218,7 @@ class SeedSlot(nn.Module):
     def restore(self, state: SlotState, blueprint: Blueprint | None) -> None:
         """Rebuild a saved slot; the seed's weights follow through `load_state_dict`."""
         self.seed = None if blueprint is None else blueprint.build(self.channels).to(self.alpha)
+        self.statistics = None
         blending = state.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
         self.gate = self._new_gate(state.blend) if blending else None
         self.state = state
@@ -177,6 +236,10 @@ class SeedSlot(nn.Module):
             previous_stage=before.stage,
             previous_epochs_in_stage=before.epochs_in_stage,
             accuracy_at_stage_start=before.accuracy,
+            accuracies=before.accuracies if stage <= SeedStage.TRAINING else (),
+            contributions=(),
+            potential=None,
+            potential_loss=None,
             contribution=before.contribution if stage is SeedStage.FOSSILIZED else None,
         )
         return StageChange(before=before, stage=stage, reason=reason)
@@ -185,7 +248,7 @@ class SeedSlot(nn.Module):
         now = self.state.stage
         if stage not in TRANSITIONS[now]:
             legal = ", ".join(s.name for s in sorted(TRANSITIONS[now])) or "none"
-            raise ValueError(f"slot {self.state.slot!r} cannot go from {now.name} to {stage.name}; legal: {legal}")
+            raise RefusedError(f"slot {self.state.slot!r} cannot go from {now.name} to {stage.name}; legal: {legal}")
 
     def _new_gate(self, blend: str | None) -> Gate | None:
         return Gate(self.channels).to(self.alpha) if blend == "gated" else None
@@ -197,8 +260,10 @@ class SeedSlot(nn.Module):
 
     def _raise_alpha(self) -> None:
         """Set the alpha of the blending epoch that comes next; the last one is trained at 1."""
-        progress = (self.state.epochs_in_stage + 1) / self.growth.blending_epochs
+        steps = self.state.alpha_steps + 1
+        progress = steps / self.growth.blending_epochs
         self._set_alpha(1.0 if progress >= 1 else get_blend(self.state.blend or "")(progress))
+        self.state = replace(self.state, alpha_steps=steps)
 
     def _set_alpha(self, alpha: float) -> None:
         self.alpha.fill_(alpha)

@@ -15,6 +15,7 @@ from esper_train.control.signals import SignalTracker
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.run.episode import Episode
+from esper_train.run.trial import Trial
 from esper_train.tasks import Task, get_task, load_splits
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.data import Loader
@@ -27,7 +28,7 @@ def build_episode(
 ) -> Episode:
     """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
     task = task or get_task(config.task, config.task_config())
-    device, policy = resolve_device(config.device), config.policy
+    device = resolve_device(config.device)
     resolve_device(config.governor.snapshot_device)
     with plain_defaults():
         splits = load_splits(task)
@@ -46,15 +47,17 @@ def build_episode(
     episode = Episode(
         config=config,
         task=task,
-        model=MorphModel(host, slots, growth=config.growth, max_epochs=config.max_epochs, registry=registry),
+        model=MorphModel(host, slots, growth=config.growth, seed=config.seed, registry=registry),
         optimizers=OptimizerRegistry(schedule_each=config.optim.schedule.each),
-        tracker=SignalTracker(plateau_threshold=policy.plateau_threshold, plateau_epochs=policy.plateau_epochs),
+        tracker=SignalTracker(plateau_threshold=config.policy.plateau_threshold),
+        trial=Trial(config.growth),
         governor=Governor(config.governor, math.log(task.num_classes)),
         step=step,
         device=next(host.parameters()).device,
         train=train,
         validation=Loader(splits.validation, config.evaluation_batch, **where),
         test=Loader(splits.test, config.evaluation_batch, **where),
+        example=splits.train[0][: config.batch_size].to(device),
         steps=math.ceil(batches / config.train.accumulate),
         data_record=splits.record,
         random=RandomState(config.seed + 1, device, order),

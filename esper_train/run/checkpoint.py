@@ -26,7 +26,7 @@ from esper_train.run.directory import (
 )
 from esper_train.run.episode import Episode
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of a checkpoint."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
 """Config keys that may change where a run is resumed."""
@@ -44,6 +44,9 @@ def parts(episode: Episode) -> dict[str, Stateful]:
         "policy": episode.policy,
         "telemetry": episode.hub,
         "random": episode.random,
+        "streams": episode.model.streams,
+        "trial": episode.trial,
+        "kept": episode.kept,
     }
 
 

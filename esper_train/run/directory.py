@@ -32,7 +32,7 @@ UNFINISHED = ".new"
 """How the name of a file ends that is not whole yet."""
 BASELINE = "baseline"
 """Directory of the same host trained without slots."""
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of `network.pt`."""
 
 
@@ -205,8 +205,8 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
     with plain_defaults():
         host = (task or get_task(config.task, config.task_config())).build_host(config.host)
-    slots, growth = [values["slot"] for values in saved["slots"]], config.growth
-    model = MorphModel(host, slots, growth=growth, max_epochs=config.max_epochs, registry=registry)
+    slots = [values["slot"] for values in saved["slots"]]
+    model = MorphModel(host, slots, growth=config.growth, registry=registry)
     model.rebuild(saved["slots"])
     try:
         model.load_state_dict(saved["weights"])

@@ -1,23 +1,31 @@
 """Everything that one run changes, as one object; `build` makes it, `run` drives it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from esper_train.base.device import resolve_device
-from esper_train.base.state import PlainState, RandomState, copied
+from esper_train.base.state import PlainState, RandomState, copied, no_random_numbers
 from esper_train.base.stop import StopRequest
 from esper_train.config import RunConfig
 from esper_train.control.governor import Governor
 from esper_train.control.policy import Idle, Policy
 from esper_train.control.signals import SignalTracker
+from esper_train.morph.incubation import Incubation
 from esper_train.morph.model import MorphModel
+from esper_train.run.kept import Kept
+from esper_train.run.trial import Trial
 from esper_train.tasks import Task
 from esper_train.telemetry.hub import TelemetryHub
+from esper_train.train.amp import LossScaler
 from esper_train.train.data import Loader
+from esper_train.train.learner import Learner
 from esper_train.train.optimizers import OptimizerRegistry, make_optimizer, make_schedule
 from esper_train.train.step import TrainStep
 
@@ -29,7 +37,15 @@ UNDONE = ("model", "optimizers", "tracker")
 class Episode(PlainState):
     """Everything one run changes, and nothing another run can see."""
 
-    STATE = ("epoch", "accuracy", "seconds", "seeds_germinated", "decided", "contributions")
+    STATE = (
+        "epoch",
+        "accuracy",
+        "seconds",
+        "seeds_germinated",
+        "decided",
+        "refused",
+        "contributions",
+    )
 
     config: RunConfig
     task: Task
@@ -42,9 +58,12 @@ class Episode(PlainState):
     train: Loader
     validation: Loader
     test: Loader
+    example: Tensor  # inputs of a batch, on the device
     steps: int  # of an epoch
     data_record: Mapping[str, Any]
     random: RandomState
+    trial: Trial
+    kept: Kept = field(default_factory=Kept)
     mode: str = "fit"
     policy: Policy = field(default_factory=Idle)
     hub: TelemetryHub = field(default_factory=TelemetryHub)
@@ -54,16 +73,61 @@ class Episode(PlainState):
     seconds: float = 0.0
     seeds_germinated: int = 0
     decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
+    refused: list[tuple[int, str, str]] = field(default_factory=list)  # epoch, operation, reason
     contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
+    scalers: dict[str, LossScaler] = field(default_factory=dict)  # of seeds that learn in float16
     good: Mapping[str, Any] | None = None  # a snapshot to return to, in no checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come, and what grew; weights, momentum and the rest have their own state."""
-        return super().state_dict() | {"slots": self.model.topology(), "groups": list(self.optimizers.parameters())}
+        return super().state_dict() | {
+            "slots": self.model.topology(),
+            "groups": list(self.optimizers.parameters()),
+            "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         super().load_state_dict(state_dict)
         self._grow_again(state_dict)
+        for name, state in state_dict["scalers"].items():
+            self.scalers[name] = LossScaler(self.config.train.amp)
+            self.scalers[name].load_state_dict(state)
+
+    def learners(self) -> tuple[Learner, ...]:
+        """The seeds that learn beside the network, for one epoch."""
+        model, amp = self.model, self.config.train.amp
+        before, self.scalers = self.scalers, {}
+        found = []
+        for name in model.learning:
+            slot = model.slot(name)
+            assert slot.seed is not None
+            assert slot.statistics is not None
+            parameters = tuple(p for p in slot.seed.parameters() if p.requires_grad)
+            if not parameters:
+                continue
+            if amp.dtype == "float16":
+                self.scalers[name] = before.get(name) or LossScaler(amp)
+            learner = Learner(
+                start=name,
+                groups=tuple(g for g in (name, f"{name}.gate") if g in self.optimizers),
+                parameters=parameters,
+                buffers=(*slot.seed.buffers(), *slot.statistics.buffers()),
+                scope=partial(self._incubate, name, model.incubation(name)),
+                scaler=self.scalers.get(name),
+            )
+            found.append(learner)
+        return tuple(found)
+
+    @contextmanager
+    def _incubate(self, name: str, incubation: Incubation) -> Iterator[None]:
+        """Around a seed's own pass: it changes nothing of the network, nor of the run's random numbers."""
+        advice = "a captured step would repeat those of a seed: leave train.capture out"
+        if self.config.train.capture:
+            random = no_random_numbers(self.device, advice)
+        else:
+            random = self.model.streams.active(name, self.device)
+        with incubation.entered(), random:
+            yield
 
     def snapshot(self) -> dict[str, Any]:
         """What `go_back` needs, on `governor.snapshot_device`."""

@@ -1,37 +1,63 @@
 """Events made of what a run measured and decided."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from esper_kernels import GradHealth
 from esper_train.control.governor import Finding
 from esper_train.control.policy import Decision
 from esper_train.morph.lifecycle import SlotState, StageChange
 from esper_train.telemetry.event import Event, EventType
-from esper_train.train.loop import EpochResult, EvalResult, Measures
+from esper_train.train.loop import EpochResult, EvalResult, LearnerResult, Measures
 
 
 def epoch_event(
-    epoch: int, slots: Sequence[SlotState], train: EpochResult, validation: EvalResult, decision: Decision, **more: Any
+    epoch: int,
+    slots: Sequence[SlotState],
+    train: EpochResult,
+    validation: EvalResult,
+    decision: Decision,
+    *,
+    max_epochs: int,
+    reward_parts: Mapping[str, float],
+    refused: str | None = None,
+    joint: Mapping[str, Any] | None = None,
 ) -> Event:
     """The epoch's line; slots are as they were while it was trained and measured."""
-    how = ("compiled", "compile_failure", "replayed", "not_replayed")
+    how = ("compiled", "compile_failure", "replayed", "not_replayed", "seconds")
+    learners = {name: learner.grad for name, learner in train.learners.items()}
     data = {
         "train": plain(train) | {name: getattr(train, name) for name in how},
         "validation": plain(validation),
-        "grad": train.grad and asdict(train.grad),
+        "grad": None if train.grad is None else with_learners(asdict(train.grad), learners),
         "slots": [state.to_plain() for state in slots],
         "decision": asdict(decision) | {"op": decision.op.name},
         "seconds": train.seconds + validation.seconds,
+        "max_epochs": max_epochs,
+        "joint": joint,
+        "refused": refused,
+        "reward": math.fsum(reward_parts.values()),
+        "reward_parts": dict(reward_parts),
     }
-    return Event(EventType.EPOCH, epoch, data | more)
+    return Event(EventType.EPOCH, epoch, data)
+
+
+def with_learners(grad: dict[str, Any], learners: Mapping[str, GradHealth | None]) -> dict[str, Any]:
+    """The network's gradients, with those of what learned beside it among the groups."""
+    apart = {name: asdict(health) for name, health in learners.items() if health is not None}
+    return grad | {"groups": grad["groups"] | apart}
 
 
 def trouble_events(epoch: int, train: EpochResult, validation: EvalResult, finding: Finding | None) -> list[Event]:
     """What was wrong with the numbers of an epoch; each event says so in words too."""
     found = []
-    grad, logits, skipped = train.grad, train.nonfinite + validation.nonfinite, train.skipped
-    gradients = 0 if grad is None else grad.nan_count + grad.inf_count
+    logits = train.nonfinite + validation.nonfinite
+    parts: list[EpochResult | LearnerResult] = [train, *train.learners.values()]
+    skipped = sum(part.skipped for part in parts)
+    grads = [part.grad for part in parts if part.grad is not None]
+    gradients = sum(grad.nan_count + grad.inf_count for grad in grads)
     if logits or gradients:
         words = f"{logits} rows of logits and {gradients} gradient entries were NaN or infinite"
         words += f", {skipped} steps were skipped" if skipped else ""
@@ -54,6 +80,17 @@ def stage_event(epoch: int, change: StageChange) -> Event:
         "total_improvement": before.total_improvement,
     }
     return Event(EventType.SEED_STAGE, epoch, data)
+
+
+def refused_event(epoch: int, decision: Decision, reason: str) -> Event:
+    """A decision that was not carried out, and why."""
+    data = {
+        "op": decision.op.name,
+        "slot": decision.slot,
+        "reason": reason,
+        "message": f"{decision.op.name} was refused: {reason}",
+    }
+    return Event(EventType.REFUSED, epoch, data)
 
 
 def plain(measures: Measures) -> dict[str, Any]:

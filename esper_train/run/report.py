@@ -13,6 +13,7 @@ from contextlib import suppress
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from esper_train.morph.config import GrowthConfig
@@ -70,6 +71,7 @@ class _Run(NamedTuple):
     moves: list[Record]  # changes of stage, without those that a rollback undid
     troubles: list[Record]  # events with a message: what went wrong, or was done about it
     layers: list[Record]
+    costs: list[Record]  # of each seed that began to train
     finished: Record
 
     @property
@@ -108,7 +110,7 @@ def write_report(directory: Path) -> Path:
         with suppress(OSError, ValueError, TypeError):  # missing, or written by another version
             growth = load_config(directory).growth
         parts += [*_curves(run, baseline), *_stages(run, growth), *_gradients(run)]
-        parts += [*_layers(run), *_rewards(run), *_seeds(run)]
+        parts += [*_layers(run), *_rewards(run), *_seeds(run), *_costs(run)]
     return _write(directory / REPORT, title, parts)
 
 
@@ -148,7 +150,7 @@ def _read(directory: Path) -> _Run | None:
     start, *ends = kinds["run_started"] + kinds["run_finished"]
     known = {event["epoch"]: event for event in kinds["epoch"]}
     epochs = [known.get(epoch, {}) for epoch in range(1, 1 + max(known, default=0))]
-    more = kinds["seed_stage"], kinds["trouble"], kinds["layer_gradients"]
+    more = kinds["seed_stage"], kinds["trouble"], kinds["layer_gradients"], kinds["seed_cost"]
     return _Run(start, epochs, *more, ends[0] if ends else {})
 
 
@@ -171,12 +173,50 @@ def _summary(runs: Mapping[str, _Run]) -> str:
             "last validation loss": _show(loss[-1], ".4f", none="not finite") if loss else "not measured",
             "parameters": _show(r.finished.get("parameters"), ","),
             "parameters of the host": _show(r.started["host_parameters"], ","),
+            "network given": _given(r.finished),
             "seeds fossilized": str(len(r.fossilized)),
+            "epochs undone": _show(r.finished.get("undone_epochs"), "d"),
             "seconds": _show(r.finished.get("seconds"), ".1f"),
         }
 
     columns = [column(name, run) for name, run in runs.items()]
     return _table([name, *(c[name] for c in columns)] for name in columns[0])
+
+
+def _given(finished: Record) -> str:
+    """Which epoch's network the run left, and by which rule."""
+    epoch = finished.get("kept_epoch")
+    return "not known" if epoch is None else f"{finished['keep']}, of epoch {epoch}"
+
+
+def _costs(run: _Run) -> list[str]:
+    """What each kind of seed costs while it trains, counted and by the clock."""
+    heading = _tag("h2", "Cost of a seed in TRAINING")
+    if not run.costs:
+        return [heading, _tag("p", "No cost was reported.")]
+    rows = [["slot", "blueprint", "multiply-adds of an epoch", "time of an epoch", ""]]
+    alone = [_number(epoch, "train", "seconds") for epoch in run.epochs if epoch and not _training(epoch)]
+    for cost in run.costs:
+        slot = cost["slot"]
+        beside = [
+            _number(epoch, "train", "seconds")
+            for epoch in run.epochs
+            if epoch and [(s["slot"], s["blueprint"]) for s in _training(epoch)] == [(slot, cost["blueprint"])]
+        ]
+        time = _median(beside) / _median(alone)
+        dear = "costs more than the host" if cost["seed"] > cost["host"] else ""
+        rows.append([slot, cost["blueprint"], f"{cost['ratio']:.2f}x", _show(time, ".2f", "x"), dear])
+    note = "As a multiple of an epoch without a seed in TRAINING: for the network's batches and the seed's own passes."
+    return [heading, _table(rows), _tag("p", note)]
+
+
+def _training(epoch: Record) -> list[Record]:
+    return [slot for slot in epoch["slots"] if slot["stage"] == "TRAINING"]
+
+
+def _median(values: Sequence[float]) -> float:
+    finite = _finite(values)
+    return median(finite) if finite else math.nan
 
 
 def _curves(run: _Run, baseline: _Run | None) -> list[str]:

@@ -31,10 +31,10 @@ PRESETS: Mapping[str, Mapping[str, Plain]] = MappingProxyType(
             "host": {"width": 24},
             "optim": {"kind": "adamw", "host_lr": 3e-3, "seed_lr": 3e-3, "weight_decay": 0.01},
             "growth": {
-                "training_dwell_fraction": 0.05,
-                "blending_improvement": 0.1,
+                "window": 3,
+                "training_min_epochs": 3,
                 "blending_epochs": 3,
-                "fossilize_contribution": 0.2,
+                "fossilize_contribution": 0.1,
             },
             "policy": {
                 "plateau_threshold": 1.5,

@@ -25,14 +25,29 @@ class EventType(StrEnum):
     """A checked state is kept to return to."""
     ROLLBACK = "rollback"
     """The run went back to such a state; the slots are as they were then."""
+    REFUSED = "refused"
+    """The controller asked for something that the slots or gates do not allow."""
+    UNDONE = "undone"
+    """A seed failed after blending began: the network is again as it was then."""
+    SEED_COST = "seed_cost"
+    """Multiply-adds of a seed that begins to train, beside those of the host."""
     LAYER_GRADIENTS = "layer_gradients"
     """Gradient norm of each parameter in the epoch's last batch."""
     RUN_FINISHED = "run_finished"
 
 
-LIFECYCLE = frozenset({EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED})
+LIFECYCLE = frozenset(
+    {
+        EventType.RUN_STARTED,
+        EventType.SEED_STAGE,
+        EventType.REFUSED,
+        EventType.UNDONE,
+        EventType.RUN_FINISHED,
+    }
+)
 LEVELS: Mapping[EventType, str] = {
     EventType.EPOCH: "normal",
+    EventType.SEED_COST: "normal",
     EventType.SNAPSHOT: "debug",
     EventType.LAYER_GRADIENTS: "debug",
 }

@@ -71,10 +71,15 @@ def describe(event: Event) -> str:
             return f"  largest gradient of {len(data['norms'])} parameters: {largest} {data['norms'][largest]:.3g}"
         case EventType.SNAPSHOT:
             return f"  the state after epoch {epoch} is kept"
-        case EventType.NONFINITE | EventType.BAD_TARGETS | EventType.FINDING | EventType.ROLLBACK:
-            return f"  epoch {epoch}: {data['message']}"
+        case EventType.SEED_COST:
+            own, host = data["seed"], data["host"]
+            more = ", more than the host" if own > host else ""
+            work = f"{data['ratio']:.2f} times the multiply-adds of a step while it trains"
+            return f"  {data['slot']}: {data['blueprint']} costs {work}{more}"
         case EventType.RUN_FINISHED:
             accuracy = "" if data["test"] is None else f", test accuracy {data['test']['accuracy']:.2f}%"
             counts = f"{data['fossils']} fossilized, {data['parameters']} parameters"
             why = f" ({data['error']})" if data["error"] else ""
             return f"{data['status']}{why}: {counts}{accuracy}, {data['seconds']:.1f} s"
+        case _:
+            return f"  epoch {epoch}: {data['message']}"

@@ -7,6 +7,7 @@ gradient statistics stay on the device; each call reads them once, at its end, w
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
@@ -15,14 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper_kernels import GradHealth, GradStats, Meter, MeterResult, clip_grad_norm_, compute_all, grad_stats
+from esper_kernels import GradHealth, Meter, MeterResult, compute_all
 from esper_train.train.capture import Batch, Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
 from esper_train.train.errors import NonFiniteLossError
+from esper_train.train.learner import Learner
 from esper_train.train.optimizers import OptimizerRegistry
-from esper_train.train.step import Criterion, Span, TrainStep, build_train_step
+from esper_train.train.step import Criterion, Scope, Span, TrainStep, build_train_step
+from esper_train.train.unit import Unit
 
 Batches = Iterable[Batch]
+_NETWORK = ""
+"""The unit of all that no learner owns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,14 @@ class Measures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LearnerResult:
+    """One epoch of what learns beside the model; the fields are those of `EpochResult`."""
+
+    grad: GradHealth | None
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochResult(Measures):
     """One epoch of training."""
 
@@ -55,6 +68,8 @@ class EpochResult(Measures):
     whole, not of the groups) are sums over the measured steps, and any of them makes the health 0."""
     skipped: int
     """Steps left out because gradients were not finite."""
+    learners: dict[str, LearnerResult]
+    """What learned beside the model, by name; `grad` and `skipped` are of the model alone."""
     seconds: float
     backend: str
     compiled: bool
@@ -71,6 +86,8 @@ class EvalResult(Measures):
 
     seconds: float
     backend: str
+    right: Tensor = field(repr=False, compare=False)
+    """Which targets were predicted, in the order of the data; bool [rows or tokens], on the CPU."""
     variants: dict[str, Measures] = field(default_factory=dict)
     """The same data under each variant's alpha."""
 
@@ -91,6 +108,7 @@ def train_one_epoch(
     max_batches: int | None = None,
     step: TrainStep | None = None,
     governed: bool = False,
+    learners: Sequence[Learner] = (),
 ) -> EpochResult:
     """Train on every batch once.
 
@@ -106,6 +124,7 @@ def train_one_epoch(
             compiled one over epochs; None makes one for this call.
         governed: the caller judges the losses itself, as a run does by its governor: a loss that
             is not finite is returned under every policy, and the policy "rollback" is accepted.
+        learners: what learns beside the model from the same batches.
 
     A model in eval mode is put into training mode. In a model in training mode, submodules in eval
     mode, such as a frozen batch norm, stay in it.
@@ -129,11 +148,12 @@ def train_one_epoch(
     step = _step(step, task_type, config, criterion)
     device = _device(model)
     capture = None
-    if step.scaler is not None:
-        step.scaler.to(device)
+    for scaler in (step.scaler, *(learner.scaler for learner in learners)):
+        if scaler is not None:
+            scaler.to(device)
 
     def make() -> _Steps:
-        return _Steps(model, optimizers, config, step, device)
+        return _Steps(model, optimizers, config, step, device, learners)
 
     if config.capture:
         capture = step.capture = step.capture or Capture(CudaGraphs(device))
@@ -152,11 +172,13 @@ def train_one_epoch(
         capture.end()
     optimizers.advance("epoch")
     strict = config.on_bad_numbers == "stop"
-    result, (left_out,), *measured = compute_all(steps.meter, steps.skipped, *steps.measured(), strict=strict)
+    result, units = steps.read(strict)
+    grad, left_out = units.pop(_NETWORK)
     epoch = EpochResult(
         **_measures(result),
-        grad=_whole_epoch(*measured) if measured else None,
+        grad=grad,
         skipped=left_out,
+        learners={name: LearnerResult(grad=health, skipped=n) for name, (health, n) in units.items()},
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         compiled=step.compiled,
@@ -188,62 +210,60 @@ class _Steps:
         config: TrainConfig,
         step: TrainStep,
         device: torch.device,
+        learners: Sequence[Learner],
     ) -> None:
         self._model, self._optimizers, self._config, self._step = model, optimizers, config, step
-        self._groups = optimizers.parameters()
-        self._parameters = [p for members in self._groups.values() for p in members]
-        self._stats: GradStats | None = None  # of the last measured step
-        self._counts: Tensor | None = None  # of zeros, NaN and Inf over the measured steps, int64 [3, T]
+        self._learners = learners
         self.meter = Meter(device, topk=config.topk)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        groups = optimizers.parameters()
+        self._parameters = [p for members in groups.values() for p in members]
+        self._units: dict[str, Unit] = {}
+        apart = {id(buffer) for learner in learners for buffer in learner.buffers}
+        for learner in learners:
+            own = {name: groups.pop(name) for name in learner.groups}
+            self._units[learner.start] = Unit(own, learner.buffers, learner.scaler, config, device)
+        buffers = [buffer for buffer in model.buffers() if id(buffer) not in apart]
+        self._units[_NETWORK] = Unit(groups, buffers, step.scaler, config, device)
 
     def reset(self) -> None:
         """Forget what was added up."""
         self.meter.reset()
-        for total in (self.skipped, self._counts):
-            if total is not None:
-                total.zero_()
+        for unit in self._units.values():
+            unit.reset()
 
-    def measured(self) -> list[GradStats | Tensor]:
-        """Statistics of the last measured step, and counts over all; empty where none was."""
-        return [] if self._stats is None or self._counts is None else [self._stats, self._counts]
+    def read(self, strict: bool) -> tuple[MeterResult, dict[str, tuple[GradHealth | None, int]]]:
+        """Loss and counts, and by name of the unit its gradients and skipped steps; the host sync."""
+        units = self._units.values()
+        sources = [source for unit in units for source in (unit.skipped, *unit.measured())]
+        result, *read = compute_all(self.meter, *sources, strict=strict)
+        found: dict[str, tuple[GradHealth | None, int]] = {}
+        for name, unit in self._units.items():
+            (skipped,), *health = read[: 1 + len(unit.measured())]
+            del read[: 1 + len(health)]
+            found[name] = _whole_epoch(*health) if health else None, skipped
+        return result, found
 
     def __call__(self, group: Sequence[Batch], measure: bool) -> None:
-        config, step, optimizers = self._config, self._step, self._optimizers
-        grad, kernel, scaler, skips = config.grad, config.kernel, step.scaler, config.on_bad_numbers == "skip"
-        if config.capture:  # a graph finds gradients where they were
+        step, optimizers = self._step, self._optimizers
+        if self._config.capture:  # a graph finds gradients where they were
             for optimizer in optimizers.present():
                 optimizer.zero_grad(set_to_none=False)
         else:
             for p in self._parameters:
                 p.grad = None
-        # a batch that is skipped must not stay in running statistics either
-        buffers = [(b, b.clone()) for b in self._model.buffers()] if skips else []
+        units = self._units.values()
+        for unit in units:
+            unit.begin()
         divisor = step.divisor([targets for _, targets in group])
         for inputs, targets in group:
-            step(self._model, inputs, targets, self.meter, divisor)
+            step(self._model, inputs, targets, self.meter, divisor, self._learners)
         if measure:
             with step.span("statistics"):
-                grads = {name: [p.grad for p in members] for name, members in self._groups.items()}
-                inv_scale = None if scaler is None else scaler.inv_scale()
-                limits = {"vanishing": grad.vanishing, "exploding": grad.exploding}
-                stats = self._stats = grad_stats(grads, **limits, inv_scale=inv_scale, config=kernel, out=self._stats)
-                if self._counts is None:
-                    self._counts = torch.zeros_like(stats.counts)
-                self._counts.add_(stats.counts)
+                for unit in units:
+                    unit.measure()
         with step.span("optimizer"):
-            if grad.clip_norm is not None:
-                clip_grad_norm_(self._parameters, grad.clip_norm, stats=self._stats if measure else None, config=kernel)
-            if self._stats is not None and (scaler is not None or skips):
-                found = self._stats.found_inf
-                self.skipped += found != 0
-                optimizers.step_unless(found, None if scaler is None else scaler.scale)
-                for buffer, before in buffers:
-                    buffer.copy_(torch.where(found != 0, before, buffer))
-                if scaler is not None:
-                    scaler.update(found)
-            else:
-                optimizers.step()
+            for unit in units:
+                unit.step(optimizers, measure)
 
 
 def evaluate(
@@ -255,13 +275,14 @@ def evaluate(
     criterion: Criterion | None = None,
     max_batches: int | None = None,
     variants: Mapping[str, Mapping[str, float]] | None = None,
+    scopes: Mapping[str, Scope] | None = None,
     step: TrainStep | None = None,
 ) -> EvalResult:
     """Measure the model without training it; its train/eval mode is restored.
 
     `variants` names alpha overrides (slot to alpha) under which the same batches are measured too, in the same
-    pass: the model is called with `alpha=...` for each and nothing of it is changed. Otherwise as
-    `train_one_epoch`.
+    pass: the model is called with `alpha=...` for each and nothing of it is changed. `scopes` has what
+    is entered around the passes of some variants. Otherwise as `train_one_epoch`.
     """
     started = time.perf_counter()
     step = _step(step, task_type, config, criterion)
@@ -269,19 +290,23 @@ def evaluate(
     overrides = variants or {}
     meters = [Meter(device, topk=config.topk) for _ in range(1 + len(overrides))]
     alphas = list(overrides.values())
+    entered = [(scopes or {}).get(name, nullcontext) for name in overrides]
+    right: list[Tensor] = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode(False), torch.no_grad():  # inference mode would hide what the model changes in place
             for inputs, targets in _batches(loader, device, max_batches, step.span):
                 with step.span("evaluation"):
-                    step.measure(model, inputs, targets, meters, alphas)
+                    right.append(step.measure(model, inputs, targets, meters, alphas, entered).flatten())
     finally:
         for module, training in modes:
             module.training = training
-    result, *others = compute_all(*meters, strict=config.on_bad_numbers == "stop")
+    rows = torch.cat(right).long()
+    result, *others, predicted = compute_all(*meters, rows, strict=config.on_bad_numbers == "stop")
     return EvalResult(
         **_measures(result),
+        right=torch.tensor(predicted, dtype=torch.bool),
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         variants={name: Measures(**_measures(other)) for name, other in zip(overrides, others, strict=True)},

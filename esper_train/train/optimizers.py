@@ -1,7 +1,7 @@
 """One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and go."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from esper_train.base.state import copied
 from esper_train.train.config import OptimConfig, ScheduleConfig
 
 
@@ -48,27 +49,33 @@ class OptimizerRegistry:
             for group, optimizer in self._optimizers.items()
         }
 
-    def present(self) -> list[Optimizer]:
-        """The optimizers there are, in the order of attachment."""
-        return [optimizer for optimizer in self._optimizers.values() if optimizer is not None]
+    def present(self, groups: Collection[str] | None = None) -> list[Optimizer]:
+        """The optimizers there are, in the order of attachment; of these groups, where given."""
+        return [
+            optimizer
+            for group, optimizer in self._optimizers.items()
+            if optimizer is not None and (groups is None or group in groups)
+        ]
 
-    def step(self) -> None:
-        """One step of every optimizer."""
-        for optimizer in self.present():
+    def step(self, groups: Collection[str] | None = None) -> None:
+        """One step of every optimizer, or of those of some groups."""
+        for optimizer in self.present(groups):
             optimizer.step()
 
-    def step_unless(self, skip: Tensor, grad_scale: Tensor | None = None) -> None:
-        """A step of every optimizer, on gradients divided by `grad_scale` (float32 [], None: 1), that changes no bit
-        where `skip` (float32 []) is 1: decided on the device.
+    def step_unless(
+        self, skip: Tensor, grad_scale: Tensor | None = None, groups: Collection[str] | None = None
+    ) -> None:
+        """A step of every optimizer, or of those of some groups, on gradients divided by `grad_scale`
+        (float32 [], None: 1), that changes no bit where `skip` (float32 []) is 1: decided on the device.
 
         `ValueError` for an optimizer that cannot leave a step out by itself.
         """
-        for optimizer in self.present():
+        for optimizer in self.present(groups):
             # The promise that torch's own loss scaler asks for. A restored state may have taken the
             # setting away.
             promised = getattr(optimizer, "_step_supports_amp_scaling", False)
-            groups = optimizer.param_groups
-            if not promised or not all(g.get("fused") and not g.get("dampening") for g in groups):
+            fused = all(g.get("fused") and not g.get("dampening") for g in optimizer.param_groups)
+            if not promised or not fused:
                 raise ValueError(
                     "to skip a step without a host sync, expected an optimizer made with fused=True and without "
                     f"dampening, got {type(optimizer).__name__}; make it so, or use another train.on_bad_numbers, "
@@ -106,6 +113,14 @@ class OptimizerRegistry:
         for group, schedule in self._schedules.items():
             states[group]["schedule"] = schedule.state_dict()
         return states
+
+    def return_momentum(self, group: str, state: Mapping[str, Any]) -> None:
+        """Give a group's optimizer what it knew of its parameters in an earlier `state_dict`;
+        learning rates and schedules stay where they are."""
+        optimizer = self._optimizers[group]
+        if optimizer is not None:
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": copied(state["state"]), "param_groups": groups})
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Restore `state_dict`; the same groups must be attached."""

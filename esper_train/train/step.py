@@ -22,10 +22,12 @@ from esper_train.base.names import require_known, unknown_name
 from esper_train.train.amp import LossScaler
 from esper_train.train.capture import Capture
 from esper_train.train.config import TrainConfig
+from esper_train.train.learner import Learner
 from esper_train.train.memory import GradientMemory
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Span = Callable[[str], AbstractContextManager[Any]]
+Scope = Callable[[], AbstractContextManager[None]]
 Divisor = Callable[[int], float | Tensor]
 """From the number of classes to what the loss of each batch of an optimizer step is divided by."""
 LOGITS_DIMS: Mapping[str, tuple[int, str]] = {"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")}
@@ -104,21 +106,24 @@ class TrainStep:
         targets: Tensor,
         meter: Meter,
         divisor: Divisor | None = None,
+        learners: Sequence[Learner] = (),
     ) -> None:
         """Forward and backward: the parameters receive their gradients, the meter the batch.
 
-        `divisor` is what `divisor` gave for the batches of this optimizer step.
+        `divisor` is what `divisor` gave for the batches of this optimizer step. Each of the
+        `learners` then makes a pass of its own over the batch.
         """
+        batch = model, inputs, targets, meter, divisor, learners
         structure = getattr(model, "structure", None)
         use = (id(model), structure, inputs.shape)
         on_trial = self.compiled and self._config.compile.on_failure == "eager"
         if not on_trial or use in self._proven:
-            self._forward_and_backward(model, inputs, targets, meter, divisor)
+            self._forward_and_backward(*batch)
             return
         # The backward pass has a compiler of its own, which may fail after the batch was counted.
         before = _Before(model, meter)
         try:
-            self._forward_and_backward(model, inputs, targets, meter, divisor)
+            self._forward_and_backward(*batch)
             self._proven.add(use)
         except Exception as error:  # compilers fail in many ways; what eager fails at is raised
             if not self.compiled:
@@ -126,7 +131,7 @@ class TrainStep:
             before.restore()
             self._give_up_compiling(error)
             try:
-                self._forward_and_backward(model, inputs, targets, meter, divisor)
+                self._forward_and_backward(*batch)
             except Exception:
                 self.compile_failure = None
                 raise
@@ -138,9 +143,36 @@ class TrainStep:
         targets: Tensor,
         meter: Meter,
         divisor: Divisor | None,
+        learners: Sequence[Learner],
     ) -> None:
+        forward: Callable[..., Any] = model.forward_feeding if learners else model  # type: ignore[assignment]
+        network = partial(self._run, model, forward, inputs, {})
+        entered = self._learn(network, targets, meter, divisor, self.scaler, None, bool(learners))
+        for learner in learners:
+            start = learner.start
+            arguments = {"alpha": {start: 1.0}, "start": start}
+            own = partial(self._run, model, model, entered[start], arguments)
+            with self.span("learners"), learner.scope():
+                self._learn(own, targets, None, divisor, learner.scaler, learner.parameters)
+
+    def _learn(
+        self,
+        forward: Callable[[], Any],
+        targets: Tensor,
+        meter: Meter | None,
+        divisor: Divisor | None,
+        scaler: LossScaler | None,
+        parameters: Sequence[Tensor] | None,
+        feeds: bool = False,
+    ) -> Mapping[str, Tensor]:
+        """Forward, loss and backward; only `parameters` receive gradients, where given. Where
+        `forward` is `forward_feeding`, `feeds`, returns what that kept for learners."""
+        entered: Mapping[str, Tensor] = {}
         with self.span("forward"):
-            logits = self._check(self._run(model, model, inputs, {}))
+            logits = forward()
+            if feeds:
+                logits, entered = logits
+            self._check(logits)
         if not logits.requires_grad:
             raise ValueError(
                 "expected logits that depend on parameters with requires_grad=True, got logits "
@@ -148,7 +180,7 @@ class TrainStep:
             )
         targets = self._within(targets, logits.shape[-1], meter)
         divide_by = None if divisor is None else divisor(logits.shape[-1])
-        scale = None if self.scaler is None else self.scaler.scale
+        scale = None if scaler is None else scaler.scale
         if self._criterion is None:
             with self.span("loss"):
                 root = get_gradient_edge(logits)
@@ -167,15 +199,17 @@ class TrainStep:
                     **self._options,
                 )
             with self.span("backward"):
-                torch.autograd.backward(root, grad)
+                torch.autograd.backward(root, grad, inputs=parameters)
         else:
             with self.span("loss"):
                 loss = self._criterion(logits, targets)
-                record_loss(loss.detach(), logits.detach(), targets, meter)
+                if meter is not None:
+                    record_loss(loss.detach(), logits.detach(), targets, meter)
                 for factor in (scale, None if divide_by is None else 1 / divide_by):
                     loss = loss if factor is None else loss * factor
             with self.span("backward"):
-                loss.backward()
+                loss.backward(inputs=parameters)
+        return entered
 
     def divisor(self, targets: Sequence[Tensor]) -> Divisor | None:
         """A common divisor of the losses of these batches, so that their gradients add up to the
@@ -212,8 +246,10 @@ class TrainStep:
         targets: Tensor,
         meters: Sequence[Meter],
         alphas: Sequence[Mapping[str, float]] = (),
-    ) -> None:
-        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then under each alpha.
+        scopes: Sequence[Scope] = (),
+    ) -> Tensor:
+        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then under each alpha,
+        within its scope. Returns which targets were predicted by the model as it is: bool, of the targets' shape.
 
         What a model keeps of the first pass (`forward_keeping`) is not computed again for the others: each begins
         at the first slot that its alpha names.
@@ -227,12 +263,16 @@ class TrainStep:
         else:
             logits, entered = self._run(model, keeping, first, {})
         self._record(logits, targets, meters[0])
-        del logits  # the next ones can have their memory
-        for alpha, meter in zip(alphas, meters[1:], strict=True):
+        best = logits.max(-1)
+        right = (best.indices == targets) & best.values.isfinite()
+        del logits, best  # the next ones can have their memory
+        for alpha, scope, meter in zip(alphas, scopes or [nullcontext] * len(alphas), meters[1:], strict=True):
             start = next((slot for slot in entered if slot in alpha), None)
             begin = {} if start is None else {"start": start}
             features = inputs.clone() if start is None else entered[start]
-            self._record(self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter)
+            with scope():
+                self._record(self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter)
+        return right
 
     def _record(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
         targets = self._within(targets, self._check(logits).shape[-1], meter)
@@ -241,16 +281,18 @@ class TrainStep:
         else:
             record_loss(self._criterion(logits, targets), logits, targets, meter)
 
-    def _within(self, targets: Tensor, classes: int, meter: Meter) -> Tensor:
+    def _within(self, targets: Tensor, classes: int, meter: Meter | None) -> Tensor:
         """The targets, those outside the classes ignored and counted: the op does so itself on other devices, but
         raises on the CPU."""
         unmasked = self._config.on_bad_numbers == "stop" or self._criterion is not None
         if unmasked or targets.device.type != "cpu" or targets.dtype not in TARGET_DTYPES:
             return targets  # the op raises for targets of another dtype
-        ignored, counts = self._options.get("ignore_index", IGNORED), meter.on_device()
+        ignored = self._options.get("ignore_index", IGNORED)
         bad = ((targets < 0) | (targets >= classes)) & (targets != ignored)
-        counts["bad_targets"] += bad.sum()
-        counts["ignored"] -= bad.sum()  # the op is about to add them
+        if meter is not None:
+            counts = meter.on_device()
+            counts["bad_targets"] += bad.sum()
+            counts["ignored"] -= bad.sum()  # the op is about to add them
         return targets.long().masked_fill(bad, ignored)
 
     def require_match(self, task_type: str, config: TrainConfig, criterion: Criterion | None) -> None:

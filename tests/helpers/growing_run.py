@@ -12,12 +12,18 @@ seed = 1
 max_epochs = 20
 max_batches = 3
 [growth]
-blending_improvement = -100.0
-blending_gradient_ratio = 0.0
-fossilize_contribution = -100.0
+window = 1
+training_min_epochs = 3
+blending_potential = -100.0
+blending_loss_change = 1e9
 blending_epochs = 3
-training_dwell_fraction = 0.0
+blending_cost = 100.0
+fossilize_contribution = 0.0
+probation_timeout = 2
+fossilize_errors = 1e9
+harm = 100.0
 embargo_epochs = 1
+undo_wait = 1
 [policy]
 min_epochs = 1
 plateau_epochs = 1

@@ -14,12 +14,17 @@ from esper_train.run.run import run_episode
 
 # a seed's whole life in few epochs: every threshold that asks for a gain is taken away
 EASY = GrowthConfig(
-    blending_improvement=-100.0,
-    blending_gradient_ratio=0.0,
-    fossilize_contribution=-100.0,
+    window=1,
+    training_min_epochs=3,
+    blending_potential=-100.0,
+    blending_loss_change=1e9,
     blending_epochs=3,
-    training_dwell_fraction=0.0,
+    blending_cost=100.0,
+    fossilize_contribution=-100.0,
+    fossilize_errors=1e9,
+    harm=100.0,
     embargo_epochs=1,
+    undo_wait=0,
 )
 
 

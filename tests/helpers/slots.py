@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from esper_train.morph.blueprints import Blueprint
 from esper_train.morph.config import GrowthConfig
-from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState, StageChange
+from esper_train.morph.lifecycle import LIVE, Measurement, SeedStage, SlotState, StageChange
 from esper_train.morph.slot import SeedSlot
 
-MAX_EPOCHS = 20  # a dwell of 2 epochs, so the gate's own 3 count
 SEATED = [*sorted(LIVE), SeedStage.FOSSILIZED]
 EMPTY = [SeedStage.DORMANT, SeedStage.CULLED, SeedStage.EMBARGOED]
 
@@ -33,8 +32,8 @@ AFFINE = Blueprint("affine", "cnn", Affine)
 NOTHING = Blueprint("nothing", "cnn", lambda channels: nn.Identity())
 
 
-def empty_slot(max_epochs: int = MAX_EPOCHS, **growth: Any) -> SeedSlot:
-    return SeedSlot("mid", 3, GrowthConfig(**growth), max_epochs)
+def empty_slot(**growth: Any) -> SeedSlot:
+    return SeedSlot("mid", 3, GrowthConfig(**growth))
 
 
 def slot_in(stage: SeedStage, *, alpha: float = 1.0, contribution: float | None = None, **growth: Any) -> SeedSlot:
@@ -56,6 +55,10 @@ def slot_in(stage: SeedStage, *, alpha: float = 1.0, contribution: float | None 
             accuracy_at_stage_start=59.0,
             contribution=contribution,
             gradient_ratio=0.5,
+            accuracies=(60.0,) * 5,
+            contributions=() if contribution is None else (contribution,) * 5,
+            accuracy_before=60.0 if stage > SeedStage.TRAINING else None,
+            tolerance=0.0,
         )
         slot.restore(state, AFFINE)
     else:
@@ -82,17 +85,50 @@ def moves(changes: list[StageChange]) -> list[tuple[str, str, str]]:
     return [(c.before.stage.name, c.stage.name, c.reason) for c in changes]
 
 
+def observe(
+    slot: SeedSlot,
+    accuracy: float,
+    contribution: float | None = None,
+    ratio: float | None = None,
+    potential: tuple[float, float] | None = None,
+) -> None:
+    """Tell a slot of an epoch."""
+    gain, loss = potential or (None, None)
+    slot.observe(
+        Measurement(
+            accuracy=accuracy,
+            contribution=contribution,
+            gradient_ratio=ratio,
+            potential=gain,
+            potential_loss=loss,
+            tolerance=1.0,
+        )
+    )
+
+
+HELPS = (1.0, -0.25)
+"""A potential that passes the gate."""
+
+
 def epoch(
-    slot: SeedSlot, accuracy: float, contribution: float | None = None, ratio: float | None = 1.0
+    slot: SeedSlot,
+    accuracy: float,
+    contribution: float | None = None,
+    ratio: float | None = 1.0,
+    potential: tuple[float, float] | None = HELPS,
+    may_blend: bool = True,
 ) -> list[StageChange]:
     """What a run does with a slot at the end of an epoch."""
-    slot.observe(accuracy, contribution, ratio)
-    return slot.step_epoch()
+    learns = slot.state.stage is SeedStage.TRAINING
+    observe(slot, accuracy, contribution, ratio, potential if learns else None)
+    return slot.step_epoch(may_blend)
 
 
 # (stage, alpha) after each epoch; the sigmoid at 1/5, 2/5, 3/5, 4/5 is 0.0266, 0.2315, 0.7685, 0.9734. The first
 # of them is there when blending begins: an epoch at alpha 0 would teach the seed nothing.
 FASTEST_LIFE = [
+    ("TRAINING", 0.0),
+    ("TRAINING", 0.0),
     ("TRAINING", 0.0),
     ("TRAINING", 0.0),
     ("BLENDING", 0.0266),

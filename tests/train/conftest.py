@@ -6,14 +6,13 @@ import pytest
 
 from esper_train.config import RunConfig
 from esper_train.control.config import GovernorConfig
-from esper_train.morph.config import GrowthConfig
 from esper_train.run.build import build_episode
 from esper_train.run.run import NonFiniteLossError, run_heuristic_episode
 from esper_train.telemetry.config import TelemetryConfig
 from esper_train.telemetry.event import Event
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.config import OptimConfig, TrainConfig
-from tests.helpers.scripted import Planted, Recorder, a_life_and_a_cull, mislabelled, not_a_number, run_under
+from tests.helpers.scripted import EASY, Planted, Recorder, a_life_and_a_cull, mislabelled, not_a_number, run_under
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +22,7 @@ def run_events() -> list[Event]:
     config = RunConfig(
         task="synthetic",
         max_epochs=12,
-        growth=GrowthConfig(blending_min_epochs=1, blending_improvement=-100.0, blending_epochs=2, embargo_epochs=2),
+        growth=replace(EASY, training_min_epochs=1, blending_epochs=2, embargo_epochs=2),
     )
     run_heuristic_episode(config, policy=a_life_and_a_cull(), hub=TelemetryHub([recorder]))
     return recorder.events

@@ -250,44 +250,26 @@ def test_from_dict_leaves_other_configs_and_the_given_values_alone() -> None:
     assert values == {"train": {"grad": {"every": 9}}, "slots": ["mid"]}
 
 
-def test_growth_config_defaults_are_the_audited_thresholds() -> None:
+def test_stage_lengths_are_epochs_whatever_the_length_of_the_run() -> None:
     growth = GrowthConfig()
-    assert (growth.blending_improvement, growth.blending_min_epochs) == (0.5, 3)
-    assert growth.blending_gradient_ratio == 0.05
+    assert (growth.window, growth.training_min_epochs, growth.training_timeout) == (5, 5, 15)
     assert (growth.probation_min_epochs, growth.probation_alpha) == (3, 0.95)
-    assert growth.fossilize_contribution == 1.0
-    assert (growth.training_dwell_fraction, growth.probation_timeout_fraction) == (0.1, 0.1)
     assert (growth.blending_epochs, growth.embargo_epochs) == (5, 5)
+    assert not [name for name in vars(growth) if name.endswith("fraction")]
 
 
-@pytest.mark.parametrize(
-    ("max_epochs", "dwell", "life"),
-    [
-        (75, 7, 13),  # int(7.5) in TRAINING, 5 in BLENDING, 1 to measure
-        (29, 2, 9),  # the gate's 3 epochs are longer than the dwell of 2
-        (5, 1, 9),  # the dwell is at least one epoch
-        (200, 20, 26),
-    ],
-)
-def test_growth_config_dwell_and_life_of_a_seed(max_epochs: int, dwell: int, life: int) -> None:
-    assert GrowthConfig().training_dwell(max_epochs) == dwell
-    assert GrowthConfig().seed_life(max_epochs) == life
+def test_growth_config_life_is_training_blending_and_probation() -> None:
+    assert GrowthConfig().seed_life() == 5 + 5 + 5
+    assert GrowthConfig(training_min_epochs=9).seed_life() == 9 + 5 + 5
+    assert GrowthConfig(window=3, training_min_epochs=2).seed_life() == 3 + 5 + 3
+    assert GrowthConfig(blending_epochs=1, probation_min_epochs=4).seed_life() == 5 + 4 + 5
+    assert GrowthConfig(blending_epochs=9, probation_min_epochs=4).seed_life() == 5 + 9 + 5
 
 
-def test_growth_config_life_counts_the_longer_of_blending_and_its_gate() -> None:
-    assert GrowthConfig(blending_epochs=1, probation_min_epochs=4).seed_life(75) == 7 + 4 + 1
-    assert GrowthConfig(blending_epochs=9, probation_min_epochs=4).seed_life(75) == 7 + 9 + 1
-
-
-def test_growth_config_life_and_margin_of_the_default_run_are_20_epochs() -> None:
-    assert GrowthConfig().seed_life(RunConfig().max_epochs) + HeuristicConfig().life_margin == 20
-
-
-@pytest.mark.parametrize(("max_epochs", "timeout"), [(75, 7), (49, 5), (1, 5), (60, 6), (100, 10)])
-def test_growth_config_probation_timeout_is_a_tenth_of_the_run_but_5_epochs_at_least(
-    max_epochs: int, timeout: int
-) -> None:
-    assert GrowthConfig().probation_timeout(max_epochs) == timeout
+@pytest.mark.parametrize("name", ["training_timeout", "probation_timeout"])
+def test_growth_config_refuses_a_timeout_before_the_window_is_full(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"growth\.{name} must not be below growth\.window, 6.*got 5"):
+        GrowthConfig(window=6, **{"training_timeout": 9, "probation_timeout": 9, name: 5})  # type: ignore[arg-type]
 
 
 def test_unknown_name_lists_what_is_known_and_the_nearest() -> None:

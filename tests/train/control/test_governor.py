@@ -47,7 +47,9 @@ from tests.helpers.scripted import (
 
 QUICK = GovernorConfig(min_history=2, patience=1, snapshot_epochs=2)
 # seeds whose seeds contribute, here and below
-SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4, seed=2, batch_size=32, growth=EASY, governor=QUICK)
+SHORT = RunConfig(
+    task="synthetic", max_epochs=6, max_batches=4, seed=2, batch_size=32, growth=EASY, governor=QUICK, keep="last"
+)
 
 
 def config(policy: str, **changes: Any) -> RunConfig:
@@ -262,7 +264,7 @@ def some_epochs(parts: Any, batches: Any) -> None:
 @pytest.fixture
 def grown() -> Episode:
     """A trained network with a seed that blends in, a fossil, and momentum."""
-    episode = build_episode(replace(SHORT, max_epochs=8), slots=("early", "mid"))
+    episode = build_episode(replace(SHORT, max_epochs=9), slots=("early", "mid"))
     policy = Script(e1=germinate(), e4=germinate("mid", "norm"), e8=Decision(op=Op.FOSSILIZE, slot="early"))
     run_under(episode, policy)
     assert [s.state.stage for s in episode.model.slots] == [SeedStage.FOSSILIZED, SeedStage.BLENDING]
@@ -464,9 +466,9 @@ def test_bad_labels_of_small_types_and_of_held_out_data_are_left_out_too(tmp_pat
 
 
 def test_rollback_restores_seeds_whatever_became_of_them(tmp_path: Path) -> None:
-    """The state after epoch 6 has `early` on probation next, `late` in training and `mid` empty. Then early becomes a
-    fossil, late is culled, mid gets a seed; epoch 9 goes bad."""
-    growth = replace(EASY, blending_min_epochs=4)
+    """The state after epoch 6 has `early` and `late` in training and `mid` empty. Then late is culled, mid gets a
+    seed, and epoch 9, the last before early would blend, goes bad."""
+    growth = replace(EASY, training_min_epochs=8)
     base = config("rollback", max_epochs=16, governor=replace(QUICK, snapshot_epochs=6), growth=growth)
     episode = build_episode(base, slots=("early", "mid", "late"))
     recorder, signals = (
@@ -499,8 +501,8 @@ def test_rollback_restores_seeds_whatever_became_of_them(tmp_path: Path) -> None
     assert finite(episode)
 
 
-def test_rollback_unmakes_a_fossil(tmp_path: Path) -> None:
-    """Fossilized after epoch 8, undone in epoch 9; on probation again, it is fossilized once more."""
+def test_rollback_keeps_a_fossil_whose_verdict_came_before(tmp_path: Path) -> None:
+    """No state is kept during a trial; the verdict of epoch 8 makes the one that epoch 9 returns to."""
     base = config("rollback", max_epochs=11, batch_size=64, seed=8, governor=replace(QUICK, snapshot_epochs=7))
     episode = build_episode(base, slots=("early",))
     keep = Decision(op=Op.FOSSILIZE, slot="early")
@@ -508,14 +510,13 @@ def test_rollback_unmakes_a_fossil(tmp_path: Path) -> None:
     directory = run_directory.create(tmp_path / "run", base)
     recorder = Recorder()
     hub = TelemetryHub([recorder, JsonlSink(directory / run_directory.METRICS)])
-    result = run_under(episode, Script(e1=germinate(), e8=keep, e10=keep), hub)
+    result = run_under(episode, Script(e1=germinate(), e8=keep), hub)
     hub.close()
-    kept = [epoch for epoch, _, stage in recorder.stages() if stage == "FOSSILIZED"]
-    assert kept == [8, 10]
+    assert [epoch for epoch, _, stage in recorder.stages() if stage == "FOSSILIZED"] == [8]
+    assert [event.data["to_epoch"] for event in recorder.of(EventType.ROLLBACK)] == [8]
     assert (result.fossils, len(result.contributions)) == (1, 1)
     page = write_report(directory).read_text(encoding="utf-8")
-    assert "early from FOSSILIZED to PROBATIONARY" in page
-    assert "seeds fossilized</td><td>1</td>" in page  # not 2
+    assert "seeds fossilized</td><td>1</td>" in page
 
 
 def test_too_many_rollbacks_end_the_run(tmp_path: Path) -> None:
@@ -555,7 +556,7 @@ def test_no_snapshot_is_taken_while_the_loss_is_suspicious(monkeypatch: pytest.M
     bad = Finding(kind="divergence", message="made up")
     losses = iter([None, None, bad, bad, bad, None])  # epoch 4 is one for a snapshot
     monkeypatch.setattr(episode.governor, "_compare", lambda loss: next(losses))
-    run_under(episode, Script(e1=germinate()), TelemetryHub([recorder], TelemetryConfig(level="debug")))
+    run_under(episode, Script(), TelemetryHub([recorder], TelemetryConfig(level="debug")))
     assert [event.epoch for event in recorder.of(EventType.SNAPSHOT)] == [0, 2, 6]
     assert [(e.epoch, e.data["to_epoch"]) for e in recorder.of(EventType.ROLLBACK)] == [(5, 2)]
 

@@ -13,7 +13,6 @@ from esper_train.control.rewards import (
     ContributionReward,
     SeedInfo,
     compute_contribution_reward,
-    loss_reward,
 )
 from esper_train.control.signals import Signals
 from esper_train.morph.lifecycle import SeedStage, SlotState
@@ -318,7 +317,7 @@ SIGNALS = Signals(
     best_val_loss=1.3,
     best_val_accuracy=75.0,
     plateau_epochs=0,
-    host_stable=True,
+    guess_loss=10.0,
     slots=(KEPT, STATE, EMPTY),
 )
 LAST = replace(SIGNALS, epoch=25)
@@ -371,10 +370,10 @@ def test_minimal_is_sparse_and_punishes_culling_the_young(op: Op, state: SlotSta
 
 @pytest.mark.parametrize(
     ("delta", "expected"),
-    [(0.3, 15.0), (0.6, 25.0), (-0.2, -5.0), (-9.0, -12.5), (0.0, 0.0), (None, 0.0)],
+    [(1.29, 15.0), (2.58, 25.0), (-0.86, -5.0), (-9.0, -12.5), (0.0, 0.0), (None, 0.0)],
 )
 def test_loss_reward_is_positive_for_a_fall_of_the_loss(delta: float | None, expected: float) -> None:
-    """In units of .1 and within 5 of them, times 5; a rise counts half."""
+    """In units of .043 of a guess's loss, 10, and within 5 of them, times 5; a rise counts half."""
     bare = replace(SIGNALS, loss_delta=delta, slots=(EMPTY,))
     assert earned("loss", Op.WAIT, EMPTY, bare, HOST) == pytest.approx(expected)
 
@@ -393,16 +392,19 @@ def test_loss_reward_takes_rent_and_shapes_by_stages() -> None:
     assert earned("loss", Op.WAIT, entered, flat, HOST) == pytest.approx(0.14825, abs=1e-6)
 
 
-@pytest.mark.parametrize(("loss", "expected"), [(1.3, 0.5), (0.1, 1.0), (5.0, 0.0)])
+@pytest.mark.parametrize(("loss", "expected"), [(5.65, 0.5), (0.1, 1.0), (12.0, 0.0)])
 def test_loss_reward_ends_with_the_share_of_the_way_to_the_target(loss: float, expected: float) -> None:
-    """From 2.3 to .3."""
+    """From 10 to 1.3."""
     last = replace(LAST, loss_delta=None, val_loss=loss, slots=(EMPTY,))
     assert earned("loss", Op.WAIT, EMPTY, last, HOST) == pytest.approx(expected)
 
 
-def test_loss_reward_takes_the_scale_of_a_task() -> None:
-    last = replace(LAST, val_loss=7.15, loss_delta=0.15, slots=(EMPTY,))
-    assert math.fsum(loss_reward(Op.WAIT, EMPTY, last, HOST, (10.8, 3.5, 0.15)).values()) == pytest.approx(5.0 + 0.5)
+@pytest.mark.parametrize("classes", [2, 10, 50257])
+def test_loss_reward_takes_its_scale_from_the_number_of_classes(classes: int) -> None:
+    """Half the way down to .13 of a guess's loss, and a fall of .043 of it."""
+    guess = math.log(classes)
+    last = replace(LAST, guess_loss=guess, val_loss=guess * 1.13 / 2, loss_delta=0.043 * guess, slots=(EMPTY,))
+    assert earned("loss", Op.WAIT, EMPTY, last, HOST) == pytest.approx(5.0 + 0.5)
 
 
 @pytest.mark.parametrize("name", ["shaped", "sparse", "minimal", "loss"])

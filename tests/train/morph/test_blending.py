@@ -11,6 +11,7 @@ from esper_train.morph.blueprints import default_registry
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.lifecycle import SeedStage
 from esper_train.morph.slot import SeedSlot
+from tests.helpers.slots import epoch, observe
 
 MAPS = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
@@ -61,8 +62,8 @@ def test_a_tokens_gate_sees_that_token_alone() -> None:
 
 def gated_slot() -> SeedSlot:
     torch.manual_seed(0)
-    slot = SeedSlot("mid", 8, GrowthConfig(), 20)
-    slot.observe(50.0)
+    slot = SeedSlot("mid", 8, GrowthConfig())
+    observe(slot, 50.0)
     slot.germinate(default_registry().require("cnn", "conv_light"), "s0", "gated")
     return slot
 
@@ -85,9 +86,8 @@ def test_gate_is_trained_while_the_seed_is_blended_in() -> None:
 
 def test_gate_goes_when_alpha_is_one_and_the_seed_has_the_whole_output() -> None:
     slot = gated_slot()
-    for epoch in range(10):
-        slot.observe(51.0 + epoch, contribution=5.0, gradient_ratio=1.0)
-        slot.step_epoch()
+    for number in range(10):
+        epoch(slot, 51.0 + number, contribution=5.0)
         if slot.state.stage is SeedStage.PROBATIONARY:
             break
     assert (slot.state.stage, slot.state.alpha, slot.gate) == (SeedStage.PROBATIONARY, 1.0, None)

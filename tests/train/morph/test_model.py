@@ -210,6 +210,10 @@ def test_fossilize_seed_by_name_makes_it_permanent() -> None:
         blueprint="norm",
         alpha=1.0,
         contribution=2.5,
+        accuracies=(60.0,) * 5,
+        contributions=(2.5,) * 5,
+        accuracy_before=60.0,
+        tolerance=0.0,
     )
     grown.slot("mid").restore(on_probation, blueprint)
     assert grown.fossils == 0
@@ -399,7 +403,10 @@ def test_an_incubating_seed_leaves_the_hosts_gradients_as_they_are_bit_for_bit()
     gradients = []
     for blueprint in (None, *default_registry().names("cnn")):
         torch.manual_seed(0)
-        grown = MorphModel(cnn_host(image_size=8, in_channels=1, num_classes=10), ("early", "mid", "late"))
+        growth = GrowthConfig(incubation="straight_through")
+        grown = MorphModel(
+            cnn_host(image_size=8, in_channels=1, num_classes=10), ("early", "mid", "late"), growth=growth
+        )
         if blueprint is not None:
             for slot in grown.slots:
                 grown.germinate_seed(blueprint, f"seed in {slot.state.slot}", slot=slot.state.slot)

@@ -8,7 +8,7 @@ from esper_train.morph.blueprints import default_registry
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.morph.slot import SeedSlot
-from tests.helpers.slots import EMPTY, MAX_EPOCHS, SEATED, affine, empty_slot, features, slot_in, snapshot
+from tests.helpers.slots import EMPTY, SEATED, affine, empty_slot, features, slot_in, snapshot
 
 CNN_BLUEPRINTS = default_registry().names("cnn")
 
@@ -16,7 +16,7 @@ CNN_BLUEPRINTS = default_registry().names("cnn")
 @pytest.mark.parametrize("isolate", [True, False])
 def test_forward_in_training_leaves_the_value_and_gives_the_seed_the_full_gradient(isolate: bool) -> None:
     """y = x + (z - z) and dL/dz = dL/dy = g, so the gain gets sum(g x) and the shift sum(g)."""
-    slot = slot_in(SeedStage.TRAINING, isolate_training=isolate)
+    slot = slot_in(SeedStage.TRAINING, isolate_training=isolate, incubation="straight_through")
     x, g = features(0).requires_grad_(), features(1)
     y = slot(x)
     assert torch.equal(y, x)
@@ -42,7 +42,7 @@ def test_forward_in_isolated_training_gives_the_host_the_gradients_of_the_bare_h
     x = torch.randn(4, 1, 7, 6, generator=torch.Generator().manual_seed(3))
     bare, grown = host(), host()
     bare[1](bare[0](x)).square().sum().backward()
-    slot = empty_slot()
+    slot = empty_slot(incubation="straight_through")
     slot.germinate(default_registry().require("cnn", blueprint), "s0")
     with torch.no_grad():
         for p in slot.parameters():
@@ -128,7 +128,7 @@ def test_forward_in_isolated_training_takes_channels_last_features(blueprint: st
     gradients = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
-        slot = SeedSlot("mid", 16, GrowthConfig(), MAX_EPOCHS)
+        slot = SeedSlot("mid", 16, GrowthConfig())
         slot.germinate(default_registry().require("cnn", blueprint), "s0")
         with torch.no_grad():
             for p in slot.parameters():
@@ -151,7 +151,7 @@ def test_forward_takes_channels_last_features_without_gradient(
 ) -> None:
     """Behind a frozen host, in every stage, also where a 1x1 map's strides leave the layout open: no crash."""
     registry = default_registry()
-    slot = SeedSlot("mid", shape[1], GrowthConfig(isolate_training=isolate), MAX_EPOCHS)
+    slot = SeedSlot("mid", shape[1], GrowthConfig(isolate_training=isolate, incubation="straight_through"))
     state = SlotState(slot="mid", stage=stage, blueprint="norm", blend="linear", alpha=0.5, accuracy=1.0)
     slot.restore(state, registry.require("cnn", "norm"))
     with torch.no_grad():

@@ -16,6 +16,7 @@ from tests.helpers.slots import (
     SEATED,
     empty_slot,
     features,
+    observe,
     slot_in,
     snapshot,
 )
@@ -51,7 +52,7 @@ def test_requests_out_of_their_stage_are_refused_and_change_nothing(request_name
 
 @pytest.mark.parametrize(
     ("contribution", "reason"),
-    [(None, "contribution was not measured"), (0.75, r"contribution 0\.75 is below 1")],
+    [(None, "mean contribution was not measured"), (0.25, r"mean contribution 0\.25 is below 0\.5")],
 )
 def test_fossilize_is_refused_by_its_gate_and_changes_nothing(contribution: float | None, reason: str) -> None:
     slot = slot_in(SeedStage.PROBATIONARY, contribution=contribution, on_fossilize="freeze")
@@ -111,10 +112,15 @@ class SlotMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.slot = empty_slot(
+            window=1,
             training_timeout=4,
-            blending_min_epochs=1,
+            training_min_epochs=1,
+            blending_potential=-100.0,
             blending_epochs=2,
+            blending_cost=1000.0,
+            harm=1000.0,
             probation_min_epochs=1,
+            fossilize_errors=1000.0,
             embargo_epochs=2,
         )
         self.accuracy = 40.0
@@ -167,7 +173,7 @@ class SlotMachine(RuleBasedStateMachine):
     )
     def epoch(self, rise: float, contribution: float | None, ratio: float | None) -> None:
         self.accuracy += rise
-        self.slot.observe(self.accuracy, contribution, ratio)
+        observe(self.slot, self.accuracy, contribution, ratio, (rise, -1.0))
         assert self.slot.state.accuracy == self.accuracy
         stage = self.slot.state.stage.name
         changes = self.slot.step_epoch()

@@ -65,7 +65,7 @@ def slot_stages(directory: Path, epoch: int) -> set[str]:
 # epoch: what the checkpoint finds in the slots
 @pytest.mark.parametrize(
     ("epoch", "stages"),
-    [(2, {"TRAINING"}), (6, {"BLENDING"}), (8, {"PROBATIONARY"}), (9, {"EMBARGOED"}), (20, {"FOSSILIZED"})],
+    [(2, {"TRAINING"}), (6, {"BLENDING"}), (8, {"PROBATIONARY"}), (10, {"EMBARGOED"}), (20, {"FOSSILIZED"})],
 )
 def test_a_resumed_run_reports_what_an_uninterrupted_one_does(
     epoch: int, stages: set[str], whole: Path, tmp_path: Path
@@ -89,7 +89,9 @@ def test_other_optimizers_and_tasks_resume_exactly(options: tuple[str, ...], tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["episode", "model", "optimizers", "tracker", "policy", "random"])
+@pytest.mark.parametrize(
+    "part", ["episode", "model", "optimizers", "tracker", "policy", "random", "streams", "trial", "kept"]
+)
 def test_every_part_has_its_share(part: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any one part the run ends differently or is refused, so the comparison above would show the loss."""
     directory = stopped_after(9, whole, tmp_path / "run")
@@ -116,6 +118,7 @@ def test_schedules_and_the_loss_scale_go_on_where_they_were(kind: str, tmp_path:
 def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) -> None:
     state = torch.load(whole / "checkpoints" / "epoch-6.pt", weights_only=True)
     parts = {"episode", "model", "optimizers", "step", "tracker", "governor", "policy", "telemetry", "random"}
+    parts |= {"streams", "trial", "kept"}
     assert set(state) == {"format", "run", "parts", "metrics"}
     assert set(state["parts"]) == parts
     assert {"python", "numpy", "torch", "order"} <= set(state["parts"]["random"])
@@ -392,7 +395,7 @@ def test_a_malicious_checkpoint_runs_no_code(shape: str, tmp_path: Path) -> None
             return (Path.touch, (tmp_path / "sprung",))
 
     buffer = io.BytesIO()
-    state = {"format": 1, "run": {}, "parts": Trap()}
+    state = {"format": 2, "run": {}, "parts": Trap()}
     torch.save(state, buffer, _use_new_zipfile_serialization=shape == "zip")
     save(tmp_path / "epoch-1.pt", buffer.getvalue())
     with pytest.raises(ValueError, match="more than tensors and plain values"):
@@ -408,7 +411,7 @@ def test_a_checkpoint_without_its_digest_or_of_another_version_is_refused(whole:
     buffer = io.BytesIO()
     torch.save({**torch.load(io.BytesIO(data), weights_only=True), "format": 99}, buffer)
     save(tmp_path / "epoch-7.pt", buffer.getvalue())
-    with pytest.raises(ValueError, match="expected format 1, got 99"):
+    with pytest.raises(ValueError, match="expected format 2, got 99"):
         load(tmp_path / "epoch-7.pt")
 
 

@@ -14,7 +14,6 @@ from esper_train import (
     Decision,
     Event,
     EventType,
-    GradConfig,
     HostConfig,
     NonFiniteLossError,
     Op,
@@ -26,7 +25,6 @@ from esper_train import (
     Task,
     TelemetryConfig,
     TelemetryHub,
-    TrainConfig,
     get_task,
     run_fit,
     run_heuristic_episode,
@@ -34,11 +32,12 @@ from esper_train import (
 )
 from esper_train.base.device import resolve_device
 from esper_train.morph.blueprints import convolution
-from esper_train.run import run as episode_module
+from esper_train.run import epoch as episode_module
+from esper_train.run import run as run_module
 from esper_train.run.build import build_episode
 from tests.helpers.scripted import EASY, Recorder, Script, germinate, run_under
 
-SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4, seed=2)  # whose seeds contribute
+SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4, seed=2, keep="last")  # whose seeds contribute
 
 
 def scripted(config: RunConfig, policy: Script, **kwargs: object) -> tuple[object, Recorder]:
@@ -106,9 +105,9 @@ def test_gradient_ratio_equals_plain_torch_on_the_last_batch(monkeypatch: pytest
     ratios = []
     inner = episode_module.gradient_ratio
 
-    def spy(grad: object, slot: str) -> float | None:
-        ratio = inner(grad, slot)  # type: ignore[arg-type]
-        seed = [p.grad for p in episode.model.get_seed_parameters(slot)]
+    def spy(grad: object, seed_grad: object) -> float | None:
+        ratio = inner(grad, seed_grad)  # type: ignore[arg-type]
+        seed = [p.grad for p in episode.model.get_seed_parameters("mid")]
         host = [p.grad for p in episode.model.get_host_parameters()]
         if seed:
             counts = [sum(g.numel() for g in grads) for grads in (seed, host)]
@@ -138,13 +137,14 @@ def test_one_epoch_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
     note(episode_module, "train_one_epoch", "train")
     note(episode_module, "evaluate", "evaluate")
+    note(run_module, "evaluate", "test")
     note(episode.tracker, "update", "tracker")
     note(episode.model.slot("early"), "step_epoch", "slots step")
     policy = Script(e1=germinate())
     note(policy, "decide", "decide")
     note(episode.model, "germinate_seed", "execute")
     run_under(episode, policy)
-    assert calls == ["train", "evaluate", "tracker", "slots step", "decide", "execute", "evaluate"]
+    assert calls == ["train", "evaluate", "tracker", "slots step", "decide", "execute", "test"]
 
 
 def test_optimizers_follow_the_seeds() -> None:
@@ -181,7 +181,7 @@ def test_seed_without_parameters_lives() -> None:
     registry = BlueprintRegistry(
         [Blueprint("pass", "cnn", lambda channels: nn.Identity()), Blueprint("conv_light", "cnn", convolution)]
     )
-    config = replace(SHORT, max_epochs=8, growth=EASY)
+    config = replace(SHORT, max_epochs=8, growth=replace(EASY, incubation="straight_through"))
     _, recorder = scripted(config, Script(e1=germinate(blueprint="pass")), registry=registry)
     assert (7, "early", "PROBATIONARY") in recorder.stages()
 
@@ -189,17 +189,57 @@ def test_seed_without_parameters_lives() -> None:
 def test_refused_request_is_reported_and_changes_nothing() -> None:
     policy = Script(
         e1=Decision(op=Op.FOSSILIZE, slot="early"),
-        e2=Decision(op=Op.GERMINATE, slot="early", blueprint="conv_lite"),
-        e3=Decision(op=Op.CULL, slot="nowhere"),
+        e3=Decision(op=Op.CULL, slot="mid"),
     )
     result, recorder = scripted(SHORT, policy)
     assert recorder.stages() == []
-    refusals = [e.data["refused"] for e in recorder.of(EventType.EPOCH)]
+    epochs = [e.data for e in recorder.of(EventType.EPOCH)]
+    refusals = [data["refused"] for data in epochs]
     assert "cannot go from DORMANT to FOSSILIZED" in refusals[0]
-    assert "'conv_light'" in refusals[1]
-    assert "'nowhere'" in refusals[2]
-    assert refusals[3:] == [None, None, None]
-    assert result.action_counts == {"WAIT": 3, "GERMINATE": 1, "CULL": 1, "FOSSILIZE": 1}
+    assert "cannot go from DORMANT to CULLED" in refusals[2]
+    assert refusals[1::2] == [None, None, None]
+    assert [epochs[0]["reward"], epochs[0]["reward_parts"]] == [0.0, {}]
+    assert result.action_counts == {"WAIT": 4, "GERMINATE": 0, "CULL": 1, "FOSSILIZE": 1}
+    assert result.refused == ((1, "FOSSILIZE", refusals[0]), (3, "CULL", refusals[2]))
+    assert [(e.epoch, e.data["op"]) for e in recorder.of(EventType.REFUSED)] == [(1, "FOSSILIZE"), (3, "CULL")]
+
+
+@pytest.mark.parametrize("level", ["minimal", "normal", "debug"])
+def test_a_refusal_is_an_event_at_every_level_but_off(level: str) -> None:
+    recorder = Recorder()
+    hub = TelemetryHub([recorder], TelemetryConfig(level=level))  # type: ignore[arg-type]
+    policy = Script(e1=Decision(op=Op.CULL, slot="mid"))
+    run_heuristic_episode(replace(SHORT, max_epochs=1), policy=policy, hub=hub)
+    assert len(recorder.of(EventType.REFUSED)) == 1
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [germinate(blueprint="conv_lite"), germinate("nowhere"), germinate(blend="liner"), Decision(op=Op.CULL, slot="x")],
+)
+def test_names_that_nobody_knows_raise_at_once(decision: Decision) -> None:
+    with pytest.raises(ValueError, match="unknown"):
+        scripted(SHORT, Script(e1=decision))
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_run_gives_the_network_that_keep_names(keep: str) -> None:
+    """The best validation accuracy, and of equal ones the lowest loss, over the epochs without a trial."""
+    recorder = Recorder()
+    config = replace(SHORT, max_epochs=12, keep=keep, growth=EASY)  # type: ignore[arg-type]
+    episode = build_episode(config, slots=("early",))
+    result = run_under(episode, Script(e1=germinate()), TelemetryHub([recorder]))
+    epochs = recorder.of(EventType.EPOCH)
+    trial = range(4, 13)  # blending begins at the end of epoch 4, and no verdict comes
+    offered = [e for e in epochs if e.epoch not in trial]
+    best = max(offered, key=lambda e: (e.data["validation"]["accuracy"], -e.data["validation"]["loss"])).epoch
+    assert result.kept_epoch == (best if keep == "best" else 12)
+    if keep == "best":
+        inputs, targets = get_task("synthetic").load().validation
+        with torch.no_grad():
+            found = (result.model.eval()(inputs).argmax(1) == targets).double().mean().item() * 100
+        assert found == pytest.approx(epochs[best - 1].data["validation"]["accuracy"])
+    assert recorder.events[-1].data["kept_epoch"] == result.kept_epoch
 
 
 def test_same_seed_same_numbers_twice() -> None:
@@ -219,7 +259,8 @@ def test_same_seed_same_numbers_twice() -> None:
 
 def without_clock(data: object) -> dict[str, object]:
     assert isinstance(data, dict)
-    return {key: value for key, value in data.items() if key != "seconds"}
+    plain = {key: value for key, value in data.items() if key != "seconds"}
+    return plain | {key: without_clock(value) for key, value in plain.items() if key == "train"}
 
 
 def test_a_run_leaves_the_callers_random_state_alone() -> None:
@@ -277,7 +318,6 @@ def test_language_model_task_grows() -> None:
         ({"device": "cuda:99"}, "'cuda:99' is not there.*cpu"),
         ({"device": "toaster"}, "'toaster' names no device"),
         ({"device": "meta"}, "'meta' is not there"),
-        ({"train": TrainConfig(grad=GradConfig(every=0))}, "every is 0"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(change: dict[str, object], message: str) -> None:

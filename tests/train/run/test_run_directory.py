@@ -15,6 +15,7 @@ import torch
 from esper_train import RunConfig, SeedStage, load_run
 from esper_train.run import directory as run_directory
 from esper_train.run.build import build_episode
+from tests.helpers.slots import epoch
 
 CONFIG = RunConfig(task="synthetic", max_epochs=12, max_batches=2)
 
@@ -26,12 +27,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module
     model = episode.model
     model.germinate_seed("conv_expand", "seed_0", slot="early")
     slot = model.slot("early")
-    for epoch in range(30):
-        if slot.state.stage is SeedStage.PROBATIONARY:
-            break
-        slot.observe(float(epoch), contribution=5.0, gradient_ratio=1.0)
-        slot.step_epoch()
-    slot.observe(50.0, contribution=5.0)
+    for number in range(15):
+        epoch(slot, float(number), contribution=5.0)
     model.fossilize_seed(slot="early")
     model.germinate_seed("norm", "seed_1", slot="mid")
     for parameter in model.parameters():
@@ -82,7 +79,7 @@ def test_load_run_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"format": 99}, "expected format 1, got 99"), ({"weights": {}}, "does not fit")]
+    ("change", "message"), [({"format": 99}, "expected format 2, got 99"), ({"weights": {}}, "does not fit")]
 )
 def test_load_run_refuses_another_format_or_network(
     run: tuple[Path, torch.nn.Module], tmp_path: Path, change: dict[str, object], message: str
@@ -108,7 +105,7 @@ def test_load_run_runs_no_code_from_the_file(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))  # type: ignore[return-value]
 
     path = run_directory.create(tmp_path / "run", CONFIG)
-    torch.save({"format": 1, "slots": [], "weights": Trap()}, path / "network.pt")
+    torch.save({"format": 2, "slots": [], "weights": Trap()}, path / "network.pt")
     with pytest.raises(pickle.UnpicklingError):
         load_run(path)
     assert not (tmp_path / "sprung").exists()

@@ -295,5 +295,5 @@ def test_build_host_maps_windows_to_logits_at_the_size_of_the_config(vocab: int)
 def test_preset_is_for_this_task_in_bytes_and_leaves_time_for_a_seed() -> None:
     config = preset("pysource")
     assert (config.task, config.vocab) == ("pysource", 256)
-    life = config.growth.seed_life(config.max_epochs) + config.policy.life_margin
+    life = config.growth.seed_life() + config.policy.life_margin
     assert config.policy.min_epochs + life < config.max_epochs

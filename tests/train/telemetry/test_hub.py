@@ -1,5 +1,6 @@
 """The hub: every event to every sink, what a level takes, and that none of it changes the training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,13 @@ import pytest
 import torch
 
 from esper_train.config import RunConfig
-from esper_train.morph.config import GrowthConfig
 from esper_train.run.run import run_heuristic_episode
 from esper_train.telemetry.config import TelemetryConfig
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.sinks import JsonlSink
 from esper_train.train.config import GradConfig, TrainConfig
-from tests.helpers.scripted import Recorder, a_life_and_a_cull, strict
+from tests.helpers.scripted import EASY, Recorder, a_life_and_a_cull, strict
 
 
 class Failing(Recorder):
@@ -135,7 +135,7 @@ def test_close_goes_on_past_a_sink_that_fails(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("level", ["off", "minimal", "normal", "debug"])
 def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None:
     """Germination, a cull, exploding gradients and the escalation after them: the weights are those of silence."""
-    growth = GrowthConfig(blending_min_epochs=1, blending_improvement=-100.0, blending_epochs=2, embargo_epochs=2)
+    growth = replace(EASY, training_min_epochs=1, blending_epochs=2, embargo_epochs=2)
     train = TrainConfig(grad=GradConfig(exploding=0.5))
     config = RunConfig(task="synthetic", max_epochs=5, max_batches=4, growth=growth, train=train)
     recorder = Recorder()

@@ -23,6 +23,7 @@ from esper_train import (
     run_heuristic_episode,
     train_one_epoch,
 )
+from esper_train.morph.lifecycle import Measurement
 from tests.helpers.scripted import Script, germinate
 from tests.train.train.test_step import Counting, compiled_config
 
@@ -66,7 +67,7 @@ class Life:
         for name, variant in plain.variants.items():
             assert measured.variants[name].loss == pytest.approx(variant.loss, rel=1e-5)
         for slot in self.model.slots:
-            slot.observe(50.0, 1.0, 1.0)
+            slot.observe(Measurement(accuracy=50.0, contribution=1.0, gradient_ratio=1.0))
         return self.counting.graphs - before
 
 
@@ -86,7 +87,7 @@ def test_a_growing_host_compiles_once_a_structure_and_never_for_a_number() -> No
     assert programs == [4, 0, 0]
     slot._enter(SeedStage.PROBATIONARY, "test")
     assert life.epoch() == 4
-    slot.fossilize()
+    slot._enter(SeedStage.FOSSILIZED, "test")
     assert life.epoch() == 0
     life.model.germinate_seed("norm", "second", slot="mid")
     assert [life.epoch(), life.epoch()] == [4, 0]

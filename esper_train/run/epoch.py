@@ -1,0 +1,385 @@
+"""One epoch of a run, split where the controller decides: `observe`, then `apply`.
+
+`run` goes through both for every epoch; whoever steps a run by hand does the same.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from esper_kernels import compute_all, grad_stats
+from esper_train.base.device import resolve_device
+from esper_train.control.governor import Finding, weights_are_finite
+from esper_train.control.policy import Decision, Op
+from esper_train.control.rewards import REWARDS
+from esper_train.control.signals import Observation, Signals
+from esper_train.morph.gates import gradient_ratio
+from esper_train.morph.lifecycle import (
+    LIVE,
+    TRIAL,
+    Measurement,
+    RefusedError,
+    SeedStage,
+    SlotState,
+    StageChange,
+)
+from esper_train.morph.model import MorphModel
+from esper_train.run.cost import seed_cost
+from esper_train.run.episode import Episode
+from esper_train.run.records import epoch_event, refused_event, stage_event, trouble_events
+from esper_train.telemetry.event import Event, EventType
+from esper_train.train.errors import BadNumbersError, NonFiniteLossError
+from esper_train.train.loop import EpochResult, EvalResult, evaluate, train_one_epoch
+
+JOINT = "+"
+"""The variant without any of the seeds measured in an epoch; no slot has this name."""
+
+
+class Epoch:
+    """Epoch `number` of an episode. `apply` is called once, after an `observe` that gave signals."""
+
+    def __init__(self, episode: Episode, number: int) -> None:
+        self._episode = episode
+        self._number = number
+        self._finding: Finding | None = None
+        self._verdict = False  # whether a trial ended
+        self._events: list[Event] = []  # to be written after the epoch's own line
+
+    def observe(self) -> Signals | None:
+        """Train, evaluate, track, and let the slots make their own moves; then a decision is due.
+
+        None where the losses went bad and the epoch is undone: it is over without a decision.
+        """
+        episode, number = self._episode, self._number
+        episode.trial.tick()
+        self._train, self._validation = _train_and_evaluate(episode, number)
+        train, validation = self._train, self._validation
+        episode.accuracy = validation.accuracy
+        # a skipped batch is in the training loss, so that is no finding
+        skips = episode.config.train.on_bad_numbers == "skip"
+        training = validation.loss if skips else train.loss
+        self._finding = episode.governor.check(training=training, validation=validation.loss)
+        if self._finding is not None and episode.trial.slot is not None:
+            self._leave_undecided(self._finding)
+            self._undo_trial(self._finding)
+            return None
+        if self._finding is not None and episode.good is not None:
+            self._leave_undecided(self._finding)
+            self._answer(self._finding)
+            return None
+        self._measured = _observe_slots(episode, train, validation)
+        signals = episode.tracker.update(_observation(episode, number, train, validation))
+        for slot in episode.model.slots:
+            may_blend = episode.trial.slot is None
+            for change in slot.step_epoch(may_blend):
+                self._follow(change)
+        self._signals = replace(signals, slots=_states(episode.model), germination_wait=episode.trial.wait)
+        return self._signals
+
+    def apply(self, decision: Decision) -> float:
+        """Carry out a decision, report the epoch, and give what the decision earned.
+
+        Raises `BadNumbersError` where the losses went bad and the run cannot go on; `ValueError`
+        for a slot, blueprint or blend that nobody knows.
+        """
+        episode, number = self._episode, self._number
+        parts = _reward(episode, self._signals, decision)
+        made, refused = _execute(episode, decision)
+        for change in made:
+            self._follow(change)
+        if refused is not None:
+            parts = {}
+            episode.refused.append((number, decision.op.name, refused))
+            self._events.append(refused_event(number, decision, refused))
+        line = epoch_event(
+            number,
+            self._measured,
+            self._train,
+            self._validation,
+            decision,
+            max_epochs=episode.config.max_epochs,
+            reward_parts=parts,
+            refused=refused,
+            joint=_joint(self._validation),
+        )
+        self._report(line, self._finding)
+        reward: float = line.data["reward"]
+        episode.decided.append((decision.op.name, reward))
+        if self._finding is not None:
+            self._answer(self._finding)
+        else:
+            validation = self._validation
+            episode.kept.offer(episode.model, number, validation.accuracy, validation.loss)
+            due = number % episode.config.governor.snapshot_epochs == 0
+            if not episode.governor.suspicious and (due or self._verdict):
+                keep_good(episode, number)
+        return reward
+
+    def _leave_undecided(self, finding: Finding) -> None:
+        """Report an epoch that is to be undone."""
+        episode, number = self._episode, self._number
+        decision = Decision(op=Op.WAIT, reason="the epoch is undone")
+        line = epoch_event(
+            number,
+            _states(episode.model),
+            self._train,
+            self._validation,
+            decision,
+            max_epochs=episode.config.max_epochs,
+            reward_parts={"rollback": -episode.config.governor.rollback_penalty},
+        )
+        episode.decided.append((decision.op.name, line.data["reward"]))
+        self._report(line, finding)
+
+    def _report(self, line: Event, finding: Finding | None) -> None:
+        """The epoch's line, what happened to seeds, bad numbers, and gradients by layer if asked for."""
+        episode, hub = self._episode, self._episode.hub
+        hub.emit(line)
+        self._emit_pending()
+        troubles = trouble_events(self._number, self._train, self._validation, finding)
+        hub.tick()
+        for event in troubles:
+            hub.emit(event)
+        grad = self._train.grad
+        if troubles or (grad is not None and grad.has_exploding):
+            hub.escalate()
+        if hub.collects(EventType.LAYER_GRADIENTS):
+            names, parameters = zip(*episode.model.named_parameters(), strict=True)
+            (norms,) = compute_all(grad_stats([p.grad for p in parameters]).norms)  # a host sync
+            data = {"norms": dict(zip(names, norms, strict=True))}
+            hub.emit(Event(EventType.LAYER_GRADIENTS, self._number, data))
+
+    def _emit_pending(self) -> None:
+        for event in self._events:
+            self._episode.hub.emit(event)
+        self._events.clear()
+
+    def _follow(self, change: StageChange) -> None:
+        """Keep optimizers, trial and records in step with a slot's move."""
+        episode, number = self._episode, self._number
+        before, slot = change.before, change.before.slot
+        self._events.append(stage_event(number, change))
+        follow_optimizers(episode, change, number)
+        if change.stage is SeedStage.TRAINING and episode.hub.collects(EventType.SEED_COST):
+            cost = seed_cost(episode.model, slot, episode.example)
+            blueprint = episode.model.slot(slot).state.blueprint
+            data = {"slot": slot, "blueprint": blueprint, **cost.to_plain()}
+            self._events.append(Event(EventType.SEED_COST, number, data))
+        if change.stage is SeedStage.BLENDING:
+            device = resolve_device(episode.config.governor.snapshot_device)
+            episode.trial.begin(episode, slot, number, self._validation.right, device)
+        elif change.stage is SeedStage.FOSSILIZED:
+            self._verdict = True
+            episode.trial.end_kept()
+            if before.contribution is not None:
+                episode.contributions.append(before.contribution)
+        elif change.stage is SeedStage.CULLED and before.stage in TRIAL:
+            self._undo(before, change.reason)
+
+    def _undo(self, failed: SlotState, reason: str) -> None:
+        """Bring the network back to where it was before a seed that is culled began to blend in."""
+        episode, trial = self._episode, self._episode.trial
+        began = trial.began
+        trial.end_undone(episode, self._number)
+        episode.tracker.restart_plateau()
+        for slot in episode.model.slots:
+            slot.start_anew()
+        epochs = self._number - began
+        message = (
+            f"{failed.seed_id} ({failed.blueprint} in slot {failed.slot}) failed: {reason}; the network is as "
+            f"after epoch {began} again, {epochs} epochs of training were in vain, and for {trial.wait} "
+            "epochs no seed germinates"
+        )
+        data = {
+            "slot": failed.slot,
+            "seed_id": failed.seed_id,
+            "to_epoch": began,
+            "epochs": epochs,
+            "wait": trial.wait,
+            "message": message,
+        }
+        self._events.append(Event(EventType.UNDONE, self._number, data))
+
+    def _undo_trial(self, finding: Finding) -> None:
+        """Losses went bad while a seed was on trial: it is the seed that goes."""
+        episode = self._episode
+        assert episode.trial.slot is not None
+        for change in episode.model.cull_seed(slot=episode.trial.slot, reason=finding.message):
+            self._follow(change)
+        self._emit_pending()
+        episode.governor.restart()
+
+    def _answer(self, finding: Finding) -> None:
+        """Do what the policy says: go on, return to the last good state and train on new batches, or end."""
+        episode, number = self._episode, self._number
+        config, governor = episode.config, episode.governor
+        policy, most = config.train.on_bad_numbers, config.governor.max_rollbacks
+        # skipping helps no longer when the weights are bad themselves
+        if policy == "warn" or (policy == "skip" and finding.kind != "nonfinite"):
+            return
+        if episode.good is None or governor.rollbacks == most:
+            kind = NonFiniteLossError if finding.kind == "nonfinite" else BadNumbersError
+            after = "" if episode.good is None else f", after {most} rollbacks"
+            advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
+            raise kind(f"in epoch {number} {finding.message}{after}; {advice}")
+        governor.rolled_back()
+        gone, to_epoch = _states(episode.model), episode.good["epoch"]
+        episode.go_back(episode.good)
+        del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
+        states = _states(episode.model)
+        pairs = zip(gone, states, strict=True)
+        moved = [(a, b) for a, b in pairs if (a.stage, a.seed_id) != (b.stage, b.seed_id)]
+        undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in moved)
+        number_of = f"{governor.rollbacks} of {most} times"
+        data = {
+            "to_epoch": to_epoch,
+            "kind": finding.kind,
+            "number": governor.rollbacks,
+            "message": f"rolled back to the state after epoch {to_epoch} ({number_of}){undone}",
+            "slots": [state.to_plain() for state in states],
+        }
+        episode.hub.emit(Event(EventType.ROLLBACK, number, data))
+
+
+def keep_good(episode: Episode, epoch: int) -> None:
+    """Keep the state to return to, where the policy wants one and the weights are good. Not during a
+    trial: if the seed fails, the network of these epochs is not to come back."""
+    wanted = episode.config.train.on_bad_numbers == "rollback" and episode.trial.slot is None
+    if wanted and weights_are_finite(episode.model):
+        device = episode.config.governor.snapshot_device
+        episode.hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": device}))
+        episode.good = {"epoch": epoch, **episode.snapshot()}
+
+
+def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
+    """The epoch's batches, then validation: as the network is, without each seed that has a part in
+    it, and with each seed that learns beside it."""
+    config, model = episode.config, episode.model
+    train = train_one_epoch(
+        model,
+        map(episode.stop.before, episode.train),
+        episode.optimizers,
+        config.train,
+        task_type=episode.task.task_type,
+        max_batches=config.max_batches,
+        step=episode.step,
+        learners=episode.learners(),
+        governed=True,
+    )
+    check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
+    ablated = [
+        state.slot
+        for state in _states(model)
+        if state.alpha > 0 and (state.stage is not SeedStage.FOSSILIZED or check_fossils)
+    ]
+    variants = {slot: {slot: 0.0} for slot in ablated}
+    if len(ablated) > 1:
+        variants[JOINT] = dict.fromkeys(ablated, 0.0)
+    scopes: dict[str, Callable[[], AbstractContextManager[None]]] = {}
+    for name in model.learning:
+        variants[name] = {name: 1.0}
+        scopes[name] = model.incubation(name).entered
+    validation = evaluate(
+        model,
+        map(episode.stop.before, episode.validation),
+        config.train,
+        task_type=episode.task.task_type,
+        variants=variants,
+        scopes=scopes,
+        step=episode.step,
+    )
+    return train, validation
+
+
+def _observe_slots(episode: Episode, train: EpochResult, validation: EvalResult) -> tuple[SlotState, ...]:
+    """Tell every slot what was measured; the states before the slots move."""
+    for slot in episode.model.slots:
+        name, stage = slot.state.slot, slot.state.stage
+        learner = train.learners.get(name)
+        groups = {} if train.grad is None else train.grad.groups
+        seed = learner.grad if learner is not None else groups.get(name)
+        other = validation.variants.get(name)
+        learns = slot.statistics is not None
+        measured = Measurement(
+            accuracy=validation.accuracy,
+            contribution=None if learns else validation.contribution(name),
+            gradient_ratio=gradient_ratio(train.grad, seed),
+            tolerance=episode.trial.tolerance(validation.right, validation.valid) if stage in TRIAL else None,
+        )
+        if learns and other is not None:
+            measured = replace(
+                measured,
+                potential=other.accuracy - validation.accuracy,
+                potential_loss=other.loss - validation.loss,
+            )
+        slot.observe(measured)
+    return _states(episode.model)
+
+
+def _observation(episode: Episode, number: int, train: EpochResult, validation: EvalResult) -> Observation:
+    return Observation(
+        epoch=number,
+        max_epochs=episode.config.max_epochs,
+        train_loss=train.loss,
+        train_accuracy=train.accuracy,
+        val_loss=validation.loss,
+        val_accuracy=validation.accuracy,
+        guess_loss=episode.governor.guess,
+        slots=_states(episode.model),
+    )
+
+
+def _joint(validation: EvalResult) -> dict[str, Any] | None:
+    """What the seeds measured in this epoch contribute together, where there were several."""
+    if JOINT not in validation.variants:
+        return None
+    slots = [name for name in validation.variants if name != JOINT]
+    return {"slots": slots, "contribution": validation.contribution(JOINT)}
+
+
+def _reward(episode: Episode, signals: Signals, decision: Decision) -> dict[str, float]:
+    """What a decision earns by parts, before it is executed: on the slot it names, or that of the first live seed."""
+    named = [s for s in signals.slots if s.slot == decision.slot or (decision.slot is None and s.stage in LIVE)]
+    state = named[0] if named else SlotState(slot="none")
+    host_parameters = sum(p.numel() for p in episode.model.get_host_parameters())
+    return REWARDS[episode.config.reward](decision.op, state, signals, host_parameters)
+
+
+def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], str | None]:
+    """Do what the controller asked; what slots and gates refuse comes back as the reason in words."""
+    model, slot = episode.model, decision.slot or ""
+    try:
+        if decision.op is Op.GERMINATE:
+            blueprint, seed_id = decision.blueprint or "", f"seed_{episode.seeds_germinated}"
+            model.registry.require(model.host.topology, blueprint)
+            if episode.trial.wait > 0:
+                raise RefusedError(f"no seed germinates for {episode.trial.wait} epochs, after an undoing")
+            made = model.germinate_seed(blueprint, seed_id, slot=slot, blend=decision.blend or "sigmoid")
+            episode.seeds_germinated += 1
+            return made, None
+        if decision.op is Op.CULL:
+            return model.cull_seed(slot=slot, reason=decision.reason), None
+        if decision.op is Op.FOSSILIZE:
+            return model.fossilize_seed(slot=slot), None
+    except RefusedError as refusal:
+        return [], str(refusal)
+    return [], None
+
+
+def follow_optimizers(episode: Episode, change: StageChange, epoch: int) -> None:
+    """Keep the optimizers in step with the seeds."""
+    slot, optimizers = change.before.slot, episode.optimizers
+    gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
+    if change.stage is SeedStage.TRAINING:
+        episode.attach_optimizer(slot, epoch)
+        if episode.model.slot(slot).gate is not None:
+            episode.attach_optimizer(gate, epoch)
+    if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
+        optimizers.detach(slot)
+    if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):
+        optimizers.detach(gate)
+
+
+def _states(model: MorphModel) -> tuple[SlotState, ...]:
+    return tuple(slot.state for slot in model.slots)

@@ -1,0 +1,44 @@
+"""The network that a run gives: the best by validation, or the last. `run` offers it every epoch."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from esper_train.base.state import PlainState, copied
+from esper_train.morph.lifecycle import TRIAL
+from esper_train.morph.model import MorphModel
+
+
+class Kept(PlainState):
+    """The best network so far, by validation accuracy and, of equal ones, by loss."""
+
+    STATE = ("epoch", "accuracy", "loss")
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        """The epoch after which it was like this; 0 where there is none yet."""
+        self.accuracy = -math.inf
+        self.loss = math.inf
+        self._network: dict[str, Any] | None = None
+
+    def offer(self, model: MorphModel, epoch: int, accuracy: float, loss: float) -> None:
+        """Keep a copy on the CPU if it is the best, unless the fate of a seed with a part in it is open."""
+        if any(slot.state.stage in TRIAL for slot in model.slots):
+            return
+        if (accuracy, -loss) > (self.accuracy, -self.loss):
+            self.epoch, self.accuracy, self.loss = epoch, accuracy, loss
+            network = {"slots": model.topology(), "weights": model.state_dict()}
+            self._network = copied(network, "cpu")
+
+    def give(self, model: MorphModel) -> None:
+        """Make the model what was kept, if anything was."""
+        if self._network is not None:
+            model.rebuild(self._network["slots"])
+            model.load_state_dict(self._network["weights"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"network": self._network}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        super().load_state_dict(state_dict)
+        self._network = state_dict["network"]

@@ -1,0 +1,112 @@
+"""The trial of a seed: from the moment blending begins until it is kept, or undone.
+
+`epoch` begins and ends it. Meanwhile the network adapts to a seed whose fate is open, so the state
+from before is remembered, in checkpoints too, and comes back bit for bit if the seed fails.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from esper_train.base.state import PlainState, copied
+from esper_train.morph.config import GrowthConfig
+from esper_train.morph.gates import paired_error
+from esper_train.morph.model import MorphModel
+from esper_train.train.optimizers import OptimizerRegistry
+
+
+class Network(Protocol):
+    """What a trial brings back: weights, running statistics and momentum."""
+
+    model: MorphModel
+    optimizers: OptimizerRegistry
+
+
+class Trial(PlainState):
+    """At most one seed is on trial at a time. Also counts how long no seed may germinate afterwards."""
+
+    STATE: ClassVar[tuple[str, ...]] = ("slot", "began", "wait", "undone", "epochs", "_next_wait")
+
+    def __init__(self, growth: GrowthConfig) -> None:
+        self._growth = growth
+        self.slot: str | None = None
+        """Slot of the seed on trial; None while there is no trial."""
+        self.began = 0
+        """Epoch after which blending began."""
+        self.wait = 0
+        """Epochs for which no seed may germinate."""
+        self.undone = 0
+        """Trials that ended with the network going back."""
+        self.epochs = 0
+        """Epochs that those took: training that was paid for in vain."""
+        self._next_wait = growth.undo_wait
+        self._before: dict[str, Any] | None = None
+        self._right: Tensor | None = None
+
+    def begin(self, network: Network, slot: str, epoch: int, right: Tensor, device: torch.device) -> None:
+        """Remember the network, on `device`, as blending begins after `epoch`; `right` says which
+        validation rows it predicts."""
+        if self.slot is not None:
+            raise RuntimeError(f"the seed in slot {self.slot!r} is on trial already")
+        self.slot, self.began, self._right = slot, epoch, right
+        state = {
+            "seeds": {s.state.slot: s.state.seed_id for s in network.model.slots},
+            "model": network.model.state_dict(),
+            "optimizers": network.optimizers.state_dict(),
+        }
+        self._before = copied(state, device)
+
+    def tolerance(self, right: Tensor, rows: int) -> float | None:
+        """Standard error of the difference in accuracy since blending began, in percentage points,
+        from the validation rows predicted now; None without a trial."""
+        if self._right is None:
+            return None
+        gained, lost = (right & ~self._right).sum(), (~right & self._right).sum()
+        return paired_error(int(gained), int(lost), rows)
+
+    def end_kept(self) -> None:
+        """The seed is permanent."""
+        self._next_wait = self._growth.undo_wait
+        self._end()
+
+    def end_undone(self, network: Network, epoch: int) -> None:
+        """Bring the network back to where it was when blending began; the seed is culled already.
+
+        Weights, running statistics and momentum return; learning rates and schedules go on. A seed
+        that was not there yet in another slot stays as it is.
+        """
+        assert self._before is not None
+        before, self.undone = self._before, self.undone + 1
+        self.epochs += epoch - self.began
+        self.wait = self._next_wait
+        self._next_wait = min(2 * self._next_wait, self._growth.undo_wait_ceiling)
+        model, optimizers = network.model, network.optimizers
+        now = {slot.state.slot: slot.state.seed_id for slot in model.slots}
+        same = {name for name, seed in before["seeds"].items() if seed is not None and seed == now[name]}
+        weights = {
+            name: value
+            for name, value in before["model"].items()
+            if not name.startswith("seed_slots.") or name.split(".")[1] in same
+        }
+        present = {name: value for name, value in weights.items() if name in model.state_dict()}
+        model.load_state_dict(present, strict=False)
+        for group in optimizers.parameters():
+            if group.partition(".")[0] in {"host", *same} and group in before["optimizers"]:
+                optimizers.return_momentum(group, before["optimizers"][group])
+        self._end()
+
+    def tick(self) -> None:
+        """An epoch begins."""
+        self.wait = max(0, self.wait - 1)
+
+    def _end(self) -> None:
+        self.slot = self._before = self._right = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"before": self._before, "right": self._right}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        super().load_state_dict(state_dict)
+        self._before, self._right = copied(state_dict["before"]), state_dict["right"]

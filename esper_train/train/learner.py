@@ -1,0 +1,36 @@
+"""What learns beside a network, from the same batches, without the network noticing.
+
+`step` makes a learner's pass after a batch's backward; `loop` steps its optimizers apart.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from esper_train.train.amp import LossScaler
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Learner:
+    """Parameters that learn by a pass of their own, from a place within the network to the loss.
+
+    The model's `forward_feeding` gives what came to that place in the batch's own pass; the
+    learner's pass begins there, by `forward(x, alpha={start: 1.0}, start=start)`, and only
+    `parameters` receive gradients. Their gradients are measured, clipped, scaled and skipped apart
+    from those of the network.
+    """
+
+    start: str
+    """Name of the place; its results are reported under this name."""
+    groups: tuple[str, ...]
+    """Its groups in the optimizer registry."""
+    parameters: tuple[Tensor, ...]
+    """At least one."""
+    buffers: tuple[Tensor, ...]
+    """What its pass may change besides; put back where its step is skipped."""
+    scope: Callable[[], AbstractContextManager[None]]
+    """Entered around its pass: keeps the pass from changing anything of the network."""
+    scaler: LossScaler | None = None
+    """Its own loss scaler, where the run computes in float16."""
