@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
+from esper_kernels.config import REDUCTIONS
 from esper_kernels.native import INSTRUCTION_SETS
 from esper_kernels.testing import cross_entropy_samples, plain_torch_cross_entropy, relative_error
 
@@ -30,20 +31,26 @@ def arguments(n: int, v: int) -> tuple[Tensor, Tensor]:
 def test_ops_are_what_their_schemas_say(full: bool, dtype: torch.dtype) -> None:
     """Each op as it is called: with nothing that may be left out, and with all of it."""
     logits, targets = arguments(5, 40)
-    logits, meter = logits.to(dtype), Meter("cpu", topk=(5,))
-    weight = torch.rand(40, generator=GENERATOR)
-    numbers = [torch.tensor(0.1), None, torch.tensor(3.0), torch.tensor(2.0, dtype=torch.float64)]
-    loss, rows, grad = torch.empty(5 if full else ()), torch.empty(11), torch.empty_like(logits)
-    options = (weight if full else None, -100, 0.1, 0.0, 5.0 if full else 0.0)
-    accumulators = (meter.sums, meter.counts, meter.topk) if full else (None, None, (1,))
+    logits = logits.to(dtype)
+    meter = Meter("cpu", topk=(5,))
+    weight = torch.rand(40, generator=GENERATOR) if full else None
+    loss = torch.empty(5 if full else ())
+    saved = torch.empty(11)
+    grad = torch.empty_like(logits)
+    smoothing = torch.tensor(0.1)
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    options = (weight, -100, 0.1, 0.0, 5.0 if full else None)
+    reduction = REDUCTIONS.index("none" if full else "mean")
+    accumulators = (meter.sums, meter.counts, meter.ticket, meter.topk) if full else (None, None, None, (1,))
+    tensors = (smoothing, None, None, None, scale) if full else ()
     forward = torch.ops.esper.cross_entropy.default
-    rest = (-1.0, 1.0, numbers if full else [], 2 if full else 0, 0, *accumulators, loss, rows)
     for out in (grad, None):
-        torch.library.opcheck(forward, (logits, targets, *options, *rest, out))
-        forward(logits, targets, *options, *rest, out)
+        call = (logits, targets, *options, reduction, None, 0, 1.0, *accumulators, loss, saved, out, *tensors)
+        torch.library.opcheck(forward, call)
+        forward(*call)
     torch.library.opcheck(
         torch.ops.esper.cross_entropy_backward.default,
-        (torch.ones_like(loss), logits, targets, *options, numbers[:2] if full else [], 0, rows, grad),
+        (logits, targets, *options, 0, torch.ones_like(loss), saved, grad, *tensors[:3]),
     )
     norms, counts = torch.empty(2, 2, dtype=torch.float64), torch.empty(3, 2, dtype=torch.int64)
     columns = (*norms.unbind(), *counts.unbind(), torch.empty((), dtype=torch.float64), torch.empty(()))
