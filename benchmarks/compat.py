@@ -130,7 +130,8 @@ def torch_release(version: str, setup: dict[str, Any], cuda: Path) -> TorchRelea
         options += ["-Icsrc", f"-I{cuda}/include", f"-I{folder}/include"]
         options += [f"-I{folder}/include/torch/csrc/api/include"]
         libraries = [f"-L{folder}/lib", "-Wl,--no-as-needed", "-lc10", "-ltorch", "-ltorch_cpu"]
-        compiled, needed = {}, {}
+        compiled = {}
+        needed = {}
         for source in sorted((ROOT / "csrc").glob("ops_*.cpp")):
             library = wheel.parent / f"{source.stem}.so"
             command = ["g++", *options, str(source), *libraries, "-o", str(library)]
@@ -229,7 +230,8 @@ def triton_rows() -> list[dict[str, Any]]:
             if imported != version:
                 raise RuntimeError(f"Triton {version} was to be compiled with, but {imported} was imported")
         else:
-            compiled, failures = 0, [done.stderr.strip().splitlines()[-1]]
+            compiled = 0
+            failures = [done.stderr.strip().splitlines()[-1]]
         rows.append({"package": "triton", "version": version, "compiled": compiled, "failures": failures})
         print("triton", version, compiled, failures[:3], flush=True)
     return rows

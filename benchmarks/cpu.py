@@ -50,8 +50,12 @@ def loss_calls(shape: str) -> Calls:
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(n, v, generator=generator) * 3).to(dtype)
     targets = torch.randint(v, (n,), generator=generator)
-    leaf, out, inplace = logits.clone().requires_grad_(), torch.empty_like(logits), logits.clone()
-    total, correct, meter = torch.zeros(()), torch.zeros((), dtype=torch.int64), Meter("cpu")
+    leaf = logits.clone().requires_grad_()
+    out = torch.empty_like(logits)
+    inplace = logits.clone()
+    total = torch.zeros(())
+    correct = torch.zeros((), dtype=torch.int64)
+    meter = Meter("cpu")
 
     def plain(x: torch.Tensor) -> torch.Tensor:
         loss = F.cross_entropy(x, targets)
@@ -115,7 +119,8 @@ def measure(shape: str) -> dict[str, Any]:
             call()
         repeats[name] = max(1, round(0.02 / (time.perf_counter() - started)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    processor, wall = time.process_time(), time.perf_counter()
+    processor = time.process_time()
+    wall = time.perf_counter()
     for _ in range(15):
         for name, call in calls.items():
             started = time.perf_counter()
@@ -207,7 +212,8 @@ def main() -> None:
         return
     rows = []
     for shape in options.shapes or [*SHAPES, *GRADS]:
-        default, tuned = in_new_process(shape, {}), in_new_process(shape, TUNED)
+        default = in_new_process(shape, {})
+        tuned = in_new_process(shape, TUNED)
         rows.append({"shape": shape, "default": default, "tuned": tuned})
         show = grad_table if is_gradients(rows[-1]) else table
         print(show(rows[-1:]).splitlines()[-1], flush=True)

@@ -119,7 +119,8 @@ def plain_epoch(
 
 def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
     """Each call trains its own copy of the model for one more epoch and returns the losses."""
-    split, slots = data_of(case), SLOTS[: case.slots]
+    split = data_of(case)
+    slots = SLOTS[: case.slots]
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
 
     def shuffled() -> Loader:
@@ -136,11 +137,13 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
         return lambda: plain_epoch(model, optimizer, train, validation, slots)
 
     def ours(config: TrainConfig, channels_last: bool = images_pay_channels_last(case)) -> Callable[[], list[float]]:
-        model, step = model_of(case), build_train_step(task_type, config)
+        model = model_of(case)
+        step = build_train_step(task_type, config)
         if channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(list(model.parameters()), LR, SGD)
-        train, validation = shuffled(), Loader(split, evaluation_batch(case))
+        train = shuffled()
+        validation = Loader(split, evaluation_batch(case))
         shared: dict[str, Any] = {"task_type": task_type, "step": step}
         variants = {slot: {slot: 0.0} for slot in slots}
 
@@ -172,9 +175,11 @@ def loop_cost(case: Case, rounds: int) -> dict[str, float]:
     train on one batch again and again. Each figure is the median of differences within a round; the
     first and second half show whether it grows with time.
     """
-    model, config = model_of(case), TrainConfig()
+    model = model_of(case)
+    config = TrainConfig()
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
-    step, parameters = build_train_step(task_type, config), list(model.parameters())
+    step = build_train_step(task_type, config)
+    parameters = list(model.parameters())
     # The learning rate is 0, because arithmetic on the tiny gradients of a learned batch is slow.
     optimizer = make_optimizer(parameters, 0.0, SGD)
     meter = Meter("cpu")
@@ -204,7 +209,8 @@ def loop_cost(case: Case, rounds: int) -> dict[str, float]:
     def ours(batches: int) -> None:
         train_one_epoch(model, [(inputs, targets)] * batches, optimizer, config, task_type=task_type, step=step)
 
-    everything, more = torch.cat([p.detach().flatten() for p in parameters]), LOOP_BATCHES - 1
+    everything = torch.cat([p.detach().flatten() for p in parameters])
+    more = LOOP_BATCHES - 1
     rows = []
     for _ in range(rounds + 1):
         one, many = (
@@ -228,11 +234,14 @@ def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
 
     With three slots, the last two are ablated.
     """
-    split, model, slots = data_of(case), model_of(case), SLOTS[1:] if case.slots == 3 else SLOTS[: case.slots]
+    split = data_of(case)
+    model = model_of(case)
+    slots = SLOTS[1:] if case.slots == 3 else SLOTS[: case.slots]
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"
     if images_pay_channels_last(case):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    config, batches = TrainConfig(), list(Loader(split, evaluation_batch(case)))
+    config = TrainConfig()
+    batches = list(Loader(split, evaluation_batch(case)))
     step = build_train_step(task_type, config)
 
     def measured(*names: str) -> Callable[[], object]:

@@ -58,7 +58,8 @@ def model_of(case: Case) -> MorphModel:
     """A host with a fossil in each of the first `slots` slots."""
     torch.manual_seed(0)
     if case.kind in ("pysource", "lm"):
-        host, blueprint = transformer_host(vocab_size=case.classes, context=64, width=case.width), "mlp"
+        host = transformer_host(vocab_size=case.classes, context=64, width=case.width)
+        blueprint = "mlp"
     else:
         size, channels = (32, 3) if case.kind == "cifar" else (8, 1)
         host = cnn_host(image_size=size, in_channels=channels, num_classes=case.classes, width=case.width)

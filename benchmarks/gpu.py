@@ -149,7 +149,8 @@ def batches(shape: Shape) -> list[Batch]:
 def loss_subject(shape: Shape) -> Subject:
     """The candidates for one shape of logits."""
     inputs = batches(shape)
-    total, correct = torch.zeros((), device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    total = torch.zeros((), device="cuda")
+    correct = torch.zeros((), dtype=torch.int64, device="cuda")
 
     def plain(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = F.cross_entropy(x, targets)
@@ -170,7 +171,8 @@ def loss_subject(shape: Shape) -> Subject:
     }
     expected = train(lambda b: plain(b.leaf, b.targets), inputs[0])
     assert expected is not None
-    expected, expected_correct = expected.float(), int(correct)
+    expected = expected.float()
+    expected_correct = int(correct)
     bound = 1e-5 if shape.dtype == torch.float32 else 1e-2
     names, missing = served("cross_entropy", shape.dtype)
     meters = {}
@@ -337,7 +339,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def measure_all(names: list[str], folder: Path) -> list[dict[str, Any]]:
     """Measure every shape, print its rows, and write all figures so far into `folder`."""
-    copied, rows = copy_bandwidth(), []
+    copied = copy_bandwidth()
+    rows = []
     for name in names:
         try:
             rows.append(measure(name, copied))

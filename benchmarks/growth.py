@@ -41,7 +41,8 @@ class Pair:
 def measure(task: str, epochs: int, seed: int) -> Pair:
     """Train both networks."""
     config = replace(preset(task), seed=seed, max_epochs=epochs)
-    grown, fit = run_heuristic_episode(config), run_fit(config)
+    grown = run_heuristic_episode(config)
+    fit = run_fit(config)
     return Pair(
         epochs=epochs,
         seed=seed,

@@ -46,7 +46,8 @@ class Variant(NamedTuple):
 
 def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
     """What the launches in `call` would compile on an NVIDIA GPU. None is executed, so CPU tensors will do."""
-    variants, backend = [], make_backend(TARGETS[0])
+    variants = []
+    backend = make_backend(TARGETS[0])
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -71,11 +72,13 @@ def grad_stats_variants() -> Iterator[Variant]:
 def cross_entropy_variants() -> Iterator[Variant]:
     """Every launch choice on an H200, with no option and with all of them ("heavy"); some in autograd form."""
     for classes in CLASSES:
-        targets, weight = torch.zeros(64, dtype=torch.int64), torch.ones(classes)
+        targets = torch.zeros(64, dtype=torch.int64)
+        weight = torch.ones(classes)
         plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
         heavy = Options(weight, -100, 0.1, 1e-4, 30.0, "mean", None)
         for dtype in (torch.bfloat16, torch.float32):
-            logits, meter = torch.zeros(64, classes, dtype=dtype), Meter("cpu", topk=(5,))
+            logits = torch.zeros(64, classes, dtype=dtype)
+            meter = Meter("cpu", topk=(5,))
             for options in (plain, heavy):
                 name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
                 yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None)
@@ -87,7 +90,8 @@ def every_form() -> Iterator[Variant]:
     """Cross entropy in every form and dtype for every launch choice, and each option alone for some."""
     plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
     for classes in CLASSES:
-        targets, meter = torch.zeros(64, dtype=torch.int64), Meter("cpu", topk=(5,))
+        targets = torch.zeros(64, dtype=torch.int64)
+        meter = Meter("cpu", topk=(5,))
         heavy = plain._replace(weight=torch.ones(classes), label_smoothing=0.1, z_loss=1e-4, softcap=30.0)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             logits = torch.zeros(64, classes, dtype=dtype)
@@ -97,13 +101,16 @@ def every_form() -> Iterator[Variant]:
                 yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
     for classes in (1000, 50257):
         yield from _single_options(classes, plain)
-    many, targets = torch.zeros(70_000, 10), torch.zeros(70_000, dtype=torch.int64)
+    many = torch.zeros(70_000, 10)
+    targets = torch.zeros(70_000, dtype=torch.int64)
     yield from _on_an_h200("many rows", cross_entropy.step, many, targets, plain, Meter("cpu"), 1.0, None)
 
 
 def _single_options(classes: int, plain: Options) -> Iterator[Variant]:
-    logits, targets = torch.zeros(4, 16, classes, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.int64)
-    meter, number = Meter("cpu"), torch.ones(())
+    logits = torch.zeros(4, 16, classes, dtype=torch.bfloat16)
+    targets = torch.zeros(4, 16, dtype=torch.int64)
+    meter = Meter("cpu")
+    number = torch.ones(())
     options = {
         "weight": plain._replace(weight=torch.ones(classes)),
         "smoothing": plain._replace(label_smoothing=0.1),
@@ -117,7 +124,8 @@ def _single_options(classes: int, plain: Options) -> Iterator[Variant]:
         title = f"cross_entropy, {classes} classes, {name}"
         yield from _on_an_h200(f"{title}, step", cross_entropy.step, logits, targets, chosen, meter, number, None)
         yield from _on_an_h200(f"{title}, autograd", _autograd, logits, targets, chosen, meter)
-    title, step = f"cross_entropy, {classes} classes", cross_entropy.step
+    title = f"cross_entropy, {classes} classes"
+    step = cross_entropy.step
     each = plain._replace(reduction="none")
     yield from _on_an_h200(f"{title}, a loss per row", _autograd, logits, targets, each, meter)
     for dtype in (torch.int32, torch.uint8):

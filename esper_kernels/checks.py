@@ -160,7 +160,9 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
         if weight.device != logits.device:
             raise ValueError(f"weight must be on the logits' device {logits.device}, got {weight.device}")
         check_storage("weight", weight)
-    reduction, normalizer, softcap = options["reduction"], options["normalizer"], options["softcap"]
+    reduction = options["reduction"]
+    normalizer = options["normalizer"]
+    softcap = options["softcap"]
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if normalizer is not None and reduction != "mean":

@@ -51,7 +51,8 @@ def compute_all(*sources: Readable | Tensor, strict: bool = True) -> tuple[Any, 
     if not packed:
         return ()
     words = torch.cat(packed).tolist()  # the host sync
-    results, start = [], 0
+    results = []
+    start = 0
     for source, part in zip(sources, packed, strict=True):
         results.append(_unpack(source, words[start : start + len(part)], strict))
         start += len(part)

@@ -50,7 +50,9 @@ def cross_entropy_samples(
     nonfinite[0, 3], nonfinite[1, 3], nonfinite[2] = torch.nan, torch.inf, -torch.inf
     add("NaN, +inf and all -inf rows", nonfinite)
 
-    logits, targets, weight = normal(9, 11), classes(9, v=11), normal(11).abs().float()
+    logits = normal(9, 11)
+    targets = classes(9, v=11)
+    weight = normal(11).abs().float()
     targets[[2, 5]] = -100
     add("ignored", logits, targets)
     add("ignored class 3", logits, targets.clamp(min=0), ignore_index=3)
@@ -78,7 +80,8 @@ def grad_samples(device: torch.device | str = "cpu") -> dict[str, list[Tensor | 
     def value(number: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, number, dtype=dtype, device=device)
 
-    inf, nan = torch.inf, torch.nan
+    inf = torch.inf
+    nan = torch.nan
     return {
         "none at all": [],
         "only None and empty": [None, normal(0), normal(3, 0)],
@@ -110,7 +113,8 @@ def plain_torch_cross_entropy(
     """The loss from torch's own F.cross_entropy, in the logits' dtype: the truth in float64, else a rival."""
     targets = targets.long()
     x = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    x, flat = x.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    x = x.reshape(-1, logits.shape[-1])
+    flat = targets.reshape(-1)
     weight = None if weight is None else weight.to(x.dtype)
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": float(label_smoothing)}
     losses = F.cross_entropy(x, flat, weight, reduction="none", **options)
@@ -129,17 +133,20 @@ def plain_torch_cross_entropy(
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """|actual - truth| / |truth| in L2 over the finite entries of truth; the others must be equal."""
-    actual, truth = actual.detach().double(), truth.detach().double()
+    actual = actual.detach().double()
+    truth = truth.detach().double()
     torch.testing.assert_close(actual.isnan(), truth.isnan())
     finite = truth.isfinite()
     torch.testing.assert_close(actual[~finite], truth[~finite], equal_nan=True)
-    actual, truth = actual[finite], truth[finite]
+    actual = actual[finite]
+    truth = truth[finite]
     return float((actual - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
 def assert_no_worse_than_eager(actual: Tensor, eager: Tensor, truth: Tensor) -> None:
     """The relative L2 error of `actual` is at most twice that of plain torch in the same dtype, plus 1e-6."""
-    error, eager_error = relative_error(actual, truth), relative_error(eager, truth)
+    error = relative_error(actual, truth)
+    eager_error = relative_error(eager, truth)
     assert error <= 2 * eager_error + 1e-6, f"relative error {error:.3g}, plain torch's is {eager_error:.3g}"
 
 

@@ -66,7 +66,8 @@ class DualGradientStats(NamedTuple):
 def collect_dual_gradients(host: Iterable[Tensor], seed: Iterable[Tensor]) -> DualGradientStats:
     """Both norms, from one pass over the gradients and with one host sync."""
     groups = grad_stats({"host": [p.grad for p in host], "seed": [p.grad for p in seed]}).compute().groups
-    h, s = groups["host"], groups["seed"]
+    h = groups["host"]
+    s = groups["seed"]
     return DualGradientStats(h.gradient_norm, h.elements, s.gradient_norm, s.elements)
 
 
@@ -85,7 +86,8 @@ def compute_task_loss_with_metrics(
     Raises `ValueError` for an unknown task type.
     """
     require_known("task type", task_type, LOGITS_DIMS)
-    meter, options = Meter(outputs.device), criterion_options(criterion)
+    meter = Meter(outputs.device)
+    options = criterion_options(criterion)
     if criterion is None or options is not None:
         loss = cross_entropy(outputs, targets, meter=meter, **(options or {}))
     else:

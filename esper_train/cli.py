@@ -48,7 +48,9 @@ USAGE = """usage: esper-train {heuristic,fit,report,info} [options]
   info       versions, and which kernel backend serves what, and why
 
 `esper-train heuristic --help` lists every option."""
-EXIT_USAGE, EXIT_BAD_NUMBERS, EXIT_SIGNAL = 2, 3, 128
+EXIT_USAGE = 2
+EXIT_BAD_NUMBERS = 3
+EXIT_SIGNAL = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,7 +146,8 @@ def _report(arguments: Sequence[str]) -> None:
 def _run(run: RunConfig, mode: str, stop: StopRequest, options: _Options) -> None:
     """Every episode, each in a directory of its own where there are several."""
     name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{mode}-{run.task}"
-    out, resume = Path(options.resume or options.out or name), options.resume is not None
+    out = Path(options.resume or options.out or name)
+    resume = options.resume is not None
     with claimed(out, resume=resume, numbered=not (options.resume or options.out)) as out:
         if run.episodes == 1:
             _run_in(out, run, mode, stop, options)
@@ -159,7 +162,8 @@ def _run_in(
     directory: Path, config: RunConfig, mode: str, stop: StopRequest, options: _Options, whole: RunConfig | None = None
 ) -> None:
     """One run in its directory, and its baseline. `whole` is what the directory of several is to be resumed with."""
-    growing, loggers = mode == "heuristic", logger_makers(config.telemetry)
+    growing = mode == "heuristic"
+    loggers = logger_makers(config.telemetry)
     episode = prepare(config, mode, hub=TelemetryHub((), config.telemetry))
     episode.stop = stop
     checkpoints = saved(directory / CHECKPOINTS) if options.resume else []

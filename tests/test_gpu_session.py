@@ -81,7 +81,8 @@ def test_the_smoke_test_passes_what_is_right(dtype: torch.dtype) -> None:
     ],
 )
 def test_the_smoke_test_finds_what_is_wrong(fault: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, calls = smoke.cross_entropy_step, 0
+    right = smoke.cross_entropy_step
+    calls = 0
 
     def wrong(logits, targets, meter, *, out=None, config):  # type: ignore[no-untyped-def]
         nonlocal calls

@@ -177,7 +177,8 @@ def test_wheel_serves_other_pythons(version: str, wheel: Path, tmp_path: Path) -
     python = find_python(version)
     target = tmp_path / "target"
     output([python, "-m", "pip", "install", "--no-index", "--no-deps", "--target", target, wheel], tmp_path)
-    package, libtorch = target / "esper_kernels", Path(torch.__file__).with_name("lib") / "libtorch.so"
+    package = target / "esper_kernels"
+    libtorch = Path(torch.__file__).with_name("lib") / "libtorch.so"
     command = [python, "-c", OTHER_PYTHON, libtorch, package / "lib/esper_cpu.so"]
     assert output(command, tmp_path).split() == list(INSTRUCTION_SETS)
 

@@ -34,7 +34,8 @@ def test_python_of_the_readme_runs(code: str) -> None:
 def tree() -> list[str]:
     """The paths of the README's file tree; an indented name belongs to the folder above it."""
     (block,) = re.findall(r"## Where things are\n\n```\n(.*?)```", README, re.DOTALL)
-    paths, folder = [], ""
+    paths = []
+    folder = ""
     for line in block.splitlines():
         names = re.split(r" {2,}", line.strip())[0].split(", ")
         if not line.startswith(" "):

@@ -19,7 +19,8 @@ def main(backend: str, shapes: list[str]) -> None:
     for shape in shapes:
         rows, classes = map(int, shape.split("x"))
         logits, targets = sample("cuda", torch.bfloat16, rows, classes)
-        meter, out = Meter("cuda"), torch.empty_like(logits)
+        meter = Meter("cuda")
+        out = torch.empty_like(logits)
         cross_entropy_step(logits, targets, meter, out=out, config=config)
         torch.cuda.synchronize()
         torch.cuda.profiler.start()

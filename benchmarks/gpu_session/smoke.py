@@ -15,15 +15,18 @@ from esper_train.train.capture import CudaGraphs
 
 SHAPES = ((64, 10), (512, 1000), (256, 8192), (64, 50257), (64, 128256), (64, 262144))
 DTYPES = (torch.bfloat16, torch.float32)
-REPEATS, REPLAYS = 2000, 500
+REPEATS = 2000
+REPLAYS = 500
 EAGER = KernelConfig(backend="eager")
 WORDS = {2: torch.int16, 4: torch.int32}  # to compare bits, by the size of an element
 
 
 def compare(logits: Tensor, targets: Tensor, backend: str, repeats: int, replays: int) -> None:
     """Raise AssertionError with the first thing that is wrong. logits [N, V]; no replays on the CPU."""
-    config, device = KernelConfig(backend=backend), logits.device
-    expected, meter = Meter(device, topk=(5,)), Meter(device, topk=(5,))
+    config = KernelConfig(backend=backend)
+    device = logits.device
+    expected = Meter(device, topk=(5,))
+    meter = Meter(device, topk=(5,))
     eager = cross_entropy_step(logits, targets, expected, config=EAGER)
     first = cross_entropy_step(logits, targets, meter, config=config)
     leaf = logits.double().requires_grad_()
@@ -32,8 +35,10 @@ def compare(logits: Tensor, targets: Tensor, backend: str, repeats: int, replays
     torch.testing.assert_close(meter.counts, expected.counts, rtol=0, atol=0, msg="counts differ from eager's")
     torch.testing.assert_close(meter.sums, expected.sums, rtol=1e-5, atol=0)
 
-    counts, sums = meter.counts.clone(), meter.sums.clone()
-    out, different = torch.empty_like(logits), torch.zeros((), dtype=torch.int64, device=device)
+    counts = meter.counts.clone()
+    sums = meter.sums.clone()
+    out = torch.empty_like(logits)
+    different = torch.zeros((), dtype=torch.int64, device=device)
     words = WORDS[logits.element_size()]
 
     def again() -> None:

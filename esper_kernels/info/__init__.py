@@ -79,6 +79,7 @@ def _choice(op: str, device_type: str, dtype: torch.dtype) -> Choice:
         backend, refused, _ = select_backend(op, device_type, dtype)
         why = "; ".join(f"{name}: {reason}" for name, reason in refused)
     except ValueError as error:
-        backend, why = None, str(error)
+        backend = None
+        why = str(error)
     dtype_name = str(dtype).removeprefix("torch.")
     return Choice(op=op, device_type=device_type, dtype=dtype_name, backend=backend, why=why)

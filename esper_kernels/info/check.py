@@ -44,7 +44,8 @@ def _sample(device: str, dtype: torch.dtype, rows: int, classes: int) -> tuple[T
 def _difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | None:
     """The first thing in which the backend differs from eager by more than rounding."""
     meter, expected = (Meter(logits.device, topk=(1, 5)) for _ in range(2))
-    leaf, rival = logits.double().requires_grad_(), logits.clone().requires_grad_()
+    leaf = logits.double().requires_grad_()
+    rival = logits.clone().requires_grad_()
     loss = cross_entropy(rival, targets, **_OPTIONS, meter=expected, config=KernelConfig(backend="eager"))
     (eager,) = torch.autograd.grad(loss, rival)
     (truth,) = torch.autograd.grad(plain_torch_cross_entropy(leaf, targets, **_OPTIONS), leaf)

@@ -40,7 +40,8 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:
-            self._signal, self._asked = number, time.monotonic()
+            self._signal = number
+            self._asked = time.monotonic()
         elif time.monotonic() - self._asked > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -13,7 +13,8 @@ from esper_kernels import grad_stats
 from esper_train.base.state import PlainState
 from esper_train.control.config import GovernorConfig
 
-LEARNED, NEAR_GUESS = 0.6, 0.065
+LEARNED = 0.6
+NEAR_GUESS = 0.065
 """A loss below this share of a guess's has learned something; one this close to a guess's has forgotten it."""
 
 
@@ -51,10 +52,12 @@ class Governor(PlainState):
         return found if self.suspicious >= self._config.patience else None
 
     def _compare(self, loss: float) -> Finding | None:
-        config, guess = self._config, self.guess
+        config = self._config
+        guess = self.guess
         if len(self.history) < config.min_history:
             return None
-        mean, deviation = fmean(self.history), pstdev(self.history)
+        mean = fmean(self.history)
+        deviation = pstdev(self.history)
         usual = f"the mean of the last {len(self.history)} good epochs is {mean:.4g}"
         if loss > max(guess, mean + config.sensitivity * deviation, config.multiplier * mean):
             return Finding(kind="divergence", message=f"the validation loss diverged to {loss:.4g}; {usual}")
@@ -68,7 +71,8 @@ class Governor(PlainState):
 
     def rolled_back(self) -> None:
         """Count a rollback; the epochs that are to come are judged afresh."""
-        self.rollbacks, self.suspicious = self.rollbacks + 1, 0
+        self.rollbacks = self.rollbacks + 1
+        self.suspicious = 0
 
 
 def weights_are_finite(model: nn.Module) -> bool:

@@ -57,22 +57,26 @@ class HeuristicTamiyo(PlainState):
 
     def _judge(self, state: SlotState) -> Decision:
         """What to do with the open seed."""
-        slot, age = state.slot, state.epochs_in_stage
+        slot = state.slot
+        age = state.epochs_in_stage
         if state.stage is not SeedStage.PROBATIONARY:
             return Decision(op=Op.WAIT, slot=slot, reason=f"seed is in {state.stage.name} for {age} epochs")
         gate = judge(SeedStage.FOSSILIZED, state, self._growth)
         if not gate.passed:
             return Decision(op=Op.WAIT, slot=slot, reason="; ".join(gate.failures))
         contribution = fmean(state.contributions)
-        reason, confidence = f"contributes {contribution:.2f} points", min(1.0, contribution / 5.0)
+        reason = f"contributes {contribution:.2f} points"
+        confidence = min(1.0, contribution / 5.0)
         return Decision(op=Op.FOSSILIZE, slot=slot, reason=reason, confidence=confidence)
 
     def _consider_germination(self, signals: Signals) -> Decision:
-        config, plateau = self._config, signals.plateau_epochs
+        config = self._config
+        plateau = signals.plateau_epochs
         needed = self._growth.seed_life() + config.life_margin
         left = signals.max_epochs - signals.epoch
         slot = next((s.slot for s in signals.slots if s.stage is SeedStage.DORMANT), None)
-        most, seated = self._growth.max_seeds, sum(s.seed_id is not None for s in signals.slots)
+        most = self._growth.max_seeds
+        seated = sum(s.seed_id is not None for s in signals.slots)
         hindrances = (
             (slot is None, "no slot is open"),
             (most is not None and seated >= most, f"{seated} seeds are the most"),

@@ -21,7 +21,8 @@ COSTS: Mapping[Op, float] = {Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.0
 WORTH_KEEPING = 1.0
 """Least contribution that fossilizing is rewarded for, least improvement that a fossil is."""
 Parts = dict[str, float]
-LOSS_TARGET, LOSS_CHANGE = 0.13, 0.043
+LOSS_TARGET = 0.13
+LOSS_CHANGE = 0.043
 """A loss to reach, and by how much it may change in an epoch, as shares of the loss of a guess."""
 
 
@@ -80,7 +81,8 @@ def compute_contribution_reward(
 
     `total_params` are of the seeds alone. `num_fossilized_seeds` has no effect: fossils count if they improved.
     """
-    config, seed = config or ContributionReward(), seed_info or SeedInfo(0, None, None, 0)
+    config = config or ContributionReward()
+    seed = seed_info or SeedInfo(0, None, None, 0)
     # an improvement that was not measured speaks against nothing
     gained = math.inf if seed.total_improvement is None else seed.total_improvement
     progress = None if acc_at_germination is None else val_acc - acc_at_germination
@@ -89,7 +91,8 @@ def compute_contribution_reward(
         credit = _credit(seed_contribution, progress, gained, config.dependency)
     if seed.stage == SeedStage.FOSSILIZED or (action is Op.FOSSILIZE and gained < 0):
         credit = 0.0
-    warning, epochs = 0.0, seed.epochs_in_stage
+    warning = 0.0
+    epochs = seed.epochs_in_stage
     if seed.stage == SeedStage.BLENDING and gained < 0:
         warning = 0.1 + min(0.05 * epochs, 0.3)
     elif seed.stage == SeedStage.PROBATIONARY and action is Op.WAIT and epochs >= 2 and credit > 0:
@@ -122,8 +125,10 @@ def _credit(contribution: float, progress: float | None, gained: float, dependen
 def _operation(op: Op, seed: SeedInfo, contribution: float | None, gained: float, config: ContributionReward) -> float:
     """What an operation earns, or loses where it is wrong or impossible (the first rule that applies), and costs."""
     c = math.nan if contribution is None else contribution  # NaN fits no rule
-    empty, on_probation = seed.stage == 0, seed.stage == SeedStage.PROBATIONARY
-    fossil, newborn = seed.stage == SeedStage.FOSSILIZED, seed.seed_age_epochs < 1
+    empty = seed.stage == 0
+    on_probation = seed.stage == SeedStage.PROBATIONARY
+    fossil = seed.stage == SeedStage.FOSSILIZED
+    newborn = seed.seed_age_epochs < 1
     germination = config.shaping * GAMMA * POTENTIALS[SeedStage.GERMINATED]
     harm = -0.5 - min(-0.2 * gained, 1.0) - (config.dependency if c > 0.1 and gained < -0.2 else 0.0)
     bonus = (0.5 + 0.1 * c) * min(1.0, seed.epochs_in_stage / 5)
@@ -189,7 +194,8 @@ def loss_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int
     The task's own scale: ln of the number of classes, the loss of a guess.
     """
     baseline = signals.guess_loss
-    target, typical = LOSS_TARGET * baseline, LOSS_CHANGE * baseline
+    target = LOSS_TARGET * baseline
+    typical = LOSS_CHANGE * baseline
     falls = max(-5.0, min((signals.loss_delta or 0.0) / typical, 5.0))
     seed = SeedInfo.from_state(state)
     rent = min(0.05 * _growth(_seed_parameters(signals), host_parameters), 5.0)

@@ -64,17 +64,20 @@ class SignalTracker(PlainState):
 
     def update(self, measured: Observation) -> Signals:
         """Take one epoch in. `RuntimeError` if two slots carry a seed of the same id."""
-        loss, accuracy = measured.val_loss, measured.val_accuracy
+        loss = measured.val_loss
+        accuracy = measured.val_accuracy
         ids = [state.seed_id for state in measured.slots if state.seed_id is not None]
         if len(set(ids)) != len(ids):
             raise RuntimeError(f"seed ids must differ, got {ids}")
         loss_delta = accuracy_delta = None
         if self._previous is not None:
             previous_loss, previous_accuracy = self._previous
-            loss_delta, accuracy_delta = previous_loss - loss, accuracy - previous_accuracy
+            loss_delta = previous_loss - loss
+            accuracy_delta = accuracy - previous_accuracy
         self._plateau += 1
         if accuracy >= self._risen_to + self._threshold:
-            self._risen_to, self._plateau = accuracy, 0
+            self._risen_to = accuracy
+            self._plateau = 0
         self._previous = (loss, accuracy)
         self._best_loss = min(self._best_loss, loss)
         self._best_accuracy = max(self._best_accuracy, accuracy)

@@ -57,7 +57,8 @@ def _blending(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
     if growth.incubation == "straight_through":
         return checks  # a seed without an effect has no potential; G5 alone judges it
     if len(state.potentials) < growth.window:
-        measured, window = len(state.potentials), growth.window
+        measured = len(state.potentials)
+        window = growth.window
         return [*checks, (False, f"potential was measured in {measured} of {window} epochs")]
     gain, loss = (fmean(values) for values in zip(*state.potentials, strict=True))
     most = growth.blending_loss_change
@@ -70,7 +71,8 @@ def _blending(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
 def _fossilizing(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
     """Is the network no worse than before blending, and does the seed have a part in that?"""
     if len(state.accuracies) < growth.window:
-        epochs, window = len(state.accuracies), growth.window
+        epochs = len(state.accuracies)
+        window = growth.window
         return [(False, f"{epochs} of {window} epochs on probation are over")]
     contribution = fmean(state.contributions) if state.contributions else None
     checks = [_at_least("mean contribution", contribution, growth.fossilize_contribution)]

@@ -110,10 +110,15 @@ class SeedSlot(nn.Module):
 
     def observe(self, measured: Measurement) -> None:
         """Record what one epoch measured."""
-        state, growth, seated = self.state, self.growth, self.seed is not None
-        accuracy, before = measured.accuracy, state.accuracy_before
-        since_birth, since_entry = state.accuracy_at_germination, state.accuracy_at_stage_start
-        contributions, potentials = state.contributions, state.potentials
+        state = self.state
+        growth = self.growth
+        seated = self.seed is not None
+        accuracy = measured.accuracy
+        before = state.accuracy_before
+        since_birth = state.accuracy_at_germination
+        since_entry = state.accuracy_at_stage_start
+        contributions = state.contributions
+        potentials = state.potentials
         if measured.contribution is not None:
             contributions += (measured.contribution,)
         if measured.potential is not None and measured.potential_loss is not None:
@@ -140,7 +145,8 @@ class SeedSlot(nn.Module):
     def step_epoch(self, may_blend: bool = True) -> list[StageChange]:
         """Make the moves that need no controller: gates passed, blending advanced, time over. Called
         once per epoch; `may_blend` is false while another seed is on trial."""
-        state, growth = self.state, self.growth
+        state = self.state
+        growth = self.growth
         if state.harmed >= growth.harm_patience:
             below = f"{growth.harm:g} points below its mean before blending"
             return self.cull(f"accuracy was {below} for {state.harmed} epochs")
@@ -171,14 +177,16 @@ class SeedSlot(nn.Module):
         return []
 
     def _step_blending(self) -> list[StageChange]:
-        state, growth = self.state, self.growth
+        state = self.state
+        growth = self.growth
         whole = state.alpha_steps >= growth.blending_epochs
         if whole and self.verdict(SeedStage.PROBATIONARY).passed:
             self.gate = None
             return [self._enter(SeedStage.PROBATIONARY, "G3 passed")]
         if state.epochs_in_stage >= growth.blending_timeout:
             return self.cull("blending_timeout")
-        before, accuracy = state.accuracy_before, state.accuracy
+        before = state.accuracy_before
+        accuracy = state.accuracy
         waits = before is not None and accuracy is not None and accuracy < before - growth.blending_cost
         if not waits:
             self._raise_alpha()

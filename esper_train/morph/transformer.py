@@ -21,7 +21,8 @@ class Embedding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        length, context = tokens.shape[1], self.position.num_embeddings
+        length = tokens.shape[1]
+        context = self.position.num_embeddings
         if length > context:
             raise ValueError(
                 f"expected at most {context} tokens, the host's context, got {length}: "

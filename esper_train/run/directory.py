@@ -24,8 +24,12 @@ from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.tasks import Task, get_task
 
-CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
-NETWORK, REPORT, CHECKPOINTS = "network.pt", "report.html", "checkpoints"
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+NETWORK = "network.pt"
+REPORT = "report.html"
+CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 """There while a process writes to the directory, and locked by it; or unlocked, where a process was killed."""
 UNFINISHED = ".new"
@@ -171,7 +175,8 @@ def read_checked(path: Path, *, need_digest: bool = False) -> bytes:
     Without a digest, which older versions did not write, they are returned unless `need_digest`: then that is an
     `OSError`.
     """
-    data, beside = path.read_bytes(), digest_file(path)
+    data = path.read_bytes()
+    beside = digest_file(path)
     if not need_digest and not beside.exists():
         return data
     if beside.read_bytes()[:64] != hashlib.sha256(data).hexdigest().encode():

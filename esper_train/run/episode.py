@@ -95,8 +95,10 @@ class Episode(PlainState):
 
     def learners(self) -> tuple[Learner, ...]:
         """The seeds that learn beside the network, for one epoch."""
-        model, amp = self.model, self.config.train.amp
-        before, self.scalers = self.scalers, {}
+        model = self.model
+        amp = self.config.train.amp
+        before = self.scalers
+        self.scalers = {}
         found = []
         for name in model.learning:
             slot = model.slot(name)
@@ -152,7 +154,8 @@ class Episode(PlainState):
         """Give the host, the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own, with a
         schedule over what is left of the run after `epoch`."""
         slot, _, gate = group.partition(".")
-        optim, host = self.config.optim, self.model.host if group == "host" else None
+        optim = self.config.optim
+        host = self.model.host if group == "host" else None
         module = host or (self.model.slot(slot).gate if gate else self.model.slot(slot).seed)
         parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
         if not parameters:

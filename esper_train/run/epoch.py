@@ -51,10 +51,12 @@ class Epoch:
 
         None where the losses went bad and the epoch is undone: it is over without a decision.
         """
-        episode, number = self._episode, self._number
+        episode = self._episode
+        number = self._number
         episode.trial.tick()
         self._train, self._validation = _train_and_evaluate(episode, number)
-        train, validation = self._train, self._validation
+        train = self._train
+        validation = self._validation
         episode.accuracy = validation.accuracy
         # a skipped batch is in the training loss, so that is no finding
         skips = episode.config.train.on_bad_numbers == "skip"
@@ -83,7 +85,8 @@ class Epoch:
         Raises `BadNumbersError` where the losses went bad and the run cannot go on; `ValueError`
         for a slot, blueprint or blend that nobody knows.
         """
-        episode, number = self._episode, self._number
+        episode = self._episode
+        number = self._number
         parts = _reward(episode, self._signals, decision)
         made, refused = _execute(episode, decision)
         for change in made:
@@ -118,7 +121,8 @@ class Epoch:
 
     def _leave_undecided(self, finding: Finding) -> None:
         """Report an epoch that is to be undone."""
-        episode, number = self._episode, self._number
+        episode = self._episode
+        number = self._number
         decision = Decision(op=Op.WAIT, reason="the epoch is undone")
         line = epoch_event(
             number,
@@ -134,7 +138,8 @@ class Epoch:
 
     def _report(self, line: Event, finding: Finding | None) -> None:
         """The epoch's line, what happened to seeds, bad numbers, and gradients by layer if asked for."""
-        episode, hub = self._episode, self._episode.hub
+        episode = self._episode
+        hub = self._episode.hub
         hub.emit(line)
         self._emit_pending()
         troubles = trouble_events(self._number, self._train, self._validation, finding)
@@ -157,8 +162,10 @@ class Epoch:
 
     def _follow(self, change: StageChange) -> None:
         """Keep optimizers, trial and records in step with a slot's move."""
-        episode, number = self._episode, self._number
-        before, slot = change.before, change.before.slot
+        episode = self._episode
+        number = self._number
+        before = change.before
+        slot = change.before.slot
         self._events.append(stage_event(number, change))
         follow_optimizers(episode, change, number)
         if change.stage is SeedStage.TRAINING and episode.hub.collects(EventType.SEED_COST):
@@ -179,7 +186,8 @@ class Epoch:
 
     def _undo(self, failed: SlotState, reason: str) -> None:
         """Bring the network back to where it was before a seed that is culled began to blend in."""
-        episode, trial = self._episode, self._episode.trial
+        episode = self._episode
+        trial = self._episode.trial
         began = trial.began
         trial.end_undone(episode, self._number)
         episode.tracker.restart_plateau()
@@ -212,9 +220,12 @@ class Epoch:
 
     def _answer(self, finding: Finding) -> None:
         """Do what the policy says: go on, return to the last good state and train on new batches, or end."""
-        episode, number = self._episode, self._number
-        config, governor = episode.config, episode.governor
-        policy, most = config.train.on_bad_numbers, config.governor.max_rollbacks
+        episode = self._episode
+        number = self._number
+        config = episode.config
+        governor = episode.governor
+        policy = config.train.on_bad_numbers
+        most = config.governor.max_rollbacks
         # skipping helps no longer when the weights are bad themselves
         if policy == "warn" or (policy == "skip" and finding.kind != "nonfinite"):
             return
@@ -224,7 +235,8 @@ class Epoch:
             advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
             raise kind(f"in epoch {number} {finding.message}{after}; {advice}")
         governor.rolled_back()
-        gone, to_epoch = _states(episode.model), episode.good["epoch"]
+        gone = _states(episode.model)
+        to_epoch = episode.good["epoch"]
         episode.go_back(episode.good)
         del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
         states = _states(episode.model)
@@ -255,7 +267,8 @@ def keep_good(episode: Episode, epoch: int) -> None:
 def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
     """The epoch's batches, then validation: as the network is, without each seed that has a part in
     it, and with each seed that learns beside it."""
-    config, model = episode.config, episode.model
+    config = episode.config
+    model = episode.model
     train = train_one_epoch(
         model,
         map(episode.stop.before, episode.train),
@@ -295,7 +308,8 @@ def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, Eval
 def _observe_slots(episode: Episode, train: EpochResult, validation: EvalResult) -> tuple[SlotState, ...]:
     """Tell every slot what was measured; the states before the slots move."""
     for slot in episode.model.slots:
-        name, stage = slot.state.slot, slot.state.stage
+        name = slot.state.slot
+        stage = slot.state.stage
         learner = train.learners.get(name)
         groups = {} if train.grad is None else train.grad.groups
         seed = learner.grad if learner is not None else groups.get(name)
@@ -348,10 +362,12 @@ def _reward(episode: Episode, signals: Signals, decision: Decision) -> dict[str,
 
 def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], str | None]:
     """Do what the controller asked; what slots and gates refuse comes back as the reason in words."""
-    model, slot = episode.model, decision.slot or ""
+    model = episode.model
+    slot = decision.slot or ""
     try:
         if decision.op is Op.GERMINATE:
-            blueprint, seed_id = decision.blueprint or "", f"seed_{episode.seeds_germinated}"
+            blueprint = decision.blueprint or ""
+            seed_id = f"seed_{episode.seeds_germinated}"
             model.registry.require(model.host.topology, blueprint)
             if episode.trial.wait > 0:
                 raise RefusedError(f"no seed germinates for {episode.trial.wait} epochs, after an undoing")
@@ -369,8 +385,10 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
 
 def follow_optimizers(episode: Episode, change: StageChange, epoch: int) -> None:
     """Keep the optimizers in step with the seeds."""
-    slot, optimizers = change.before.slot, episode.optimizers
-    gate, frozen = f"{slot}.gate", episode.config.growth.on_fossilize == "freeze"
+    slot = change.before.slot
+    optimizers = episode.optimizers
+    gate = f"{slot}.gate"
+    frozen = episode.config.growth.on_fossilize == "freeze"
     if change.stage is SeedStage.TRAINING:
         episode.attach_optimizer(slot, epoch)
         if episode.model.slot(slot).gate is not None:

@@ -26,7 +26,9 @@ class Kept(PlainState):
         if any(slot.state.stage in TRIAL for slot in model.slots):
             return
         if (accuracy, -loss) > (self.accuracy, -self.loss):
-            self.epoch, self.accuracy, self.loss = epoch, accuracy, loss
+            self.epoch = epoch
+            self.accuracy = accuracy
+            self.loss = loss
             network = {"slots": model.topology(), "weights": model.state_dict()}
             self._network = copied(network, "cpu")
 

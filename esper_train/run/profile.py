@@ -14,7 +14,8 @@ from esper_train.train.loop import evaluate, train_one_epoch
 
 PARTS = ("data", "forward", "loss", "backward", "statistics", "optimizer", "evaluation")
 BATCHES = 8
-TABLE, TRACE = "profile.md", "profile.json"
+TABLE = "profile.md"
+TRACE = "profile.json"
 
 
 def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) -> str:

@@ -98,9 +98,11 @@ def write_report(directory: Path) -> Path:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; give the directory of a run")
-    run, baseline = _read(directory), _read(directory / BASELINE)
+    run = _read(directory)
+    baseline = _read(directory / BASELINE)
     if run is None:
-        title, parts = "Nothing to report", [_tag("p", f"{METRICS} is missing or contains no run.")]
+        title = "Nothing to report"
+        parts = [_tag("p", f"{METRICS} is missing or contains no run.")]
     else:
         title = f"{run.started['task']}, {run.started['mode']}, seed {run.started['seed']}: {run.status}"
         note = "The baseline (fit) is the same host network, trained without slots."
@@ -119,7 +121,8 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
 
     Raises `ValueError` for a directory without a run, and otherwise the errors of `write_report`.
     """
-    runs, panels = {str(d): run for d in directories if (run := _read(d))}, []
+    runs = {str(d): run for d in directories if (run := _read(d))}
+    panels = []
     if missing := [str(d) for d in directories if str(d) not in runs]:
         raise ValueError(f"no run in {', '.join(missing)}: {METRICS} is missing or contains none")
     for key, unit in (("loss", "validation loss (nats)"), ("accuracy", "validation accuracy (%)")):
@@ -155,7 +158,9 @@ def _read(directory: Path) -> _Run | None:
 
 
 def _words(run: _Run) -> str:
-    start, why, last = run.started, run.finished.get("error"), (run.epochs or [run.started])[-1]
+    start = run.started
+    why = run.finished.get("error")
+    last = (run.epochs or [run.started])[-1]
     where = f"{len(run.epochs)} of {last['max_epochs']} epochs on {start['device']} ({start['backend']})"
     lines = [f"Status: {run.status}, {where}.", *([f"What ended the run: {why}."] if why else [])]
     return _tag("p", " ".join(lines + [f"In epoch {event['epoch']}: {event['message']}." for event in run.troubles]))
@@ -163,7 +168,8 @@ def _words(run: _Run) -> str:
 
 def _summary(runs: Mapping[str, _Run]) -> str:
     def column(name: str, r: _Run) -> dict[str, str]:
-        accuracy, loss = r.series("validation", "accuracy"), r.series("validation", "loss")
+        accuracy = r.series("validation", "accuracy")
+        loss = r.series("validation", "loss")
         return {
             "": name,
             "status": r.status,
@@ -231,7 +237,8 @@ def _curves(run: _Run, baseline: _Run | None) -> list[str]:
 
 
 def _stages(run: _Run, growth: GrowthConfig | None) -> list[str]:
-    heading, slots = _tag("h2", "Slots"), run.started["slots"]
+    heading = _tag("h2", "Slots")
+    slots = run.started["slots"]
     if not run.moves:
         why = "No seed was germinated." if slots else "This run had no slots to grow in."
         return [heading, _tag("p", why)]
@@ -264,7 +271,8 @@ def _stages(run: _Run, growth: GrowthConfig | None) -> list[str]:
 
 
 def _gradients(run: _Run) -> list[str]:
-    heading, curves = _tag("h2", "Gradients"), [("total", run.series("grad", "gradient_norm"), WIDE)]
+    heading = _tag("h2", "Gradients")
+    curves = [("total", run.series("grad", "gradient_norm"), WIDE)]
     for i, name in enumerate(("host", *run.started["slots"])):
         norms, tensors = (run.series("grad", "groups", name, key) for key in ("gradient_norm", "tensors"))
         if any(count > 0 for count in tensors):  # the norm of no tensors is 0, which is not a measurement
@@ -279,7 +287,8 @@ def _gradients(run: _Run) -> list[str]:
 
 
 def _layers(run: _Run) -> list[str]:
-    heading, norms = _tag("h2", "Gradients by layer"), {event["epoch"]: event["norms"] for event in run.layers}
+    heading = _tag("h2", "Gradients by layer")
+    norms = {event["epoch"]: event["norms"] for event in run.layers}
     names = list(dict.fromkeys(name for event in norms.values() for name in event))
     if not names:
         return [heading, _tag("p", "Gradients by layer are reported at telemetry level debug, and after bad numbers.")]
@@ -367,7 +376,8 @@ def _panel(
         for stage, ls in (("FOSSILIZED", "-"), ("CULLED", "--")):
             at = [move["epoch"] + 0.5 for move in moves if move["stage"] == stage]
             if at:
-                heights, color = axes.get_xaxis_transform(), STAGE_COLORS[stage]
+                heights = axes.get_xaxis_transform()
+                color = STAGE_COLORS[stage]
                 axes.vlines(at, 0, 1, transform=heights, color=color, lw=1, ls=ls, label=stage.lower())
         axes.set_ylabel(name)
         _legend(axes, columns=columns)

@@ -107,7 +107,8 @@ def prepare(
     if growing and not config.slots:
         raise ValueError("no slots: name at least one of early, mid, late, or use `fit` to train without growth")
     episode = build_episode(config, task=task, slots=config.slots if growing else (), registry=registry)
-    episode.mode, episode.hub = mode, hub or TelemetryHub()
+    episode.mode = mode
+    episode.hub = hub or TelemetryHub()
     if growing:
         names = episode.model.registry.names(episode.model.host.topology)
         episode.policy = policy or HeuristicTamiyo(config.policy, config.growth, names)
@@ -122,7 +123,8 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
     one that `config.keep` names, and its last event is RUN_FINISHED with the status "completed", "interrupted",
     "nonfinite", "diverged" or "failed"; what ended it is raised again.
     """
-    config, hub = episode.config, episode.hub
+    config = episode.config
+    hub = episode.hub
     started = time.perf_counter() - episode.seconds
     if episode.epoch == 0:
         episode.policy.reset()
@@ -137,7 +139,8 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
                 signals = epoch.observe()
                 if signals is not None:
                     epoch.apply(episode.policy.decide(signals))
-                episode.epoch, episode.seconds = number, time.perf_counter() - started
+                episode.epoch = number
+                episode.seconds = time.perf_counter() - started
                 if checkpoints is not None:
                     checkpoints.take(episode)
             _give_kept(episode)
@@ -241,7 +244,8 @@ def run_finished(episode: Episode, ending: Ending) -> Event:
 
 def run_started(episode: Episode) -> Event:
     """The first event of a run."""
-    config, model = episode.config, episode.model
+    config = episode.config
+    model = episode.model
     data = {
         "mode": episode.mode,
         "task": episode.task.name,

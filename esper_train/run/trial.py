@@ -50,7 +50,9 @@ class Trial(PlainState):
         validation rows it predicts."""
         if self.slot is not None:
             raise RuntimeError(f"the seed in slot {self.slot!r} is on trial already")
-        self.slot, self.began, self._right = slot, epoch, right
+        self.slot = slot
+        self.began = epoch
+        self._right = right
         state = {
             "seeds": {s.state.slot: s.state.seed_id for s in network.model.slots},
             "model": network.model.state_dict(),
@@ -63,7 +65,8 @@ class Trial(PlainState):
         from the validation rows predicted now; None without a trial."""
         if self._right is None:
             return None
-        gained, lost = (right & ~self._right).sum(), (~right & self._right).sum()
+        gained = (right & ~self._right).sum()
+        lost = (~right & self._right).sum()
         return paired_error(int(gained), int(lost), rows)
 
     def end_kept(self) -> None:
@@ -78,11 +81,13 @@ class Trial(PlainState):
         that was not there yet in another slot stays as it is.
         """
         assert self._before is not None
-        before, self.undone = self._before, self.undone + 1
+        before = self._before
+        self.undone = self.undone + 1
         self.epochs += epoch - self.began
         self.wait = self._next_wait
         self._next_wait = min(2 * self._next_wait, self._growth.undo_wait_ceiling)
-        model, optimizers = network.model, network.optimizers
+        model = network.model
+        optimizers = network.optimizers
         now = {slot.state.slot: slot.state.seed_id for slot in model.slots}
         same = {name for name, seed in before["seeds"].items() if seed is not None and seed == now[name]}
         weights = {
@@ -109,4 +114,5 @@ class Trial(PlainState):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         super().load_state_dict(state_dict)
-        self._before, self._right = copied(state_dict["before"]), state_dict["right"]
+        self._before = copied(state_dict["before"])
+        self._right = state_dict["right"]

@@ -16,12 +16,14 @@ from esper_train.tasks.config import TaskConfig
 from esper_train.tasks.task import Splits, Task
 from esper_train.train.data import Split
 
-CLASSES, PIXELS = 10, 3 * 32 * 32
+CLASSES = 10
+PIXELS = 3 * 32 * 32
 FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 FOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py")
 ARRAYS = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 VALIDATION_SHARE = 10  # the last tenth of the training images (5,000) is for validation
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
 PADDING = 4  # black pixels around an image before it is cropped
 
 
@@ -55,7 +57,8 @@ class Augment(nn.Module):
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
     """Pad images [N, C, H, W] with zeros, crop them at `top` [N] and `left` [N], mirror them where `flip` [N]."""
     n, channels, rows, columns = (torch.arange(size, device=images.device) for size in images.shape)
-    rows, columns = top[:, None] + rows, left[:, None] + torch.where(flip[:, None], columns.flip(0), columns)
+    rows = top[:, None] + rows
+    columns = left[:, None] + torch.where(flip[:, None], columns.flip(0), columns)
     padded = nn.functional.pad(images, (PADDING,) * 4)
     return padded[n[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None]]
 
@@ -71,7 +74,8 @@ def _load(directory: str | None) -> Splits:
     parts = [_read(path) for path in paths]
     images, labels = (torch.cat(tensors) for tensors in zip(*parts[:-1], strict=True))
     count = len(images) // VALIDATION_SHARE
-    train, validation = (images[:-count], labels[:-count]), (images[-count:], labels[-count:])
+    train = (images[:-count], labels[:-count])
+    validation = (images[-count:], labels[-count:])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return Splits(train=train, validation=validation, test=parts[-1], record={"sha256": digest})
 
@@ -91,7 +95,8 @@ def _read(path: Path) -> Split:
     try:
         if path.suffix:
             records = _bytes(path.read_bytes()).view(-1, 1 + PIXELS)
-            images, labels = records[:, 1:], records[:, 0]
+            images = records[:, 1:]
+            labels = records[:, 0]
         else:
             with path.open("rb") as file:
                 batch = _Unpickler(file, encoding="bytes").load()

@@ -7,7 +7,10 @@ from esper_train.morph.host import Host, cnn_host
 from esper_train.tasks.config import TaskConfig
 from esper_train.tasks.task import Splits, Task
 
-SAMPLES, CLASSES, IMAGE_SIZE, BRIGHTEST = 1797, 10, 8, 16.0
+SAMPLES = 1797
+CLASSES = 10
+IMAGE_SIZE = 8
+BRIGHTEST = 16.0
 SPLIT_SEED = 0
 """Every run has the same split: 60 % training, 20 % validation, 20 % test."""
 

@@ -44,7 +44,8 @@ def pysource(config: TaskConfig) -> Task:
         ValueError: a vocab below 256; on loading, too few sources, or a directory that is not writable.
         ImportError: on loading, a vocab above 256 without the `tokenizers` package.
     """
-    vocab, caches = config.vocab, os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    vocab = config.vocab
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     if vocab < 256:
         raise ValueError(f"task 'pysource' needs a vocab of 256 (bytes) or more (byte pairs), got {vocab}")
 
@@ -111,8 +112,10 @@ def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
     path = cache / f"bpe-{vocab}-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:16]}.json"
     with suppress(Exception):  # not cached yet, or damaged: the package raises no narrower error
         return Tokenizer.from_file(str(path))
-    level, tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False), Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = level
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=level.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     try:

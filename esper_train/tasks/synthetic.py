@@ -11,15 +11,19 @@ from esper_train.tasks.task import Splits, Task
 from esper_train.train.data import Split
 
 DATA_SEED = 0
-CLASSES, IMAGE_SIZE, NOISE = 10, 8, 1.5
-VOCABULARY, SEQUENCE = 32, 16
+CLASSES = 10
+IMAGE_SIZE = 8
+NOISE = 1.5
+VOCABULARY = 32
+SEQUENCE = 16
 
 
 def synthetic(config: TaskConfig) -> Task:
     """The task `synthetic`: one random 8x8 pattern per class, with Gaussian noise added."""
 
     def host(size: HostConfig) -> Host:
-        width, depth = size.width or 3, size.depth or 3
+        width = size.width or 3
+        depth = size.depth or 3
         return cnn_host(image_size=IMAGE_SIZE, in_channels=1, num_classes=CLASSES, width=width, depth=depth)
 
     return Task(name="synthetic", task_type="classification", num_classes=CLASSES, load=_load_patterns, build_host=host)
@@ -29,7 +33,8 @@ def synthetic_lm(config: TaskConfig) -> Task:
     """The task `synthetic-lm`: sequences of a random Markov chain; the next token depends on the last."""
 
     def host(size: HostConfig) -> Host:
-        width, depth = size.width or 16, size.depth or 3
+        width = size.width or 16
+        depth = size.depth or 3
         return transformer_host(vocab_size=VOCABULARY, context=SEQUENCE, width=width, depth=depth)
 
     return Task(name="synthetic-lm", task_type="lm", num_classes=VOCABULARY, load=_load_chain, build_host=host)

@@ -54,7 +54,8 @@ def describe_epoch(data: Mapping[str, Any]) -> str:
 
 def describe(event: Event) -> str:
     """One event in words."""
-    data, epoch = event.data, event.epoch
+    data = event.data
+    epoch = event.epoch
     match event.type:
         case EventType.RUN_STARTED:
             where = f"{data['max_epochs']} epochs on {data['device']} ({data['backend']})"
@@ -72,7 +73,8 @@ def describe(event: Event) -> str:
         case EventType.SNAPSHOT:
             return f"  the state after epoch {epoch} is kept"
         case EventType.SEED_COST:
-            own, host = data["seed"], data["host"]
+            own = data["seed"]
+            host = data["host"]
             more = ", more than the host" if own > host else ""
             work = f"{data['ratio']:.2f} times the multiply-adds of a step while it trains"
             return f"  {data['slot']}: {data['blueprint']} costs {work}{more}"

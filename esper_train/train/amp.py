@@ -8,7 +8,8 @@ from torch import Tensor
 
 from esper_train.train.config import AmpConfig
 
-GROWTH, BACKOFF = 2.0, 0.5
+GROWTH = 2.0
+BACKOFF = 0.5
 
 
 class LossScaler:
@@ -21,7 +22,8 @@ class LossScaler:
 
     def to(self, device: torch.device) -> None:
         """Move the state to `device`, where it is not there yet."""
-        self.scale, self._good_steps = self.scale.to(device), self._good_steps.to(device)
+        self.scale = self.scale.to(device)
+        self._good_steps = self._good_steps.to(device)
 
     def inv_scale(self) -> Tensor:
         """1 / scale, exact for a power of two."""

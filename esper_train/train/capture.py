@@ -23,7 +23,8 @@ Batch = tuple[Tensor, Tensor]
 Work = Callable[[], None]
 WARM_UP = 3
 """Steps before a capture, as in torch's own example: kernels compile, libraries and optimizers get their memory."""
-WARMING_UP, OTHER_SHAPE = "warming up for the capture", "another shape than the first batch"
+WARMING_UP = "warming up for the capture"
+OTHER_SHAPE = "another shape than the first batch"
 
 
 class CudaGraphs:
@@ -101,7 +102,9 @@ class Capture:
             raise ValueError(
                 f"this step captured its graphs on {self._device}, the model is on {device}; build another"
             )
-        self._model, self._optimizers, self._device = model, optimizers, device
+        self._model = model
+        self._optimizers = optimizers
+        self._device = device
         self._groups = [group for optimizer in optimizers.present() for group in optimizer.param_groups]
         self._settings = _settings(self._groups)
         members = optimizers.parameters()

@@ -30,14 +30,17 @@ class Loader:
         device: torch.device = CPU,
         workers: int = 0,
     ) -> None:
-        self._split, self._batch_size, self._shuffle = split, batch_size, shuffle
+        self._split = split
+        self._batch_size = batch_size
+        self._shuffle = shuffle
         self._loader: WorkerLoader | None = None
         self._order: list[list[int]] = []
         cuda = device.type == "cuda"
         if cuda and not workers and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2:
             self._split = split[0].to(device), split[1].to(device)
         elif cuda or workers:  # its own generator, so that it does not draw from torch's global one
-            data, own = TensorDataset(*split), torch.Generator()
+            data = TensorDataset(*split)
+            own = torch.Generator()
             self._loader = WorkerLoader(data, self._order, workers, pin_memory=cuda, generator=own)
 
     def __len__(self) -> int:

@@ -212,7 +212,10 @@ class _Steps:
         device: torch.device,
         learners: Sequence[Learner],
     ) -> None:
-        self._model, self._optimizers, self._config, self._step = model, optimizers, config, step
+        self._model = model
+        self._optimizers = optimizers
+        self._config = config
+        self._step = step
         self._learners = learners
         self.meter = Meter(device, topk=config.topk)
         groups = optimizers.parameters()
@@ -244,7 +247,8 @@ class _Steps:
         return result, found
 
     def __call__(self, group: Sequence[Batch], measure: bool) -> None:
-        step, optimizers = self._step, self._optimizers
+        step = self._step
+        optimizers = self._optimizers
         if self._config.capture:  # a graph finds gradients where they were
             for optimizer in optimizers.present():
                 optimizer.zero_grad(set_to_none=False)
@@ -372,7 +376,8 @@ def _step(step: TrainStep | None, task_type: str, config: TrainConfig, criterion
 def _whole_epoch(last: GradHealth, counts: list[int]) -> GradHealth:
     """The last measured step's health, with the NaN and Inf counts of all of them: zeros come first, by tensor."""
     tensors = len(counts) // 3
-    nans, infs = sum(counts[tensors : 2 * tensors]), sum(counts[2 * tensors :])
+    nans = sum(counts[tensors : 2 * tensors])
+    infs = sum(counts[2 * tensors :])
     return replace(last, nan_count=nans, inf_count=infs, gradient_health=0.0 if nans + infs else last.gradient_health)
 
 

@@ -83,7 +83,9 @@ class OptimizerRegistry:
                 )
             if isinstance(optimizer, SGD):
                 _start_momentum(optimizer)
-            optimizer.grad_scale, optimizer.found_inf = grad_scale, skip  # type: ignore[attr-defined]
+            # type: ignore[attr-defined]
+            optimizer.grad_scale = grad_scale
+            optimizer.found_inf = skip
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 

@@ -73,7 +73,8 @@ class Unit:
 
     def step(self, optimizers: OptimizerRegistry, measured: bool) -> None:
         """Clip and step, or leave the step out; `measured` says that `measure` saw these gradients."""
-        clip_norm, scaler = self._config.grad.clip_norm, self._scaler
+        clip_norm = self._config.grad.clip_norm
+        scaler = self._scaler
         if clip_norm is not None:
             stats = self._stats if measured else None
             clip_grad_norm_(self._parameters, clip_norm, stats=stats, config=self._config.kernel)

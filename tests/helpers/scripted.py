@@ -85,7 +85,9 @@ def run_under(
     checkpoints: Checkpoints | None = None,
 ) -> EpisodeResult:
     """Run an episode under another controller."""
-    episode.policy, episode.hub, episode.mode = policy, hub or TelemetryHub(), mode
+    episode.policy = policy
+    episode.hub = hub or TelemetryHub()
+    episode.mode = mode
     return run_episode(episode, checkpoints)
 
 
@@ -96,7 +98,10 @@ class Planted:
     """A loader that gives some batches changed, by (epoch, number of the batch), both from 1."""
 
     def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], change: Change, *places: tuple[int, int]) -> None:
-        self.loader, self.change, self.places, self.epoch = loader, change, places, 0
+        self.loader = loader
+        self.change = change
+        self.places = places
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.epoch += 1

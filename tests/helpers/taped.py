@@ -101,7 +101,8 @@ def registry(model: nn.Module, make: Callable[..., Optimizer]) -> OptimizerRegis
 
 def captured(config: TrainConfig) -> tuple[TrainStep, Tape]:
     """A step whose graphs are tapes."""
-    step, tape = build_train_step("classification", config), Tape()
+    step = build_train_step("classification", config)
+    tape = Tape()
     step.capture = Capture(tape)
     return step, tape
 

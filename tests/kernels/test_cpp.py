@@ -52,7 +52,8 @@ def test_ops_are_what_their_schemas_say(full: bool, dtype: torch.dtype) -> None:
         torch.ops.esper.cross_entropy_backward.default,
         (logits, targets, *options, 0, torch.ones_like(loss), saved, grad, *tensors[:3]),
     )
-    norms, counts = torch.empty(2, 2, dtype=torch.float64), torch.empty(3, 2, dtype=torch.int64)
+    norms = torch.empty(2, 2, dtype=torch.float64)
+    counts = torch.empty(3, 2, dtype=torch.int64)
     columns = (*norms.unbind(), *counts.unbind(), torch.empty((), dtype=torch.float64), torch.empty(()))
     inv_scale = torch.tensor(0.5, dtype=torch.float64) if full else None
     torch.library.opcheck(torch.ops.esper.grad_stats.default, ([logits, logits[0]], inv_scale, 0, *columns))
@@ -100,7 +101,8 @@ def test_gradients_of_negligible_classes_are_exactly_zero(v: int, place: str, na
 def test_rounding_to_half_is_torchs(name: str, dtype: torch.dtype) -> None:
     """Two classes, logits 0: the gradient is -s/2, s/2, so grad_scale chooses the number that is rounded."""
     config = KernelConfig(backend="cpp", instruction_set=name)
-    logits, targets = torch.zeros(1, 2, dtype=dtype), torch.tensor([0])
+    logits = torch.zeros(1, 2, dtype=dtype)
+    targets = torch.tensor([0])
     exponents = torch.arange(-26, 18).double().exp2()
     mantissas = torch.tensor([1.0, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 2 - 2**-12, 1.3])
     for value in (exponents[:, None] * mantissas).flatten().tolist():

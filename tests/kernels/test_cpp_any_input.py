@@ -12,7 +12,8 @@ from torch import Tensor
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 from esper_kernels.native import INSTRUCTION_SETS
 
-INF, NAN = math.inf, math.nan
+INF = math.inf
+NAN = math.nan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FINITE = (0.0, -0.0, 1.0, 2.5, -3.0, 1e4, -1e4)
 VALUES = (*FINITE, INF, -INF, NAN)
@@ -102,7 +103,8 @@ def loss_and_grad(call: Call, logits: Tensor, meter: Meter, config: KernelConfig
 @settings(max_examples=400)
 @given(calls())
 def test_cross_entropy_is_its_definition(call: Call) -> None:
-    meter, true_meter = Meter("cpu", topk=call.topk), Meter("cpu", topk=call.topk)
+    meter = Meter("cpu", topk=call.topk)
+    true_meter = Meter("cpu", topk=call.topk)
     true_loss, true_grad = loss_and_grad(call, call.logits.double(), true_meter, EAGER)
     config = KernelConfig(backend="cpp", instruction_set=call.instruction_set)
     before = call.logits.clone()

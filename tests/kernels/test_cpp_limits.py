@@ -55,7 +55,8 @@ def test_class_counts(v: int, dtype: torch.dtype) -> None:
     for options in ({}, everything, {**everything, "softcap": 5.0}):
         true_loss, true_grad = truth_of(logits, targets, **options)
         for config in CONFIGS:
-            meter, leaf = Meter("cpu", topk=(1, 5)), logits.clone().requires_grad_()
+            meter = Meter("cpu", topk=(1, 5))
+            leaf = logits.clone().requires_grad_()
             loss = cross_entropy(leaf, targets, **options, meter=meter, config=config)
             loss.backward()
             written = logits.clone()
@@ -131,7 +132,8 @@ def test_batches_about_65536_elements(v: int, rows: tuple[int, ...]) -> None:
             found = []
             for count in (1, 3):
                 torch.set_num_threads(count)
-                meter, leaf = Meter("cpu"), logits.clone().requires_grad_()
+                meter = Meter("cpu")
+                leaf = logits.clone().requires_grad_()
                 loss = cross_entropy(leaf, targets, label_smoothing=0.1, meter=meter, config=config)
                 loss.backward()
                 assert leaf.grad is not None

@@ -148,7 +148,8 @@ def test_grad_output_multiplies_the_gradient(config: KernelConfig, value: float)
 
 def test_grad_output_may_differ_by_row_or_be_expanded(config: KernelConfig) -> None:
     rows = torch.tensor([[1 / 8, -6 / 8, 5 / 8]]).expand(3, 3)
-    logits, targets = golden(3), torch.tensor([1, 1, 1])
+    logits = golden(3)
+    targets = torch.tensor([1, 1, 1])
     losses = cross_entropy(logits, targets, reduction="none", config=config)
     factor = torch.tensor([0.0, -1.0, 3.0])
     (grad,) = torch.autograd.grad(losses, logits, factor, retain_graph=True)
@@ -201,7 +202,8 @@ def test_changing_the_logits_before_backward_raises(config: KernelConfig) -> Non
 
 
 def test_logits_are_untouched_and_loss_is_fresh(config: KernelConfig) -> None:
-    logits, meter = golden(2), Meter("cpu")
+    logits = golden(2)
+    meter = Meter("cpu")
     before = logits.detach().clone()
     loss = cross_entropy(logits, torch.tensor([0, 1]), meter=meter, config=config)
     loss *= 3  # a trainer may scale the loss in place
@@ -246,7 +248,8 @@ def test_mean_over_nothing_is_nan_with_zero_gradient(
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 0, 0, 3), (2, 0, 2, 1)])
 def test_empty_batch_is_a_mean_over_nothing(config: KernelConfig, shape: tuple[int, ...]) -> None:
-    logits, meter = torch.zeros(shape, requires_grad=True), Meter("cpu")
+    logits = torch.zeros(shape, requires_grad=True)
+    meter = Meter("cpu")
     targets = torch.zeros(shape[:-1], dtype=torch.int64)
     loss = cross_entropy(logits, targets, meter=meter, config=config)
     assert loss.isnan()
@@ -263,7 +266,8 @@ def test_offset_of_1e7_changes_no_bit(config: KernelConfig, classes: int, smooth
     """Integers up to 2^24 are exact in float32, so both batches have the same differences."""
     small = torch.arange(5.0 * classes).view(5, classes).remainder(7)
     small[:, -1] = 9.0  # a maximum that comes late
-    targets, weight = torch.tensor([0, 1, 2, 3, 4]), torch.linspace(0.5, 2.0, classes)
+    targets = torch.tensor([0, 1, 2, 3, 4])
+    weight = torch.linspace(0.5, 2.0, classes)
     options: dict[str, Any] = {"weight": weight, "label_smoothing": smoothing, "config": config}
     results = [loss_and_grad(cross_entropy, x, targets, **options) for x in (small, small + 1e7)]
     assert torch.equal(results[0][0], results[1][0])
@@ -280,10 +284,8 @@ def test_no_smoothing_keeps_inf_logits_ordinary(config: KernelConfig, smoothing:
 
 
 def test_options_as_tensors_equal_numbers(config: KernelConfig) -> None:
-    logits, targets = (
-        torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([0, 5, 1, 2]),
-    )
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 5, 1, 2])
     numbers = {"label_smoothing": 0.25, "z_loss": 0.5, "normalizer": 8.0}  # exact in float32
     tensors = {name: torch.tensor(value) for name, value in numbers.items()}
     expected = loss_and_grad(cross_entropy, logits, targets, **numbers, config=config)
@@ -316,7 +318,8 @@ def test_same_bits_on_every_run_and_thread_count(config: KernelConfig) -> None:
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            meter, found = Meter("cpu"), []
+            meter = Meter("cpu")
+            found = []
             for logits in batches:
                 targets = torch.arange(len(logits)) % logits.shape[1]
                 loss, grad = loss_and_grad(

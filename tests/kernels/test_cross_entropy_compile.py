@@ -77,7 +77,8 @@ def test_batches_of_any_size_need_two_compilations(config: KernelConfig, compile
     weight = torch.randn(4, 33, generator=generator, requires_grad=form == "loss")
     meters = Meter("cpu"), Meter("cpu")
     for step, rows in enumerate((6, 3, 17, 2, 40, 6)):
-        hidden, targets = torch.randn(rows, 4, generator=generator), torch.randint(33, (rows,), generator=generator)
+        hidden = torch.randn(rows, 4, generator=generator)
+        targets = torch.randint(33, (rows,), generator=generator)
         targets[::3] = -100
         found = []
         for function, meter in zip((gradient, compiled), meters, strict=True):
@@ -102,7 +103,8 @@ def test_sizes_may_be_dynamic(config: KernelConfig) -> None:
     compiled = torch.compile(cross_entropy, fullgraph=True, backend="eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (6, 3, 5):
-            logits, targets = LOGITS[:rows].clone(), TARGETS[:rows].clone()
+            logits = LOGITS[:rows].clone()
+            targets = TARGETS[:rows].clone()
             expected = cross_entropy(logits, targets, config=config)
             torch.testing.assert_close(compiled(logits, targets, config=config), expected)
 
@@ -155,9 +157,11 @@ def test_a_number_that_changes_every_step_does_not_recompile(
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(run, fullgraph=True, backend=counter)
     for i in range(12):
-        leaf, rival = LOGITS.clone().requires_grad_(form == "loss"), LOGITS.clone().requires_grad_(form == "loss")
+        leaf = LOGITS.clone().requires_grad_(form == "loss")
+        rival = LOGITS.clone().requires_grad_(form == "loss")
         number = 0.05 * (i + 1)
-        actual, expected = compiled(leaf, number), run(rival, number)
+        actual = compiled(leaf, number)
+        expected = run(rival, number)
         torch.testing.assert_close(actual, expected)
         if form == "loss":
             actual.backward()

@@ -13,7 +13,8 @@ from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.testing import plain_torch_cross_entropy
 
-INF, NAN = torch.inf, torch.nan
+INF = torch.inf
+NAN = torch.nan
 PLAIN = Options(None, -100, 0.0, 0.0, None, "mean", None)
 
 
@@ -23,7 +24,8 @@ def leaf(rows: list[list[float]]) -> Tensor:
 
 @pytest.mark.parametrize("row", [[NAN, 0, 0], [0, INF, 0], [INF, 0, 0], [INF, INF, 0], [-INF] * 3, [0, NAN, INF]])
 def test_nonfinite_row_is_valid_nan_and_never_correct(config: KernelConfig, row: list[float]) -> None:
-    logits, meter = leaf([row, [2.0, 0, 0]]), Meter("cpu", topk=(3,))
+    logits = leaf([row, [2.0, 0, 0]])
+    meter = Meter("cpu", topk=(3,))
     losses = cross_entropy(logits, torch.tensor([0, 0]), reduction="none", meter=meter, config=config)
     losses.sum().backward()
     assert logits.grad is not None
@@ -37,7 +39,8 @@ def test_nonfinite_row_is_valid_nan_and_never_correct(config: KernelConfig, row:
 def test_every_nan_is_a_nan(config: KernelConfig, bits: int) -> None:
     """Whatever its sign and payload: -1 is memory filled with ones."""
     for classes in (3, 40):
-        logits, meter = torch.zeros(2, classes), Meter("cpu")
+        logits = torch.zeros(2, classes)
+        meter = Meter("cpu")
         logits[0, 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
         grad = cross_entropy_step(logits, torch.tensor([0, 0]), meter, config=config)
         assert grad.isnan().all(1).tolist() == [True, False]
@@ -45,14 +48,16 @@ def test_every_nan_is_a_nan(config: KernelConfig, bits: int) -> None:
 
 
 def test_inf_is_judged_after_softcap(config: KernelConfig) -> None:
-    logits, meter = leaf([[INF, 0, -INF], [-INF] * 3, [NAN, 0, 0]]), Meter("cpu")
+    logits = leaf([[INF, 0, -INF], [-INF] * 3, [NAN, 0, 0]])
+    meter = Meter("cpu")
     cross_entropy(logits, torch.tensor([0, 0, 0]), softcap=2.0, meter=meter, config=config)
     result = meter.compute()
     assert (result.nonfinite, result.correct[1]) == (1, 2)
 
 
 def test_minus_inf_at_the_target_is_infinite_loss_with_finite_gradient(config: KernelConfig) -> None:
-    logits, meter = leaf([[-INF, 0.0, 0.0]]), Meter("cpu", topk=(3,))
+    logits = leaf([[-INF, 0.0, 0.0]])
+    meter = Meter("cpu", topk=(3,))
     loss = cross_entropy(logits, torch.tensor([0]), meter=meter, config=config)
     loss.backward()
     assert loss.item() == INF
@@ -61,7 +66,8 @@ def test_minus_inf_at_the_target_is_infinite_loss_with_finite_gradient(config: K
 
 
 def test_logits_of_ignored_rows_are_not_looked_at(config: KernelConfig) -> None:
-    logits, meter = leaf([[NAN, INF, 0], [0.0, 0, 0], [-INF] * 3]), Meter("cpu")
+    logits = leaf([[NAN, INF, 0], [0.0, 0, 0], [-INF] * 3])
+    meter = Meter("cpu")
     targets = torch.tensor([-100, 1, -100])
     loss = cross_entropy(logits, targets, meter=meter, z_loss=1.0, label_smoothing=0.1, softcap=9.0, config=config)
     loss.backward()
@@ -122,7 +128,8 @@ def test_any_rows_agree_with_torch_and_a_slow_count(
     any_target = st.one_of(st.integers(0, classes - 1), st.just(ignore_index))
     targets = data.draw(st.lists(any_target, min_size=rows, max_size=rows))
     logits = torch.tensor(values, dtype=torch.float64).reshape(rows, classes)
-    meter, kept = Meter("cpu", topk=(2,)), [i for i in range(rows) if targets[i] != ignore_index]
+    meter = Meter("cpu", topk=(2,))
+    kept = [i for i in range(rows) if targets[i] != ignore_index]
     target_tensor = torch.tensor(targets, dtype=torch.int64)
     losses = cross_entropy(logits, target_tensor, reduction="none", ignore_index=ignore_index, meter=meter)
     expected = plain_torch_cross_entropy(logits, target_tensor, reduction="none", ignore_index=ignore_index)
@@ -150,7 +157,8 @@ def calls(logits: Tensor, targets: Tensor, meter: Meter | None, config: KernelCo
 @pytest.mark.parametrize("value", [3, -1, -99, 2**40])
 @pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_step", "record_loss"])
 def test_bad_target_on_the_cpu_raises_and_touches_nothing(config: KernelConfig, name: str, value: int) -> None:
-    logits, meter = torch.zeros(2, 2, 3), Meter("cpu")
+    logits = torch.zeros(2, 2, 3)
+    meter = Meter("cpu")
     targets = torch.tensor([[0, -100], [value, value]])
     with pytest.raises(IndexError, match=rf"target {value} of row \(1, 0\) is outside \[0, 3\).*2 such rows"):
         calls(logits, targets, meter, config)[name]()
@@ -159,7 +167,8 @@ def test_bad_target_on_the_cpu_raises_and_touches_nothing(config: KernelConfig, 
 
 
 def test_bad_target_leaves_out_and_logits_untouched(config: KernelConfig) -> None:
-    logits, out = torch.ones(1, 3), torch.full((1, 3), 7.0)
+    logits = torch.ones(1, 3)
+    out = torch.full((1, 3), 7.0)
     for options in ({"out": out}, {"inplace": True}):
         with pytest.raises(IndexError):
             cross_entropy_step(logits, torch.tensor([5]), None, **options, config=config)
@@ -174,7 +183,8 @@ def test_uint8_target_is_not_mistaken_for_ignore_index(config: KernelConfig) -> 
 
 
 def test_options_get_no_gradient_and_the_meter_no_graph(config: KernelConfig) -> None:
-    number, meter = torch.tensor(0.5, requires_grad=True), Meter("cpu")
+    number = torch.tensor(0.5, requires_grad=True)
+    meter = Meter("cpu")
     options = {"weight": torch.ones(3, requires_grad=True), "label_smoothing": number, "z_loss": number}
     loss = cross_entropy(X, T, **options, normalizer=number, meter=meter, config=config)
     assert not loss.requires_grad
@@ -183,7 +193,8 @@ def test_options_get_no_gradient_and_the_meter_no_graph(config: KernelConfig) ->
 
 def test_bad_targets_on_other_devices_are_left_out_and_counted() -> None:
     """The reference knows no device, so what it does with them on a GPU shows on the CPU."""
-    logits, targets = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 2, -7])
+    logits = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 9.0]])
+    targets = torch.tensor([0, 2, -7])
     meter = Meter("cpu")
     result = reference.forward(logits, targets, PLAIN, meter)
     assert result.loss.item() == pytest.approx(0.6931471805599453)  # ln 2: the first row alone
@@ -203,7 +214,8 @@ def test_bad_targets_on_other_devices_are_left_out_and_counted() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_bad_target_on_a_gpu_neither_raises_nor_syncs(config: KernelConfig) -> None:
-    logits, meter = torch.zeros(2, 3, device="cuda", requires_grad=True), Meter("cuda")
+    logits = torch.zeros(2, 3, device="cuda", requires_grad=True)
+    meter = Meter("cuda")
     targets = torch.tensor([0, 99], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -219,7 +231,8 @@ def test_bad_target_on_a_gpu_neither_raises_nor_syncs(config: KernelConfig) -> N
 
 # --- refused arguments ---
 
-X, T = torch.zeros(2, 3), torch.tensor([0, 1])
+X = torch.zeros(2, 3)
+T = torch.tensor([0, 1])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from esper_kernels.testing import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-X, T = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 5, -100, 2])
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+T = torch.tensor([0, 5, -100, 2])
 
 
 def plain_grad(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:

@@ -22,7 +22,8 @@ CONFIG = KernelConfig(backend="triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H200 = (132, 50 << 20)  # multiprocessors, bytes of cache
 LONG = 16500  # classes; rows of them are read in pieces
-INF, NAN = torch.inf, torch.nan
+INF = torch.inf
+NAN = torch.nan
 
 
 def normal(*shape: int, scale: float = 3.0) -> Tensor:
@@ -59,7 +60,8 @@ def test_long_rows_agree_with_torch_in_float64(options: dict[str, Any]) -> None:
     options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()}
     assert not chosen(7, LONG).resident
     logits, targets = long_rows()
-    leaf, true_leaf = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    leaf = logits.clone().requires_grad_()
+    true_leaf = logits.double().requires_grad_()
     losses = cross_entropy(leaf, targets, reduction="none", config=CONFIG, **options)
     truth = plain_torch_cross_entropy(true_leaf, targets, reduction="none", **options)
     (grad,) = torch.autograd.grad(losses.sum(), leaf)
@@ -73,7 +75,8 @@ def test_long_rows_agree_with_torch_in_float64(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("classes", [LONG, 9])
 def test_pieces_count_what_the_reference_counts(classes: int) -> None:
     logits, targets = long_rows()
-    logits, targets = torch.cat([logits, logits])[:, :classes].clone(), torch.cat([targets, targets])
+    logits = torch.cat([logits, logits])[:, :classes].clone()
+    targets = torch.cat([targets, targets])
     targets[targets >= classes] = classes - 1
     logits[7, classes - 2], logits[8, 1], logits[9] = NAN, INF, -INF
     meters = Meter(DEVICE, topk=(5, 9000)), Meter(DEVICE, topk=(5, 9000))
@@ -89,7 +92,8 @@ def test_pieces_count_what_the_reference_counts(classes: int) -> None:
 def test_bfloat16_logits_are_read_exactly() -> None:
     """The gradient would be rounded by Triton's interpreter, wrongly; the loss is float32."""
     for classes in (10, LONG):
-        logits, targets = normal(5, classes).bfloat16(), torch.arange(5, device=DEVICE)
+        logits = normal(5, classes).bfloat16()
+        targets = torch.arange(5, device=DEVICE)
         losses = cross_entropy(logits, targets, reduction="none", config=CONFIG)
         truth = plain_torch_cross_entropy(logits.double(), targets, reduction="none")
         torch.testing.assert_close(losses, truth.float(), rtol=2e-6, atol=0)
@@ -100,7 +104,8 @@ def test_bfloat16_logits_are_read_exactly() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5000])
 def test_many_programs_give_the_same_bits_every_time(rows: int) -> None:
-    logits, targets = normal(rows, 3), torch.arange(rows, device=DEVICE) % 3
+    logits = normal(rows, 3)
+    targets = torch.arange(rows, device=DEVICE) % 3
     found = []
     for _ in range(2):
         meter = Meter(DEVICE, topk=(2,))
@@ -115,7 +120,8 @@ def test_many_programs_give_the_same_bits_every_time(rows: int) -> None:
 def test_weights_added_up_by_another_launch_are_the_same(
     weight: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits, targets = normal(700, 3), torch.arange(700, device=DEVICE) % 4
+    logits = normal(700, 3)
+    targets = torch.arange(700, device=DEVICE) % 4
     targets[targets == 3] = -100
     weight = None if weight is None else weight.to(DEVICE)
     within = cross_entropy_step(logits, targets, None, weight=weight, config=CONFIG)
@@ -170,7 +176,8 @@ def test_bad_targets_are_left_out_as_in_the_reference(normalizer: float | None) 
 
 @pytest.mark.parametrize("values", [[0, 2, 1, -100], [-100, -100, -100, -100]], ids=str)
 def test_record_adds_what_the_reference_adds(values: list[int]) -> None:
-    logits, targets = normal(4, 3), torch.tensor(values, device=DEVICE)
+    logits = normal(4, 3)
+    targets = torch.tensor(values, device=DEVICE)
     logits[1, 0] = NAN
     options = Options(None, -100, 0.0, 0.0, None, "mean", None)
     meters = Meter(DEVICE, topk=(2,)), Meter(DEVICE, topk=(2,))

@@ -23,7 +23,8 @@ from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_
 from tests.cuda_shim.build import ROOT, SANITIZERS, build, load
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EAGER, CPP = KernelConfig(backend="eager"), KernelConfig(backend="cpp")
+EAGER = KernelConfig(backend="eager")
+CPP = KernelConfig(backend="cpp")
 # Multiprocessors, bytes of shared memory a block, architecture: rows whole in a block; in clusters; read twice.
 DEVICES = {"whole": (3, 227 << 10, 9), "clusters": (16, 6000, 9), "twice": (2, 2000, 8)}
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
@@ -91,7 +92,8 @@ def arguments(n: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0)
 
 def check_step(logits: Tensor, targets: Tensor, **options: Any) -> None:
     """Gradient, loss and counts against float64, eager torch and the reference."""
-    leaf, rival = logits.double().requires_grad_(), logits.clone().requires_grad_()
+    leaf = logits.double().requires_grad_()
+    rival = logits.clone().requires_grad_()
     loss = plain_torch_cross_entropy(leaf, targets, **options)
     (truth,) = torch.autograd.grad(loss, leaf)
     (eager,) = torch.autograd.grad(plain_torch_cross_entropy(rival, targets, **options), rival)
@@ -189,7 +191,8 @@ def test_many_rows_are_counted_before(device: Device, dtype: torch.dtype, weight
     """More targets than a block looks through by itself."""
     generator = torch.Generator().manual_seed(0)
     n = 140_000 // dtype.itemsize
-    logits, targets = torch.randn(n, 3, generator=generator), torch.randint(4, (n,), generator=generator)
+    logits = torch.randn(n, 3, generator=generator)
+    targets = torch.randint(4, (n,), generator=generator)
     options: dict[str, Any] = {"ignore_index": 3, "weight": torch.tensor([0.5, 1.0, 3.0]) if weighted else None}
     check_step(logits, targets.to(dtype), **options)
 
@@ -199,7 +202,8 @@ def test_confident_rows_keep_their_digits(device: Device) -> None:
     for v in (10, 5000):
         logits = torch.zeros(2, v)
         logits[:, 3] = 30.0
-        leaf, truth = logits.requires_grad_(), logits.detach().double().requires_grad_()
+        leaf = logits.requires_grad_()
+        truth = logits.detach().double().requires_grad_()
         loss = cross_entropy(leaf, torch.tensor([3, 3]), config=CPP)
         exact = plain_torch_cross_entropy(truth, torch.tensor([3, 3]))
         torch.autograd.backward((loss, exact))
@@ -213,8 +217,10 @@ def test_confident_rows_keep_their_digits(device: Device) -> None:
 @pytest.mark.parametrize("v", [10, 2000])
 @pytest.mark.parametrize("rows", [0, 4])
 def test_batches_without_a_valid_row(device: Device, rows: int, v: int) -> None:
-    logits, targets = torch.full((rows, v), torch.nan), torch.full((rows,), -100)
-    meter, expected = Meter("cpu"), Meter("cpu")
+    logits = torch.full((rows, v), torch.nan)
+    targets = torch.full((rows,), -100)
+    meter = Meter("cpu")
+    expected = Meter("cpu")
     grad = cross_entropy_step(logits, targets, meter, config=CPP)
     cross_entropy_step(logits, targets, expected, config=EAGER)
     assert not grad.any()
@@ -259,7 +265,8 @@ def test_gradient_statistics_of_any_number_of_tensors(device: Device, count: int
         for name in ("zeros", "nans", "infs", "found_inf"):
             assert torch.equal(getattr(actual, name), getattr(expected, name)), name
         for name in ("norms", "max_abs", "total_norm"):
-            a, b = getattr(actual, name), getattr(expected, name)
+            a = getattr(actual, name)
+            b = getattr(expected, name)
             torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
 
 

@@ -112,7 +112,8 @@ def maybe_tensor(r: random.Random, value: float) -> float | Tensor:
 
 
 def draw_targets(r: random.Random, logits: Tensor, ignore_index: int) -> Tensor:
-    shape, classes = logits.shape[:-1], logits.shape[-1]
+    shape = logits.shape[:-1]
+    classes = logits.shape[-1]
     targets = torch.randint(classes, shape)
     targets = targets.where(torch.rand(shape) > 0.5, logits.argmax(-1))
     targets = targets.where(torch.rand(shape) > 0.2, ignore_index)
@@ -245,7 +246,8 @@ def check_grad_stats(r: random.Random) -> None:
     stats = grad_stats(groups, inv_scale=scale, config=config)
     truth = grad_stats(groups, inv_scale=scale, config=EAGER)
     for name in ("norms", "total_norm", "max_abs"):
-        actual, expected = getattr(stats, name), getattr(truth, name)
+        actual = getattr(stats, name)
+        expected = getattr(truth, name)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0, equal_nan=True)
     for name in ("zeros", "nans", "infs", "found_inf"):
         assert torch.equal(getattr(stats, name), getattr(truth, name)), name

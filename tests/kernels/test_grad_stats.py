@@ -11,7 +11,8 @@ from torch import Tensor
 from esper_kernels import GradHealth, KernelConfig, clip_grad_norm_, grad_stats
 from esper_kernels.testing import SyncCounter, grad_samples
 
-INF, NAN = torch.inf, torch.nan
+INF = torch.inf
+NAN = torch.nan
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -262,7 +263,8 @@ def test_dtensor_is_refused_by_name(config: KernelConfig) -> None:
 
 def test_same_bits_at_any_thread_count(config: KernelConfig) -> None:
     grads = [torch.randn(200_001, generator=torch.Generator().manual_seed(0))]
-    threads, found = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    found = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)

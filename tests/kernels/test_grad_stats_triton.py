@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from esper_kernels.ops.grad_stats import triton_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's interpreter
-TRITON, EAGER = KernelConfig(backend="triton"), KernelConfig(backend="eager")
+TRITON = KernelConfig(backend="triton")
+EAGER = KernelConfig(backend="eager")
 COLUMNS = ("norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf")
 
 
@@ -32,7 +33,8 @@ def amid_nan(size: int, dtype: torch.dtype, offset: int) -> Tensor:
 def assert_equal_to_eager(grads: Any, stats: GradStats, **options: Any) -> None:
     expected = grad_stats(grads, **options, config=EAGER)
     for name in COLUMNS:
-        actual, truth = getattr(stats, name), getattr(expected, name)
+        actual = getattr(stats, name)
+        truth = getattr(expected, name)
         torch.testing.assert_close(actual, truth, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -87,7 +89,8 @@ def test_any_scale_is_multiplied_to_every_value(scale: float) -> None:
 
 def test_tables_follow_gradients_that_moved() -> None:
     """As `zero_grad(set_to_none=True)` moves them; first and second are alive, so their addresses differ."""
-    first, second = [normal(5), None, normal(7)], [normal(5, seed=1), None, normal(7, seed=1)]
+    first = [normal(5), None, normal(7)]
+    second = [normal(5, seed=1), None, normal(7, seed=1)]
     stats = grad_stats(first, config=TRITON)
     tables = stats.workspace["triton"]
     for grads in (second, first, first):
@@ -137,9 +140,11 @@ def test_dense_gradients_are_read_where_they_are() -> None:
 
 
 def test_sizes_past_32_bits_make_few_pieces() -> None:
-    numels, dtypes = (2**33 + 5, 1, 0, 2**31), (torch.bfloat16, torch.float32, torch.float32, torch.float64)
+    numels = (2**33 + 5, 1, 0, 2**31)
+    dtypes = (torch.bfloat16, torch.float32, torch.float32, torch.float64)
     tables = host._new_tables((numels, dtypes), torch.device("cpu"))
-    first, pieces = tables.layout[8:13], tables.partials.shape[1]
+    first = tables.layout[8:13]
+    pieces = tables.partials.shape[1]
     assert tables.layout[:4].tolist() == list(numels)
     assert first.tolist() == [0, *torch.bincount(tables.layout[13:], minlength=4).cumsum(0).tolist()]
     assert first[-1] == pieces <= 16384 + len(numels)
@@ -149,7 +154,8 @@ def test_sizes_past_32_bits_make_few_pieces() -> None:
 
 
 def test_tables_of_a_captured_graph_are_not_changed() -> None:
-    first, moved = [normal(5)], [normal(5, seed=1)]
+    first = [normal(5)]
+    moved = [normal(5, seed=1)]
     stats = grad_stats(first, config=TRITON)
     stats.workspace["triton"].captured = True  # what a call inside a capture sets
     grad_stats(first, out=stats, config=TRITON)

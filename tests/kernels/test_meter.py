@@ -28,14 +28,16 @@ LN2 = 0.6931471805599453
 def test_two_batches_by_hand(config: KernelConfig, device: str) -> None:
     """Two equal logits cost ln 2, and the first class wins the tie; [ln 3, 0] costs ln(4/3) or ln 4."""
     meter = Meter(device, topk=(2,))
-    even, uneven = [0.0, 0.0], [math.log(3), 0.0]
+    even = [0.0, 0.0]
+    uneven = [math.log(3), 0.0]
     batches = [([even, even, uneven], [0, 1, 0]), ([uneven, even], [1, -100])]
     for rows, targets in batches:
         cross_entropy_step(
             torch.tensor(rows, device=device), torch.tensor(targets, device=device), meter, config=config
         )
     result = meter.compute()
-    first, second = 2 * LN2 + math.log(4 / 3), math.log(4)
+    first = 2 * LN2 + math.log(4 / 3)
+    second = math.log(4)
     assert result.loss_sum == pytest.approx(first + second, rel=1e-6)
     assert result.loss == pytest.approx((first + second) / 4, rel=1e-6)
     assert result.mean_batch_loss == pytest.approx((first / 3 + second) / 2, rel=1e-6)
@@ -46,7 +48,8 @@ def test_two_batches_by_hand(config: KernelConfig, device: str) -> None:
 
 
 def test_class_weights_weigh_the_loss_but_not_the_counts(config: KernelConfig) -> None:
-    meter, weight = Meter("cpu"), torch.tensor([1.0, 3.0])
+    meter = Meter("cpu")
+    weight = torch.tensor([1.0, 3.0])
     cross_entropy(
         torch.tensor([[0.0, 0], [math.log(3), 0]]),
         torch.tensor([0, 1]),
@@ -96,8 +99,10 @@ def test_counts_are_exact_past_2_to_the_31(config: KernelConfig) -> None:
 
 def test_splitting_a_batch_changes_no_count(config: KernelConfig) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(64, 10, generator=generator), torch.randint(10, (64,), generator=generator)
-    whole, parts = Meter("cpu", topk=(5,)), Meter("cpu", topk=(5,))
+    logits = torch.randn(64, 10, generator=generator)
+    targets = torch.randint(10, (64,), generator=generator)
+    whole = Meter("cpu", topk=(5,))
+    parts = Meter("cpu", topk=(5,))
     cross_entropy_step(logits, targets, whole, config=config)
     for part in range(0, 64, 7):
         cross_entropy_step(logits[part : part + 7], targets[part : part + 7], parts, config=config)
@@ -132,7 +137,8 @@ def test_device_without_float64_is_refused_by_name() -> None:
 def test_record_loss_counts_as_cross_entropy_does(config: KernelConfig) -> None:
     logits = torch.tensor([[2.0, 0], [0, 2], [torch.nan, 0], [5, 5], [0, 0]])
     targets = torch.tensor([0, 0, 1, -100, 1])
-    recorded, own = Meter("cpu", topk=(2,)), Meter("cpu", topk=(2,))
+    recorded = Meter("cpu", topk=(2,))
+    own = Meter("cpu", topk=(2,))
     record_loss(torch.tensor(0.5), logits, targets, recorded)
     cross_entropy(logits, targets, meter=own, config=config)
     assert torch.equal(recorded.counts, own.counts)
@@ -168,9 +174,12 @@ def test_record_loss_refuses_what_is_no_mean_loss() -> None:
 
 
 def test_an_epoch_waits_for_the_device_once(config: KernelConfig, device: str) -> None:
-    meter, model = Meter(device, topk=(5,)), torch.nn.Linear(8, 10).to(device)
-    inputs, targets = torch.randn(16, 8, device=device), torch.zeros(16, dtype=torch.int64, device=device)
-    optimizer, stats = torch.optim.SGD(model.parameters(), lr=0.1), None
+    meter = Meter(device, topk=(5,))
+    model = torch.nn.Linear(8, 10).to(device)
+    inputs = torch.randn(16, 8, device=device)
+    targets = torch.zeros(16, dtype=torch.int64, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stats = None
     extra = torch.tensor([1.5, 2.5], dtype=torch.float64, device=device)
     with SyncCounter() as syncs:
         for batch in range(4):
@@ -240,7 +249,8 @@ def filled() -> Meter:
 
 
 def test_state_survives_saving_with_weights_only() -> None:
-    meter, file = filled(), io.BytesIO()
+    meter = filled()
+    file = io.BytesIO()
     torch.save(meter.state_dict(), file)
     file.seek(0)
     loaded = Meter("cpu", topk=(2,))

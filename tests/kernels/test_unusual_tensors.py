@@ -11,7 +11,8 @@ from torch import Tensor
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats, record_loss
 
 GENERATOR = torch.Generator().manual_seed(0)
-X, T = torch.randn(6, 5, generator=GENERATOR), torch.tensor([0, 1, 2, 3, 4, -100])
+X = torch.randn(6, 5, generator=GENERATOR)
+T = torch.tensor([0, 1, 2, 3, 4, -100])
 
 
 def negated(x: Tensor) -> Tensor:
@@ -166,7 +167,8 @@ def test_a_large_out_at_an_odd_address(offset: int) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 4, 4), (2, 5, 0), (0, 1), (3, 5, 0, 2)])
 def test_empty_batches_with_classes_second(config: KernelConfig, shape: tuple[int, ...]) -> None:
-    logits, meter = torch.zeros(shape, requires_grad=True), Meter("cpu")
+    logits = torch.zeros(shape, requires_grad=True)
+    meter = Meter("cpu")
     targets = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
     losses = [
         cross_entropy(logits, targets, class_dim=1, reduction=reduction, meter=meter, config=config)
@@ -203,7 +205,8 @@ def test_empty_batches_with_classes_second(config: KernelConfig, shape: tuple[in
 def test_accumulators_of_the_wrong_size_are_refused(
     config: KernelConfig, function: Callable[..., Any], name: str, value: Any
 ) -> None:
-    meter, out = Meter("cpu", topk=(1, 3)), torch.full((6, 5), 7.0)
+    meter = Meter("cpu", topk=(1, 3))
+    out = torch.full((6, 5), 7.0)
     setattr(meter, name, value)
     options = {"out": out} if function is cross_entropy_step else {}
     with pytest.raises(ValueError, match=f"meter.{name}"):

@@ -41,8 +41,10 @@ def broken_events() -> list[Event]:
 @pytest.fixture(scope="session")
 def troubled_events() -> list[Event]:
     """Those, at the level debug, of a run that meets a bad label in epoch 2 and goes back once, in epoch 3."""
-    recorder, base = Recorder(), RunConfig(task="synthetic", max_epochs=4, max_batches=4)
-    train, telemetry = TrainConfig(on_bad_numbers="rollback"), TelemetryConfig(level="debug")
+    recorder = Recorder()
+    base = RunConfig(task="synthetic", max_epochs=4, max_batches=4)
+    train = TrainConfig(on_bad_numbers="rollback")
+    telemetry = TelemetryConfig(level="debug")
     config = replace(base, train=train, governor=GovernorConfig(snapshot_epochs=2))
     episode = build_episode(config, slots=("early", "mid", "late"))
     loader = Planted(episode.train, mislabelled, (2, 1))

@@ -70,7 +70,8 @@ def test_normalized_ratio_without_either_is_zero(stats: tuple[float, int, float,
 
 
 def test_dual_collection_keeps_host_and_seed_apart() -> None:
-    host, seed = [parameter(torch.full((4,), 2.0))], [parameter(torch.full((9,), 1.0))]
+    host = [parameter(torch.full((4,), 2.0))]
+    seed = [parameter(torch.full((9,), 1.0))]
     assert collect_dual_gradients(host, seed) == DualGradientStats(4.0, 4, 3.0, 9)
 
 
@@ -93,7 +94,8 @@ def test_task_loss_of_a_language_model_counts_its_tokens(criterion: object) -> N
 
 
 def test_task_loss_of_a_classifier() -> None:
-    logits, targets = torch.eye(3), torch.tensor([0, 1, 0])
+    logits = torch.eye(3)
+    targets = torch.tensor([0, 1, 0])
     torch.testing.assert_close(
         compute_task_loss(logits, targets, None, "classification"), F.cross_entropy(logits, targets)
     )

@@ -103,7 +103,8 @@ def cross_entropy_step(
     instruction_set = "auto" if config is None else config.instruction_set
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set)
     checks.refuse_transforms("cross_entropy_step", logits)
-    given_out, logits = out, _classes_last(logits, class_dim)
+    given_out = out
+    logits = _classes_last(logits, class_dim)
     out = None if out is None else _classes_last(out, class_dim)
     backend = _choose(logits, targets, meter, config)
     if inplace and out is not None:
@@ -120,7 +121,8 @@ def cross_entropy_step(
     def run() -> Tensor:
         if out is not None and not _is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
-        given, scale = _traceable(options, logits, backend), _as_tensor(grad_scale, logits)
+        given = _traceable(options, logits, backend)
+        scale = _as_tensor(grad_scale, logits)
         return _MODULES[backend].step(logits.detach(), targets, given, meter, scale, written)
 
     def find_fault() -> None:

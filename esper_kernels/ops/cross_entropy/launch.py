@@ -50,18 +50,28 @@ def choose(
 
     heavy: class weights, label smoothing or softcap are on, and need registers.
     """
-    block, tile_rows = max(8, 1 << (classes - 1).bit_length()), 1
+    block = max(8, 1 << (classes - 1).bit_length())
+    tile_rows = 1
     fitting = [row[1:] for row in _RESIDENT[heavy] if block <= row[0]]
     in_flight = multiprocessors * classes * element_size  # should stay in the cache until read again
     if fitting:
         tile_rows = max(1, _TILE // block)
         warps, stages, at_once = fitting[0]
     elif heavy:
-        block, warps, stages, at_once = 2048, 16, 4, 1
+        block = 2048
+        warps = 16
+        stages = 4
+        at_once = 1
     elif 2 * in_flight <= _CACHE_FRACTION * cache_bytes:
-        block, warps, stages, at_once = 2048, 8, 4, 2
+        block = 2048
+        warps = 8
+        stages = 4
+        at_once = 2
     else:
-        block, warps, stages, at_once = 4096, 16, 4, 1
+        block = 4096
+        warps = 16
+        stages = 4
+        at_once = 1
     programs = max(1, min(-(-rows // tile_rows), multiprocessors * at_once))
     return Launch(
         rows=tile_rows,

@@ -80,7 +80,8 @@ def forward(
     """logits [..., V], targets [...]; adds the batch to `meter`. Keeps the same for any `for_backward`."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
     x = _capped(logits, options.softcap)
-    e, z = _factor(options.label_smoothing, x), _factor(options.z_loss, x)
+    e = _factor(options.label_smoothing, x)
+    z = _factor(options.z_loss, x)
     row_max = x.amax(-1)
     x = x - row_max[..., None]  # [..., V], none above 0
     row_log_sum = ordered_sum(x.exp()).log()
@@ -127,7 +128,8 @@ def backward(
     """d(loss)/d(logits) [..., V] times grad_output, in the logits' dtype, rounded once."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
     x = _capped(logits, options.softcap)
-    e, z = _factor(options.label_smoothing, x), _factor(options.z_loss, x)
+    e = _factor(options.label_smoothing, x)
+    z = _factor(options.z_loss, x)
 
     weights = _class_weights(options.weight, x)
     scale = grad_output.to(x.dtype) / denominator.to(x.dtype)  # [] or [...]

@@ -72,7 +72,8 @@ def _call(
     numbers[:2] = [x or math.nan for x in numbers[:2]]  # a factor of 0 is none
     given_tensors = (*values, options.weight, given, recorded)
     tensors = [materialized(x.detach()) if isinstance(x, Tensor) else None for x in given_tensors]
-    logits, targets = materialized(logits), materialized(targets)
+    logits = materialized(logits)
+    targets = materialized(targets)
     *meters, topk = accumulators(meter)
     run = _op if torch.compiler.is_compiling() else _launch
     per_row = options.reduction == "none"
@@ -98,7 +99,8 @@ def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
 
     A power of 2 of elements, the unit tells the compiler what is aligned without telling it a stride.
     """
-    even, grad_even = _row_stride(logits), _row_stride(grad)
+    even = _row_stride(logits)
+    grad_even = _row_stride(grad)
     if even is None or grad_even is None:
         strides = (*logits.stride()[:2], *grad.stride()[:2])
     else:
@@ -140,7 +142,9 @@ def _launch(
 ) -> None:
     from esper_kernels.ops.cross_entropy import triton_kernels as kernels
 
-    device, rows, classes = logits.device, targets.numel(), logits.shape[-1]
+    device = logits.device
+    rows = targets.numel()
+    classes = logits.shape[-1]
     # Tensors of the device go by pointer; those of the CPU are read, which waits for nothing.
     smoothing, z_loss, softcap, normalizer, grad_scale = (
         (None if math.isnan(number) else number) if x is None else x if x.device == device else float(x)
@@ -148,7 +152,8 @@ def _launch(
     )
     weight, given, recorded = tensors[5:]
     weight = None if weight is None else weight.contiguous()
-    logits, targets = logits if _followed(logits) else logits.contiguous(), targets.contiguous()
+    logits = logits if _followed(logits) else logits.contiguous()
+    targets = targets.contiguous()
     unit, layout = _layout(logits, logits if grad is None else grad)
     shape = {"V": classes, "IGNORE": ignore_index}
     heavy = not (weight is None and smoothing is None and softcap is None)

@@ -22,7 +22,8 @@ def _number(x):
 
 @triton.jit
 def _tanh(x):
-    size, z = tl.abs(x), x * x
+    size = tl.abs(x)
+    z = x * x
     # The odd polynomial that Cephes uses near 0, where 1 - exp(..) would cancel.
     p = -5.70498872745e-3 * z + 2.06390887954e-2
     p = ((p * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
@@ -128,8 +129,10 @@ def batch(
     """Whatever a batch needs: row losses, gradient, counts, and by the program that ends last, their sums."""
     COLUMNS: tl.constexpr = 6 + len(TOPK)
     PADDED: tl.constexpr = triton.next_power_of_2(COLUMNS)
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    c, column = tl.arange(0, BLOCK)[None, :], tl.arange(0, PADDED)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    c = tl.arange(0, BLOCK)[None, :]
+    column = tl.arange(0, PADDED)
     limit = tl.zeros([PADDED], tl.int32)  # the first rank that is not correct
     for i in tl.static_range(len(TOPK)):
         limit = tl.where(column == 6 + i, TOPK[i], limit)
@@ -147,7 +150,8 @@ def batch(
         else:
             denominator = _row_weights(targets, weight, rows, 0, 1, V, IGNORE, COUNT_BLOCK).to(tl.float32)
         denominator = tl.full([ROWS], denominator, tl.float32)
-    loss_lanes, weight_lanes = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    loss_lanes = tl.zeros([ROWS], tl.float64)
+    weight_lanes = tl.zeros([ROWS], tl.float64)
     count_lanes = tl.zeros([ROWS, PADDED], tl.int32)
 
     for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES if RESIDENT else 1):
@@ -156,9 +160,11 @@ def batch(
         x_row = logits + _offset(row, inner, logits_outer, logits_inner, UNIT)
         target_logit = tl.load(x_row + target, valid, other=0.0).to(tl.float32)
         target_x = _capped(target_logit, softcap)
-        rank, smooth = tl.zeros([ROWS], tl.int32), target_x
+        rank = tl.zeros([ROWS], tl.int32)
+        smooth = target_x
         if given is not None:
-            row_max, row_sum = tl.load(given + row, valid, other=0.0), tl.load(given + rows + row, valid, other=1.0)
+            row_max = tl.load(given + row, valid, other=0.0)
+            row_sum = tl.load(given + rows + row, valid, other=1.0)
         if RESIDENT:
             mask = valid[:, None] & (c < V)
             stored, x = _read(x_row, c, mask, softcap, "")
@@ -174,8 +180,10 @@ def batch(
                 smooth = tl.sum(tl.where(mask, _class_weights(weight, c, V) * (x - row_max[:, None]), 0.0), 1)
         elif given is None:
             # A maximum and a sum a lane, from below all logits, so that no lane subtracts -inf from -inf.
-            lane_max, lane_sum = tl.full([ROWS, BLOCK], LOWEST, tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
-            lane_rank, lane_smooth = tl.zeros([ROWS, BLOCK], tl.int32), tl.zeros([ROWS, BLOCK], tl.float32)
+            lane_max = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
+            lane_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+            lane_rank = tl.zeros([ROWS, BLOCK], tl.int32)
+            lane_smooth = tl.zeros([ROWS, BLOCK], tl.float32)
             # The maximum is not known yet, and sums of large logits would cancel.
             origin = tl.where(tl.abs(target_x) < float("inf"), target_x, 0.0)
             for block in tl.range(0, tl.cdiv(V, BLOCK) * tl.max(valid.to(tl.int32), 0), num_stages=STAGES):
@@ -192,7 +200,8 @@ def batch(
             row_max = tl.max(lane_max, 1)
             row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max[:, None]), 1)
             row_sum = tl.where(row_sum == 0, float("nan"), row_sum)  # nothing but -inf
-            rank, smooth = tl.sum(lane_rank, 1), tl.sum(lane_smooth, 1) + weight_sum * (origin - row_max)
+            rank = tl.sum(lane_rank, 1)
+            smooth = tl.sum(lane_smooth, 1) + weight_sum * (origin - row_max)
 
         row_weight = tl.full([ROWS], 1.0, tl.float32)
         if weight is not None:
@@ -208,7 +217,8 @@ def batch(
         row_loss = tl.where(valid, row_loss, 0.0)
         loss_lanes += row_loss.to(tl.float64)
         weight_lanes += tl.where(valid, row_weight, 0.0).to(tl.float64)
-        finite, bad = row_sum == row_sum, (row < rows) & ~valid & ~ignored
+        finite = row_sum == row_sum
+        bad = (row < rows) & ~valid & ~ignored
         flags = (valid & finite)[:, None] & (rank[:, None] < limit[None, :])
         flags |= (valid[:, None] & (column == 0)) | (ignored[:, None] & (column == 1))
         flags |= ((valid & ~finite)[:, None] & (column == 2)) | (bad[:, None] & (column == 3))
@@ -226,11 +236,13 @@ def batch(
                 scale = tl.load(grad_scale + row, valid, other=0.0).to(tl.float32) / denominator
             else:
                 scale = _number(grad_scale) / denominator
-            at_target, everywhere = row_weight * scale, None
+            at_target = row_weight * scale
+            everywhere = None
             of_softmax = at_target
             if label_smoothing is not None:
                 e = _number(label_smoothing)
-                at_target, everywhere = at_target * (1.0 - e), e / V * scale
+                at_target = at_target * (1.0 - e)
+                everywhere = e / V * scale
                 of_softmax = at_target + everywhere * weight_sum
             if z_loss is not None:
                 of_softmax += 2.0 * _number(z_loss) * (row_max + log_sum) * scale
@@ -259,7 +271,8 @@ def batch(
             lanes = tl.zeros([PADDED, LANES], tl.float64)
             for start in tl.range(0, programs, LANES):
                 lane = (start + tl.arange(0, LANES))[None, :]
-                at, mask = column[:, None] * programs + lane, (column < COLUMNS)[:, None] & (lane < programs)
+                at = column[:, None] * programs + lane
+                mask = (column < COLUMNS)[:, None] & (lane < programs)
                 # Past the first-level cache, which does not see what other multiprocessors store.
                 lanes += tl.load(partials + at, mask, other=0.0, cache_modifier=".cg")
             _finish(tl.sum(lanes, 1), column, loss, kept, sums, counts, normalizer, recorded, rows, COLUMNS, PER_ROW)
@@ -268,10 +281,13 @@ def batch(
 @triton.jit
 def _finish(total, column, loss, kept, sums, counts, normalizer, recorded, rows, COLUMNS, PER_ROW: tl.constexpr):
     """Into the meter and the loss. total [PADDED] float64: the columns of all programs, added up in their order."""
-    valid, bad = tl.sum(tl.where(column == 0, total, 0.0)), tl.sum(tl.where(column == 3, total, 0.0))
-    loss_sum, weight_sum = tl.sum(tl.where(column == 4, total, 0.0)), tl.sum(tl.where(column == 5, total, 0.0))
+    valid = tl.sum(tl.where(column == 0, total, 0.0))
+    bad = tl.sum(tl.where(column == 3, total, 0.0))
+    loss_sum = tl.sum(tl.where(column == 4, total, 0.0))
+    weight_sum = tl.sum(tl.where(column == 5, total, 0.0))
     if recorded is not None:
-        loss_sum, weight_sum = tl.where(valid > 0, tl.load(recorded).to(tl.float64) * valid, 0.0), valid
+        loss_sum = tl.where(valid > 0, tl.load(recorded).to(tl.float64) * valid, 0.0)
+        weight_sum = valid
     if counts is not None:
         added = tl.where(column == 4, 1.0, tl.where(column == 5, (valid > 0).to(tl.float64), total)).to(tl.int64)
         tl.store(counts + column, tl.load(counts + column, column < COLUMNS) + added, column < COLUMNS)

@@ -109,7 +109,8 @@ def clip_grad_norm_(
     grads = [p.grad for p in with_grad if p.grad is not None]
     if stats is None:
         stats = grad_stats(grads, config=config)
-    measured, given = [n for n in stats.numels if n], [grad.numel() for grad in grads if grad.numel()]
+    measured = [n for n in stats.numels if n]
+    given = [grad.numel() for grad in grads if grad.numel()]
     if sorted(measured) != sorted(given):
         raise ValueError(
             f"stats are of {len(measured)} tensors with {sum(measured)} elements, but params have "
@@ -165,7 +166,8 @@ def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> Non
     names = ("norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf")
     expected = _allocate(num_tensors, torch.device("meta"))
     for name in names:
-        x, like = getattr(out, name), getattr(expected, name)
+        x = getattr(out, name)
+        like = getattr(expected, name)
         if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, device) or not x.is_contiguous():
             raise ValueError(
                 f"out.{name} must be a contiguous {like.dtype} tensor of shape {tuple(like.shape)} on {device}, "

@@ -25,7 +25,8 @@ def fill(
         x = tensor.reshape(-1).double()  # 1e20 and 1e-30 square without overflow or underflow
         if inv_scale is not None:
             x = x * inv_scale
-        norm, max_abs = ordered_sum(x.square()).sqrt(), x.abs().amax()
+        norm = ordered_sum(x.square()).sqrt()
+        max_abs = x.abs().amax()
         counts = [mask.count_nonzero() for mask in (x == 0, x.isnan(), x.isinf())]
         for column, number in zip(columns, (norm, max_abs, *counts), strict=True):
             column[place] = number

@@ -78,7 +78,8 @@ class GradStats:
         n = len(self.numels)
         norms = words_to_floats(words[:n])
         rows = list(zip(norms, words[n : 2 * n], words[2 * n : 3 * n], words[3 * n :], self.numels, strict=True))
-        groups, start = {}, 0
+        groups = {}
+        start = 0
         for name, size in self.groups:
             groups[name] = self._health(rows[start : start + size], {})
             start += size

@@ -89,7 +89,8 @@ def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
 
 
 def _new_tables(key: tuple[tuple[int, ...], tuple[torch.dtype, ...]], device: torch.device) -> _Tables:
-    numels, dtypes = torch.tensor(key[0]), torch.tensor([DTYPES.index(dtype) for dtype in key[1]])
+    numels = torch.tensor(key[0])
+    dtypes = torch.tensor([DTYPES.index(dtype) for dtype in key[1]])
     # Blocks are counted from a 16 byte boundary, so a tensor may reach 15 bytes further than it is long.
     blocks = [-(-(numel * dtype.itemsize + 15) // BLOCK_BYTES) for numel, dtype in zip(*key, strict=True)]
     piece_blocks = -(-sum(blocks) // _MOST_PIECES)

@@ -84,7 +84,8 @@ def _end_tensor(partials, num_pieces, pieces, numel, norm, max_abs, zeros, nans,
     inf = tl.full([LANES], 0, tl.float64)
     for start in range(0, pieces, LANES):
         at = start + tl.arange(0, LANES)
-        part, mask = partials + at, at < pieces
+        part = partials + at
+        mask = at < pieces
         squares += tl.load(part, mask, 0.0, cache_modifier=".cg")
         largest = tl.maximum(largest, tl.load(part + num_pieces, mask, 0.0, cache_modifier=".cg"))
         nonzeros += tl.load(part + 2 * num_pieces, mask, 0.0, cache_modifier=".cg")

@@ -167,7 +167,8 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("bad", [(0,), (2,), (0, 1, 4)])
 def test_a_skipped_step_changes_no_bit(optimizer: Any, bad: tuple[int, ...]) -> None:
     """Weights, running statistics and optimizer state after the epoch are those of an epoch without these batches."""
-    skipping, sparing = TrainConfig(on_bad_numbers="skip"), TrainConfig()
+    skipping = TrainConfig(on_bad_numbers="skip")
+    sparing = TrainConfig()
     models = network(), network()
     optimizers = [optimizer(model) for model in models]
     whole = train_one_epoch(models[0], data(*bad), optimizers[0], skipping, task_type="classification")
@@ -273,7 +274,9 @@ def grown() -> Episode:
 
 def test_a_snapshot_brings_everything_back(grown: Episode) -> None:
     batches = list(grown.validation)
-    taken, states, tracked = grown.snapshot(), [s.state for s in grown.model.slots], grown.tracker.state_dict()
+    taken = grown.snapshot()
+    states = [s.state for s in grown.model.slots]
+    tracked = grown.tracker.state_dict()
     expected = [value.clone() for value in bits(owned(grown))]
     some_epochs(owned(grown), batches)
     moved = [value.clone() for value in bits(owned(grown))]
@@ -292,7 +295,8 @@ def test_a_snapshot_brings_everything_back(grown: Episode) -> None:
 
 
 def test_restored_optimizers_hold_the_restored_models_parameters(grown: Episode) -> None:
-    before, attached = list(grown.model.parameters()), list(grown.optimizers.parameters())
+    before = list(grown.model.parameters())
+    attached = list(grown.optimizers.parameters())
     hosts = set(map(id, grown.model.get_host_parameters()))
     grown.go_back(grown.snapshot())
     groups = {name: {id(p) for p in members} for name, members in grown.optimizers.parameters().items()}
@@ -356,7 +360,8 @@ def planted(run: RunConfig, fault: str, *places: tuple[int, int]) -> Episode:
 def run(episode: Episode, directory: Path) -> tuple[list[dict[str, Any]], str, Exception | None]:
     """Events, the report's page, and what ended the run."""
     run_directory.create(directory, episode.config)
-    hub, ended = TelemetryHub([JsonlSink(directory / run_directory.METRICS)]), None
+    hub = TelemetryHub([JsonlSink(directory / run_directory.METRICS)])
+    ended = None
     try:
         run_under(episode, Script(), hub, mode="fit")
     except (BadNumbersError, IndexError) as error:
@@ -384,7 +389,8 @@ def test_a_nan_gradient(policy: str, tmp_path: Path) -> None:
     assert bad["gradients"] > 0
     assert f"In epoch 3: {bad['message']}." in page
     found = [(event["epoch"], event["kind"]) for event in of(events, "finding")]
-    status, last = events[-1]["status"], of(events, "epoch")[-1]["epoch"]
+    status = events[-1]["status"]
+    last = of(events, "epoch")[-1]["epoch"]
     if policy == "warn":
         assert (ended, status, last, finite(episode)) == (None, "completed", 6, False)
         assert found == [(epoch, "nonfinite") for epoch in (3, 4, 5, 6)]
@@ -416,7 +422,8 @@ def test_an_exploding_loss(policy: str, tmp_path: Path) -> None:
     assert (finding["epoch"], finding["kind"]) == (4, "divergence")
     assert of(events, "nonfinite") == []
     assert f"In epoch 4: {finding['message']}." in page
-    status, last = events[-1]["status"], of(events, "epoch")[-1]["epoch"]
+    status = events[-1]["status"]
+    last = of(events, "epoch")[-1]["epoch"]
     if policy in ("warn", "skip"):
         assert (ended, status, last) == (None, "completed", 6)
         assert of(events, "rollback") == []
@@ -471,15 +478,13 @@ def test_rollback_restores_seeds_whatever_became_of_them(tmp_path: Path) -> None
     growth = replace(EASY, training_min_epochs=8)
     base = config("rollback", max_epochs=16, governor=replace(QUICK, snapshot_epochs=6), growth=growth)
     episode = build_episode(base, slots=("early", "mid", "late"))
-    recorder, signals = (
-        Recorder(),
-        Script(
-            e1=germinate(),
-            e5=germinate("late", "norm"),
-            e7=Decision(op=Op.CULL, slot="late", reason="test"),
-            e8=germinate("mid", "norm"),
-            e10=Decision(op=Op.WAIT),
-        ),
+    recorder = Recorder()
+    signals = Script(
+        e1=germinate(),
+        e5=germinate("late", "norm"),
+        e7=Decision(op=Op.CULL, slot="late", reason="test"),
+        e8=germinate("mid", "norm"),
+        e10=Decision(op=Op.WAIT),
     )
     episode.train = Planted(episode.train, not_a_number, (9, 1))  # type: ignore[assignment]
     result = run_under(episode, signals, TelemetryHub([recorder]))
@@ -551,7 +556,8 @@ def test_no_snapshot_is_taken_of_bad_weights() -> None:
 
 def test_no_snapshot_is_taken_while_the_loss_is_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience is not over yet, but what is kept then would be the state that the finding is about."""
-    recorder, watch = Recorder(), GovernorConfig(patience=3, snapshot_epochs=2)
+    recorder = Recorder()
+    watch = GovernorConfig(patience=3, snapshot_epochs=2)
     episode = build_episode(config("rollback", max_epochs=6, governor=watch), slots=("early",))
     bad = Finding(kind="divergence", message="made up")
     losses = iter([None, None, bad, bad, bad, None])  # epoch 4 is one for a snapshot
@@ -565,7 +571,8 @@ def test_a_good_run_is_the_same_under_every_policy() -> None:
     """Watching changes nothing: same weights, no finding."""
     weights = []
     for policy in ("warn", "stop", "rollback", "skip"):
-        recorder, episode = Recorder(), build_episode(config(policy), slots=("early",))
+        recorder = Recorder()
+        episode = build_episode(config(policy), slots=("early",))
         result = run_under(episode, Script(e1=germinate()), TelemetryHub([recorder]))
         weights.append(result.model.state_dict())
         assert recorder.of(EventType.FINDING) == []

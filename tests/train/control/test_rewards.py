@@ -258,7 +258,10 @@ def test_rent_grows_with_the_seeds_parameters_to_a_limit(fewer: int, more: int, 
 @given(st.lists(st.tuples(st.sampled_from([2, 3, 4, 6]), st.integers(0, 20)), min_size=1, max_size=5))
 def test_shaping_over_a_life_is_that_of_its_ends(stages: list[tuple[int, int]]) -> None:
     """Discounted by .995 each epoch, the sum of gamma * now - before leaves only the last and the first potential."""
-    total, discount, before, potential = 0.0, 1.0, (0, 0), 0.0
+    total = 0.0
+    discount = 1.0
+    before = (0, 0)
+    potential = 0.0
     for stage, last in stages:
         for epoch in range(last + 1):
             seed = SeedInfo(stage, None, None, epoch, 0, *before)

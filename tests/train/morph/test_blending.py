@@ -55,7 +55,8 @@ def test_a_tokens_gate_sees_that_token_alone() -> None:
     gate = random_gate()
     changed = TOKENS.clone()
     changed[:, 3:] += 1.0
-    before, after = gate(TOKENS, torch.tensor(0.5)), gate(changed, torch.tensor(0.5))
+    before = gate(TOKENS, torch.tensor(0.5))
+    after = gate(changed, torch.tensor(0.5))
     assert torch.equal(before[:, :3], after[:, :3])
     assert not torch.equal(before[:, 3:], after[:, 3:])
 

@@ -91,7 +91,8 @@ def test_cut_puts_every_block_into_exactly_one_segment_in_order(depth: int, leng
 )
 def test_cnn_host_stops_pooling_when_the_image_cannot_halve(size: int, sizes: list[int]) -> None:
     host = cnn_host(image_size=size, in_channels=2, num_classes=4, width=2, depth=4)
-    x, seen = images(3, 2, size), []
+    x = images(3, 2, size)
+    seen = []
     for segment in host.segments.values():
         for block in segment:
             x = block(x)
@@ -158,7 +159,8 @@ def snapshot(grown: MorphModel) -> tuple[Any, ...]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("slots", [(), ALL, ("mid",)])
 def test_morph_model_without_seeds_is_the_host(slots: tuple[str, ...], training: bool) -> None:
-    grown, bare = model(slots).train(training), small_host().train(training)
+    grown = model(slots).train(training)
+    bare = small_host().train(training)
     assert torch.equal(grown(images()), bare(images()))
     assert count(grown) == count(bare)
 
@@ -166,7 +168,8 @@ def test_morph_model_without_seeds_is_the_host(slots: tuple[str, ...], training:
 @pytest.mark.parametrize("slot", ALL)
 @pytest.mark.parametrize("blueprint", default_registry().names("cnn"))
 def test_germinate_seed_changes_no_output(blueprint: str, slot: str) -> None:
-    grown, bare = model(), small_host()
+    grown = model()
+    bare = small_host()
     changes = grown.germinate_seed(blueprint, "s0", slot=slot)
     assert [change.stage.name for change in changes] == ["GERMINATED", "TRAINING"]
     assert torch.equal(grown(images()), bare(images()))
@@ -380,7 +383,8 @@ def test_morph_model_grows_a_sequence_host() -> None:
 
 
 def test_morph_models_do_not_share_slots() -> None:
-    first, second = model(), model()
+    first = model()
+    second = model()
     first.germinate_seed("norm", "s0", slot="mid")
     assert not second.has_active_seed_in_slot("mid")
     assert second.slot("mid").state == SlotState(slot="mid")
@@ -399,7 +403,8 @@ def test_cnn_host_without_blocks_is_refused() -> None:
 
 def test_an_incubating_seed_leaves_the_hosts_gradients_as_they_are_bit_for_bit() -> None:
     """With isolation, whatever the seed has learned; the seed itself does receive gradients."""
-    images, targets = torch.randn(6, 1, 8, 8), torch.arange(6)
+    images = torch.randn(6, 1, 8, 8)
+    targets = torch.arange(6)
     gradients = []
     for blueprint in (None, *default_registry().names("cnn")):
         torch.manual_seed(0)

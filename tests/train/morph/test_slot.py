@@ -234,7 +234,8 @@ def test_fossilize_keeps_the_contribution_it_was_granted_for() -> None:
 @pytest.mark.parametrize(("on_fossilize", "trainable"), [("keep", True), ("freeze", False)])
 def test_fossilize_keeps_or_freezes_the_seed(on_fossilize: str, trainable: bool) -> None:
     slot = slot_in(SeedStage.PROBATIONARY, contribution=3.0, on_fossilize=on_fossilize)
-    seed, x = slot.seed, features()
+    seed = slot.seed
+    x = features()
     slot.fossilize()
     assert slot.seed is seed
     assert [p.requires_grad for p in slot.parameters()] == [trainable, trainable]
@@ -311,7 +312,8 @@ def on_trial(**growth: Any) -> SeedSlot:
 
 
 def test_alpha_waits_while_blending_costs_too_much_accuracy() -> None:
-    slot, alphas = on_trial(blending_cost=1.0), []
+    slot = on_trial(blending_cost=1.0)
+    alphas = []
     for accuracy in (59.0, 58.75, 58.0, 59.5, 60.0, 60.0, 60.0):
         epoch(slot, accuracy)
         alphas.append((slot.state.stage.name[0], slot.state.alpha))

@@ -17,7 +17,8 @@ CNN_BLUEPRINTS = default_registry().names("cnn")
 def test_forward_in_training_leaves_the_value_and_gives_the_seed_the_full_gradient(isolate: bool) -> None:
     """y = x + (z - z) and dL/dz = dL/dy = g, so the gain gets sum(g x) and the shift sum(g)."""
     slot = slot_in(SeedStage.TRAINING, isolate_training=isolate, incubation="straight_through")
-    x, g = features(0).requires_grad_(), features(1)
+    x = features(0).requires_grad_()
+    g = features(1)
     y = slot(x)
     assert torch.equal(y, x)
     y.backward(g)
@@ -40,7 +41,8 @@ def test_forward_in_isolated_training_gives_the_host_the_gradients_of_the_bare_h
         return nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 3)
 
     x = torch.randn(4, 1, 7, 6, generator=torch.Generator().manual_seed(3))
-    bare, grown = host(), host()
+    bare = host()
+    grown = host()
     bare[1](bare[0](x)).square().sum().backward()
     slot = empty_slot(incubation="straight_through")
     slot.germinate(default_registry().require("cnn", blueprint), "s0")
@@ -65,10 +67,12 @@ def test_forward_in_training_does_not_run_the_seed_when_nothing_is_differentiate
 def test_forward_in_blending_is_the_lerp_and_shares_the_gradient(alpha: float) -> None:
     """y = (1 - a) x + a z with z = 2 x + 1: dy/dx = 1 - a + 2 a, dy/dgain = a x, all in float64."""
     slot = slot_in(SeedStage.BLENDING, alpha=alpha)
-    x, g = features(0).requires_grad_(), features(1)
+    x = features(0).requires_grad_()
+    g = features(1)
     y = slot(x)
     y.backward(g)
-    x64, g64 = x.detach().double(), g.double()
+    x64 = x.detach().double()
+    g64 = g.double()
     torch.testing.assert_close(y.double(), (1 - alpha) * x64 + alpha * (2 * x64 + 1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), (1 + alpha) * g64, rtol=1e-6, atol=1e-6)
     gain = affine(slot).gain.grad
@@ -84,7 +88,8 @@ def test_forward_on_probation_and_after_is_the_seeds_output(stage: SeedStage) ->
 
 @pytest.mark.parametrize("stage", [*EMPTY, SeedStage.GERMINATED])
 def test_forward_without_a_working_seed_is_the_identity(stage: SeedStage) -> None:
-    slot, x = slot_in(stage), features().requires_grad_()
+    slot = slot_in(stage)
+    x = features().requires_grad_()
     y = slot(x)
     assert torch.equal(y, x)
     y.backward(features(1))
@@ -93,7 +98,8 @@ def test_forward_without_a_working_seed_is_the_identity(stage: SeedStage) -> Non
 
 @pytest.mark.parametrize("stage", SEATED)
 def test_forward_under_alpha_0_leaves_the_seed_out(stage: SeedStage) -> None:
-    slot, x = slot_in(stage, alpha=0.75), features()
+    slot = slot_in(stage, alpha=0.75)
+    x = features()
     before = snapshot(slot)
     assert torch.equal(slot(x, 0.0), x)
     assert affine(slot).calls == 0
@@ -103,7 +109,8 @@ def test_forward_under_alpha_0_leaves_the_seed_out(stage: SeedStage) -> None:
 @pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED])
 @pytest.mark.parametrize("alpha", [0.125, 0.5, 1.0])
 def test_forward_under_another_alpha_holds_for_that_call_only(stage: SeedStage, alpha: float) -> None:
-    slot, x = slot_in(stage, alpha=0.75), features()
+    slot = slot_in(stage, alpha=0.75)
+    x = features()
     own = slot(x).detach().clone()
     before = snapshot(slot)
     expected = (1 - alpha) * x.double() + alpha * (2 * x.double() + 1)

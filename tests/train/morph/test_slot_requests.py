@@ -128,7 +128,8 @@ class SlotMachine(RuleBasedStateMachine):
 
     def request(self, name: str, make: Any) -> None:
         """Ask for something; it is granted along legal edges, or refused and changes nothing."""
-        before, stage = snapshot(self.slot), self.slot.state.stage.name
+        before = snapshot(self.slot)
+        stage = self.slot.state.stage.name
         try:
             changes = make()
         except ValueError:

@@ -52,7 +52,8 @@ def test_a_model_with_seeds_stays_causal(blueprint: str) -> None:
     changed = x.clone()
     changed[:, 4] = (x[:, 4] + 1) % 11
     full = dict.fromkeys(("early", "mid", "late"), 1.0)
-    before, after = model(x, full), model(changed, full)
+    before = model(x, full)
+    after = model(changed, full)
     assert not torch.allclose(before, model(x, dict.fromkeys(full, 0.0))), "the seeds must have a part in the output"
     torch.testing.assert_close(after[:, :4], before[:, :4])
     assert not torch.allclose(after[:, 4:], before[:, 4:])
@@ -105,7 +106,8 @@ def test_the_head_shares_the_weight_of_the_token_embedding_and_both_feed_its_gra
 
 
 def test_state_dict_goes_round_and_keeps_the_weights_tied() -> None:
-    host, other = stirred(small()), transformer_host(vocab_size=11, context=7, width=8, depth=3)
+    host = stirred(small())
+    other = transformer_host(vocab_size=11, context=7, width=8, depth=3)
     x = tokens(2, 7)
     assert not torch.allclose(other(x), host(x))
     other.load_state_dict(host.state_dict())

@@ -349,7 +349,8 @@ def test_a_gap_between_metrics_and_checkpoint_is_refused(
     damage: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = stopped_after(7, whole, tmp_path / "run")
-    metrics, size = directory / "metrics.jsonl", load(directory / "checkpoints" / "epoch-7.pt")["metrics"]
+    metrics = directory / "metrics.jsonl"
+    size = load(directory / "checkpoints" / "epoch-7.pt")["metrics"]
     lines = metrics.read_bytes().splitlines(keepends=True)
     if damage == "gone":
         metrics.unlink()

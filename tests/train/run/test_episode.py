@@ -339,7 +339,8 @@ def custom_task(inputs: torch.Tensor, targets: torch.Tensor) -> Task:
 
 
 def test_a_users_own_task_runs() -> None:
-    inputs, targets = torch.randn(40, 1, 8, 8), torch.arange(40) % 10
+    inputs = torch.randn(40, 1, 8, 8)
+    targets = torch.arange(40) % 10
     result = run_fit(replace(SHORT, max_epochs=1), task=custom_task(inputs, targets))
     assert result.test.valid == 40
 

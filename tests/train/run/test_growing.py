@@ -43,7 +43,8 @@ def record(config: RunConfig, policy: Script | None = None, level: str = "normal
 
 def test_two_seeds_are_measured_each_and_together() -> None:
     """The joint contribution again from outside: both slots ablated by hand on the final weights."""
-    recorder, episode = Recorder(), build_episode(replace(SHORT, max_epochs=10), slots=("early", "mid"))
+    recorder = Recorder()
+    episode = build_episode(replace(SHORT, max_epochs=10), slots=("early", "mid"))
     script = Script(e1=germinate("early"), e2=germinate("mid"), e8=keep("early"))
     run_under(episode, script, TelemetryHub([recorder]), mode="test")
     last = recorder.of(EventType.EPOCH)[-1].data
@@ -72,7 +73,8 @@ def test_there_is_no_joint_contribution_of_one_seed() -> None:
 def test_a_fossil_is_measured_again_now_and_then() -> None:
     """Every third epoch, and in the last."""
     config = replace(SHORT, max_epochs=7, growth=replace(EASY, fossil_check_epochs=3))
-    recorder, episode = Recorder(), build_episode(config, slots=("early",))
+    recorder = Recorder()
+    episode = build_episode(config, slots=("early",))
     for change in episode.model.germinate_seed("norm", "seed_0", slot="early"):
         follow_optimizers(episode, change, 0)
     slot = episode.model.slot("early")
@@ -132,7 +134,8 @@ def test_levels_write_what_they_say(level: str, lifecycle_only: bool, kinds: set
 
 
 def test_layer_gradients_are_those_of_the_last_batch() -> None:
-    recorder, episode = Recorder(), build_episode(replace(SHORT, max_epochs=1), slots=("early",))
+    recorder = Recorder()
+    episode = build_episode(replace(SHORT, max_epochs=1), slots=("early",))
     run_under(episode, Script(), TelemetryHub([recorder], TelemetryConfig(level="debug")), mode="test")
     (event,) = recorder.of(EventType.LAYER_GRADIENTS)
     expected = {name: p.grad.double().norm().item() for name, p in episode.model.named_parameters()}  # type: ignore[union-attr]
@@ -182,7 +185,8 @@ class Lives(RuleBasedStateMachine):
         try:
             made, refusal = _execute(self.episode, decision)
         except ValueError as unknown:
-            made, refusal = [], str(unknown)
+            made = []
+            refusal = str(unknown)
         if refusal is not None:
             assert len(refusal) > 10
             assert made == []

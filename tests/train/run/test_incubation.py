@@ -135,7 +135,8 @@ def prepared(task: str, run: RunConfig) -> Episode:
 
 def epochs(episode: Episode, number: int, **by_epoch: Decision) -> list[Any]:
     """Run some epochs; what each measured of the host."""
-    script, measured = Script(**by_epoch), []
+    script = Script(**by_epoch)
+    measured = []
     for i in range(episode.epoch + 1, episode.epoch + 1 + number):
         epoch = Epoch(episode, i)
         signals = epoch.observe()

@@ -203,7 +203,8 @@ def grown(
     life = {2: stage.TRAINING, 3: stage.BLENDING, 4: stage.PROBATIONARY, 5: stage.PROBATIONARY}
     events = [started(task)]
     for epoch in range(1, EPOCHS + 1):
-        early, mid = SlotState(slot="early"), SlotState(slot="mid")
+        early = SlotState(slot="early")
+        mid = SlotState(slot="mid")
         if epoch > 1:
             early = SlotState(
                 slot="early",

@@ -131,7 +131,8 @@ def test_read_metrics_refuses_what_is_no_event(line: bytes, tmp_path: Path) -> N
 # of the 300 flips that the fault list speaks of, 110 loaded silently
 @pytest.mark.parametrize("name", ["network.pt", "config.json"])
 def test_no_flipped_bit_is_read(name: str, run: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
-    path, draw = tmp_path / "copy", random.Random(0)
+    path = tmp_path / "copy"
+    draw = random.Random(0)
     shutil.copytree(run[0], path)
     data = (path / name).read_bytes()
     for place in draw.sample(range(len(data)), 60):
@@ -155,7 +156,8 @@ def test_a_file_that_is_written_anew_is_never_left_with_the_digest_of_another(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped before each call to the system that replacing it makes: the old one or the new one can be read."""
-    path, calls = tmp_path / "network.pt", 0
+    path = tmp_path / "network.pt"
+    calls = 0
     run_directory.write_with_digest(path, b"old")
 
     class Stop(Exception):

@@ -49,7 +49,8 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
         assert process.wait() == 0, process.communicate()[1]
     longest = time.monotonic() - started
     expected = reported(tmp_path / "whole")
-    directory, kills = tmp_path / "run", 0
+    directory = tmp_path / "run"
+    kills = 0
     while kills < KILLS:
         before = directory.exists() and (directory / "metrics.jsonl").exists()
         seen = (directory / "metrics.jsonl").stat().st_mtime_ns if before else 0

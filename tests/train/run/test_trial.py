@@ -43,7 +43,8 @@ class TurnsBad(nn.Module):
     def __init__(self, channels: int, value: float, after: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(channels, 1, 1))
-        self.value, self.after = value, after
+        self.value = value
+        self.after = after
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.steps: Tensor
 
@@ -61,7 +62,8 @@ def planted(value: float, after: int = 13) -> BlueprintRegistry:
     return registry
 
 
-HARMFUL, NAN = 1e3, float("nan")
+HARMFUL = 1e3
+NAN = float("nan")
 
 
 def prepared(config: RunConfig = CONFIG, value: float = HARMFUL, after: int = 13) -> Episode:
@@ -124,7 +126,8 @@ def test_a_planted_seed_never_survives_and_leaves_the_network_as_it_was(value: f
 
 def test_schedules_scale_order_and_epochs_go_on() -> None:
     """Only the network goes back: learning rates and the order of the data are those of a run that never grew."""
-    episode, bare = prepared(), prepared()
+    episode = prepared()
+    bare = prepared()
     go(episode, Script(e1=germinate("early", "bad")), 7)
     go(bare, Script(), 7)
     assert episode.trial.undone == 1
@@ -149,7 +152,8 @@ def test_a_cull_by_the_controller_is_undone_too() -> None:
 def test_a_cull_in_training_undoes_nothing() -> None:
     episode = prepared(after=10**9)
     script = Script(e1=germinate("early", "bad"), e3=Decision(op=Op.CULL, slot="early", reason="asked"))
-    states, bare = go(episode, script, 5), go(prepared(), Script(), 5)
+    states = go(episode, script, 5)
+    bare = go(prepared(), Script(), 5)
     assert_same(states, bare)
     assert episode.trial.undone == 0
 

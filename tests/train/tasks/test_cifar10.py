@@ -248,7 +248,8 @@ def shifted(image: Tensor, top: int, left: int, flip: bool) -> Tensor:
     for c in range(channels):
         for row in range(height):
             for column in range(width):
-                y, x = row + top - 4, (width - 1 - column if flip else column) + left - 4
+                y = row + top - 4
+                x = (width - 1 - column if flip else column) + left - 4
                 if 0 <= y < height and 0 <= x < width:
                     result[c, row, column] = image[c, y, x]
     return result
@@ -256,7 +257,8 @@ def shifted(image: Tensor, top: int, left: int, flip: bool) -> Tensor:
 
 def test_crop_and_flip_moves_each_image_by_its_own_numbers() -> None:
     images = torch.randint(1, 256, (6, 3, 5, 7), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    top, left = torch.tensor([4, 0, 8, 3, 4, 7]), torch.tensor([4, 8, 0, 4, 6, 1])
+    top = torch.tensor([4, 0, 8, 3, 4, 7])
+    left = torch.tensor([4, 8, 0, 4, 6, 1])
     flip = torch.tensor([False, False, True, True, True, False])
     expected = [shifted(*case) for case in zip(images, top.tolist(), left.tolist(), flip.tolist(), strict=True)]
     assert torch.equal(crop_and_flip(images, top, left, flip), torch.stack(expected))

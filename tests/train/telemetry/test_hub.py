@@ -31,7 +31,8 @@ def some_events(count: int = 4) -> list[Event]:
 
 
 def test_emit_gives_every_event_to_every_sink_in_order() -> None:
-    first, second = Recorder(), Recorder()
+    first = Recorder()
+    second = Recorder()
     hub = TelemetryHub([first, second])
     for event in some_events():
         hub.emit(event)
@@ -41,7 +42,9 @@ def test_emit_gives_every_event_to_every_sink_in_order() -> None:
 def test_emit_reports_a_failing_sink_once_and_goes_on_with_the_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before, failing, after = Recorder(), Failing(), Recorder()
+    before = Recorder()
+    failing = Failing()
+    after = Recorder()
     hub = TelemetryHub([before, failing, after])
     for event in some_events():
         hub.emit(event)
@@ -55,7 +58,8 @@ def test_emit_reports_a_failing_sink_once_and_goes_on_with_the_others(
 def test_emit_reports_an_event_that_json_cannot_hold_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorder, jsonl = Recorder(), JsonlSink(tmp_path / "metrics.jsonl")
+    recorder = Recorder()
+    jsonl = JsonlSink(tmp_path / "metrics.jsonl")
     hub = TelemetryHub([jsonl, recorder])
     hub.emit(Event(EventType.EPOCH, 1, {"good": 1}))
     hub.emit(Event(EventType.EPOCH, 2, {"bad": object()}))
@@ -97,7 +101,8 @@ def test_close_closes_every_sink_once() -> None:
 
 
 def test_hubs_do_not_share_sinks() -> None:
-    first, second = Recorder(), Recorder()
+    first = Recorder()
+    second = Recorder()
     TelemetryHub([first]).emit(some_events()[0])
     TelemetryHub([second]).emit(some_events()[1])
     assert first.events == some_events(1)

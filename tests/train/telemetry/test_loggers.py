@@ -16,7 +16,8 @@ class Board:
     """Stands in for `SummaryWriter`."""
 
     def __init__(self, directory: str, purge_step: int | None = None) -> None:
-        self.directory, self.purge_step = directory, purge_step
+        self.directory = directory
+        self.purge_step = purge_step
         self.scalars: list[tuple[str, float, int]] = []
         self.texts: list[tuple[str, str, int]] = []
         self.unflushed = 0
@@ -76,7 +77,8 @@ def logged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Board, Wand
         boards.append(Board(directory, purge_step))
         return boards[0]
 
-    wandb, recorder = Wandb(), Recorder()
+    wandb = Wandb()
+    recorder = Recorder()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     telemetry = TelemetryConfig(level="debug", tensorboard=True, wandb=True)

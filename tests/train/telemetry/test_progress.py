@@ -34,7 +34,8 @@ def test_progress_sink_shows_other_events_as_lines_and_the_last_epoch_as_a_bar(
     last = [event for event in run_events if event.type is EventType.EPOCH][-1]
     (bar,) = [line for line in lines if line.startswith("epoch")]
     assert "12/12" in bar
-    loss, accuracy = last.data["validation"]["loss"], last.data["validation"]["accuracy"]
+    loss = last.data["validation"]["loss"]
+    accuracy = last.data["validation"]["accuracy"]
     assert f"validation loss {loss:.4f} acc {accuracy:.2f}%" in bar
     assert "mid:dormant late:dormant" in bar
 

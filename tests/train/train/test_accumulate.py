@@ -42,7 +42,9 @@ def batches(sizes: tuple[int, ...] = (8, 3, 6, 8, 2)) -> list[tuple[Tensor, Tens
 def test_a_step_of_several_batches_is_that_of_one_of_all_their_rows(
     criterion: nn.CrossEntropyLoss | None, accumulate: int
 ) -> None:
-    ours, plain, data = classifier(), classifier(), batches()
+    ours = classifier()
+    plain = classifier()
+    data = batches()
     if criterion is not None and criterion.ignore_index == 2:
         for _, targets in data:
             targets.clamp_(min=0)
@@ -62,7 +64,8 @@ def test_a_step_of_several_batches_is_that_of_one_of_all_their_rows(
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 def test_targets_of_fewer_bits_weigh_as_much(dtype: torch.dtype) -> None:
     """Class 156 is -100 in uint8, and is not ignored."""
-    ends, generator = [], torch.Generator().manual_seed(1)
+    ends = []
+    generator = torch.Generator().manual_seed(1)
     data = [(torch.randn(n, 6, generator=generator), torch.full((n,), 156)) for n in (4, 2)]
     for kind in (torch.int64, dtype):
         torch.manual_seed(0)
@@ -78,7 +81,9 @@ def test_another_criterion_weighs_the_batches_alike() -> None:
     def squared(logits: Tensor, targets: Tensor) -> Tensor:
         return (logits - F.one_hot(targets.clamp(min=0), 5)).square().mean()
 
-    ours, plain, data = classifier(), classifier(), batches()[:2]
+    ours = classifier()
+    plain = classifier()
+    data = batches()[:2]
     optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)
     config = TrainConfig(accumulate=2)
     train_one_epoch(ours, data, optimizer, config, task_type="classification", criterion=squared)
@@ -116,7 +121,8 @@ def test_groups_of_batches_sync_once_an_epoch() -> None:
 
 
 def test_a_bad_target_in_a_weighted_group_is_refused_by_name() -> None:
-    model, data = classifier(), batches()
+    model = classifier()
+    data = batches()
     data[1][1][1] = 7
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(IndexError, match=r"target 7"):

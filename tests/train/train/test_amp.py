@@ -44,9 +44,11 @@ def with_momentum_of_zero(optimizer: torch.optim.Optimizer) -> torch.optim.Optim
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_float16_follows_torchs_grad_scaler(name: str) -> None:
     """From a scale that overflows: both halve it, skip those steps, and double it after four good ones."""
-    ours, plain = classifier(), classifier()
+    ours = classifier()
+    plain = classifier()
     config = TrainConfig(amp=FLOAT16)
-    step, mine = build_train_step("classification", config), OPTIMIZERS[name](ours.parameters())
+    step = build_train_step("classification", config)
+    mine = OPTIMIZERS[name](ours.parameters())
     optimizer = with_momentum_of_zero(OPTIMIZERS[name](plain.parameters()))
     scaler = torch.amp.GradScaler("cpu", init_scale=FLOAT16.init_scale, growth_interval=4)
     assert step.scaler is not None
@@ -69,8 +71,10 @@ def test_float16_follows_torchs_grad_scaler(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_that_overflows_changes_nothing_but_the_scale(name: str) -> None:
-    model, config = classifier(), TrainConfig(amp=FLOAT16, grad=GradConfig(clip_norm=1.0))
-    optimizer, step = OPTIMIZERS[name](model.parameters()), build_train_step("classification", config)
+    model = classifier()
+    config = TrainConfig(amp=FLOAT16, grad=GradConfig(clip_norm=1.0))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    step = build_train_step("classification", config)
     before = copy.deepcopy(model.state_dict())
     with SyncCounter() as counter:
         result = train_one_epoch(model, batches(1), optimizer, config, task_type="classification", step=step)
@@ -89,7 +93,8 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(name: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 6])
 def test_float16_syncs_once_an_epoch(count: int) -> None:
-    model, config = classifier(), TrainConfig(amp=FLOAT16)
+    model = classifier()
+    config = TrainConfig(amp=FLOAT16)
     optimizer = OPTIMIZERS["momentum"](model.parameters())
     with SyncCounter() as counter:
         train_one_epoch(model, batches(count), optimizer, config, task_type="classification")
@@ -97,9 +102,11 @@ def test_float16_syncs_once_an_epoch(count: int) -> None:
 
 
 def test_statistics_and_clipping_are_of_the_unscaled_gradient() -> None:
-    data, norms = batches(1), []
+    data = batches(1)
+    norms = []
     for amp in (AmpConfig(), AmpConfig(dtype="float16", init_scale=1024.0)):
-        model, config = classifier(), TrainConfig(amp=amp, grad=GradConfig(clip_norm=0.01))
+        model = classifier()
+        config = TrainConfig(amp=amp, grad=GradConfig(clip_norm=0.01))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
         start = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         result = train_one_epoch(model, data, optimizer, config, task_type="classification")
@@ -114,7 +121,8 @@ def test_a_criterion_of_the_callers_own_is_scaled_too() -> None:
     def mean_log_loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.nll_loss(logits.float().log_softmax(1), targets)
 
-    config, data = TrainConfig(amp=AmpConfig(dtype="float16", init_scale=512.0)), batches(5)
+    config = TrainConfig(amp=AmpConfig(dtype="float16", init_scale=512.0))
+    data = batches(5)
     models = [classifier(), classifier()]
     for model, criterion in zip(models, (None, mean_log_loss), strict=True):
         optimizer = OPTIMIZERS["momentum"](model.parameters())
@@ -160,7 +168,8 @@ def test_forward_runs_in_the_dtype_and_the_weights_stay_float32(dtype: str) -> N
 
 
 def test_scaler_goes_on_where_its_state_left_off() -> None:
-    found, runs = torch.ones(()), [LossScaler(FLOAT16), LossScaler(FLOAT16)]
+    found = torch.ones(())
+    runs = [LossScaler(FLOAT16), LossScaler(FLOAT16)]
     for flag in (1.0, 0.0, 0.0):
         runs[0].update(found.fill_(flag))
     runs[1].load_state_dict(copy.deepcopy(runs[0].state_dict()))

@@ -99,9 +99,11 @@ def test_replays_train_and_measure_as_eager_steps_do(setting: str, make: Callabl
 
 def test_gradients_at_the_end_are_those_of_the_last_step() -> None:
     """A replayed one after an eager one, and they stay where they are."""
-    found, batches = [], data(*[8] * 5, 3, 8, 8)
+    found = []
+    batches = data(*[8] * 5, 3, 8, 8)
     for capture in MODES:
-        config, model = TrainConfig(capture=capture), network()
+        config = TrainConfig(capture=capture)
+        model = network()
         step = captured(config)[0] if capture else None
         optimizer = sgd(*model.parameters())
         for _ in range(2):
@@ -116,7 +118,8 @@ def test_rates_between_the_float32_numbers_are_rounded() -> None:
     """A cosine's rates are not exact in float32: the same to its precision, and plain numbers outside of the step."""
     found = []
     for capture in MODES:
-        config, model = TrainConfig(capture=capture), network()
+        config = TrainConfig(capture=capture)
+        model = network()
         optimizer = sgd(*model.parameters())
         optimizers = OptimizerRegistry()
         optimizers.attach("host", optimizer, CosineAnnealingLR(optimizer, 12))
@@ -130,8 +133,10 @@ def test_rates_between_the_float32_numbers_are_rounded() -> None:
 
 
 def test_the_host_waits_once_an_epoch() -> None:
-    config, model = TrainConfig(capture=True, grad=GradConfig(clip_norm=1.0)), network()
-    step, optimizer = captured(config)[0], sgd(*model.parameters())
+    config = TrainConfig(capture=True, grad=GradConfig(clip_norm=1.0))
+    model = network()
+    step = captured(config)[0]
+    optimizer = sgd(*model.parameters())
     for replayed in (3, 6):
         with SyncCounter() as syncs:
             result = train_one_epoch(model, data(*[8] * 6, 3), optimizer, config, task_type="classification", step=step)
@@ -186,7 +191,8 @@ def test_a_step_is_captured_again_when_what_it_holds_has_changed(change: str) ->
     between, again = CHANGES[change]
     found = []
     for capture in MODES:
-        config, model = TrainConfig(capture=capture), network()
+        config = TrainConfig(capture=capture)
+        model = network()
         optimizer = sgd(*model.parameters())
         step, tape = captured(config) if capture else (build_train_step("classification", config), None)
         for epoch in range(3):
@@ -212,8 +218,10 @@ class Addresses(Tape):
 
 
 def test_memory_that_a_graph_uses_is_not_given_to_others() -> None:
-    config, model = TrainConfig(capture=True), network()
-    step, optimizer = build_train_step("classification", config), sgd(*model.parameters())
+    config = TrainConfig(capture=True)
+    model = network()
+    step = build_train_step("classification", config)
+    optimizer = sgd(*model.parameters())
     step.capture = Capture(Addresses())
 
     def epoch(batches: Batches) -> None:
@@ -237,8 +245,11 @@ def test_memory_that_a_graph_uses_is_not_given_to_others() -> None:
 
 def test_an_optimizer_is_capturable_while_it_is_captured_and_no_longer() -> None:
     """torch's AdamW asks for it on a GPU, and warns of it in other steps."""
-    config, model, seen = TrainConfig(capture=True), network(), []
-    step, optimizer = captured(config)[0], adamw(*model.parameters())
+    config = TrainConfig(capture=True)
+    model = network()
+    seen = []
+    step = captured(config)[0]
+    optimizer = adamw(*model.parameters())
     optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(o.param_groups[0]["capturable"]))
     train_one_epoch(model, data(*[8] * 6, 3), optimizer, config, task_type="classification", step=step)
     assert seen == [False] * WARM_UP + [True, False]
@@ -246,10 +257,13 @@ def test_an_optimizer_is_capturable_while_it_is_captured_and_no_longer() -> None
 
 
 def test_another_config_or_model_or_list_of_optimizers_is_another_step() -> None:
-    config, model = TrainConfig(capture=True), network()
-    other, clipped = network(), replace(config, grad=GradConfig(clip_norm=1.0))
+    config = TrainConfig(capture=True)
+    model = network()
+    other = network()
+    clipped = replace(config, grad=GradConfig(clip_norm=1.0))
     step, tape = captured(config)
-    optimizers, others = registry(model, sgd), OptimizerRegistry(host=sgd(*other.parameters()))
+    optimizers = registry(model, sgd)
+    others = OptimizerRegistry(host=sgd(*other.parameters()))
     around = nn.Sequential(model, nn.Softmax(1))  # another network with the same weights
     uses = [
         (model, optimizers, config),
@@ -299,7 +313,9 @@ def grow(config: RunConfig, capture: bool) -> tuple[dict[str, Any], list[dict[st
     script = Script(
         e1=germinate("early", blend="gated"), e2=germinate("late"), e10=Decision(op=Op.FOSSILIZE, slot="early")
     )
-    episode, recorder, tape = build_episode(config, slots=("early", "late")), Recorder(), Tape()
+    episode = build_episode(config, slots=("early", "late"))
+    recorder = Recorder()
+    tape = Tape()
     if capture:  # which the CPU would refuse at once
         episode.config = replace(config, train=replace(config.train, capture=True))
         episode.step.capture = Capture(tape)
@@ -384,7 +400,8 @@ def test_optimizers_that_need_the_host_are_refused(make: Callable[..., Optimizer
 
 def test_a_schedule_that_changes_more_than_the_rate_is_refused() -> None:
     def cycling(*parameters: Tensor) -> OptimizerRegistry:
-        optimizers, optimizer = OptimizerRegistry(), sgd(*parameters)
+        optimizers = OptimizerRegistry()
+        optimizer = sgd(*parameters)
         optimizers.attach("host", optimizer, OneCycleLR(optimizer, RATE, 100))
         return optimizers
 
@@ -394,7 +411,8 @@ def test_a_schedule_that_changes_more_than_the_rate_is_refused() -> None:
 
 
 def test_an_error_of_the_capture_goes_through_and_leaves_nothing_half_captured() -> None:
-    config, model = TrainConfig(capture=True), network()
+    config = TrainConfig(capture=True)
+    model = network()
     step, tape = captured(config)
     optimizer = sgd(*model.parameters())
 
@@ -412,7 +430,8 @@ def test_an_error_of_the_capture_goes_through_and_leaves_nothing_half_captured()
 
 
 def test_after_an_epoch_that_failed_the_step_is_captured_again() -> None:
-    config, model = TrainConfig(capture=True), network()
+    config = TrainConfig(capture=True)
+    model = network()
     step, tape = captured(config)
     optimizer = sgd(*model.parameters())
 
@@ -433,7 +452,8 @@ def test_after_an_epoch_that_failed_the_step_is_captured_again() -> None:
 
 def test_a_tape_repeats_operations_alone_and_sees_what_the_host_reads() -> None:
     """The tests above would be worth nothing otherwise."""
-    x, calls = torch.zeros(2), []
+    x = torch.zeros(2)
+    calls = []
 
     def work() -> None:
         calls.append(x.add_(1).mul(2))
@@ -449,7 +469,8 @@ def test_a_tape_repeats_operations_alone_and_sees_what_the_host_reads() -> None:
 
 def test_a_number_held_by_the_step_shows_in_a_tape() -> None:
     """The tests above would be worth nothing otherwise: a rate that is no tensor is that of the capture forever."""
-    config, found = TrainConfig(capture=True), []
+    config = TrainConfig(capture=True)
+    found = []
     for rates in (Capture._rates_on_device, lambda self, **more: warnings.catch_warnings()):
         model = network()
         optimizers = registry(model, sgd)
@@ -467,7 +488,8 @@ def test_the_calls_of_cuda_and_their_order(monkeypatch: pytest.MonkeyPatch) -> N
 
     class Stream:
         def __init__(self, name: torch.device | str) -> None:
-            self.name, self.device = ("side" if isinstance(name, torch.device) else name), torch.device("cuda")
+            self.name = "side" if isinstance(name, torch.device) else name
+            self.device = torch.device("cuda")
 
         def wait_stream(self, other: "Stream") -> None:
             calls.append(f"{self.name} waits for {other.name}")
@@ -519,8 +541,10 @@ class EagerGraphs(CudaGraphs):
 
 
 def on_gpu(setting: str, make: Callable[..., Optimizer], graphs: type[CudaGraphs]) -> tuple[Any, list[EpochResult]]:
-    config, model = TrainConfig(capture=True, **SETTINGS[setting]), network().cuda()
-    step, optimizers = build_train_step("classification", config), registry(model, make)
+    config = TrainConfig(capture=True, **SETTINGS[setting])
+    model = network().cuda()
+    step = build_train_step("classification", config)
+    optimizers = registry(model, make)
     step.capture = Capture(graphs(next(model.parameters()).device))
     batches = data(*[8] * 13, 3)
     torch.cuda.manual_seed(0)
@@ -544,8 +568,10 @@ def test_ten_replays_of_a_graph_are_ten_eager_steps(setting: str, make: Callable
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_epoch_of_replays_syncs_once() -> None:
-    config, model = TrainConfig(capture=True, grad=GradConfig(clip_norm=1.0)), network().cuda()
-    step, optimizer = build_train_step("classification", config), sgd(*model.parameters())
+    config = TrainConfig(capture=True, grad=GradConfig(clip_norm=1.0))
+    model = network().cuda()
+    step = build_train_step("classification", config)
+    optimizer = sgd(*model.parameters())
     batches = [(inputs.cuda(), targets.cuda()) for inputs, targets in data(*[8] * 10, 3)]
 
     def epoch() -> EpochResult:
@@ -566,7 +592,8 @@ def test_an_epoch_of_replays_syncs_once() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_growing_network_on_a_gpu_is_captured_by_structure() -> None:
     config = replace(GROWING, device="cuda", train=TrainConfig(capture=True))
-    script, recorder = Script(e1=germinate("early", blend="gated")), Recorder()
+    script = Script(e1=germinate("early", blend="gated"))
+    recorder = Recorder()
     run_under(build_episode(config, slots=("early",)), script, TelemetryHub([recorder]), mode="test")
     trained = [event.data["train"] for event in recorder.of(EventType.EPOCH)]
     assert {line["replayed"] for line in trained} == {2, 5}

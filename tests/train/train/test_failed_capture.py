@@ -56,7 +56,9 @@ class Device:
     """Stands in for torch.cuda: captures end well or not, and the generator stays in a capture that did not."""
 
     def __init__(self, recovers: bool) -> None:
-        self.recovers, self.capturing, self.random = recovers, False, 0
+        self.recovers = recovers
+        self.capturing = False
+        self.random = 0
 
     @contextmanager
     def graph(self, *arguments: Any, **options: Any) -> Iterator[None]:

@@ -57,10 +57,13 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 
 def test_train_one_epoch_trains_and_measures_as_plain_torch_does() -> None:
     data = batches()
-    ours, plain = classifier(), classifier()
+    ours = classifier()
+    plain = classifier()
     result = train_one_epoch(ours, data, sgd(ours), CONFIG, task_type="classification")
 
-    optimizer, losses, correct = sgd(plain), [], 0
+    optimizer = sgd(plain)
+    losses = []
+    correct = 0
     for inputs, targets in data:
         optimizer.zero_grad()
         logits = plain(inputs)
@@ -82,11 +85,13 @@ def test_train_one_epoch_trains_and_measures_as_plain_torch_does() -> None:
 def test_digits_are_learned_alike_by_the_compiled_kernels_and_by_torch() -> None:
     curves: list[list[float]] = []
     for backend in ("cpp", "eager"):
-        config, task = TrainConfig(kernel=KernelConfig(backend=backend)), get_task("digits")
+        config = TrainConfig(kernel=KernelConfig(backend=backend))
+        task = get_task("digits")
         splits = load_splits(task)
         torch.manual_seed(0)
         model = task.build_host(HostConfig())
-        optimizer, data = sgd(model), list(zip(*(part.split(64) for part in splits.train), strict=True))
+        optimizer = sgd(model)
+        data = list(zip(*(part.split(64) for part in splits.train), strict=True))
         curves.append([])
         for _ in range(3):
             result = train_one_epoch(model, data, optimizer, config, task_type="classification")
@@ -128,7 +133,8 @@ def test_language_models_count_correct_tokens_and_skip_ignored_ones() -> None:
 
 def test_language_model_training_equals_plain_torch() -> None:
     tokens = torch.randint(7, (4, 6), generator=torch.Generator().manual_seed(3))
-    ours, plain = LanguageModel(), LanguageModel()
+    ours = LanguageModel()
+    plain = LanguageModel()
     result = train_one_epoch(ours, [(tokens[:, :-1], tokens[:, 1:])], sgd(ours), CONFIG, task_type="lm")
     optimizer = sgd(plain)
     F.cross_entropy(plain(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
@@ -187,7 +193,8 @@ def grown_model() -> MorphModel:
 
 def test_evaluate_variants_measure_the_network_without_the_seed() -> None:
     """The variant with alpha 0 equals a host that never had a seed; the model itself is as before."""
-    model, data = grown_model(), images(2)
+    model = grown_model()
+    data = images(2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     result = evaluate(model, data, CONFIG, task_type="classification", variants={"early": {"early": 0.0}, "same": {}})
     bare = evaluate(model.host, data, CONFIG, task_type="classification")
@@ -263,8 +270,10 @@ def test_nonfinite_logits_are_counted() -> None:
 
 def test_grad_is_the_last_measured_batch_by_group() -> None:
     """With every=2 of 4 batches, the third is measured last; norms from plain torch on the same weights."""
-    ours, plain = classifier(), classifier()
-    first, second = ours[1], ours[3]
+    ours = classifier()
+    plain = classifier()
+    first = ours[1]
+    second = ours[3]
     registry = OptimizerRegistry(host=sgd(first), early=sgd(second))
     data = batches((4, 4, 4, 4))
     result = train_one_epoch(ours, data, registry, TrainConfig(grad=GradConfig(every=2)), task_type="classification")
@@ -302,7 +311,8 @@ def test_nonfinite_gradients_are_summed_over_the_epoch() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.calls = nn.Linear(6, 5), 0
+            self.inner = nn.Linear(6, 5)
+            self.calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
@@ -324,7 +334,8 @@ def test_nonfinite_gradients_are_summed_over_the_epoch() -> None:
 
 
 def test_clipping_uses_the_total_norm_over_groups() -> None:
-    ours, plain = classifier(), classifier()
+    ours = classifier()
+    plain = classifier()
     registry = OptimizerRegistry(host=sgd(ours[1]), early=sgd(ours[3]))
     data = batches((8, 8))
     train_one_epoch(ours, data, registry, TrainConfig(grad=GradConfig(clip_norm=0.05)), task_type="classification")

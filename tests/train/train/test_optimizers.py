@@ -26,9 +26,12 @@ def set_gradients(step: int, *parameters: nn.Parameter) -> None:
 
 def test_attach_and_detach_keep_the_momentum_of_the_other_groups() -> None:
     """The host takes the very steps of a lone SGD while seeds come and go beside it."""
-    host, alone = parameter(0, 3, 5), parameter(0, 3, 5)
-    early, late = parameter(1, 7), parameter(2, 2)
-    reference, host_sgd = sgd(alone), sgd(host)
+    host = parameter(0, 3, 5)
+    alone = parameter(0, 3, 5)
+    early = parameter(1, 7)
+    late = parameter(2, 2)
+    reference = sgd(alone)
+    host_sgd = sgd(host)
     registry = OptimizerRegistry(host=host_sgd)
     for step in range(8):
         if step == 2:
@@ -49,7 +52,8 @@ def test_attach_and_detach_keep_the_momentum_of_the_other_groups() -> None:
 
 
 def test_detach_stops_the_steps_of_that_group_only() -> None:
-    host, seed = parameter(0, 3), parameter(1, 4)
+    host = parameter(0, 3)
+    seed = parameter(1, 4)
     registry = OptimizerRegistry(host=sgd(host), mid=sgd(seed))
     registry.detach("mid")
     before = host.detach().clone(), seed.detach().clone()
@@ -104,7 +108,8 @@ def test_a_group_without_parameters_steps_saves_and_detaches() -> None:
 
 
 def test_attach_refuses_a_taken_name_and_keeps_the_first() -> None:
-    host, other = parameter(0, 3), parameter(1, 3)
+    host = parameter(0, 3)
+    other = parameter(1, 3)
     registry = OptimizerRegistry(host=sgd(host))
     with pytest.raises(ValueError, match=r"group 'host' has an optimizer already; detach it first"):
         registry.attach("host", sgd(other))
@@ -152,7 +157,8 @@ def test_load_state_dict_goes_on_where_state_dict_left_off() -> None:
 
 @pytest.mark.parametrize("groups", [[], ["host"], ["host", "late"], ["host", "mid", "late"]])
 def test_load_state_dict_refuses_the_state_of_other_groups(groups: list[str]) -> None:
-    p, q = parameter(0, 3), parameter(1, 4)
+    p = parameter(0, 3)
+    q = parameter(1, 4)
     registry = OptimizerRegistry(host=sgd(p), mid=sgd(q))
     set_gradients(0, p, q)
     registry.step()

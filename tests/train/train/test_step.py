@@ -35,7 +35,8 @@ def linear() -> nn.Linear:
     ids=str,
 )
 def test_cross_entropy_criterion_gives_torchs_gradient(criterion: nn.CrossEntropyLoss | None) -> None:
-    ours, plain = linear(), linear()
+    ours = linear()
+    plain = linear()
     targets = TARGETS if criterion is None or criterion.ignore_index == -100 else TARGETS.clamp(min=0)
     step = build_train_step("classification", TrainConfig(), criterion)
     step(ours, INPUTS, targets, Meter("cpu"))
@@ -48,7 +49,8 @@ def test_any_other_criterion_runs_eagerly_and_says_so() -> None:
         chance = logits.softmax(1).gather(1, targets[:, None]).squeeze(1)
         return (-((1 - chance) ** 2) * chance.log()).mean()
 
-    ours, plain = linear(), linear()
+    ours = linear()
+    plain = linear()
     targets = TARGETS.clamp(min=0)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
     result = train_one_epoch(
@@ -143,7 +145,8 @@ def test_memory_of_the_gradient_never_changes_what_is_learned(
     where: str, make: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> None:
     """Over the logits, in memory kept for the next batch, or fresh; gradients add up over two batches."""
-    ours, plain = Made(make), Made(make)
+    ours = Made(make)
+    plain = Made(make)
     dims = make(INPUTS, ours.weight, ours.offset).dim()
     step = build_train_step("classification" if dims == 2 else "lm", TrainConfig())
     for inputs in (INPUTS, INPUTS.flip(0) + 1):
@@ -279,7 +282,8 @@ def test_two_configs_in_one_process_do_not_see_each_other(compiled_first: bool) 
     torch._dynamo.reset()
     counting = Counting()
     configs = {"compiled": compiled_config(counting), "eager": TrainConfig()}
-    results, weights = {}, {}
+    results = {}
+    weights = {}
     for name in ("compiled", "eager") if compiled_first else ("eager", "compiled"):
         model = linear()
         graphs = counting.graphs
@@ -309,7 +313,8 @@ def test_compile_failure_raises_by_default() -> None:
 def test_compile_failure_falls_back_with_the_reason_in_the_result() -> None:
     torch._dynamo.reset()
     config = compiled_config(broken_backend, on_failure="eager")
-    model, plain = linear(), linear()
+    model = linear()
+    plain = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     result = train_one_epoch(model, [(INPUTS, TARGETS)], optimizer, config, task_type="classification")
     assert not result.compiled
@@ -328,7 +333,8 @@ def test_a_models_own_error_is_not_taken_for_a_compile_failure() -> None:
 @pytest.mark.slow
 def test_inductor_trains_the_same_weights() -> None:
     torch._dynamo.reset()
-    compiled, plain = linear(), linear()
+    compiled = linear()
+    plain = linear()
     for model, config in (
         (compiled, TrainConfig(compile=CompileConfig(enabled=True))),
         (plain, TrainConfig()),

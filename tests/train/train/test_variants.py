@@ -69,7 +69,8 @@ def model_of(topology: str) -> MorphModel:
 
 @pytest.mark.parametrize("topology", ["cnn", "transformer"])
 def test_variants_are_those_of_whole_passes_bit_for_bit(topology: str) -> None:
-    model, task_type = model_of(topology), "lm" if topology == "transformer" else "classification"
+    model = model_of(topology)
+    task_type = "lm" if topology == "transformer" else "classification"
     shared, whole = (
         evaluate(m, images(topology), CONFIG, task_type=task_type, variants=VARIANTS) for m in (model, Plain(model))
     )
@@ -80,7 +81,8 @@ def test_variants_are_those_of_whole_passes_bit_for_bit(topology: str) -> None:
 
 
 def test_each_variant_begins_at_its_first_slot() -> None:
-    model, calls = model_of("cnn"), Counter[str]()
+    model = model_of("cnn")
+    calls = Counter[str]()
     for name, module in (*model.host.segments.items(), ("head", model.host.head)):
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
     variants = {name: VARIANTS[name] for name in ("late", "early", "mid", "joint")}
@@ -132,6 +134,7 @@ def test_logits_of_another_rank_are_refused_in_a_variant_too() -> None:
         def forward(self, x: Tensor, alpha: Any = None) -> Tensor:
             return x if alpha is None else x[None]
 
-    step, meters = build_train_step("classification", CONFIG), [Meter("cpu"), Meter("cpu")]
+    step = build_train_step("classification", CONFIG)
+    meters = [Meter("cpu"), Meter("cpu")]
     with pytest.raises(ValueError, match=r"expects logits \[N, V\], got \(1, 4, 3\)"):
         step.measure(Odd(), torch.randn(4, 3), torch.zeros(4).long(), meters, [{"early": 0.0}])
