@@ -1,9 +1,10 @@
 """Build entry point: metadata is in pyproject.toml, the compiled kernels are here.
 
-ESPER_NO_EXT=1 leaves them out; MAX_JOBS limits the compilers that run at once. CUDA kernels are built where torch is
-built with CUDA and a toolkit is found (CUDA_HOME, or nvcc on the path), for TORCH_CUDA_ARCH_LIST; no GPU is needed.
-FORCE_CUDA=1 builds them or fails, against any torch; NO_CUDA=1 leaves them out.
-ESPER_TESTING=1 adds the module of csrc/testing.cpp to an editable install, beside the tests that use it.
+ESPER_NO_EXT=1 leaves them out; MAX_JOBS limits the compilers that run at once. CUDA kernels are
+built where torch is built with CUDA and a toolkit is found (CUDA_HOME, or nvcc on the path), for
+TORCH_CUDA_ARCH_LIST; no GPU is needed. FORCE_CUDA=1 builds them or fails, against any torch;
+NO_CUDA=1 leaves them out. ESPER_TESTING=1 adds the module of csrc/testing.cpp to an editable
+install, beside the tests that use it.
 """
 
 import os
@@ -18,7 +19,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own AVX-512 header
+# GCC 12 says so of its own AVX-512 header
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNELS = [
     "csrc/call.cpp",
     "csrc/cpu/driver.cpp",
@@ -28,11 +30,23 @@ KERNELS = [
     "csrc/cpu/baseline.cpp",
 ]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # every torch from 2.10 on
-HEADERS = ["driver.h", "kernels.h", "simd.inc", "cross_entropy.inc", "grad_stats.inc", "vector_functions.inc"]
-CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # those that nvcc knows; newer GPUs compile from the last
+HEADERS = [
+    "driver.h",
+    "kernels.h",
+    "simd.inc",
+    "cross_entropy.inc",
+    "grad_stats.inc",
+    "vector_functions.inc",
+]
+# those that nvcc knows; newer GPUs compile from the last
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 CUDA_KERNELS = ["csrc/cuda/cross_entropy.cu", "csrc/cuda/grad_stats.cu"]
 CUDA_LIBRARIES = ["-ltorch", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-CUDA_DEPENDS = ["csrc/call.h", "csrc/tensors.h", *(f"csrc/cuda/{name}.h" for name in ("driver", "rows", "simt"))]
+CUDA_DEPENDS = [
+    "csrc/call.h",
+    "csrc/tensors.h",
+    *(f"csrc/cuda/{name}.h" for name in ("driver", "rows", "simt")),
+]
 
 
 def find_cuda(torch_cuda: str | None) -> tuple[Path | None, str]:
@@ -42,20 +56,30 @@ def find_cuda(torch_cuda: str | None) -> tuple[Path | None, str]:
         return None, "NO_CUDA=1"
     if not forced and torch_cuda is None:
         return None, "this torch is built without CUDA (FORCE_CUDA=1 builds them all the same)"
-    nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin") or shutil.which("nvcc")
+    nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin") or shutil.which(
+        "nvcc"
+    )
     if nvcc is not None:
-        # It may be a script or a link that stands elsewhere; what it would do says where it is at home.
-        plan = subprocess.run([nvcc, "--dryrun", "-c", "nothing.cu"], capture_output=True, text=True).stderr
+        # It may be a script or a link that stands elsewhere; what it would do says where it is at
+        # home.
+        plan = subprocess.run(
+            [nvcc, "--dryrun", "-c", "nothing.cu"], capture_output=True, text=True
+        ).stderr
         home = re.search(r"^#\$ TOP=(\S+)", plan, re.MULTILINE)
         if home is not None:
-            return Path(home[1]).resolve(), "FORCE_CUDA=1" if forced else f"torch is built with CUDA {torch_cuda}"
+            return Path(
+                home[1]
+            ).resolve(), "FORCE_CUDA=1" if forced else f"torch is built with CUDA {torch_cuda}"
     if forced:
-        sys.exit("esper-kernels: FORCE_CUDA=1, but there is no nvcc; set CUDA_HOME to a CUDA toolkit")
+        sys.exit(
+            "esper-kernels: FORCE_CUDA=1, but there is no nvcc; set CUDA_HOME to a CUDA toolkit"
+        )
     return None, "there is no nvcc (set CUDA_HOME to a CUDA toolkit)"
 
 
 def gencode(cuda: Path) -> list[str]:
-    """Options of nvcc for TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX", also with ;), or for what we choose."""
+    """Options of nvcc for TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX", also with ;), or for what we
+    choose."""
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not names:
         known = subprocess.check_output([cuda / "bin/nvcc", "--list-gpu-arch"], text=True).split()
@@ -64,7 +88,10 @@ def gencode(cuda: Path) -> list[str]:
     options = []
     for name in names:
         if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", name):
-            sys.exit(f"esper-kernels: TORCH_CUDA_ARCH_LIST holds numbers such as 9.0 or 9.0+PTX, got {name!r}")
+            sys.exit(
+                "esper-kernels: TORCH_CUDA_ARCH_LIST holds numbers such as 9.0 or 9.0+PTX, got "
+                f"{name!r}"
+            )
         number = name.removesuffix("+PTX").replace(".", "")
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
@@ -80,9 +107,18 @@ def compile_cuda(cuda: Path, folder: Path) -> list[str]:
         made = folder / f"{Path(source).stem}.o"
         told = folder / f"{Path(source).stem}.options"
         newest = max(Path(path).stat().st_mtime for path in (source, *CUDA_DEPENDS))
-        command = [str(cuda / "bin/nvcc"), "-c", "-std=c++17", "-O3", "-Icsrc", *gencode(cuda), source]
+        command = [
+            str(cuda / "bin/nvcc"),
+            "-c",
+            "-std=c++17",
+            "-O3",
+            "-Icsrc",
+            *gencode(cuda),
+            source,
+        ]
         command.append("-Xcompiler=-fPIC,-fvisibility=hidden")
-        same = told.exists() and told.read_text() == " ".join(command)  # the toolkit and the architectures
+        # the toolkit and the architectures
+        same = told.exists() and told.read_text() == " ".join(command)
         if not same or not made.exists() or made.stat().st_mtime < newest:
             print(" ".join(command))
             told.unlink(missing_ok=True)
@@ -94,7 +130,8 @@ def compile_cuda(cuda: Path, folder: Path) -> list[str]:
 
 
 class AnyPython(bdist_wheel):
-    """A wheel for every Python of this platform: its libraries are torch ops, without any Python in them."""
+    """A wheel for every Python of this platform: its libraries are torch ops, without any Python in
+    them."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -110,15 +147,16 @@ def compiled() -> dict[str, Any]:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
     except ImportError:
         sys.exit(
-            "esper-kernels: cannot import torch, against which the kernels are compiled; install it and run "
-            "pip with --no-build-isolation, or set ESPER_NO_EXT=1 for pure Python"
+            "esper-kernels: cannot import torch, against which the kernels are compiled; install "
+            "it and run pip with --no-build-isolation, or set ESPER_NO_EXT=1 for pure Python"
         )
     if shutil.which(get_cxx_compiler().split()[0]) is None:
         sys.exit(
-            f"esper-kernels: there is no C++ compiler {get_cxx_compiler()!r}; install one (g++), name it in CXX, "
-            "or set ESPER_NO_EXT=1 for pure Python"
+            f"esper-kernels: there is no C++ compiler {get_cxx_compiler()!r}; install one (g++), "
+            "name it in CXX, or set ESPER_NO_EXT=1 for pure Python"
         )
-    Path("esper_kernels/lib").mkdir(exist_ok=True)  # where an editable build copies the library of ops to
+    # where an editable build copies the library of ops to
+    Path("esper_kernels/lib").mkdir(exist_ok=True)
     depends = ["csrc/call.h", "csrc/tensors.h", *(f"csrc/cpu/{name}" for name in HEADERS)]
     ops = CppExtension(
         "esper_kernels.lib.esper_cpu",  # in a folder of its own: it is no Python module
@@ -144,8 +182,14 @@ def compiled() -> dict[str, Any]:
             depends=CUDA_DEPENDS,
             include_dirs=[str(Path("csrc").absolute()), str(cuda / "include")],
             extra_compile_args=[*FLAGS, STABLE_ABI, "-DUSE_CUDA"],
-            # The CUDA runtime is inside: torch's may be of another version. libtorch brings libtorch_cuda.
-            extra_link_args=["-s", "-Wl,--exclude-libs,ALL,--no-as-needed", f"-L{cuda}/lib64", *CUDA_LIBRARIES],
+            # The CUDA runtime is inside: torch's may be of another version. libtorch brings
+            # libtorch_cuda.
+            extra_link_args=[
+                "-s",
+                "-Wl,--exclude-libs,ALL,--no-as-needed",
+                f"-L{cuda}/lib64",
+                *CUDA_LIBRARIES,
+            ],
             py_limited_api=True,
         )
         extensions.append(gpu_ops)
@@ -153,19 +197,24 @@ def compiled() -> dict[str, Any]:
     class Build(BuildExtension):  # type: ignore[misc]
         def build_extensions(self) -> None:
             if not self.editable_mode:  # a wheel takes nothing that is for tests
-                self.extensions = [extension for extension in self.extensions if extension is not testing]
+                self.extensions = [
+                    extension for extension in self.extensions if extension is not testing
+                ]
             if cuda is not None:
                 gpu_ops.extra_objects = compile_cuda(cuda, Path(self.build_temp) / "cuda")
             super().build_extensions()
 
     print(
         f"esper-kernels: building CPU kernels against torch {torch.__version__}; "
-        f"{f'CUDA kernels with {cuda}' if cuda else 'no CUDA kernels'}, because: {why}; "
-        "for pure Python set ESPER_NO_EXT=1"
+        f"{f'CUDA kernels with {cuda}' if cuda else 'no CUDA kernels'}, because: {why}; for pure "
+        "Python set ESPER_NO_EXT=1"
     )
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True), "bdist_wheel": AnyPython},
+        "cmdclass": {
+            "build_ext": Build.with_options(no_python_abi_suffix=True),
+            "bdist_wheel": AnyPython,
+        },
     }
 
 

@@ -32,7 +32,10 @@ def listing() -> str:
     found = benchmarks()
     width = max(map(len, found))
     lines = [f"  {name:{width}}  {line}" for name, line in found.items()]
-    usage = ["usage: python -m benchmarks NAME [options]", "       python -m benchmarks NAME --help"]
+    usage = [
+        "usage: python -m benchmarks NAME [options]",
+        "       python -m benchmarks NAME --help",
+    ]
     return "\n".join([*usage, "", *lines])
 
 

@@ -3,14 +3,15 @@
     python -m benchmarks compat           # both, about half an hour
     python -m benchmarks compat torch     # one of them
 
-Downloads one release at a time, 0.5 to 1 GB each, into build/compat and deletes it after use. No GPU is needed, and
-no release is installed.
+Downloads one release at a time, 0.5 to 1 GB each, into build/compat and deletes it after use. No
+GPU is needed, and no release is installed.
 
-torch: `csrc/ops_*.cpp`, the sources that include torch's headers, are compiled and linked against the CUDA build of
-the newest patch of every minor release from 2.10 on. Then every symbol that any of these libraries takes from torch
-has to be exported by every release, so that a wheel built with one of them loads in all.
-Triton: every variant that a launch can select is compiled ahead of time, for sm_90, with the newest patch of every
-minor release from 3.5 on.
+torch: `csrc/ops_*.cpp`, the sources that include torch's headers, are compiled and linked against
+the CUDA build of the newest patch of every minor release from 2.10 on. Then every symbol that any
+of these libraries takes from torch has to be exported by every release, so that a wheel built with
+one of them loads in all.
+Triton: every variant that a launch can select is compiled ahead of time, for sm_90, with the newest
+patch of every minor release from 3.5 on.
 
 pip's configuration files are not read, because they may constrain torch. The variables `PIP_*` are.
 Writes results/compat.json; docs/clusters.md has the table.
@@ -41,11 +42,13 @@ OLDEST = {"torch": (2, 10), "triton": (3, 5)}
 ROOM = 10 << 30  # bytes on disk for one release, packed and unpacked
 SYSTEM_LIBRARIES = ("libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6")
 _CAPS = ("PIP_CONSTRAINT", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")
-_PIP = {name: value for name, value in os.environ.items() if name not in _CAPS} | {"PIP_CONFIG_FILE": os.devnull}
+_PIP = {name: value for name, value in os.environ.items() if name not in _CAPS} | {
+    "PIP_CONFIG_FILE": os.devnull
+}
 _OK = "ok"
 
-# Runs with another Triton first on the path. Prints its version, the number of variants that compiled, and the
-# failures, as JSON.
+# Runs with another Triton first on the path. Prints its version, the number of variants that
+# compiled, and the failures, as JSON.
 _COMPILE_ALL = """
 import json, sys
 import triton
@@ -89,14 +92,19 @@ def releases(package: str) -> list[str]:
 
 
 def newest_patches(versions: list[str], oldest: tuple[int, int]) -> list[str]:
-    """The newest patch of every minor release from `oldest` on; versions unlike "2.12.1" are ignored."""
+    """The newest patch of every minor release from `oldest` on; versions unlike "2.12.1" are
+    ignored."""
     newest: dict[tuple[int, int], int] = {}
     for version in versions:
         found = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", version)
         if found is not None:
             major, minor, patch = map(int, found.groups())
             newest[major, minor] = max(patch, newest.get((major, minor), 0))
-    return [f"{major}.{minor}.{patch}" for (major, minor), patch in sorted(newest.items()) if (major, minor) >= oldest]
+    return [
+        f"{major}.{minor}.{patch}"
+        for (major, minor), patch in sorted(newest.items())
+        if (major, minor) >= oldest
+    ]
 
 
 @contextmanager
@@ -106,10 +114,24 @@ def downloaded(package: str, version: str) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if shutil.disk_usage(folder).free < ROOM:
-        raise RuntimeError(f"{folder} needs {ROOM >> 30} GiB of disk; {shutil.disk_usage(folder).free >> 30} are free")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+        raise RuntimeError(
+            f"{folder} needs {ROOM >> 30} GiB of disk; {shutil.disk_usage(folder).free >> 30} are "
+            "free"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-cache-dir",
+        "--only-binary=:all:",
+    ]
     try:
-        subprocess.run([*command, "--dest", str(folder), f"{package}==={version}"], env=_PIP, check=True)
+        subprocess.run(
+            [*command, "--dest", str(folder), f"{package}==={version}"], env=_PIP, check=True
+        )
         (wheel,) = folder.glob("*.whl")
         yield wheel
     finally:
@@ -120,13 +142,27 @@ def torch_release(version: str, setup: dict[str, Any], cuda: Path) -> TorchRelea
     """Build the libraries of ops against one release. `setup`: the names of setup.py."""
     with downloaded("torch", version) as wheel:
         with zipfile.ZipFile(wheel) as archive:
-            wanted = re.compile(r"torch/(include/.*|lib/lib(torch|c10)\w*\.so|utils/cpp_extension\.py|version\.py)")
-            archive.extractall(wheel.parent, [name for name in archive.namelist() if wanted.fullmatch(name)])
+            wanted = re.compile(
+                r"torch/(include/.*|lib/lib(torch|c10)\w*\.so|utils/cpp_extension\.py|version\.py)"
+            )
+            archive.extractall(
+                wheel.parent, [name for name in archive.namelist() if wanted.fullmatch(name)]
+            )
         wheel.unlink()
         folder = wheel.parent / "torch"
         if runpy.run_path(str(folder / "version.py"))["cuda"] is None:
-            raise RuntimeError(f"the wheel of torch {version} is no CUDA build; on this index it has none")
-        options = ["-shared", "-fPIC", cpp_standard(folder), *setup["FLAGS"], "-O1", setup["STABLE_ABI"], "-DUSE_CUDA"]
+            raise RuntimeError(
+                f"the wheel of torch {version} is no CUDA build; on this index it has none"
+            )
+        options = [
+            "-shared",
+            "-fPIC",
+            cpp_standard(folder),
+            *setup["FLAGS"],
+            "-O1",
+            setup["STABLE_ABI"],
+            "-DUSE_CUDA",
+        ]
         options += ["-Icsrc", f"-I{cuda}/include", f"-I{folder}/include"]
         options += [f"-I{folder}/include/torch/csrc/api/include"]
         libraries = [f"-L{folder}/lib", "-Wl,--no-as-needed", "-lc10", "-ltorch", "-ltorch_cpu"]
@@ -164,13 +200,16 @@ def symbols(library: Path) -> set[str]:
 def undefined(library: Path) -> list[str]:
     """The names that a library of ops takes from torch.
 
-    The library is linked from its `ops_*.cpp` alone: what is Esper's own is in the other sources. Names with a version
-    are the system's; some of the C++ library's have none, because torch exports them too.
+    The library is linked from its `ops_*.cpp` alone: what is Esper's own is in the other sources.
+    Names with a version are the system's; some of the C++ library's have none, because torch
+    exports them too.
     """
     command = ["nm", "-D", "--undefined-only", "--format=posix", str(library)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in listed.splitlines()]
-    names = {name for name, kind, *_ in lines if kind == "U" and "@" not in name and "5esper" not in name}
+    names = {
+        name for name, kind, *_ in lines if kind == "U" and "@" not in name and "5esper" not in name
+    }
     return sorted(names - system_symbols())
 
 
@@ -179,7 +218,9 @@ def system_symbols() -> set[str]:
     found: set[str] = set()
     for name in SYSTEM_LIBRARIES:
         command = ["g++", f"-print-file-name={name}"]
-        found |= symbols(Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()))
+        found |= symbols(
+            Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+        )
     return found
 
 
@@ -192,7 +233,13 @@ def torch_rows() -> list[dict[str, Any]]:
     found = []
     for version in releases("torch"):
         found.append(torch_release(version, setup, cuda))
-        print("torch", version, found[-1].compiled, {k: len(v) for k, v in found[-1].needed.items()}, flush=True)
+        print(
+            "torch",
+            version,
+            found[-1].compiled,
+            {k: len(v) for k, v in found[-1].needed.items()},
+            flush=True,
+        )
     return compared(found)
 
 
@@ -213,7 +260,8 @@ def compared(found: list[TorchRelease]) -> list[dict[str, Any]]:
 
 
 def triton_rows() -> list[dict[str, Any]]:
-    """A row for every release of Triton: how many variants compiled, and the errors of the others."""
+    """A row for every release of Triton: how many variants compiled, and the errors of the
+    others."""
     rows = []
     for version in releases("triton"):
         with downloaded("triton", version) as wheel:
@@ -222,17 +270,26 @@ def triton_rows() -> list[dict[str, Any]]:
             for program in (wheel.parent / "triton/backends/nvidia/bin").iterdir():
                 program.chmod(0o755)
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            environment |= {"PYTHONPATH": f"{wheel.parent}:{ROOT}", "TRITON_CACHE_DIR": f"{wheel.parent}/cache"}
+            environment |= {
+                "PYTHONPATH": f"{wheel.parent}:{ROOT}",
+                "TRITON_CACHE_DIR": f"{wheel.parent}/cache",
+            }
             command = [sys.executable, "-c", _COMPILE_ALL]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True
+            )
         if done.returncode == 0:
             imported, compiled, failures = json.loads(done.stdout.splitlines()[-1])
             if imported != version:
-                raise RuntimeError(f"Triton {version} was to be compiled with, but {imported} was imported")
+                raise RuntimeError(
+                    f"Triton {version} was to be compiled with, but {imported} was imported"
+                )
         else:
             compiled = 0
             failures = [done.stderr.strip().splitlines()[-1]]
-        rows.append({"package": "triton", "version": version, "compiled": compiled, "failures": failures})
+        rows.append(
+            {"package": "triton", "version": version, "compiled": compiled, "failures": failures}
+        )
         print("triton", version, compiled, failures[:3], flush=True)
     return rows
 
@@ -241,18 +298,27 @@ def holds(row: dict[str, Any]) -> bool:
     """Whether nothing failed with this release."""
     if row["package"] == "triton":
         return bool(row["compiled"]) and not row["failures"]
-    return not row["lacks"] and all(said == _OK for name, said in row.items() if name.endswith(".cpp"))
+    return not row["lacks"] and all(
+        said == _OK for name, said in row.items() if name.endswith(".cpp")
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a table for torch and one for Triton, a line for each release."""
-    lines = ["| torch | `ops_cpu.cpp` | `ops_cuda.cpp` | symbols that it exports |", "|---|---|---|---|"]
+    lines = [
+        "| torch | `ops_cpu.cpp` | `ops_cuda.cpp` | symbols that it exports |",
+        "|---|---|---|---|",
+    ]
     for row in (row for row in rows if row["package"] == "torch"):
         exported = f"{row['symbols'] - len(row['lacks'])} of {row['symbols']}"
-        lines.append(f"| {row['version']} | {row['ops_cpu.cpp']} | {row['ops_cuda.cpp']} | {exported} |")
+        lines.append(
+            f"| {row['version']} | {row['ops_cpu.cpp']} | {row['ops_cuda.cpp']} | {exported} |"
+        )
     lines += ["", "| Triton | variants that compile |", "|---|---|"]
     for row in (row for row in rows if row["package"] == "triton"):
-        lines.append(f"| {row['version']} | {row['compiled']} of {row['compiled'] + len(row['failures'])} |")
+        lines.append(
+            f"| {row['version']} | {row['compiled']} of {row['compiled'] + len(row['failures'])} |"
+        )
     return "\n".join(lines)
 
 
@@ -265,7 +331,9 @@ def main(names: list[str]) -> None:
     rows = json.loads(path.read_text())["figures"] if path.exists() else []
     for name in names or checks:
         made = checks[name]()
-        rows = sorted([row for row in rows if row["package"] != name] + made, key=lambda row: row["package"])
+        rows = sorted(
+            [row for row in rows if row["package"] != name] + made, key=lambda row: row["package"]
+        )
         record.write("compat", rows)
     print(f"\n{table(rows)}\n\n{path}, on {platform.machine()}")
     if not all(map(holds, rows)):
@@ -274,5 +342,7 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     arguments = record.parser("compat", __doc__)
-    arguments.add_argument("packages", nargs="*", metavar="torch|triton", help="one of them; both by default")
+    arguments.add_argument(
+        "packages", nargs="*", metavar="torch|triton", help="one of them; both by default"
+    )
     main(arguments.parse_args().packages)

@@ -77,8 +77,14 @@ def loss_calls(shape: str) -> Calls:
     grad = cross_entropy_step(logits, targets, meter, out=out)
     assert leaf.grad is not None
     error = (grad.float() - leaf.grad.float()).norm() / leaf.grad.float().norm()
-    if not error < (1e-5 if dtype == torch.float32 else 1e-2) or meter.compute().correct[1] != correct:
-        raise SystemExit(f"{shape} is not timed: gradient or counts differ from eager torch's (error {error:.2g})")
+    if (
+        not error < (1e-5 if dtype == torch.float32 else 1e-2)
+        or meter.compute().correct[1] != correct
+    ):
+        raise SystemExit(
+            f"{shape} is not timed: gradient or counts differ from eager torch's (error "
+            f"{error:.2g})"
+        )
     avx2 = KernelConfig(instruction_set="avx2")
     return {
         "eager": lambda: train(plain),
@@ -131,7 +137,12 @@ def measure(shape: str) -> dict[str, Any]:
     spread = {name: (median(t) - min(t)) / min(t) for name, t in times.items()}
     busy = os.getloadavg()[0] > 1.5 * torch.get_num_threads() or median(spread.values()) > 0.3
     figures = {name: round(median(t), 2) for name, t in times.items()}
-    return {"shape": shape, "microseconds": figures, "threads_used": round(threads, 2), "busy": busy}
+    return {
+        "shape": shape,
+        "microseconds": figures,
+        "threads_used": round(threads, 2),
+        "busy": busy,
+    }
 
 
 Times = dict[str, float]
@@ -186,7 +197,9 @@ def is_gradients(row: dict[str, Any]) -> bool:
 
 def label(row: dict[str, Any]) -> str:
     """The shape in words, marked if something else used the machine."""
-    text = str(row["shape"]).removeprefix("grads:").replace("bf16:", "bfloat16 ").replace("x", " x ")
+    text = (
+        str(row["shape"]).removeprefix("grads:").replace("bf16:", "bfloat16 ").replace("x", " x ")
+    )
     busy = row["default"]["busy"] or row["tuned"]["busy"]
     return f"{text} (busy)" if busy else text
 
@@ -204,8 +217,12 @@ def in_new_process(shape: str, variables: dict[str, str]) -> dict[str, Any]:
 def main() -> None:
     """Measure each shape in new processes, print the tables, and write the figures."""
     parser = record.parser("cpu", __doc__)
-    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="[bf16:]ROWSxCLASSES or grads:TENSORSxSIZE")
-    parser.add_argument("--measure", metavar="SHAPE", help="measure one shape in this process and print JSON")
+    parser.add_argument(
+        "shapes", nargs="*", metavar="SHAPE", help="[bf16:]ROWSxCLASSES or grads:TENSORSxSIZE"
+    )
+    parser.add_argument(
+        "--measure", metavar="SHAPE", help="measure one shape in this process and print JSON"
+    )
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure)))

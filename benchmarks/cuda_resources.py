@@ -20,7 +20,8 @@ SOURCES = ("cross_entropy", "grad_stats")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # What the assembler reports about one kernel.
 _KERNEL = re.compile(
-    r"entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes "
+    r"spill loads.*?"
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
@@ -32,11 +33,21 @@ def resources(source: str, architecture: int) -> list[dict[str, Any]]:
     Shared memory is not in it, because its size is an argument of the launch.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin"]
+        command = [
+            "nvcc",
+            "-std=c++17",
+            "-O3",
+            "-Icsrc",
+            f"-arch=sm_{architecture}",
+            "-Xptxas=-v",
+            "-cubin",
+        ]
         command += [f"csrc/cuda/{source}.cu", "-o", f"{folder}/cubin"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"nvcc does not compile {source}.cu for sm_{architecture}: {done.stderr}")
+        raise RuntimeError(
+            f"nvcc does not compile {source}.cu for sm_{architecture}: {done.stderr}"
+        )
     found = [_KERNEL.search(part) for part in done.stderr.split("Compiling ")[1:]]
     if None in found:
         raise RuntimeError(f"cannot read nvcc's report about {source}.cu: {done.stderr}")
@@ -54,7 +65,9 @@ def resources(source: str, architecture: int) -> list[dict[str, Any]]:
 
 def _readable(mangled: str) -> str:
     """The kernel's name and template arguments."""
-    whole = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    whole = subprocess.run(
+        ["c++filt", mangled], capture_output=True, text=True, check=True
+    ).stdout.strip()
     return re.sub(r"^void |\w+::|\(.*", "", whole.replace("(anonymous namespace)::", ""))
 
 

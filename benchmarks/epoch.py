@@ -64,7 +64,8 @@ def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """What `grad_stats` measures, one gradient at a time; stays on the device until the epoch ends."""
+    """What `grad_stats` measures, one gradient at a time; stays on the device until the epoch
+    ends."""
     grads = [p.grad.detach() for p in model.parameters() if p.grad is not None]
     return {
         "norms": torch.stack([g.norm() for g in grads]),
@@ -136,7 +137,9 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
             validation = DataLoader(TensorDataset(*split), case.batch)
         return lambda: plain_epoch(model, optimizer, train, validation, slots)
 
-    def ours(config: TrainConfig, channels_last: bool = images_pay_channels_last(case)) -> Callable[[], list[float]]:
+    def ours(
+        config: TrainConfig, channels_last: bool = images_pay_channels_last(case)
+    ) -> Callable[[], list[float]]:
         model = model_of(case)
         step = build_train_step(task_type, config)
         if channels_last:
@@ -168,7 +171,8 @@ def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
 
 
 def loop_cost(case: Case, rounds: int) -> dict[str, float]:
-    """Microseconds of `train_one_epoch`, per batch and per epoch, beyond a loop without loss or metrics.
+    """Microseconds of `train_one_epoch`, per batch and per epoch, beyond a loop without loss or
+    metrics.
 
     That loop has forward, backward from a given gradient, and the optimizer step. "us by hand" is
     the same loop with our two ops in it: what they cost when the caches hold other data. All loops
@@ -207,17 +211,22 @@ def loop_cost(case: Case, rounds: int) -> dict[str, float]:
             optimizer.step()
 
     def ours(batches: int) -> None:
-        train_one_epoch(model, [(inputs, targets)] * batches, optimizer, config, task_type=task_type, step=step)
+        train_one_epoch(
+            model, [(inputs, targets)] * batches, optimizer, config, task_type=task_type, step=step
+        )
 
     everything = torch.cat([p.detach().flatten() for p in parameters])
     more = LOOP_BATCHES - 1
     rows = []
     for _ in range(rounds + 1):
         one, many = (
-            [seconds(lambda loop=loop, n=n: loop(n)) for loop in (plainest, by_hand, ours)] for n in (1, 1 + more)
+            [seconds(lambda loop=loop, n=n: loop(n)) for loop in (plainest, by_hand, ours)]
+            for n in (1, 1 + more)
         )
         plain, hand, own = (1e6 * (b - a) / more for a, b in zip(one, many, strict=True))
-        rows.append((own - plain, hand - plain, 1e6 * (one[2] - one[0]), 1e6 * seconds(everything.sum)))
+        rows.append(
+            (own - plain, hand - plain, 1e6 * (one[2] - one[0]), 1e6 * seconds(everything.sum))
+        )
     own_cost, hand_cost, epoch_cost, read = zip(*rows[1:], strict=True)
     return {
         "us per batch": median(own_cost),
@@ -230,7 +239,8 @@ def loop_cost(case: Case, rounds: int) -> dict[str, float]:
 
 
 def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
-    """The time of `evaluate` with each slot ablated, over that without, and what the ideal would be.
+    """The time of `evaluate` with each slot ablated, over that without, and what the ideal would
+    be.
 
     With three slots, the last two are ablated.
     """
@@ -246,14 +256,20 @@ def evaluation_cost(case: Case, rounds: int) -> dict[str, float]:
 
     def measured(*names: str) -> Callable[[], object]:
         variants = {slot: {slot: 0.0} for slot in names}
-        return lambda: evaluate(model, batches, config, task_type=task_type, step=step, variants=variants)
+        return lambda: evaluate(
+            model, batches, config, task_type=task_type, step=step, variants=variants
+        )
 
     model.eval()
     with torch.no_grad():
         whole_passes = partial(forward_all, model, [(inputs, {}) for inputs, _ in batches])
         entered = [model.forward_keeping(inputs)[1] for inputs, _ in batches]
         tails = [
-            partial(forward_all, model, [(kept[slot], {"start": slot, "alpha": {slot: 0.0}}) for kept in entered])
+            partial(
+                forward_all,
+                model,
+                [(kept[slot], {"start": slot, "alpha": {slot: 0.0}}) for kept in entered],
+            )
             for slot in slots
         ]
         runs = [whole_passes, *tails, measured(), measured(*slots)]
@@ -280,8 +296,12 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     curves = {label: [run(), run()] for label, run in runs.items()}
     for label in curves:
         exact = label.startswith("ours") and "bfloat16" not in label
-        if exact and not torch.allclose(torch.tensor(curves[label]), torch.tensor(curves["plain"]), rtol=2e-3):
-            raise SystemExit(f"{name}: losses differ, so nothing is timed: {curves['plain']} and {curves[label]}")
+        if exact and not torch.allclose(
+            torch.tensor(curves[label]), torch.tensor(curves["plain"]), rtol=2e-3
+        ):
+            raise SystemExit(
+                f"{name}: losses differ, so nothing is timed: {curves['plain']} and {curves[label]}"
+            )
     times: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(rounds):
         for label, run in runs.items():
@@ -321,7 +341,10 @@ def times(row: Row, slower: str, faster: str) -> str:
 def fastest_compiled(row: Row) -> str:
     """The faster of the compiled candidates, which differ in their memory format."""
     seconds_of = row["seconds"]
-    return min((name for name in seconds_of if name.startswith("ours, compiled")), key=seconds_of.__getitem__)
+    return min(
+        (name for name in seconds_of if name.startswith("ours, compiled")),
+        key=seconds_of.__getitem__,
+    )
 
 
 def evaluation(row: Row, name: str) -> str:

@@ -34,8 +34,14 @@ CASES = {
     "cifar:32x64": Case(kind="cifar", width=32, batch=64, samples=512),
     "pysource:64x32": Case(kind="pysource", width=64, batch=32, classes=256, samples=512),
     "lm:64x8x32768": Case(kind="lm", width=64, batch=8, classes=32768, samples=64),
-    **{f"batch:{b}": Case(kind="generated", width=8, batch=b, samples=2048) for b in (16, 64, 256, 1024)},
-    **{f"classes:{c}": Case(kind="generated", width=8, batch=64, classes=c) for c in (10, 100, 1000, 10000)},
+    **{
+        f"batch:{b}": Case(kind="generated", width=8, batch=b, samples=2048)
+        for b in (16, 64, 256, 1024)
+    },
+    **{
+        f"classes:{c}": Case(kind="generated", width=8, batch=64, classes=c)
+        for c in (10, 100, 1000, 10000)
+    },
     **{f"slots:{s}": Case(kind="generated", width=8, batch=64, slots=s) for s in (0, 1, 2, 3)},
 }
 
@@ -62,7 +68,9 @@ def model_of(case: Case) -> MorphModel:
         blueprint = "mlp"
     else:
         size, channels = (32, 3) if case.kind == "cifar" else (8, 1)
-        host = cnn_host(image_size=size, in_channels=channels, num_classes=case.classes, width=case.width)
+        host = cnn_host(
+            image_size=size, in_channels=channels, num_classes=case.classes, width=case.width
+        )
         blueprint = "conv_light"
     model = MorphModel(host, SLOTS)
     for name in SLOTS[: case.slots]:

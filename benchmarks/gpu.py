@@ -1,20 +1,21 @@
 """The GPU kernels beside eager torch, torch.compile, other libraries' kernels and a copy.
 
-    python -m benchmarks gpu                                  # everything, on a machine with a CUDA device
-    python -m benchmarks gpu bf16:8192x128256 grads:fp32:160x160000
+    python -m benchmarks gpu                                  # everything, on a machine with a CUDA
+    device python -m benchmarks gpu bf16:8192x128256 grads:fp32:160x160000
 
-One step on logits [N, V] is loss, correct count, accumulation and logits gradient. It has to read and
-write N * V numbers once; GB/s counts these, and the share is that of the bandwidth of a large copy.
-Gradients have to be read once. A candidate of ours is timed only after it agrees with eager torch. The
-table names the rivals that are not installed, and gives the error of a candidate that fails. The figures
-are written after every shape.
+One step on logits [N, V] is loss, correct count, accumulation and logits gradient. It has to read
+and write N * V numbers once; GB/s counts these, and the share is that of the bandwidth of a large
+copy. Gradients have to be read once. A candidate of ours is timed only after it agrees with eager
+torch. The table names the rivals that are not installed, and gives the error of a candidate that
+fails. The figures are written after every shape.
 
-Small inputs are copied and taken in turn, so that every call reads from memory and not from the L2 cache.
-"ms" is the time of a call between two events. For a short call that is the host's time, so "replayed"
-gives the time of the same calls in a CUDA graph.
+Small inputs are copied and taken in turn, so that every call reads from memory and not from the L2
+cache. "ms" is the time of a call between two events. For a short call that is the host's time, so
+"replayed" gives the time of the same calls in a CUDA graph.
 
-Goals: one launch and no host sync per step; at least 85 % of the copy's bandwidth from 1,000 classes up; faster than
-every rival at every shape; gradient statistics no slower than `torch._foreach_norm` alone.
+Goals: one launch and no host sync per step; at least 85 % of the copy's bandwidth from 1,000
+classes up; faster than every rival at every shape; gradient statistics no slower than
+`torch._foreach_norm` alone.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ from esper_kernels.backends import refusal
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 CLASSES = (10, 100, 1000, 8192, 32000, 50257, 128256, 262144)
-GRADS = ("grads:fp32:60x20000", "grads:fp32:160x160000", "grads:bf16:2000x1000", "grads:bf16:300x4000000")
+GRADS = (
+    "grads:fp32:60x20000",
+    "grads:fp32:160x160000",
+    "grads:bf16:2000x1000",
+    "grads:bf16:300x4000000",
+)
 BACKENDS = ("triton", "cuda")
 LARGEST = 2**31  # bytes of logits, so that eager torch's several copies fit
 MOST_COPIES = 256  # copies of the inputs of a small shape
@@ -71,7 +77,11 @@ def shapes() -> list[str]:
     logits = []
     for name in ("bf16", "fp32"):
         for v in CLASSES:
-            rows = 65536 if v <= 100 else min(8192, LARGEST // (v * DTYPES[name].itemsize) // 1024 * 1024)
+            rows = (
+                65536
+                if v <= 100
+                else min(8192, LARGEST // (v * DTYPES[name].itemsize) // 1024 * 1024)
+            )
             logits.append(f"{name}:{rows}x{v}")
     return [*logits, *GRADS]
 
@@ -80,14 +90,18 @@ def parse(text: str) -> Shape:
     """Read "bf16:8192x1000" or "grads:fp32:60x20000"; ValueError for anything else."""
     found = re.fullmatch(r"(grads:)?(\w+):([1-9]\d*)x([1-9]\d*)", text)
     if found is None or found[2] not in DTYPES:
-        raise ValueError(f"a shape is {'|'.join(DTYPES)}:ROWSxCLASSES or grads:DTYPE:TENSORSxSIZE, got {text!r}")
+        raise ValueError(
+            f"a shape is {'|'.join(DTYPES)}:ROWSxCLASSES or grads:DTYPE:TENSORSxSIZE, got {text!r}"
+        )
     return Shape(found[1] is not None, DTYPES[found[2]], int(found[3]), int(found[4]))
 
 
 def served(op: str, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
     """Our backends that can run here, and why the others cannot."""
     reasons = {name: refusal(op, name, "cuda", dtype) for name in BACKENDS}
-    return [name for name, why in reasons.items() if why is None], {name: why for name, why in reasons.items() if why}
+    return [name for name, why in reasons.items() if why is None], {
+        name: why for name, why in reasons.items() if why
+    }
 
 
 def rival(module: str, name: str) -> Callable[..., Any] | None:
@@ -119,7 +133,8 @@ class Subject:
 
 
 def copies(size: int, cache: int) -> int:
-    """How many inputs of `size` bytes must take turns, so that none is still in a cache of `cache` bytes."""
+    """How many inputs of `size` bytes must take turns, so that none is still in a cache of `cache`
+    bytes."""
     return 1 if size > 2 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
 
 
@@ -140,9 +155,13 @@ def batches(shape: Shape) -> list[Batch]:
     generator = torch.Generator("cuda").manual_seed(0)
     made = []
     for _ in range(copies(shape.bytes, cache_bytes())):
-        logits = torch.randn(shape.rows, shape.columns, generator=generator, device="cuda", dtype=shape.dtype)
+        logits = torch.randn(
+            shape.rows, shape.columns, generator=generator, device="cuda", dtype=shape.dtype
+        )
         targets = torch.randint(shape.columns, (shape.rows,), generator=generator, device="cuda")
-        made.append(Batch(logits, targets, logits.clone().requires_grad_(), torch.empty_like(logits)))
+        made.append(
+            Batch(logits, targets, logits.clone().requires_grad_(), torch.empty_like(logits))
+        )
     return made
 
 
@@ -179,7 +198,9 @@ def loss_subject(shape: Shape) -> Subject:
     for name in names:
         for label, function in ((name, step), (f"{name}, autograd", autograd)):
             meters[label] = Meter("cuda")
-            candidates[label] = partial(function, config=KernelConfig(backend=name), meter=meters[label])
+            candidates[label] = partial(
+                function, config=KernelConfig(backend=name), meter=meters[label]
+            )
 
     def check(name: str) -> None:
         if name not in meters:
@@ -189,7 +210,9 @@ def loss_subject(shape: Shape) -> Subject:
         error = float((gradient - expected).norm() / expected.norm())
         counted = meters[name].compute().correct[1]
         assert error < bound, f"the gradient differs from eager's by {error:.2g}, relative in L2"
-        assert counted == expected_correct, f"counts {counted} correct rows, eager {expected_correct}"
+        assert counted == expected_correct, (
+            f"counts {counted} correct rows, eager {expected_correct}"
+        )
 
     rivals, absent = loss_rivals(inputs)
     candidates |= rivals
@@ -213,11 +236,17 @@ def loss_rivals(inputs: list[Batch]) -> tuple[dict[str, Callable[[Batch], Any]],
 
         candidates["liger"] = liger_step
     if quack is not None:  # neither form counts correct rows
-        candidates["quack, autograd, loss only"] = partial(train, lambda b: quack(b.leaf, b.targets))
+        candidates["quack, autograd, loss only"] = partial(
+            train, lambda b: quack(b.leaf, b.targets)
+        )
     if quack_one_pass is not None:
-        candidates["quack, one pass, loss only"] = lambda b: quack_one_pass(b.logits, b.targets, return_dx=True)
+        candidates["quack, one pass, loss only"] = lambda b: quack_one_pass(
+            b.logits, b.targets, return_dx=True
+        )
     found = {"liger": liger, "quack": quack or quack_one_pass}
-    return candidates, {name: "not installed" for name, function in found.items() if function is None}
+    return candidates, {
+        name: "not installed" for name, function in found.items() if function is None
+    }
 
 
 def grad_subject(shape: Shape) -> Subject:
@@ -225,7 +254,9 @@ def grad_subject(shape: Shape) -> Subject:
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = []
     for _ in range(copies(shape.bytes, cache_bytes())):
-        everything = torch.randn(shape.rows, shape.columns, generator=generator, device="cuda", dtype=shape.dtype)
+        everything = torch.randn(
+            shape.rows, shape.columns, generator=generator, device="cuda", dtype=shape.dtype
+        )
         inputs.append([row.clone() for row in everything])
         del everything
     truth = torch.stack([grad.double().norm() for grad in inputs[0]])
@@ -241,13 +272,16 @@ def grad_subject(shape: Shape) -> Subject:
     def check(name: str) -> None:
         if name in stats:
             candidates[name](inputs[0])
-            assert torch.allclose(stats[name].norms, truth, rtol=1e-12, atol=0), "the norms differ from float64's"
+            assert torch.allclose(stats[name].norms, truth, rtol=1e-12, atol=0), (
+                "the norms differ from float64's"
+            )
 
     return Subject(inputs, candidates, check, missing)
 
 
 def measure(text: str, copied: float) -> dict[str, Any]:
-    """Medians of alternating rounds for every candidate of one shape. `copied`: from `copy_bandwidth`."""
+    """Medians of alternating rounds for every candidate of one shape. `copied`: from
+    `copy_bandwidth`."""
     shape = parse(text)
     torch._dynamo.reset()
     subject = grad_subject(shape) if shape.grads else loss_subject(shape)
@@ -259,7 +293,8 @@ def measure(text: str, copied: float) -> dict[str, Any]:
             return None
         try:
             return work()
-        except Exception as error:  # another library may raise anything; the other candidates are still measured
+        # another library may raise anything; the other candidates are still measured
+        except Exception as error:
             errors[name] = described(error)
             return None
 
@@ -279,14 +314,24 @@ def measure(text: str, copied: float) -> dict[str, Any]:
     moved = shape.bytes if shape.grads else 2 * shape.bytes
     rows = {}
     for name, call in subject.candidates.items():
-        figures = attempt(name, lambda n=name, c=call: facts(c, subject.inputs, median(times[n]), moved, copied))
+        figures = attempt(
+            name, lambda n=name, c=call: facts(c, subject.inputs, median(times[n]), moved, copied)
+        )
         rows[name] = figures or {"error": errors[name]}
-    for name, call in subject.candidates.items():  # last, because a failed capture may affect what follows
+    # last, because a failed capture may affect what follows
+    for name, call in subject.candidates.items():
         if name not in errors:
             number = min(MOST_CAPTURED, repeats[name])
             replayed = attempt(name, partial(replayed_milliseconds, call, subject.inputs, number))
-            rows[name]["replayed_milliseconds"] = errors[name] if replayed is None else round(replayed, 5)
-    return {"shape": text, "inputs": len(subject.inputs), "candidates": rows, "missing": subject.missing}
+            rows[name]["replayed_milliseconds"] = (
+                errors[name] if replayed is None else round(replayed, 5)
+            )
+    return {
+        "shape": text,
+        "inputs": len(subject.inputs),
+        "candidates": rows,
+        "missing": subject.missing,
+    }
 
 
 def facts(
@@ -366,5 +411,7 @@ def main(names: list[str], folder: Path = record.RESULTS) -> None:
 
 if __name__ == "__main__":
     arguments = record.parser("gpu", __doc__)
-    arguments.add_argument("shapes", nargs="*", metavar="SHAPE", help="DTYPE:ROWSxCLASSES or grads:DTYPE:TENSORSxSIZE")
+    arguments.add_argument(
+        "shapes", nargs="*", metavar="SHAPE", help="DTYPE:ROWSxCLASSES or grads:DTYPE:TENSORSxSIZE"
+    )
     main(arguments.parse_args().shapes)

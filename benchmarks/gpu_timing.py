@@ -1,4 +1,5 @@
-"""How the GPU benchmark measures: device and host times, launches, host syncs, and a copy's bandwidth.
+"""How the GPU benchmark measures: device and host times, launches, host syncs, and a copy's
+bandwidth.
 
 `inputs` are taken in turn: call n gets the n-th of them.
 """
@@ -37,10 +38,14 @@ def replayed_milliseconds(call: Callable[[Any], Any], inputs: Sequence[Any], rep
             call(inputs[number % len(inputs)])
 
     replay = CudaGraphs(torch.device("cuda")).record(work)
-    return median(device_milliseconds(lambda _: replay(), [None], 1) for _ in range(ROUNDS)) / repeats
+    return (
+        median(device_milliseconds(lambda _: replay(), [None], 1) for _ in range(ROUNDS)) / repeats
+    )
 
 
-def host_microseconds(call: Callable[[Any], Any], inputs: Sequence[Any], repeats: int = 10) -> float:
+def host_microseconds(
+    call: Callable[[Any], Any], inputs: Sequence[Any], repeats: int = 10
+) -> float:
     """Time for which one call occupies the host, while the device still works on earlier ones."""
     torch.cuda.synchronize()
     started = time.perf_counter()
@@ -67,7 +72,9 @@ def launches(call: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [
+        event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
 
 
@@ -75,4 +82,9 @@ def copy_bandwidth(size: int = 2**30) -> float:
     """Bytes read and written per second when 1 GiB is copied."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * size / median(device_milliseconds(target.copy_, [source], 5) for _ in range(ROUNDS)) * 1e3
+    return (
+        2
+        * size
+        / median(device_milliseconds(target.copy_, [source], 5) for _ in range(ROUNDS))
+        * 1e3
+    )

@@ -1,10 +1,10 @@
 """Does growing pay? Test accuracy of grown networks and of their hosts, at several lengths of run.
 
-    python -m benchmarks growth                                      # digits, 10 seeds, 75 to 600 epochs
-    python -m benchmarks growth --task pysource --seeds 3 --epochs 60
+    python -m benchmarks growth                                      # digits, 10 seeds, 75 to 600
+    epochs python -m benchmarks growth --task pysource --seeds 3 --epochs 60
 
-grown: `esper-train heuristic`; fit: the same host, epochs and data without slots. Both give the network
-that `keep` names. The figures of a run are printed and written as soon as it ends.
+grown: `esper-train heuristic`; fit: the same host, epochs and data without slots. Both give the
+network that `keep` names. The figures of a run are printed and written as soon as it ends.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def measure(task: str, epochs: int, seed: int) -> Pair:
 def table(pairs: list[Pair]) -> str:
     """Markdown: one row per length of run, with the mean gain and its standard error."""
     lines = [
-        "| epochs | seeds | grown, % | fit, % | gain, points | below by more than 1 / 2 | kept | undone |",
+        "| epochs | seeds | grown, % | fit, % | gain, points | below by more than 1 / 2 | kept | "
+        "undone |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for epochs in dict.fromkeys(pair.epochs for pair in pairs):
@@ -81,7 +82,9 @@ def table(pairs: list[Pair]) -> str:
 
 def main() -> None:
     """Measure, print the table, write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", default="digits")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, nargs="+", default=[75, 150, 300, 600])
@@ -92,7 +95,10 @@ def main() -> None:
             pairs.append(measure(options.task, epochs, seed))
             path = record.write(f"growth-{options.task}", [asdict(pair) for pair in pairs])
             last = pairs[-1]
-            print(f"{epochs} epochs, seed {seed}: grown {last.grown:.2f}, fit {last.fit:.2f}", flush=True)
+            print(
+                f"{epochs} epochs, seed {seed}: grown {last.grown:.2f}, fit {last.fit:.2f}",
+                flush=True,
+            )
     print(f"\n{table(pairs)}\n\n{path}")
 
 

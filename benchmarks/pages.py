@@ -33,7 +33,9 @@ BARS = {"eager PyTorch": ("eager", "#9aa5b1"), "torch.compile": ("compile", "#5b
 
 def filled(page: str) -> str:
     """The page with every table made anew; ValueError for a table that is not in `TABLES`."""
-    return re.sub(r"<!-- (?!end of )(.+?) -->\n.*?<!-- end of \1 -->", _block, page, flags=re.DOTALL)
+    return re.sub(
+        r"<!-- (?!end of )(.+?) -->\n.*?<!-- end of \1 -->", _block, page, flags=re.DOTALL
+    )
 
 
 def _block(found: re.Match[str]) -> str:
@@ -50,7 +52,9 @@ def caption(environment: dict[str, Any]) -> str:
     """When and where figures were measured, in one line."""
     where = f"{environment['cpu']}, {environment['cores']} cores"
     versions = f"Python {environment['python']}, torch {environment['torch']}"
-    return f"*Measured {environment['date']} on {where}; {versions}; commit {environment['commit']}.*"
+    return (
+        f"*Measured {environment['date']} on {where}; {versions}; commit {environment['commit']}.*"
+    )
 
 
 def speedups() -> tuple[list[str], dict[str, list[float]]]:
@@ -79,7 +83,9 @@ def draw(path: Path) -> None:
         axes.set_yticks([place + height / 2 for place in range(len(shapes))], shapes)
         axes.invert_yaxis()
         axes.set_xlabel("speedup of loss, counts and logits gradient together")
-        axes.set_title("cross_entropy_step on a CPU, for logits [rows x classes]", fontsize=11, loc="left")
+        axes.set_title(
+            "cross_entropy_step on a CPU, for logits [rows x classes]", fontsize=11, loc="left"
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
         path.parent.mkdir(parents=True, exist_ok=True)

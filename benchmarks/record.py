@@ -77,7 +77,9 @@ def _version(library: str) -> str | None:
 def _git(*arguments: str) -> str | None:
     command = ["git", *arguments]
     try:
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -2,8 +2,9 @@
 
     python -m benchmarks triton_resources    # writes results/triton-resources.json
 
-`VARIANTS` has a function for each op that lists every variant that its launches can select; `recorded` makes that list
-from calls of the backend's own functions. Needs Triton with its interpreter off.
+`VARIANTS` has a function for each op that lists every variant that its launches can select;
+`recorded` makes that list from calls of the backend's own functions. Needs Triton with its
+interpreter off.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Variant(NamedTuple):
 
 
 def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
-    """What the launches in `call` would compile on an NVIDIA GPU. None is executed, so CPU tensors will do."""
+    """What the launches in `call` would compile on an NVIDIA GPU. None is executed, so CPU tensors
+    will do."""
     variants = []
     backend = make_backend(TARGETS[0])
 
@@ -53,15 +55,21 @@ def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, options = bind(*arguments, **options)
         _, *facts = kernel._pack_args(backend, options, bound, specialization, options)
-        variants.append(Variant(f"{name}: {kernel.fn.__name__} {len(variants)}", kernel, *facts, options))
+        variants.append(
+            Variant(f"{name}: {kernel.fn.__name__} {len(variants)}", kernel, *facts, options)
+        )
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "cuda", "any"):
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(torch.version, "cuda", "any"),
+    ):
         call()
     return variants
 
 
 def grad_stats_variants() -> Iterator[Variant]:
-    """One variant per dtype of `inv_scale`, and one without it. One kernel has all gradient dtypes."""
+    """One variant per dtype of `inv_scale`, and one without it. One kernel has all gradient
+    dtypes."""
     grads = [torch.ones(3, dtype=dtype) for dtype in grad_stats_triton.DTYPES]
     stats = grad_stats(grads)
     for scale in (None, *(torch.ones((), dtype=dtype) for dtype in grad_stats_triton.DTYPES)):
@@ -70,7 +78,8 @@ def grad_stats_variants() -> Iterator[Variant]:
 
 
 def cross_entropy_variants() -> Iterator[Variant]:
-    """Every launch choice on an H200, with no option and with all of them ("heavy"); some in autograd form."""
+    """Every launch choice on an H200, with no option and with all of them ("heavy"); some in
+    autograd form."""
     for classes in CLASSES:
         targets = torch.zeros(64, dtype=torch.int64)
         weight = torch.ones(classes)
@@ -80,30 +89,49 @@ def cross_entropy_variants() -> Iterator[Variant]:
             logits = torch.zeros(64, classes, dtype=dtype)
             meter = Meter("cpu", topk=(5,))
             for options in (plain, heavy):
-                name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
-                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None)
+                name = (
+                    f"cross_entropy, {classes} classes, {dtype}, "
+                    f"{'plain' if options is plain else 'heavy'}"
+                )
+                yield from _on_an_h200(
+                    f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None
+                )
                 if classes in (1000, 16000, 262144) and dtype == torch.bfloat16:
-                    yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+                    yield from _on_an_h200(
+                        f"{name}, autograd", _autograd, logits, targets, options, meter
+                    )
 
 
 def every_form() -> Iterator[Variant]:
-    """Cross entropy in every form and dtype for every launch choice, and each option alone for some."""
+    """Cross entropy in every form and dtype for every launch choice, and each option alone for
+    some."""
     plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
     for classes in CLASSES:
         targets = torch.zeros(64, dtype=torch.int64)
         meter = Meter("cpu", topk=(5,))
-        heavy = plain._replace(weight=torch.ones(classes), label_smoothing=0.1, z_loss=1e-4, softcap=30.0)
+        heavy = plain._replace(
+            weight=torch.ones(classes), label_smoothing=0.1, z_loss=1e-4, softcap=30.0
+        )
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             logits = torch.zeros(64, classes, dtype=dtype)
             for options in (plain, heavy):
-                name = f"cross_entropy, {classes} classes, {dtype}, {'plain' if options is plain else 'heavy'}"
-                yield from _on_an_h200(f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None)
-                yield from _on_an_h200(f"{name}, autograd", _autograd, logits, targets, options, meter)
+                name = (
+                    f"cross_entropy, {classes} classes, {dtype}, "
+                    f"{'plain' if options is plain else 'heavy'}"
+                )
+                yield from _on_an_h200(
+                    f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None
+                )
+                yield from _on_an_h200(
+                    f"{name}, autograd", _autograd, logits, targets, options, meter
+                )
     for classes in (1000, 50257):
         yield from _single_options(classes, plain)
     many = torch.zeros(70_000, 10)
     targets = torch.zeros(70_000, dtype=torch.int64)
-    yield from _on_an_h200("many rows", cross_entropy.step, many, targets, plain, Meter("cpu"), 1.0, None)
+    yield from _on_an_h200(
+        "many rows", cross_entropy.step, many, targets, plain, Meter("cpu"), 1.0, None
+    )
 
 
 def _single_options(classes: int, plain: Options) -> Iterator[Variant]:
@@ -122,18 +150,24 @@ def _single_options(classes: int, plain: Options) -> Iterator[Variant]:
     }
     for name, chosen in options.items():
         title = f"cross_entropy, {classes} classes, {name}"
-        yield from _on_an_h200(f"{title}, step", cross_entropy.step, logits, targets, chosen, meter, number, None)
+        yield from _on_an_h200(
+            f"{title}, step", cross_entropy.step, logits, targets, chosen, meter, number, None
+        )
         yield from _on_an_h200(f"{title}, autograd", _autograd, logits, targets, chosen, meter)
     title = f"cross_entropy, {classes} classes"
     step = cross_entropy.step
     each = plain._replace(reduction="none")
     yield from _on_an_h200(f"{title}, a loss per row", _autograd, logits, targets, each, meter)
     for dtype in (torch.int32, torch.uint8):
-        yield from _on_an_h200(f"{title}, {dtype} targets", step, logits, targets.to(dtype), plain, meter, 1.0, None)
+        yield from _on_an_h200(
+            f"{title}, {dtype} targets", step, logits, targets.to(dtype), plain, meter, 1.0, None
+        )
     yield from _on_an_h200(f"{title}, no meter", step, logits, targets, plain, None, 1.0, None)
     shifted = logits[:, :-1], targets[:, 1:]
     yield from _on_an_h200(f"{title}, shifted sequence", step, *shifted, plain, meter, 1.0, None)
-    yield from _on_an_h200(f"{title}, record", cross_entropy.record, number, logits, targets, meter, plain)
+    yield from _on_an_h200(
+        f"{title}, record", cross_entropy.record, number, logits, targets, meter, plain
+    )
 
 
 def _on_an_h200(name: str, function: Callable[..., Any], *arguments: Any) -> list[Variant]:
@@ -147,7 +181,10 @@ def _autograd(logits: torch.Tensor, targets: torch.Tensor, options: Options, met
     cross_entropy.backward(torch.ones_like(loss), logits, targets, kept, options)
 
 
-VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (grad_stats_variants, cross_entropy_variants)
+VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (
+    grad_stats_variants,
+    cross_entropy_variants,
+)
 
 
 def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
@@ -172,7 +209,12 @@ def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
 
 def measure() -> list[dict[str, Any]]:
     """The resources of every variant of every op for every target."""
-    return [resources(variant, target) for variants in VARIANTS for variant in variants() for target in TARGETS]
+    return [
+        resources(variant, target)
+        for variants in VARIANTS
+        for variant in variants()
+        for target in TARGETS
+    ]
 
 
 def main() -> None:

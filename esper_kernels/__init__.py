@@ -1,11 +1,12 @@
 """Fused cross entropy with on-device metrics, and gradient statistics.
 
-`cross_entropy` (a differentiable loss) and `cross_entropy_step` (the logits' gradient, for a loop without a
-loss tensor) check their arguments, ask `select_backend` which backend serves them, and call its module; a
-`Meter` accumulates loss and counts on the device. `grad_stats` and `clip_grad_norm_` serve gradients alike.
-Nothing here waits for the device except `compute_all` (and `.compute()`, its one-source form) and
-`clip_grad_norm_(error_if_nonfinite=True)`. Under `torch.compile` the cross-entropy functions are traced,
-backend choice included; call `grad_stats` and the `compute` functions outside the compiled region.
+`cross_entropy` (a differentiable loss) and `cross_entropy_step` (the logits' gradient, for a loop
+without a loss tensor) check their arguments, ask `select_backend` which backend serves them, and
+call its module; a `Meter` accumulates loss and counts on the device. `grad_stats` and
+`clip_grad_norm_` serve gradients alike. Nothing here waits for the device except `compute_all` (and
+`.compute()`, its one-source form) and `clip_grad_norm_(error_if_nonfinite=True)`. Under
+`torch.compile` the cross-entropy functions are traced, backend choice included; call `grad_stats`
+and the `compute` functions outside the compiled region.
 """
 
 from esper_kernels.backends import select_backend

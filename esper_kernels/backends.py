@@ -1,7 +1,8 @@
 """The one place that chooses a backend: a pure function of op, device type, dtype and config.
 
-Every op calls `select_backend`, and `esper_kernels.info` shows it. `torch.compile` traces the uncached
-function (it ignores caches, with a warning), and the choice becomes a constant of the graph.
+Every op calls `select_backend`, and `esper_kernels.info` shows it. `torch.compile` traces the
+uncached function (it ignores caches, with a warning), and the choice becomes a constant of the
+graph.
 """
 
 import os
@@ -19,7 +20,8 @@ from esper_kernels.config import KernelConfig
 OPS = ("cross_entropy", "grad_stats")
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
-# The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the safer of two unproven.
+# The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the
+# safer of two unproven.
 _ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 _ORDER_ELSEWHERE = ("triton", "eager")
 _DEFAULT = KernelConfig()
@@ -33,8 +35,11 @@ class BackendChoice(NamedTuple):
     instruction_set: str = "auto"  # what the config asked for; `cpp` runs it
 
 
-def refusal(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `backend` cannot serve `op` on tensors of this device type and dtype; None where it can."""
+def refusal(
+    op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why `backend` cannot serve `op` on tensors of this device type and dtype; None where it
+    can."""
     if backend == "eager":
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
@@ -57,19 +62,33 @@ def _triton_unavailable(device_type: str) -> str | None:
         return f"triton does not import: {error}"
     # Triton decides when it is imported; `torch.compile` cannot trace the knob itself.
     if device_type == "cpu" and isinstance(triton.language.zeros, triton.JITFunction):
-        return "runs on the CPU only in Triton's interpreter, for tests (TRITON_INTERPRET=1 before Python starts)"
+        return (
+            "runs on the CPU only in Triton's interpreter, for tests (TRITON_INTERPRET=1 before "
+            "Python starts)"
+        )
     return _no_launcher() if device_type == "cuda" else None
 
 
 def _no_launcher() -> str | None:
-    """Why Triton could not compile what launches its kernels: it does so in C, when it launches its first."""
+    """Why Triton could not compile what launches its kernels: it does so in C, when it launches its
+    first."""
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
-        asked = f"CC={compilers[0]!r} names none" if "CC" in os.environ else "there is no gcc and no clang"
-        return f"Triton needs a C compiler for its launcher, and {asked}; install one, or name it in CC"
+        asked = (
+            f"CC={compilers[0]!r} names none"
+            if "CC" in os.environ
+            else "there is no gcc and no clang"
+        )
+        return (
+            f"Triton needs a C compiler for its launcher, and {asked}; install one, or name it "
+            "in CC"
+        )
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.exists():
-        return f"Triton needs Python's headers for its launcher, and there is no {header}; install them (python3-dev)"
+        return (
+            f"Triton needs Python's headers for its launcher, and there is no {header}; install "
+            "them (python3-dev)"
+        )
     return None
 
 
@@ -79,10 +98,14 @@ torch.compiler.assume_constant_result(_no_launcher)  # compilers trace the choic
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:
     if op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
-    order = _ORDER.get(device_type, _ORDER_ELSEWHERE) if config.backend == "auto" else (config.backend,)
+    order = (
+        _ORDER.get(device_type, _ORDER_ELSEWHERE) if config.backend == "auto" else (config.backend,)
+    )
     if config.instruction_set not in ("auto", *native.INSTRUCTION_SETS):
         had = ", ".join(native.INSTRUCTION_SETS) or native.UNAVAILABLE
-        raise ValueError(f"instruction_set={config.instruction_set!r} cannot run here; there are: {had}")
+        raise ValueError(
+            f"instruction_set={config.instruction_set!r} cannot run here; there are: {had}"
+        )
     refused: tuple[tuple[str, str], ...] = ()
     for backend in order:
         reason = refusal(op, backend, device_type, dtype)
@@ -99,10 +122,14 @@ def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig)
 _select_cached = lru_cache(maxsize=None)(_select)
 
 
-def select_backend(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig | None = None) -> BackendChoice:
-    """Choose the backend for `op` ("cross_entropy" or "grad_stats") on tensors of this device type and dtype.
+def select_backend(
+    op: str, device_type: str, dtype: torch.dtype, config: KernelConfig | None = None
+) -> BackendChoice:
+    """Choose the backend for `op` ("cross_entropy" or "grad_stats") on tensors of this device type
+    and dtype.
 
-    Raises ValueError with every reason where none can serve, or where the one named in `config` cannot.
+    Raises ValueError with every reason where none can serve, or where the one named in `config`
+    cannot.
     """
     select = _select if torch.compiler.is_compiling() else _select_cached
     return select(op, device_type, dtype, _DEFAULT if config is None else config)

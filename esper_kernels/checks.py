@@ -1,8 +1,9 @@
 """What the public functions refuse, by name, with what was expected and what came.
 
-The compiled ops check every call themselves (csrc/call.cpp) and write nothing if they refuse it. Python
-then runs these checks to find the argument at fault; for the other backends it runs them before the call.
-`refuse_transforms` and `refuse_inplace` look at what no op can see, so they come first everywhere.
+The compiled ops check every call themselves (csrc/call.cpp) and write nothing if they refuse it.
+Python then runs these checks to find the argument at fault; for the other backends it runs them
+before the call. `refuse_transforms` and `refuse_inplace` look at what no op can see, so they come
+first everywhere.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,11 +43,14 @@ def choose_backend(op: str, x: object, config: KernelConfig | None, name: str) -
 
 
 def refuse_transforms(op: str, x: object) -> None:
-    """Raise NotImplementedError where derivatives or traces of this call would be silently wrong."""
+    """Raise NotImplementedError where derivatives or traces of this call would be silently
+    wrong."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        what = "a torch.func transform (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap, functionalize)"
+        what = (
+            "a torch.func transform (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap, functionalize)"
+        )
     elif torch._C._get_tracing_state() is not None:
         what = "torch.jit.trace"
     elif forward_ad._current_level >= 0 and _is_dual(x):
@@ -55,7 +59,9 @@ def refuse_transforms(op: str, x: object) -> None:
         what = "functionalization"
     else:
         return
-    raise NotImplementedError(f"{op} does not work inside {what}; use torch.nn.functional.cross_entropy there")
+    raise NotImplementedError(
+        f"{op} does not work inside {what}; use torch.nn.functional.cross_entropy there"
+    )
 
 
 def _is_dual(x: object) -> bool:
@@ -64,7 +70,9 @@ def _is_dual(x: object) -> bool:
 
 def refuse_inplace(name: str, x: Tensor) -> None:
     """Raise ValueError where torch refuses to write in place."""
-    if x.requires_grad and (x.is_leaf or (x._is_view() and x._base is not None and x._base.is_leaf)):
+    if x.requires_grad and (
+        x.is_leaf or (x._is_view() and x._base is not None and x._base.is_leaf)
+    ):
         what = "a leaf" if x.is_leaf else "a view of a leaf"
         raise ValueError(f"{name} would overwrite {what} that requires grad; pass a separate out")
     refuse_inference(name, x)
@@ -74,7 +82,9 @@ def refuse_inference(name: str, x: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     if x.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{name} would overwrite a tensor made in inference mode; pass a clone of it")
+        raise ValueError(
+            f"{name} would overwrite a tensor made in inference mode; pass a clone of it"
+        )
 
 
 def check_dense(name: str, x: object) -> None:
@@ -84,11 +94,14 @@ def check_dense(name: str, x: object) -> None:
 
 
 def _not_dense(name: str, x: object) -> TypeError:
-    return TypeError(f"{name} must be a dense tensor (for a DTensor pass to_local()), got {describe(x)}")
+    return TypeError(
+        f"{name} must be a dense tensor (for a DTensor pass to_local()), got {describe(x)}"
+    )
 
 
 def check_storage(name: str, x: Tensor) -> None:
-    """ValueError for a tensor whose storage was freed or shrunk since, as by `untyped_storage().resize_(0)`."""
+    """ValueError for a tensor whose storage was freed or shrunk since, as by
+    `untyped_storage().resize_(0)`."""
     if torch.compiler.is_compiling() or x.device.type == "meta" or x.numel() == 0:
         return
     if x.is_contiguous():
@@ -98,8 +111,8 @@ def check_storage(name: str, x: Tensor) -> None:
     needed = (x.storage_offset() + last + 1) * x.element_size()
     if not x._is_zerotensor() and x.untyped_storage().nbytes() < needed:
         raise ValueError(
-            f"the storage of {name} holds {x.untyped_storage().nbytes()} bytes, but its shape needs {needed}: "
-            "it was freed or shrunk; allocate it again before the call"
+            f"the storage of {name} holds {x.untyped_storage().nbytes()} bytes, but its shape "
+            f"needs {needed}: it was freed or shrunk; allocate it again before the call"
         )
 
 
@@ -110,24 +123,29 @@ def check_batch(logits: Tensor, targets: Tensor, meter: Meter | None) -> None:
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits must be one of {DTYPES}, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., V] with V of at least 1, got shape {tuple(logits.shape)}")
+        raise ValueError(
+            f"logits must be [..., V] with V of at least 1, got shape {tuple(logits.shape)}"
+        )
     if targets.is_floating_point() and targets.shape == logits.shape:
         raise TypeError(
-            f"soft (probability) targets are not served, got {targets.dtype} targets of the logits' shape; "
-            "pass class indices, or use torch.nn.functional.cross_entropy"
+            f"soft (probability) targets are not served, got {targets.dtype} targets of the "
+            "logits' shape; pass class indices, or use torch.nn.functional.cross_entropy"
         )
     if targets.dtype not in TARGET_DTYPES:
-        raise TypeError(f"targets must be class indices, one of {TARGET_DTYPES}, got {targets.dtype}")
+        raise TypeError(
+            f"targets must be class indices, one of {TARGET_DTYPES}, got {targets.dtype}"
+        )
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
-            f"expected targets of shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)} "
-            f"(classes last, or name their dimension: class_dim), got {tuple(targets.shape)}"
+            f"expected targets of shape {tuple(logits.shape[:-1])} for logits of shape "
+            f"{tuple(logits.shape)} (classes last, or name their dimension: class_dim), got "
+            f"{tuple(targets.shape)}"
         )
     meter_device = logits.device if meter is None else meter.device
     if not logits.device == targets.device == meter_device:
         raise ValueError(
-            "logits, targets and meter must be on one device, got "
-            f"logits on {logits.device}, targets on {targets.device}, meter on {meter_device}"
+            f"logits, targets and meter must be on one device, got logits on {logits.device}, "
+            f"targets on {targets.device}, meter on {meter_device}"
         )
     if meter is not None:
         check_meter(meter)
@@ -142,10 +160,15 @@ def check_meter(meter: Meter) -> None:
     }
     for name, (shape, dtype) in expected.items():
         x = getattr(meter, name)
-        if not isinstance(x, Tensor) or tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
+        if (
+            not isinstance(x, Tensor)
+            or tuple(x.shape) != shape
+            or x.dtype != dtype
+            or not x.is_contiguous()
+        ):
             raise ValueError(
-                f"meter.{name} must be a contiguous {dtype} tensor of shape {shape}, got {describe(x)}; "
-                "make a new Meter"
+                f"meter.{name} must be a contiguous {dtype} tensor of shape {shape}, got "
+                f"{describe(x)}; make a new Meter"
             )
         check_storage(f"meter.{name}", x)
 
@@ -156,9 +179,14 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
     if weight is not None:
         fits = isinstance(weight, Tensor) and weight.is_floating_point()
         if not isinstance(weight, Tensor) or not fits or weight.shape != logits.shape[-1:]:
-            raise ValueError(f"weight must be a floating tensor of shape [{logits.shape[-1]}], got {describe(weight)}")
+            raise ValueError(
+                f"weight must be a floating tensor of shape [{logits.shape[-1]}], got "
+                f"{describe(weight)}"
+            )
         if weight.device != logits.device:
-            raise ValueError(f"weight must be on the logits' device {logits.device}, got {weight.device}")
+            raise ValueError(
+                f"weight must be on the logits' device {logits.device}, got {weight.device}"
+            )
         check_storage("weight", weight)
     reduction = options["reduction"]
     normalizer = options["normalizer"]
@@ -177,11 +205,16 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
     check_number("softcap", softcap, logits, high=torch.finfo(torch.float32).max)
 
 
-def check_number(name: str, value: object, logits: Tensor, low: float = 0.0, high: float = torch.inf) -> None:
+def check_number(
+    name: str, value: object, logits: Tensor, low: float = 0.0, high: float = torch.inf
+) -> None:
     """A number in [low, high], None, or a 0-d tensor, which is not looked at."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.device not in (logits.device, torch.device("cpu")):
-            raise ValueError(f"{name} as a tensor must be 0-d and on {logits.device} or the CPU, got {describe(value)}")
+            raise ValueError(
+                f"{name} as a tensor must be 0-d and on {logits.device} or the CPU, got "
+                f"{describe(value)}"
+            )
         if value.is_complex():
             raise TypeError(f"{name} must be a real number, got {describe(value)}")
         check_storage(name, value)
@@ -193,27 +226,41 @@ def check_number(name: str, value: object, logits: Tensor, low: float = 0.0, hig
 
 def check_out(out: Tensor, logits: Tensor) -> None:
     expected = (logits.shape, logits.dtype, logits.device)
-    if not isinstance(out, Tensor) or (out.shape, out.dtype, out.device) != expected or out.requires_grad:
-        raise ValueError(f"out must be like the logits ({describe(logits)}) and not require grad, got {describe(out)}")
+    if (
+        not isinstance(out, Tensor)
+        or (out.shape, out.dtype, out.device) != expected
+        or out.requires_grad
+    ):
+        raise ValueError(
+            f"out must be like the logits ({describe(logits)}) and not require grad, got "
+            f"{describe(out)}"
+        )
     check_dense("out", out)
     check_writable("out", out)
-    if not torch.compiler.is_compiling() and out.device.type != "meta":  # tensors have no address there
+    # tensors have no address there
+    if not torch.compiler.is_compiling() and out.device.type != "meta":
         (start, end), (logits_start, logits_end) = _address_range(out), _address_range(logits)
         if start < logits_end and logits_start < end:
-            raise ValueError("out overlaps the logits in memory; pass separate memory, or inplace=True")
+            raise ValueError(
+                "out overlaps the logits in memory; pass separate memory, or inplace=True"
+            )
 
 
 def check_writable(name: str, x: Tensor) -> None:
     if x.is_contiguous():
         return
     if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{name}: the class dimension must have stride 1, got strides {x.stride()}")
+        raise ValueError(
+            f"{name}: the class dimension must have stride 1, got strides {x.stride()}"
+        )
     if torch.compiler.is_compiling():  # sizes may be symbols there, which do not sort
         return
     reach = 0  # from the first to the last element, over the dimensions so far
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach and x.numel() > 0:
-            raise ValueError(f"{name}: elements share memory (expanded or overlapping), got strides {x.stride()}")
+            raise ValueError(
+                f"{name}: elements share memory (expanded or overlapping), got strides {x.stride()}"
+            )
         reach += stride * (size - 1)
 
 

@@ -1,4 +1,5 @@
-"""`KernelConfig`: what a caller may choose about the kernels; and the names and dtypes that the ops share."""
+"""`KernelConfig`: what a caller may choose about the kernels; and the names and dtypes that the ops
+share."""
 
 from dataclasses import dataclass
 
@@ -28,4 +29,6 @@ class KernelConfig:
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
         if self.instruction_set not in INSTRUCTION_SETS:
-            raise ValueError(f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}")
+            raise ValueError(
+                f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}"
+            )

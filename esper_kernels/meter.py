@@ -1,7 +1,7 @@
 """`Meter`: loss and counts of many batches, kept on the device until `compute` reads them.
 
-The cross-entropy backends add to `sums` and `counts` batch by batch, compiled or not; otherwise only `reset`,
-`load_state_dict` and `all_reduce` write them. Use a meter on one stream.
+The cross-entropy backends add to `sums` and `counts` batch by batch, compiled or not; otherwise
+only `reset`, `load_state_dict` and `all_reduce` write them. Use a meter on one stream.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from torch import Tensor
 from esper_kernels.backends import DEVICES_WITHOUT_FLOAT64
 from esper_kernels.readback import compute_all, words_to_floats
 
-# The layout every backend writes. Correct@k follows the last count, for each k of `Meter.topk` in order.
+# The layout every backend writes. Correct@k follows the last count, for each k of `Meter.topk` in
+# order.
 SUMS = ("loss_sum", "weight_sum", "batch_mean_sum")
 COUNTS = ("valid", "ignored", "nonfinite", "bad_targets", "batches", "batches_with_valid")
 
@@ -25,7 +26,8 @@ class MeterResult:
     """What a `Meter` saw. A mean over nothing is NaN. Rows are targets; losses are in nats.
 
     loss: loss_sum / (class weights of the valid rows summed; without class weights the valid rows).
-    loss_sum: row losses of valid rows as `cross_entropy` defines them, whatever the reduction or normalizer.
+    loss_sum: row losses of valid rows as `cross_entropy` defines them, whatever the reduction or
+    normalizer.
     mean_batch_loss: the mean of loss over batches that had a valid row.
     accuracy: fraction (0..1) of valid rows whose target is the first largest logit.
     correct: for each k, the valid rows whose target is among the k largest logits.
@@ -53,10 +55,11 @@ class Meter:
     """Device accumulators for an epoch.
 
     device: where the logits are. A device without float64 raises ValueError.
-    topk: the k of correct@k, positive integers, 1 always among them; a k may exceed the number of classes.
+    topk: the k of correct@k, positive integers, 1 always among them; a k may exceed the number of
+    classes.
 
-    A meter counts calls: inside `torch.utils.checkpoint`, which runs its function again in backward, a batch
-    is counted twice. Compute the loss outside of the checkpointed function.
+    A meter counts calls: inside `torch.utils.checkpoint`, which runs its function again in
+    backward, a batch is counted twice. Compute the loss outside of the checkpointed function.
 
     Attributes: device, topk (sorted), sums (float64, see SUMS), counts (int64, see COUNTS).
     """
@@ -64,13 +67,19 @@ class Meter:
     def __init__(self, device: torch.device | str, *, topk: Sequence[int] = (1,)) -> None:
         device = torch.device(device)
         if device.type in DEVICES_WITHOUT_FLOAT64:
-            raise ValueError(f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the CPU there")
+            raise ValueError(
+                f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the "
+                "CPU there"
+            )
         if not all(isinstance(k, int) and 0 < k < 2**63 for k in topk):
             raise ValueError(f"topk must hold positive integers, got {tuple(topk)}")
         self._topk = tuple(sorted({1, *topk}))
-        with torch.inference_mode(False):  # a meter made inside inference mode must work outside of it
+        # a meter made inside inference mode must work outside of it
+        with torch.inference_mode(False):
             self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-            self.counts = torch.zeros(len(COUNTS) + len(self._topk), dtype=torch.int64, device=device)
+            self.counts = torch.zeros(
+                len(COUNTS) + len(self._topk), dtype=torch.int64, device=device
+            )
             self.ticket = torch.zeros(1, dtype=torch.int32, device=device)  # 0 between launches
         self.device = self.sums.device  # "cuda" has become "cuda:0"
 
@@ -85,12 +94,14 @@ class Meter:
         self.counts.zero_()
 
     def compute(self, strict: bool = True) -> MeterResult:
-        """Read everything: the only host sync. strict: IndexError where targets were outside [0, V)."""
+        """Read everything: the only host sync. strict: IndexError where targets were outside [0,
+        V)."""
         result: MeterResult = compute_all(self, strict=strict)[0]
         return result
 
     def on_device(self) -> dict[str, Tensor]:
-        """Each count as an int64 [] view on the device, without a sync: "valid", "ignored", ..., "correct@1", ..."""
+        """Each count as an int64 [] view on the device, without a sync: "valid", "ignored", ...,
+        "correct@1", ..."""
         names = (*COUNTS, *(f"correct@{k}" for k in self.topk))
         return dict(zip(names, self.counts.unbind(), strict=True))
 
@@ -100,13 +111,17 @@ class Meter:
         dist.all_reduce(self.counts, group=group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the accumulators and the list of k; `torch.load(weights_only=True)` reads it back."""
+        """Copies of the accumulators and the list of k; `torch.load(weights_only=True)` reads it
+        back."""
         return {"topk": list(self.topk), "sums": self.sums.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, from any device. Another topk raises ValueError."""
         if tuple(state["topk"]) != self.topk:
-            raise ValueError(f"expected the state of a Meter with topk {self.topk}, got topk {tuple(state['topk'])}")
+            raise ValueError(
+                f"expected the state of a Meter with topk {self.topk}, got topk "
+                f"{tuple(state['topk'])}"
+            )
         self.sums.copy_(state["sums"])
         self.counts.copy_(state["counts"])
 
@@ -119,8 +134,8 @@ class Meter:
         batches_with_valid = counts.pop("batches_with_valid")  # the others are fields of the result
         if strict and counts["bad_targets"]:
             raise IndexError(
-                f"{counts['bad_targets']} targets were neither in [0, number of classes) nor ignore_index; "
-                "correct the data, or read the other rows with compute(strict=False)"
+                f"{counts['bad_targets']} targets were neither in [0, number of classes) nor "
+                "ignore_index; correct the data, or read the other rows with compute(strict=False)"
             )
         correct = dict(zip(self.topk, words[len(SUMS) + len(COUNTS) :], strict=True))
         return MeterResult(

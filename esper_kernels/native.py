@@ -1,8 +1,8 @@
 """The compiled kernels: loads the ops of `csrc/` once, and says why if they cannot be had.
 
-`UNAVAILABLE` is None if `torch.ops.esper` is ready on the CPU, `cuda_unavailable()` if it is on CUDA.
-`INSTRUCTION_SETS` are those that this machine can run. The libraries hold torch ops and no Python module, so
-that one build serves every Python version.
+`UNAVAILABLE` is None if `torch.ops.esper` is ready on the CPU, `cuda_unavailable()` if it is on
+CUDA. `INSTRUCTION_SETS` are those that this machine can run. The libraries hold torch ops and no
+Python module, so that one build serves every Python version.
 """
 
 import ctypes
@@ -29,7 +29,9 @@ class _Loaded(NamedTuple):
 
 def _load() -> _Loaded:
     if torch.__version__ < "2.10":
-        return _Loaded(f"the compiled kernels need torch 2.10 or newer, this is {torch.__version__}")
+        return _Loaded(
+            f"the compiled kernels need torch 2.10 or newer, this is {torch.__version__}"
+        )
     if not _LIBRARY.exists():
         return _Loaded("the CPU kernels are not built (pure Python install)")
     try:
@@ -45,7 +47,9 @@ def _load() -> _Loaded:
     library.esper_has_instruction_set.restype = ctypes.c_bool
     library.esper_compiler.restype = ctypes.c_char_p
     usable = (library.esper_has_instruction_set(ctypes.c_int64(i)) for i in range(len(_NAMES)))
-    sets = tuple(name for name, there in zip(_NAMES, usable, strict=True) if there and name != "auto")
+    sets = tuple(
+        name for name, there in zip(_NAMES, usable, strict=True) if there and name != "auto"
+    )
     return _Loaded(None, sets, library.esper_compiler().decode(), registration)
 
 
@@ -53,7 +57,8 @@ def _check_devices(*arguments: Any) -> None:
     """What compilers run instead of an op: the ops only write to memory that they are given."""
     flat = [x for part in arguments for x in (part if isinstance(part, (list, tuple)) else (part,))]
     devices = {str(x.device) for x in flat if isinstance(x, Tensor)}
-    if "meta" in devices and len(devices) > 1:  # torch takes this for the op where devices are mixed
+    # torch takes this for the op where devices are mixed
+    if "meta" in devices and len(devices) > 1:
         raise ValueError(f"esper: expected all tensors on one device, got {sorted(devices)}")
 
 
@@ -77,7 +82,8 @@ def _load_cuda() -> str | None:
 
 
 def cuda_unavailable() -> str | None:
-    """Why the CUDA kernels cannot run; None if they can. Looks for a device, so it runs when first asked."""
+    """Why the CUDA kernels cannot run; None if they can. Looks for a device, so it runs when first
+    asked."""
     return _load_cuda()
 
 

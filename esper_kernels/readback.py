@@ -1,6 +1,7 @@
 """`compute_all`: the one place where device results come to the host.
 
-`Meter.compute` and `GradStats.compute` are one-source uses of it. Do not call it inside `torch.compile`.
+`Meter.compute` and `GradStats.compute` are one-source uses of it. Do not call it inside
+`torch.compile`.
 """
 
 import struct
@@ -11,7 +12,8 @@ from torch import Tensor
 
 
 class Readable(Protocol):
-    """A result on a device: packs itself into 64-bit words, and is rebuilt from them on the host."""
+    """A result on a device: packs itself into 64-bit words, and is rebuilt from them on the
+    host."""
 
     def pack(self) -> Tensor: ...  # int64 [n]; float64 numbers as their bits
 
@@ -27,7 +29,10 @@ def _pack(source: Readable | Tensor) -> Tensor:
     if not isinstance(source, Tensor):
         return source.pack()
     if source.dtype not in (torch.int64, torch.float64):
-        raise TypeError(f"compute_all reads int64 and float64 tensors, got {source.dtype}; convert it on the device")
+        raise TypeError(
+            f"compute_all reads int64 and float64 tensors, got {source.dtype}; convert it on the "
+            "device"
+        )
     return source.detach().reshape(-1).view(torch.int64)
 
 
@@ -40,14 +45,17 @@ def _unpack(source: Readable | Tensor, words: list[int], strict: bool) -> Any:
 def compute_all(*sources: Readable | Tensor, strict: bool = True) -> tuple[Any, ...]:
     """Read any number of results with one host sync.
 
-    sources: `Meter` (gives `MeterResult`), `GradStats` (gives `GradHealth`), or an int64 or float64 tensor of
-        any shape (gives the flat list of its numbers); all on one device (ValueError).
+    sources: `Meter` (gives `MeterResult`), `GradStats` (gives `GradHealth`), or an int64 or float64
+        tensor of any shape (gives the flat list of its numbers); all on one device (ValueError).
     strict: IndexError where a meter saw targets outside [0, V).
     """
     packed = [_pack(source) for source in sources]
     devices = sorted({str(words.device) for words in packed})
     if len(devices) > 1:
-        raise ValueError(f"compute_all reads one device at a time, got sources on {devices}; call it once for each")
+        raise ValueError(
+            f"compute_all reads one device at a time, got sources on {devices}; call it once for "
+            "each"
+        )
     if not packed:
         return ()
     words = torch.cat(packed).tolist()  # the host sync

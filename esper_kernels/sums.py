@@ -7,7 +7,8 @@ _CHUNK = 16384
 
 
 def ordered_sum(x: Tensor) -> Tensor:
-    """Sum x [..., n] over its last dimension, in an order that the number of CPU threads does not change."""
+    """Sum x [..., n] over its last dimension, in an order that the number of CPU threads does not
+    change."""
     n = x.shape[-1]
     if n <= _CHUNK:
         return x.sum(-1)

@@ -1,4 +1,5 @@
-"""For tests and benchmarks of backends: sample inputs, a truth, an error bound, a counter of host syncs."""
+"""For tests and benchmarks of backends: sample inputs, a truth, an error bound, a counter of host
+syncs."""
 
 from typing import Any, NamedTuple
 
@@ -34,18 +35,33 @@ def cross_entropy_samples(
         targets = classes(*logits.shape[:-1], v=logits.shape[-1]) if targets is None else targets
         samples.append(CrossEntropySample(name, logits, targets, options))
 
-    for shape in ((0, 5), (1, 1), (4, 1), (5, 2), (7,), (7, 3), (64, 10), (5, 4, 11), (2, 0, 3), (3, 32001)):
+    for shape in (
+        (0, 5),
+        (1, 1),
+        (4, 1),
+        (5, 2),
+        (7,),
+        (7, 3),
+        (64, 10),
+        (5, 4, 11),
+        (2, 0, 3),
+        (3, 32001),
+    ):
         add("x".join(map(str, shape)), normal(*shape))
     add("class stride 9", normal(6, 9).t())
     add("rows 16 apart", normal(6, 16)[:, :9])
     add("shifted sequence", normal(3, 5, 8)[:, :-1])
     add("odd offset", normal(6 * 9 + 1)[1:].view(6, 9))
     add("expanded", normal(1, 9).expand(6, 9))
-    if dtype in (torch.float32, torch.float64):  # exact in these, so the truth sees the same differences
+    # exact in these, so the truth sees the same differences
+    if dtype in (torch.float32, torch.float64):
         add("offset 1e7", torch.arange(45.0).view(5, 9).remainder(7).add(1e7).to(dtype).to(device))
     add("ties", torch.zeros(6, 9, dtype=dtype, device=device))
     add("large", normal(6, 9, scale=300.0))
-    add("-inf beside finite", normal(6, 9).index_fill(-1, torch.tensor([4], device=device), -torch.inf))
+    add(
+        "-inf beside finite",
+        normal(6, 9).index_fill(-1, torch.tensor([4], device=device), -torch.inf),
+    )
     nonfinite = normal(6, 9)
     nonfinite[0, 3], nonfinite[1, 3], nonfinite[2] = torch.nan, torch.inf, -torch.inf
     add("NaN, +inf and all -inf rows", nonfinite)
@@ -63,7 +79,13 @@ def cross_entropy_samples(
     add("softcap", logits, targets, softcap=5.0)
     add("softcap of inf", torch.where(logits > 2, torch.inf, logits), targets, softcap=5.0)
     add("normalizer", logits, targets, normalizer=4.5)
-    add("smoothing, z-loss as tensors", logits, targets, label_smoothing=torch.tensor(0.2), z_loss=torch.tensor(0.1))
+    add(
+        "smoothing, z-loss as tensors",
+        logits,
+        targets,
+        label_smoothing=torch.tensor(0.2),
+        z_loss=torch.tensor(0.1),
+    )
     everything = {"weight": weight, "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
     add("everything", logits, targets, **everything)
     add("everything, normalizer", logits, targets, **everything, normalizer=4.5)
@@ -87,8 +109,16 @@ def grad_samples(device: torch.device | str = "cpu") -> dict[str, list[Tensor | 
         "only None and empty": [None, normal(0), normal(3, 0)],
         "one": [normal(1)],
         "many shapes": [normal(7, 3), None, normal(), normal(5, 4, 11), normal(0), normal(20001)],
-        "mixed dtypes": [normal(33, dtype=d) for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)],
-        "strided": [normal(6, 9).t(), normal(6, 16)[:, ::2], normal(55)[1:], normal(1, 9).expand(6, 9)],
+        "mixed dtypes": [
+            normal(33, dtype=d)
+            for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        ],
+        "strided": [
+            normal(6, 9).t(),
+            normal(6, 16)[:, ::2],
+            normal(55)[1:],
+            normal(1, 9).expand(6, 9),
+        ],
         "float16 beyond its range": [value(100.0, 10_000, dtype=torch.float16) for _ in range(50)],
         "1e20 and 1e-30": [value(1e20, 10), value(1e-30, 10)],
         "zeros": [torch.tensor([0.0, -0.0, 1e-45, 1.0], device=device), value(0.0, 5)],
@@ -110,13 +140,17 @@ def plain_torch_cross_entropy(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """The loss from torch's own F.cross_entropy, in the logits' dtype: the truth in float64, else a rival."""
+    """The loss from torch's own F.cross_entropy, in the logits' dtype: the truth in float64, else a
+    rival."""
     targets = targets.long()
     x = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     x = x.reshape(-1, logits.shape[-1])
     flat = targets.reshape(-1)
     weight = None if weight is None else weight.to(x.dtype)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": float(label_smoothing)}
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "label_smoothing": float(label_smoothing),
+    }
     losses = F.cross_entropy(x, flat, weight, reduction="none", **options)
     if float(z_loss):
         penalty = z_loss * x.logsumexp(-1).square()
@@ -132,7 +166,8 @@ def plain_torch_cross_entropy(
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """|actual - truth| / |truth| in L2 over the finite entries of truth; the others must be equal."""
+    """|actual - truth| / |truth| in L2 over the finite entries of truth; the others must be
+    equal."""
     actual = actual.detach().double()
     truth = truth.detach().double()
     torch.testing.assert_close(actual.isnan(), truth.isnan())
@@ -144,21 +179,32 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def assert_no_worse_than_eager(actual: Tensor, eager: Tensor, truth: Tensor) -> None:
-    """The relative L2 error of `actual` is at most twice that of plain torch in the same dtype, plus 1e-6."""
+    """The relative L2 error of `actual` is at most twice that of plain torch in the same dtype,
+    plus 1e-6."""
     error = relative_error(actual, truth)
     eager_error = relative_error(eager, truth)
-    assert error <= 2 * eager_error + 1e-6, f"relative error {error:.3g}, plain torch's is {eager_error:.3g}"
+    assert error <= 2 * eager_error + 1e-6, (
+        f"relative error {error:.3g}, plain torch's is {eager_error:.3g}"
+    )
 
 
 _READS = ("tolist", "numpy", "__array__")
-_SYNCS_OFF_CPU = ("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive")
+_SYNCS_OFF_CPU = (
+    "nonzero",
+    "masked_select",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+)
 
 
 class SyncCounter(TorchDispatchMode):
     """Counts in `.count` the operations of a block that make the host wait for a device.
 
-    item(), bool(), tolist(), numpy() count on CPU tensors too, because they would wait on another device.
-    On other devices also operations whose output size depends on values, and copies to the CPU.
+    item(), bool(), tolist(), numpy() count on CPU tensors too, because they would wait on another
+    device. On other devices also operations whose output size depends on values, and copies to the
+    CPU.
     """
 
     def __init__(self) -> None:

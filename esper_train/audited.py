@@ -1,7 +1,7 @@
 """Public names of the audited training module, with the same meaning, on top of our kernels.
 
-They help code to migrate. New code uses what `docs/audited-names.md` lists beside each name, and nothing
-in this package imports them.
+They help code to migrate. New code uses what `docs/audited-names.md` lists beside each name, and
+nothing in this package imports them.
 """
 
 import math
@@ -17,9 +17,12 @@ from esper_train.train.step import LOGITS_DIMS, Criterion, criterion_options
 
 
 def collect_seed_gradients_async(
-    parameters: Iterable[Tensor], vanishing_threshold: float = 1e-7, exploding_threshold: float = 100.0
+    parameters: Iterable[Tensor],
+    vanishing_threshold: float = 1e-7,
+    exploding_threshold: float = 100.0,
 ) -> GradStats:
-    """Gradient statistics on the device, without a host sync. Parameters without a gradient do not count."""
+    """Gradient statistics on the device, without a host sync. Parameters without a gradient do not
+    count."""
     grads = [p.grad for p in parameters]
     return grad_stats(grads, vanishing=vanishing_threshold, exploding=exploding_threshold)
 
@@ -65,13 +68,19 @@ class DualGradientStats(NamedTuple):
 
 def collect_dual_gradients(host: Iterable[Tensor], seed: Iterable[Tensor]) -> DualGradientStats:
     """Both norms, from one pass over the gradients and with one host sync."""
-    groups = grad_stats({"host": [p.grad for p in host], "seed": [p.grad for p in seed]}).compute().groups
+    groups = (
+        grad_stats({"host": [p.grad for p in host], "seed": [p.grad for p in seed]})
+        .compute()
+        .groups
+    )
     h = groups["host"]
     s = groups["seed"]
     return DualGradientStats(h.gradient_norm, h.elements, s.gradient_norm, s.elements)
 
 
-def compute_task_loss(outputs: Tensor, targets: Tensor, criterion: Criterion | None, task_type: str) -> Tensor:
+def compute_task_loss(
+    outputs: Tensor, targets: Tensor, criterion: Criterion | None, task_type: str
+) -> Tensor:
     """The mean loss of a batch; see `compute_task_loss_with_metrics`."""
     return compute_task_loss_with_metrics(outputs, targets, criterion, task_type)[0]
 
@@ -82,8 +91,8 @@ def compute_task_loss_with_metrics(
     """The loss, and the correct and valid counts (int64 [], on the device).
 
     outputs: logits [N, V], or [N, T, V] for "lm".
-    criterion: `nn.CrossEntropyLoss` or None runs as the fused op; any other gets rows [M, V] and targets [M].
-    Raises `ValueError` for an unknown task type.
+    criterion: `nn.CrossEntropyLoss` or None runs as the fused op; any other gets rows [M, V] and
+    targets [M]. Raises `ValueError` for an unknown task type.
     """
     require_known("task type", task_type, LOGITS_DIMS)
     meter = Meter(outputs.device)

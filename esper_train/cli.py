@@ -1,9 +1,10 @@
-"""The command `esper-train`: reads the config, runs, shows progress, and leaves a run directory with a report.
+"""The command `esper-train`: reads the config, runs, shows progress, and leaves a run directory
+with a report.
 
-Exit codes: 0 done, 2 something in the request, the data or the disk cannot work, 3 the losses went bad,
-130 stopped by Ctrl-C, 143 by SIGTERM, 129 by the loss of its terminal: such a run leaves a checkpoint, and a second
-signal ends it at once.
-Only this module prints, and only it imports tyro and rich.
+Exit codes: 0 done, 2 something in the request, the data or the disk cannot work, 3 the losses went
+bad, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by the loss of its terminal: such a run leaves a
+checkpoint, and a second signal ends it at once. Only this module prints, and only it imports tyro
+and rich.
 """
 
 import argparse
@@ -87,7 +88,15 @@ def _main(arguments: Sequence[str] | None) -> int:
     except BadNumbersError as error:
         print(f"esper-train: {error}", file=sys.stderr)
         return EXIT_BAD_NUMBERS
-    except (ValueError, TypeError, IndexError, OSError, ImportError, RuntimeError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        OSError,
+        ImportError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         print(f"esper-train: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     return 0
@@ -100,15 +109,18 @@ class _Options(RunConfig):
     config: str | None = None
     """A TOML file with any of these settings; options given beside it win."""
     out: str | None = None
-    """Directory of the run, new or empty. None takes one under runs/, named by time, command and task."""
+    """Directory of the run, new or empty. None takes one under runs/, named by time, command and
+    task."""
     resume: str | None = None
-    """Directory of a run that was stopped or killed: go on from its newest checkpoint, with its own config."""
+    """Directory of a run that was stopped or killed: go on from its newest checkpoint, with its own
+    config."""
     backend: str | None = None
     """Kernel backend, short for --train.kernel.backend."""
     baseline: bool = True
     """With heuristic, also train the host without slots, for the report to compare with."""
     profile: bool = False
-    """First profile a few batches, into profile.md and profile.json; the run itself is as without."""
+    """First profile a few batches, into profile.md and profile.json; the run itself is as
+    without."""
 
     def run_config(self) -> RunConfig:
         run = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
@@ -136,11 +148,19 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
 
 def _report(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="esper-train report")
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of a run")
-    parser.add_argument("--out", type=Path, default=Path("comparison.html"), help="of several: the page to write")
+    parser.add_argument(
+        "directories", nargs="+", type=Path, metavar="DIR", help="directory of a run"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison.html"), help="of several: the page to write"
+    )
     given = parser.parse_args(arguments)
     one = len(given.directories) == 1
-    print(f"report: {write_report(*given.directories) if one else write_comparison(given.directories, given.out)}")
+    if one:
+        page = write_report(*given.directories)
+    else:
+        page = write_comparison(given.directories, given.out)
+    print(f"report: {page}")
 
 
 def _run(run: RunConfig, mode: str, stop: StopRequest, options: _Options) -> None:
@@ -159,9 +179,15 @@ def _run(run: RunConfig, mode: str, stop: StopRequest, options: _Options) -> Non
 
 
 def _run_in(
-    directory: Path, config: RunConfig, mode: str, stop: StopRequest, options: _Options, whole: RunConfig | None = None
+    directory: Path,
+    config: RunConfig,
+    mode: str,
+    stop: StopRequest,
+    options: _Options,
+    whole: RunConfig | None = None,
 ) -> None:
-    """One run in its directory, and its baseline. `whole` is what the directory of several is to be resumed with."""
+    """One run in its directory, and its baseline. `whole` is what the directory of several is to be
+    resumed with."""
     growing = mode == "heuristic"
     loggers = logger_makers(config.telemetry)
     episode = prepare(config, mode, hub=TelemetryHub((), config.telemetry))
@@ -188,7 +214,8 @@ def _run_in(
 
 
 def _run_episode(episode: Episode, directory: Path) -> None:
-    """One run, from its start or from where it was restored. The network is written however it ends."""
+    """One run, from its start or from where it was restored. The network is written however it
+    ends."""
     cut_back(directory, episode.epoch)
     display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
     episode.hub.add(JsonlSink(directory / METRICS))

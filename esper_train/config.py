@@ -1,7 +1,8 @@
-"""The settings of a whole run: one object, put together from the settings of each room, read from TOML.
+"""The settings of a whole run: one object, put together from the settings of each room, read from
+TOML.
 
-`cli` builds one `RunConfig` and hands it to `run`; the loop sees only its `TrainConfig`. Every field has code that
-obeys it; nothing is read from the environment.
+`cli` builds one `RunConfig` and hands it to `run`; the loop sees only its `TrainConfig`. Every
+field has code that obeys it; nothing is read from the environment.
 """
 
 import tomllib
@@ -44,18 +45,19 @@ class RunConfig(Settings):
     """Batches of an epoch at most; None takes all."""
     batch_size: Count = 64
     evaluation_batch: Count = 512
-    """Rows a batch where nothing is trained. Many save calls; on a CPU, more than the caches hold take longer."""
+    """Rows a batch where nothing is trained. Many save calls; on a CPU, more than the caches hold
+    take longer."""
     workers: Workers = 0
-    """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data in place, on the
-    device where it fits, which is faster for tensors in memory."""
+    """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data
+    in place, on the device where it fits, which is faster for tensors in memory."""
     channels_last: bool | None = None
-    """Convolutions in channels-last layout; None: where it pays, that is with 16 channels or more on a CPU, and in
-    half precision on a GPU."""
+    """Convolutions in channels-last layout; None: where it pays, that is with 16 channels or more
+    on a CPU, and in half precision on a GPU."""
     seed: int = 42
     """Where the random numbers begin; the generators of torch take 64 bits."""
     keep: Literal["best", "last"] = "best"
-    """Which network a run gives: that of the epoch with the best validation accuracy (of several, the one with the
-    lowest loss) in which no seed's effect was open, or that of the last epoch."""
+    """Which network a run gives: that of the epoch with the best validation accuracy (of several,
+    the one with the lowest loss) in which no seed's effect was open, or that of the last epoch."""
     reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
     """How decisions are rewarded; see `control/rewards.py`."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -70,7 +72,10 @@ class RunConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         last = self.seed + SEED_STEP * (self.episodes - 1)
-        words = f"seed must be at least -2**63, and the last of {self.episodes} episodes' seeds below 2**63 - 1"
+        words = (
+            f"seed must be at least -2**63, and the last of {self.episodes} episodes' seeds "
+            "below 2**63 - 1"
+        )
         require(self.seed >= -(2**63) and last < 2**63 - 1, words, self.seed)
 
     def task_config(self) -> TaskConfig:
@@ -84,7 +89,8 @@ def preset(task: str) -> RunConfig:
 
 
 def load_toml(path: str | Path, base: RunConfig | None = None) -> RunConfig:
-    """Read a `RunConfig` from a TOML file; keys left out keep the value of `base`, or their default."""
+    """Read a `RunConfig` from a TOML file; keys left out keep the value of `base`, or their
+    default."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,4 +1,5 @@
-"""The shape of the tree: who may import whom, where loops over batches may stand, what is public."""
+"""The shape of the tree: who may import whom, where loops over batches may stand, what is
+public."""
 
 import ast
 import importlib
@@ -12,8 +13,8 @@ import esper_train
 
 ROOT = Path(__file__).parent.parent
 
-# A room may import from itself and from the rooms named beside it; a name with a dot is one module of a room.
-# Data flows one way: cli -> run -> train.loop -> train.step -> op -> backend.
+# A room may import from itself and from the rooms named beside it; a name with a dot is one module
+# of a room. Data flows one way: cli -> run -> train.loop -> train.step -> op -> backend.
 KERNEL_ARROWS = {
     "version": set(),
     "config": {"version"},
@@ -50,11 +51,17 @@ TRAIN_ARROWS = {
 
 
 def modules(package: str) -> list[tuple[str, ast.Module]]:
-    """(group, syntax tree) of each module; the group is the first name below the package, "" for its __init__."""
+    """(group, syntax tree) of each module; the group is the first name below the package, "" for
+    its __init__."""
     found = []
     for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT / package).with_suffix("").parts
-        found.append(("" if parts == ("__init__",) else parts[0], ast.parse(path.read_text(encoding="utf-8"))))
+        found.append(
+            (
+                "" if parts == ("__init__",) else parts[0],
+                ast.parse(path.read_text(encoding="utf-8")),
+            )
+        )
     return found
 
 
@@ -76,21 +83,27 @@ def imports_of(tree: ast.Module, package: str) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             assert node.module is not None
             folder = (ROOT / node.module.replace(".", "/")).is_dir()
-            names |= {f"{node.module}.{alias.name}" if folder else node.module for alias in node.names}
+            names |= {
+                f"{node.module}.{alias.name}" if folder else node.module for alias in node.names
+            }
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     parts = [name.split(".") for name in names]
     return {".".join(p[1:3]) for p in parts if p[0] == package and len(p) > 1}
 
 
-@pytest.mark.parametrize(("package", "arrows"), [("esper_kernels", KERNEL_ARROWS), ("esper_train", TRAIN_ARROWS)])
+@pytest.mark.parametrize(
+    ("package", "arrows"), [("esper_kernels", KERNEL_ARROWS), ("esper_train", TRAIN_ARROWS)]
+)
 def test_imports_follow_the_arrows(package: str, arrows: dict[str, set[str]]) -> None:
     for group, tree in modules(package):
         if group == "":
             continue  # the package's own __init__ only gathers public names
         assert group in arrows, f"{package}.{group} is new: say in this test what it may import"
         allowed = arrows[group] | {group}
-        wrong = {name for name in imports_of(tree, package) if not {name, name.split(".")[0]} & allowed}
+        wrong = {
+            name for name in imports_of(tree, package) if not {name, name.split(".")[0]} & allowed
+        }
         assert not wrong, f"{package}.{group} must not import {sorted(wrong)}"
 
 
@@ -108,7 +121,9 @@ def test_training_uses_only_public_names_of_the_kernels() -> None:
 
 def batch_loops(tree: ast.Module) -> list[str]:
     """What the tree's loops run over, where it looks like batches."""
-    places = [node.iter for node in ast.walk(tree) if isinstance(node, (ast.For, ast.comprehension))]
+    places = [
+        node.iter for node in ast.walk(tree) if isinstance(node, (ast.For, ast.comprehension))
+    ]
     texts = [ast.unparse(place) for place in places]
     words = ("loader", "batches", "episode.train", "episode.validation", "episode.test")
     return [text for text in texts if any(word in text for word in words)]
@@ -125,7 +140,10 @@ def test_loop_holds_the_only_loops_over_batches() -> None:
 
 def test_only_step_calls_the_loss() -> None:
     for group, tree in modules("esper_train"):
-        assert not {n for n in imported(tree) if "cross_entropy" in n} or group in ("train", "audited"), group
+        assert not {n for n in imported(tree) if "cross_entropy" in n} or group in (
+            "train",
+            "audited",
+        ), group
 
 
 @pytest.mark.parametrize("package", [esper_kernels, esper_train])
@@ -133,9 +151,9 @@ def test_all_lists_exactly_the_public_names(package: object) -> None:
     names = package.__all__  # type: ignore[attr-defined]
     assert len(set(names)) == len(names)
     submodules = {m.name for m in pkgutil.iter_modules(package.__path__)}  # type: ignore[attr-defined]
-    present = {name for name in vars(package) if not name.startswith("_") and name not in submodules} | {
-        name for name in names if name in submodules or name == "__version__"
-    }
+    present = {
+        name for name in vars(package) if not name.startswith("_") and name not in submodules
+    } | {name for name in names if name in submodules or name == "__version__"}
     assert set(names) == present
 
 
@@ -148,7 +166,8 @@ def test_every_module_says_what_it_is_for(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["esper_kernels", "esper_train"])
 def test_no_module_level_mutable_state(package: str) -> None:
-    """Module-level names are constants: no list, dict or set that code could change, no `global`."""
+    """Module-level names are constants: no list, dict or set that code could change, no
+    `global`."""
     for group, tree in modules(package):
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.Global)], group
         for node in tree.body:
@@ -165,7 +184,10 @@ def test_importing_the_training_package_loads_no_extra() -> None:
     import subprocess
     import sys
 
-    code = "import sys, esper_train; print([m for m in ('tyro', 'rich', 'matplotlib', 'sklearn') if m in sys.modules])"
+    code = (
+        "import sys, esper_train; print([m for m in ('tyro', 'rich', 'matplotlib', 'sklearn') "
+        "if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

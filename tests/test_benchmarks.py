@@ -1,4 +1,5 @@
-"""`python -m benchmarks`: every benchmark is listed and runs, and results say where they come from."""
+"""`python -m benchmarks`: every benchmark is listed and runs, and results say where they come
+from."""
 
 import ast
 import json

@@ -12,9 +12,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def setup(*arguments: str, cwd: Path = ROOT, **environment: str) -> "subprocess.CompletedProcess[str]":
+def setup(
+    *arguments: str, cwd: Path = ROOT, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "setup.py", *arguments]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 def test_the_decision_is_printed_with_its_reason() -> None:
@@ -22,11 +26,16 @@ def test_the_decision_is_printed_with_its_reason() -> None:
     assert "no CUDA kernels, because: NO_CUDA=1;" in done.stdout
     if torch.version.cuda is None:
         done = setup("--name")
-        assert "no CUDA kernels, because: this torch is built without CUDA (FORCE_CUDA=1" in done.stdout
+        assert (
+            "no CUDA kernels, because: this torch is built without CUDA (FORCE_CUDA=1"
+            in done.stdout
+        )
 
 
 def test_forcing_cuda_without_a_toolkit_fails_with_a_way_out(tmp_path: Path) -> None:
-    done = setup("--name", FORCE_CUDA="1", PATH=str(tmp_path), CUDA_HOME=str(tmp_path), CXX=sys.executable)
+    done = setup(
+        "--name", FORCE_CUDA="1", PATH=str(tmp_path), CUDA_HOME=str(tmp_path), CXX=sys.executable
+    )
     assert done.returncode != 0
     assert "FORCE_CUDA=1, but there is no nvcc; set CUDA_HOME to a CUDA toolkit" in done.stderr
 

@@ -9,7 +9,13 @@ pytestmark = pytest.mark.slow
 
 def test_a_case_has_every_figure() -> None:
     row = epoch.measure("tiny", rounds=2)
-    assert set(row["seconds"]) == {"plain", "plain, DataLoader", "ours", "ours, bfloat16", "ours, compiled"}
+    assert set(row["seconds"]) == {
+        "plain",
+        "plain, DataLoader",
+        "ours",
+        "ours, bfloat16",
+        "ours, compiled",
+    }
     assert all(value > 0 for value in row["seconds"].values())
     assert row["batches"] == 4
     assert {"us per batch", "us by hand", "us per epoch", "us of a read"} < set(row["loop"])

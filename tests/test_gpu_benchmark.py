@@ -1,4 +1,5 @@
-"""What of the GPU benchmark needs no GPU: its arguments, its shapes, its table, and what it says without one."""
+"""What of the GPU benchmark needs no GPU: its arguments, its shapes, its table, and what it says
+without one."""
 
 import json
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_inputs_take_turns_until_none_is_in_the_cache() -> None:
     assert gpu.copies(200 << 20, cache) == 1
     for size in (100 << 20, 16 << 20, 1_310_720, 1):
         number = gpu.copies(size, cache)
-        # Between two uses of an input, the others pass through the cache twice, or there are as many as allowed.
+        # Between two uses of an input, the others pass through the cache twice, or there are as
+        # many as allowed.
         assert (number - 1) * size >= 2 * cache or number == gpu.MOST_COPIES
 
 
@@ -134,7 +136,9 @@ def test_what_is_missing_is_said() -> None:
 
 def test_without_a_gpu_it_says_so_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=r"^the benchmark `gpu` needs a CUDA device, and torch finds none here$"):
+    with pytest.raises(
+        SystemExit, match=r"^the benchmark `gpu` needs a CUDA device, and torch finds none here$"
+    ):
         gpu.main([])
     with pytest.raises(SystemExit, match="got 'bf16'"):
         gpu.main(["bf16"])

@@ -1,4 +1,5 @@
-"""The session on a GPU, as far as it goes without one: limits, skips, results, and the comparison it makes."""
+"""The session on a GPU, as far as it goes without one: limits, skips, results, and the comparison
+it makes."""
 
 import io
 import json
@@ -16,7 +17,9 @@ PART_SECONDS = 600
 
 
 def step(name: str, code: str, limit: int = 60, needs: tuple[str, ...] = ()) -> Step:
-    return Step(name=name, command=(sys.executable, "-c", code, "{folder}"), limit=limit, needs=needs)
+    return Step(
+        name=name, command=(sys.executable, "-c", code, "{folder}"), limit=limit, needs=needs
+    )
 
 
 def test_a_part_takes_at_most_ten_minutes() -> None:
@@ -27,21 +30,30 @@ def test_a_part_takes_at_most_ten_minutes() -> None:
         assert len({step.name for step in part}) == len(part)
 
 
-def test_without_a_device_every_step_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_device_every_step_is_skipped_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PATH", str(tmp_path))
     for part in steps.parts().values():
         for skipped in (session.run(step, io.StringIO()) for step in part):
             assert skipped["result"] == "skipped"
-            assert skipped["reason"].startswith(("torch finds no CUDA device", "there is no nvidia-smi"))
+            assert skipped["reason"].startswith(
+                ("torch finds no CUDA device", "there is no nvidia-smi")
+            )
 
 
-def test_results_are_on_disk_after_every_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_results_are_on_disk_after_every_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen = tmp_path / "out" / "try.json"
     figures = "import sys, pathlib; pathlib.Path(sys.argv[1], 'made.json').write_text('[1, 2]')"
     todo = (
         step("leaves figures", figures),
-        step("sees the step before", f"import json; assert len(json.load(open({str(seen)!r}))['figures']) == 1"),
+        step(
+            "sees the step before",
+            f"import json; assert len(json.load(open({str(seen)!r}))['figures']) == 1",
+        ),
         step("fails", "import sys; print('what went wrong'); sys.exit(3)"),
         step("hangs", "import time; time.sleep(1000)", limit=1),
         step("lacks a program", "", needs=("no-such-program", "module:no_such_module")),
@@ -49,9 +61,18 @@ def test_results_are_on_disk_after_every_step(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(session, "parts", lambda: {"try": todo})
     assert not session.run_part("try", tmp_path / "out")
     found = json.loads(seen.read_text())["figures"]
-    assert [row["result"] for row in found] == ["passed", "passed", "failed (exit code 3)", "out of time", "skipped"]
+    assert [row["result"] for row in found] == [
+        "passed",
+        "passed",
+        "failed (exit code 3)",
+        "out of time",
+        "skipped",
+    ]
     assert found[0]["figures"] == {"made": [1, 2]}
-    assert found[4]["reason"] == "there is no no-such-program; Python module no_such_module is not installed"
+    assert (
+        found[4]["reason"]
+        == "there is no no-such-program; Python module no_such_module is not installed"
+    )
     assert "what went wrong" in (tmp_path / "out" / "try.log").read_text()
 
 
@@ -80,7 +101,9 @@ def test_the_smoke_test_passes_what_is_right(dtype: torch.dtype) -> None:
         ("one repeat", "1 of 5 repeats gave other bits"),
     ],
 )
-def test_the_smoke_test_finds_what_is_wrong(fault: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smoke_test_finds_what_is_wrong(
+    fault: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = smoke.cross_entropy_step
     calls = 0
 

@@ -1,4 +1,5 @@
-"""What gets installed: the wheel beside torch alone, pure Python, and the message of a build that cannot work."""
+"""What gets installed: the wheel beside torch alone, pure Python, and the message of a build that
+cannot work."""
 
 import json
 import os
@@ -23,9 +24,20 @@ BIN = Path(sys.executable).parent
 SWITCHES = ("ESPER_NO_EXT", "NO_CUDA", "FORCE_CUDA", "CUDA_HOME")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", *SWITCHES)}
 ENVIRONMENT |= {"PATH": f"{BIN}:{os.environ['PATH']}", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-WHEEL = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "dist", "."]
+WHEEL = [
+    sys.executable,
+    "-m",
+    "pip",
+    "wheel",
+    "--no-build-isolation",
+    "--no-deps",
+    "-w",
+    "dist",
+    ".",
+]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # torch is unpacked, and everything compiled
+# torch is unpacked, and everything compiled
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # The step in C++ against the definition, from wherever the package was installed to.
 SMOKE = """
@@ -37,7 +49,8 @@ meters, grads, norms = [], [], []
 for backend in ("eager", BACKEND):
     config = KernelConfig(backend=backend)
     meters.append(Meter("cpu"))
-    grads.append(cross_entropy_step(logits, targets, meters[-1], label_smoothing=0.1, config=config))
+    grad = cross_entropy_step(logits, targets, meters[-1], label_smoothing=0.1, config=config)
+    grads.append(grad)
     norms.append(grad_stats([logits], config=config).total_norm)
 torch.testing.assert_close(*grads)
 torch.testing.assert_close(*norms)
@@ -71,7 +84,9 @@ print(all(torch._C._dispatch_has_kernel_for_dispatch_key(f"esper::{op}", "CUDA")
 
 def run(command: list[object], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     arguments = [str(word) for word in command]
-    return subprocess.run(arguments, cwd=cwd, env={**ENVIRONMENT, **variables}, capture_output=True, text=True)
+    return subprocess.run(
+        arguments, cwd=cwd, env={**ENVIRONMENT, **variables}, capture_output=True, text=True
+    )
 
 
 def output(command: list[object], cwd: Path, **variables: str) -> str:
@@ -126,7 +141,9 @@ def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("clean")
     output([sys.executable, "-m", "venv", "venv"], folder)
     python = folder / "venv" / "bin" / "python"
-    done = run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", "torch"], folder)
+    done = run(
+        [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", "torch"], folder
+    )
     if done.returncode != 0:
         pytest.skip(f"the pinned torch cannot be installed here: {done.stderr[-300:]}")
     yield python
@@ -135,17 +152,25 @@ def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_wheel_holds_both_packages_and_the_kernels(wheel: Path, unpacked: Path) -> None:
     assert re.fullmatch(r"esper_kernels-0\.1\.0-py3-none-manylinux_2_\d+_[\w.]+\.whl", wheel.name)
-    names = sorted(str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file())
+    names = sorted(
+        str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()
+    )
     assert {name.split("/")[0] for name in names} == {
         "esper_kernels",
         "esper_train",
         "esper_kernels-0.1.0.dist-info",
     }
-    binaries = [name for name in names if not name.endswith((".py", "py.typed")) and "dist-info" not in name]
+    binaries = [
+        name for name in names if not name.endswith((".py", "py.typed")) and "dist-info" not in name
+    ]
     libraries = ["esper_cpu.so", "esper_cuda.so"] if shutil.which("nvcc") else ["esper_cpu.so"]
     assert binaries == [f"esper_kernels/lib/{name}" for name in libraries]
     metadata = (unpacked / "esper_kernels-0.1.0.dist-info/METADATA").read_text()
-    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    required = [
+        line
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist:") and "extra ==" not in line
+    ]
     assert required == ["Requires-Dist: torch>=2.10"]
 
 
@@ -155,7 +180,10 @@ def test_making_it_says_what_it_needs(made: tuple[Path, str]) -> None:
     assert re.search(rf"building CPU kernels against torch \S+; {kernels}", said)
     needs = " ".join(said.split())
     assert "libc.so.6 with versions {" in needs
-    assert any(f'constrains the platform tag to "{tag}"' in needs for tag in wheel.stem.split("-")[-1].split("."))
+    assert any(
+        f'constrains the platform tag to "{tag}"' in needs
+        for tag in wheel.stem.split("-")[-1].split(".")
+    )
 
 
 def test_libraries_need_nothing_of_torch_but_its_stable_interface(unpacked: Path) -> None:
@@ -165,7 +193,9 @@ def test_libraries_need_nothing_of_torch_but_its_stable_interface(unpacked: Path
     for library in (unpacked / "esper_kernels/lib").iterdir():
         undefined = output(["nm", "-DC", "--undefined-only", library], unpacked).splitlines()
         names = [line.split()[-1] for line in undefined]
-        torchs = [name for name in names if "torch" in name or "c10" in name or name.startswith("at::")]
+        torchs = [
+            name for name in names if "torch" in name or "c10" in name or name.startswith("at::")
+        ]
         assert "torch_call_dispatcher" in torchs
         assert [name for name in torchs if not name.startswith(("aoti_torch_", "torch_"))] == []
         assert [name for name in names if name.startswith(("Py", "_Py", "cuda", "cu"))] == []
@@ -176,7 +206,10 @@ def test_wheel_serves_other_pythons(version: str, wheel: Path, tmp_path: Path) -
     """Installed by their own pip, and as far as can be tried where they have no torch."""
     python = find_python(version)
     target = tmp_path / "target"
-    output([python, "-m", "pip", "install", "--no-index", "--no-deps", "--target", target, wheel], tmp_path)
+    output(
+        [python, "-m", "pip", "install", "--no-index", "--no-deps", "--target", target, wheel],
+        tmp_path,
+    )
     package = target / "esper_kernels"
     libtorch = Path(torch.__file__).with_name("lib") / "libtorch.so"
     command = [python, "-c", OTHER_PYTHON, libtorch, package / "lib/esper_cpu.so"]
@@ -186,7 +219,11 @@ def test_wheel_serves_other_pythons(version: str, wheel: Path, tmp_path: Path) -
 def find_python(version: str) -> str:
     """An interpreter of this version, or the test is skipped."""
     found = shutil.which(f"python{version}")
-    if found is not None and run([found, "-m", "pip", "--version"], ROOT).returncode != 0 and shutil.which("pyenv"):
+    if (
+        found is not None
+        and run([found, "-m", "pip", "--version"], ROOT).returncode != 0
+        and shutil.which("pyenv")
+    ):
         # a launcher without a version behind it: it has them under names of their own
         versions = run(["pyenv", "whence", f"python{version}"], ROOT).stdout.split()
         prefix = run(["pyenv", "prefix", *versions[-1:]], ROOT).stdout.strip()
@@ -196,7 +233,10 @@ def find_python(version: str) -> str:
     return found
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="here `make` builds it, and the other kernel tests run it")
+@pytest.mark.skipif(
+    torch.version.cuda is not None,
+    reason="here `make` builds it, and the other kernel tests run it",
+)
 def test_cuda_library_loads_without_a_gpu(unpacked: Path, tmp_path: Path) -> None:
     if not (unpacked / "esper_kernels/lib/esper_cuda.so").exists():
         pytest.skip("no nvcc here")
@@ -206,7 +246,12 @@ def test_cuda_library_loads_without_a_gpu(unpacked: Path, tmp_path: Path) -> Non
     stub = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }"
     command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(tmp_path / "stub.so")]
     subprocess.run(command, input=stub, text=True, check=True)
-    said = output([sys.executable, "-c", CUDA], tmp_path, LD_PRELOAD=f"{tmp_path}/stub.so", PYTHONPATH=str(unpacked))
+    said = output(
+        [sys.executable, "-c", CUDA],
+        tmp_path,
+        LD_PRELOAD=f"{tmp_path}/stub.so",
+        PYTHONPATH=str(unpacked),
+    )
     assert said.splitlines() == ["there is no NVIDIA driver", "True"]
 
 
@@ -234,24 +279,43 @@ def test_pure_python_serves_with_eager_and_says_why(clean_python: Path, tmp_path
     (wheel,) = (folder / "dist").iterdir()
     assert wheel.name == "esper_kernels-0.1.0-py3-none-any.whl"
     target = tmp_path / "target"
-    output([clean_python, "-m", "pip", "install", "--no-index", "--no-deps", "--target", target, wheel], tmp_path)
-    facts = output([clean_python, "-m", "esper_kernels.info"], tmp_path, PYTHONPATH=str(target)).splitlines()
+    output(
+        [
+            clean_python,
+            "-m",
+            "pip",
+            "install",
+            "--no-index",
+            "--no-deps",
+            "--target",
+            target,
+            wheel,
+        ],
+        tmp_path,
+    )
+    facts = output(
+        [clean_python, "-m", "esper_kernels.info"], tmp_path, PYTHONPATH=str(target)
+    ).splitlines()
     row = next(line for line in facts if line.split()[:2] == ["cross_entropy", "cpu"])
     assert row.split()[2] == "eager"
     assert "cpp: the CPU kernels are not built (pure Python install)" in row
-    where = output([clean_python, "-c", SMOKE.replace("BACKEND", "'auto'")], tmp_path, PYTHONPATH=str(target))
+    where = output(
+        [clean_python, "-c", SMOKE.replace("BACKEND", "'auto'")], tmp_path, PYTHONPATH=str(target)
+    )
     assert Path(where.strip()).is_relative_to(target)
 
 
 WITHOUT_TORCH = (
-    "esper-kernels: cannot import torch, against which the kernels are compiled; install it and run pip with "
-    "--no-build-isolation, or set ESPER_NO_EXT=1 for pure Python"
+    "esper-kernels: cannot import torch, against which the kernels are compiled; install it and "
+    "run pip with --no-build-isolation, or set ESPER_NO_EXT=1 for pure Python"
 )
 
 
 def test_build_without_torch_says_what_to_do(tmp_path: Path) -> None:
     blocked = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build']; "
-    done = run([sys.executable, "-c", blocked + "runpy.run_path('setup.py')"], sources(tmp_path / "esper"))
+    done = run(
+        [sys.executable, "-c", blocked + "runpy.run_path('setup.py')"], sources(tmp_path / "esper")
+    )
     assert done.returncode == 1
     assert done.stderr.strip() == WITHOUT_TORCH
 
@@ -267,9 +331,13 @@ def test_isolated_build_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_build_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
-    done = run([sys.executable, "setup.py", "build"], sources(tmp_path / "esper"), CXX="/nonexistent/c++ -m64")
+    done = run(
+        [sys.executable, "setup.py", "build"],
+        sources(tmp_path / "esper"),
+        CXX="/nonexistent/c++ -m64",
+    )
     assert done.returncode == 1
     assert done.stderr.strip() == (
-        "esper-kernels: there is no C++ compiler '/nonexistent/c++ -m64'; install one (g++), name it in CXX, or set "
-        "ESPER_NO_EXT=1 for pure Python"
+        "esper-kernels: there is no C++ compiler '/nonexistent/c++ -m64'; install one (g++), name "
+        "it in CXX, or set ESPER_NO_EXT=1 for pure Python"
     )

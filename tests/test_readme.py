@@ -1,4 +1,5 @@
-"""What README.md and docs/ say must hold: code runs, files and links exist, tables are the measured ones."""
+"""What README.md and docs/ say must hold: code runs, files and links exist, tables are the measured
+ones."""
 
 import re
 from pathlib import Path
@@ -14,7 +15,9 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 IDS = [path.name for path in DOCUMENTS]
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["kernels", "loop"])
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["kernels", "loop"]
+)
 def test_python_of_the_readme_runs(code: str) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 6)
@@ -52,7 +55,9 @@ def test_the_file_tree_exists() -> None:
 
 def test_the_file_tree_names_every_room() -> None:
     for package in ("esper_kernels/ops", "esper_train"):
-        rooms = {f"{path.parent.relative_to(ROOT)}/" for path in ROOT.glob(f"{package}/*/__init__.py")}
+        rooms = {
+            f"{path.parent.relative_to(ROOT)}/" for path in ROOT.glob(f"{package}/*/__init__.py")
+        }
         assert rooms <= set(tree())
 
 

@@ -1,11 +1,14 @@
-"""The first half hour on a GPU, in three parts of at most ten minutes that can be called one by one.
+"""The first half hour on a GPU, in three parts of at most ten minutes that can be called one by
+one.
 
-    make gpu-prepare                                  # before, where a compiler and a package index are
-    python -m benchmarks gpu_session correct          # or speed, or why; several run one after another
+    make gpu-prepare                                  # before, where a compiler and a package index
+    are python -m benchmarks gpu_session correct          # or speed, or why; several run one after
+    another
 
-No environment is needed but torch's: packages that `make gpu-prepare` left in build/gpu are found there.
-Writes PART.json after every step and PART.log while it runs, into $OUT where that is set, otherwise into
-benchmarks/results/gpu. Exits with 1 where a step failed or ran out of time; a skipped step names its reason.
+No environment is needed but torch's: packages that `make gpu-prepare` left in build/gpu are found
+there. Writes PART.json after every step and PART.log while it runs, into $OUT where that is set,
+otherwise into benchmarks/results/gpu. Exits with 1 where a step failed or ran out of time; a
+skipped step names its reason.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ CARRIED = ROOT / "build" / "gpu"  # pure-Python packages
 
 
 def run(step: Step, log: TextIO) -> dict[str, Any]:
-    """Run one step, with its output in the log. The result includes the JSON files that it wrote."""
+    """Run one step, with its output in the log. The result includes the JSON files that it
+    wrote."""
     reasons = [reason for reason in map(missing, step.needs) if reason is not None]
     if reasons:
         return {"step": step.name, "result": "skipped", "reason": "; ".join(reasons)}
@@ -38,15 +42,23 @@ def run(step: Step, log: TextIO) -> dict[str, Any]:
             [str(ROOT), str(CARRIED), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
         result = within(command, step.limit, environment, log)
-        figures = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+        figures = {
+            path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))
+        }
     answer = {"step": step.name, "result": result, "seconds": round(time.monotonic() - started, 1)}
     return answer | ({"figures": figures} if figures else {})
 
 
 def within(command: list[str], limit: int, environment: dict[str, str], log: TextIO) -> str:
-    """ "passed", "failed (exit code N)" or "out of time", after at most `limit` seconds and some for the end."""
+    """ "passed", "failed (exit code N)" or "out of time", after at most `limit` seconds and some
+    for the end."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         code = process.wait(limit)
@@ -76,7 +88,8 @@ def main(names: list[str]) -> None:
     """Run the named parts, in the order given."""
     if not names or not set(names) <= set(parts()):
         sys.exit(
-            f"usage: python -m benchmarks gpu_session {{{','.join(parts())}}}..., got {' '.join(names) or 'nothing'}"
+            f"usage: python -m benchmarks gpu_session {{{','.join(parts())}}}..., got "
+            f"{' '.join(names) or 'nothing'}"
         )
     folder = Path(os.environ.get("OUT") or record.RESULTS / "gpu")
     passed = [run_part(name, folder) for name in names]

@@ -1,7 +1,9 @@
-"""One step of a backend at each shape, for profilers: `python -m benchmarks.gpu_session.launch cuda 2048x8192`.
+"""One step of a backend at each shape, for profilers: `python -m benchmarks.gpu_session.launch cuda
+2048x8192`.
 
-The step before it compiles and loads the kernels; only the one that counts is between the marks that
-`ncu --profile-from-start off` goes by. Inputs are made on the CPU, so that no other kernel is in the way.
+The step before it compiles and loads the kernels; only the one that counts is between the marks
+that `ncu --profile-from-start off` goes by. Inputs are made on the CPU, so that no other kernel is
+in the way.
 """
 
 from __future__ import annotations

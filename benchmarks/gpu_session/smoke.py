@@ -1,4 +1,5 @@
-"""Each GPU backend against eager torch, then the same bits from 2000 repeats and 500 replays of a CUDA graph."""
+"""Each GPU backend against eager torch, then the same bits from 2000 repeats and 500 replays of a
+CUDA graph."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ WORDS = {2: torch.int16, 4: torch.int32}  # to compare bits, by the size of an e
 
 
 def compare(logits: Tensor, targets: Tensor, backend: str, repeats: int, replays: int) -> None:
-    """Raise AssertionError with the first thing that is wrong. logits [N, V]; no replays on the CPU."""
+    """Raise AssertionError with the first thing that is wrong. logits [N, V]; no replays on the
+    CPU."""
     config = KernelConfig(backend=backend)
     device = logits.device
     expected = Meter(device, topk=(5,))
@@ -32,7 +34,9 @@ def compare(logits: Tensor, targets: Tensor, backend: str, repeats: int, replays
     leaf = logits.double().requires_grad_()
     (truth,) = torch.autograd.grad(plain_torch_cross_entropy(leaf, targets), leaf)
     assert_no_worse_than_eager(first, eager, truth)
-    torch.testing.assert_close(meter.counts, expected.counts, rtol=0, atol=0, msg="counts differ from eager's")
+    torch.testing.assert_close(
+        meter.counts, expected.counts, rtol=0, atol=0, msg="counts differ from eager's"
+    )
     torch.testing.assert_close(meter.sums, expected.sums, rtol=1e-5, atol=0)
 
     counts = meter.counts.clone()
@@ -58,7 +62,9 @@ def compare(logits: Tensor, targets: Tensor, backend: str, repeats: int, replays
     meter.reset()
     for _ in range(10):
         cross_entropy_step(logits, targets, meter, out=out, config=config)
-    assert meter.counts.equal(10 * counts), "the counts of 10 equal batches are not 10 times those of one"
+    assert meter.counts.equal(10 * counts), (
+        "the counts of 10 equal batches are not 10 times those of one"
+    )
     assert int(meter.ticket) == 0, f"the ticket is {int(meter.ticket)} between launches"
 
 
@@ -67,7 +73,9 @@ def sample(device: str, dtype: torch.dtype, rows: int, classes: int) -> tuple[Te
     generator = torch.Generator().manual_seed(classes)
     targets = torch.randint(classes, (rows,), generator=generator)
     targets[rows // 2] = -100
-    return (torch.randn(rows, classes, generator=generator) * 3).to(dtype).to(device), targets.to(device)
+    return (torch.randn(rows, classes, generator=generator) * 3).to(dtype).to(device), targets.to(
+        device
+    )
 
 
 def results() -> Iterator[tuple[str, bool]]:

@@ -26,14 +26,21 @@ SPEED = (  # shapes for the benchmark `gpu`
 )
 PROFILED = (("cuda", "2048x8192"), ("cuda", "512x262144"), ("triton", "2048x8192"))
 SANITIZED = ("16x10", "16x3000", "4x262144")
-SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats")
+SECTIONS = (
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "LaunchStats",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """A command, with {folder} for where it may leave JSON files that become part of the results.
 
-    limit: seconds. needs: "device", or programs and Python modules ("module:NAME"); without one the step is skipped.
+    limit: seconds. needs: "device", or programs and Python modules ("module:NAME"); without one the
+    step is skipped.
     """
 
     name: str
@@ -63,8 +70,14 @@ def python(*arguments: str) -> tuple[str, ...]:
 
 
 def correct() -> tuple[Step, ...]:
-    query = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-    build = f"nvcc -std=c++17 -arch=native -o {{folder}}/clusters {HERE / 'clusters.cu'} && {{folder}}/clusters"
+    query = (
+        "name,driver_version,memory.total,clocks.sm,clocks.mem,"
+        "clocks.max.sm,clocks.max.mem,power.limit"
+    )
+    build = (
+        f"nvcc -std=c++17 -arch=native -o {{folder}}/clusters {HERE / 'clusters.cu'} && "
+        f"{{folder}}/clusters"
+    )
     workers = ("-n", "12") if missing("module:xdist") is None else ()
     pytest = python("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *workers)
     tests = ("device", "module:pytest", "module:pytest_timeout", "module:hypothesis")
@@ -77,7 +90,9 @@ def correct() -> tuple[Step, ...]:
             needs=("nvidia-smi",),
         ),
         Step(name="backends", command=python("-m", "esper_kernels.info"), limit=30),
-        Step(name="active clusters", command=("sh", "-c", build), limit=60, needs=("device", "nvcc")),
+        Step(
+            name="active clusters", command=("sh", "-c", build), limit=60, needs=("device", "nvcc")
+        ),
         Step(name="smoke test", command=python("-m", "benchmarks.gpu_session.smoke"), limit=120),
         Step(name="info --check", command=python("-m", "esper_kernels.info", "--check"), limit=60),
         Step(name="tests of kernels", command=(*pytest, "tests/kernels"), limit=170, needs=tests),
@@ -86,8 +101,13 @@ def correct() -> tuple[Step, ...]:
 
 
 def speed() -> tuple[Step, ...]:
-    code = "import sys, pathlib, benchmarks.gpu as gpu; gpu.main([sys.argv[1]], pathlib.Path(sys.argv[2]))"
-    return tuple(Step(name=shape, command=python("-c", code, shape, "{folder}"), limit=58) for shape in SPEED)
+    code = (
+        "import sys, pathlib, benchmarks.gpu as gpu; gpu.main([sys.argv[1]], "
+        "pathlib.Path(sys.argv[2]))"
+    )
+    return tuple(
+        Step(name=shape, command=python("-c", code, shape, "{folder}"), limit=58) for shape in SPEED
+    )
 
 
 def why() -> tuple[Step, ...]:
@@ -96,16 +116,31 @@ def why() -> tuple[Step, ...]:
     # The clocks stay as they are on a machine that is lent.
     ncu = ("ncu", "--clock-control", "none", "--profile-from-start", "off", *sections)
     profiled = [
-        Step(name=f"ncu {backend} {shape}", command=(*ncu, *launch, backend, shape), limit=90, needs=("device", "ncu"))
+        Step(
+            name=f"ncu {backend} {shape}",
+            command=(*ncu, *launch, backend, shape),
+            limit=90,
+            needs=("device", "ncu"),
+        )
         for backend, shape in PROFILED
     ]
     sanitized = [
         Step(
             name=f"compute-sanitizer {tool}",
-            command=("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *launch, "cuda", *SANITIZED),
+            command=(
+                "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "1",
+                *launch,
+                "cuda",
+                *SANITIZED,
+            ),
             limit=100,
             needs=("device", "compute-sanitizer"),
-            # Every tensor gets memory of its own, so that a read past its end is one past the allocation's.
+            # Every tensor gets memory of its own, so that a read past its end is one past the
+            # allocation's.
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         )
         for tool in ("memcheck", "racecheck", "synccheck")

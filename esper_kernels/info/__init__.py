@@ -12,12 +12,16 @@ from esper_kernels.config import DTYPES
 from esper_kernels.version import CHECKED, __version__
 
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
-_UNVERIFIED = "tested in a simulator on the CPU, not yet on a GPU: check with python -m esper_kernels.info --check"
+_UNVERIFIED = (
+    "tested in a simulator on the CPU, not yet on a GPU: check with python -m "
+    "esper_kernels.info --check"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which backend serves an op for a device type and dtype; None where none can. `why` holds the refusals."""
+    """Which backend serves an op for a device type and dtype; None where none can. `why` holds the
+    refusals."""
 
     op: str
     device_type: str
@@ -30,7 +34,8 @@ class Choice:
 class Info:
     """Versions and choices; `str()` is a readable table, dtypes with the same answer on one line.
 
-    instruction_sets: those of the compiled CPU kernels that this machine can run; the first is the default.
+    instruction_sets: those of the compiled CPU kernels that this machine can run; the first is the
+    default.
     """
 
     versions: dict[str, str]
@@ -47,17 +52,28 @@ class Info:
         lines.append(f"CUDA kernels: {native.cuda_unavailable() or 'ready'}; {_UNVERIFIED}")
         dtypes: dict[tuple[str, str, str, str], list[str]] = {}
         for row in self.choices:
-            dtypes.setdefault((row.op, row.device_type, row.backend or "none", row.why), []).append(row.dtype)
+            dtypes.setdefault((row.op, row.device_type, row.backend or "none", row.why), []).append(
+                row.dtype
+            )
         for (op, device_type, backend, why), names in dtypes.items():
-            lines.append(f"{op:14} {device_type:5} {backend:7} {', '.join(names)}" + (f"  ({why})" if why else ""))
+            lines.append(
+                f"{op:14} {device_type:5} {backend:7} {', '.join(names)}"
+                + (f"  ({why})" if why else "")
+            )
         return "\n".join(lines)
 
 
 def info() -> Info:
     """Versions, and a choice for each op, device type and dtype."""
-    versions = {"esper_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {
+        "esper_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     versions |= {"triton": _triton_version(), "compiler": native.COMPILER}
-    choices = tuple(_choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in DTYPES)
+    choices = tuple(
+        _choice(op, device, dtype) for op in OPS for device in _DEVICE_TYPES for dtype in DTYPES
+    )
     return Info(
         versions=versions,
         instruction_sets=native.INSTRUCTION_SETS,

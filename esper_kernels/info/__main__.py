@@ -1,4 +1,5 @@
-"""`python -m esper_kernels.info`: print `info()`; with --check compare the backends, and exit with 1 if one is off."""
+"""`python -m esper_kernels.info`: print `info()`; with --check compare the backends, and exit with
+1 if one is off."""
 
 import argparse
 import sys
@@ -7,8 +8,12 @@ from esper_kernels.info import info
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m esper_kernels.info", description="What serves where, and why.")
-    parser.add_argument("--check", action="store_true", help="compare every usable backend with eager torch")
+    parser = argparse.ArgumentParser(
+        prog="python -m esper_kernels.info", description="What serves where, and why."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare every usable backend with eager torch"
+    )
     check_too = parser.parse_args().check
     print(info())
     if not check_too:

@@ -13,13 +13,15 @@ from esper_kernels.ops.cross_entropy import cross_entropy, cross_entropy_step
 from esper_kernels.ops.grad_stats import grad_stats
 from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_entropy
 
-_SHAPES = ((64, 10), (9, 1000), (5, 4099), (3, 50257), (2, 262144))  # rows of every kind, ragged ones too
+# rows of every kind, ragged ones too
+_SHAPES = ((64, 10), (9, 1000), (5, 4099), (3, 50257), (2, 262144))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3}
 
 
 def check() -> Iterator[tuple[str, bool]]:
-    """(what was compared and how it went, whether it agreed), on the CPU and on the current CUDA device."""
+    """(what was compared and how it went, whether it agreed), on the CPU and on the current CUDA
+    device."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for config in (KernelConfig(backend=name) for name in BACKENDS if name != "eager"):
             for dtype in _DTYPES:
@@ -29,7 +31,10 @@ def check() -> Iterator[tuple[str, bool]]:
                 except ValueError:
                     continue  # `info` says why
                 for shape in _SHAPES:
-                    what = f"{device} {config.backend} {str(dtype).removeprefix('torch.')} {shape[0]} x {shape[1]}"
+                    what = (
+                        f"{device} {config.backend} {str(dtype).removeprefix('torch.')} "
+                        f"{shape[0]} x {shape[1]}"
+                    )
                     difference = _difference(config, *_sample(device, dtype, *shape))
                     yield f"{what}: {difference or 'ok'}", difference is None
 
@@ -38,7 +43,9 @@ def _sample(device: str, dtype: torch.dtype, rows: int, classes: int) -> tuple[T
     generator = torch.Generator().manual_seed(classes)
     targets = torch.randint(classes, (rows,), generator=generator)
     targets[rows // 2] = -100
-    return (torch.randn(rows, classes, generator=generator) * 3).to(dtype).to(device), targets.to(device)
+    return (torch.randn(rows, classes, generator=generator) * 3).to(dtype).to(device), targets.to(
+        device
+    )
 
 
 def _difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | None:
@@ -46,18 +53,23 @@ def _difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | 
     meter, expected = (Meter(logits.device, topk=(1, 5)) for _ in range(2))
     leaf = logits.double().requires_grad_()
     rival = logits.clone().requires_grad_()
-    loss = cross_entropy(rival, targets, **_OPTIONS, meter=expected, config=KernelConfig(backend="eager"))
+    loss = cross_entropy(
+        rival, targets, **_OPTIONS, meter=expected, config=KernelConfig(backend="eager")
+    )
     (eager,) = torch.autograd.grad(loss, rival)
     (truth,) = torch.autograd.grad(plain_torch_cross_entropy(leaf, targets, **_OPTIONS), leaf)
     grads = [cross_entropy_step(logits, targets, meter, **_OPTIONS, config=config)]
     grads += torch.autograd.grad(cross_entropy(rival, targets, **_OPTIONS, config=config), rival)
-    stats, others = (grad_stats([logits, None, eager], config=c) for c in (config, KernelConfig(backend="eager")))
+    stats, others = (
+        grad_stats([logits, None, eager], config=c) for c in (config, KernelConfig(backend="eager"))
+    )
     try:
         for grad in grads:
             assert_no_worse_than_eager(grad, eager, truth)
         torch.testing.assert_close(meter.counts, expected.counts, rtol=0, atol=0)
         torch.testing.assert_close(meter.sums, expected.sums, rtol=1e-5, atol=0)
-        torch.testing.assert_close(stats.pack()[3:], others.pack()[3:], rtol=0, atol=0)  # behind the norms
+        # behind the norms
+        torch.testing.assert_close(stats.pack()[3:], others.pack()[3:], rtol=0, atol=0)
         torch.testing.assert_close(stats.norms, others.norms, rtol=1e-9, atol=0)
     except AssertionError as error:
         return " ".join(str(error).split())

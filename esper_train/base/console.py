@@ -1,4 +1,5 @@
-"""Output that may be gone: a closed pipe, a full disk, a terminal that hung up. A run goes on without it."""
+"""Output that may be gone: a closed pipe, a full disk, a terminal that hung up. A run goes on
+without it."""
 
 import os
 import sys
@@ -8,7 +9,8 @@ from typing import Any, TextIO
 
 
 class Lasting:
-    """A stream like the one it is given; what that one cannot take is dropped, from its first failure on."""
+    """A stream like the one it is given; what that one cannot take is dropped, from its first
+    failure on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -17,7 +19,9 @@ class Lasting:
         try:
             return self._stream.write(text)
         except UnicodeEncodeError as error:
-            return self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+            return self._stream.write(
+                text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            )
         except (OSError, ValueError):  # ValueError: closed
             self._drop()
         return len(text)
@@ -29,7 +33,8 @@ class Lasting:
             self._drop()
 
     def _drop(self) -> None:
-        """Lead the descriptor elsewhere, so that what is still in a buffer, or written by others, does not fail too."""
+        """Lead the descriptor elsewhere, so that what is still in a buffer, or written by others,
+        does not fail too."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         with suppress(OSError, ValueError):  # a stream without a descriptor
             os.dup2(nowhere, self._stream.fileno())
@@ -49,7 +54,8 @@ def lasting_output() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        lasting = [Lasting(stream or nowhere) for stream in before]  # None: closed when the process began
+        # None: closed when the process began
+        lasting = [Lasting(stream or nowhere) for stream in before]
         sys.stdout, sys.stderr = lasting
         try:
             yield

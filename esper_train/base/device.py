@@ -20,7 +20,8 @@ def plain_defaults() -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of this name; `ValueError` if the name is invalid or the device cannot be used here."""
+    """The torch device of this name; `ValueError` if the name is invalid or the device cannot be
+    used here."""
     usable = ["cpu"]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:

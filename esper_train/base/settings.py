@@ -1,4 +1,5 @@
-"""Settings as frozen dataclasses, with limits that are checked, and their conversion from plain values."""
+"""Settings as frozen dataclasses, with limits that are checked, and their conversion from plain
+values."""
 
 import dataclasses
 import math
@@ -20,16 +21,21 @@ class Limit(NamedTuple):
 
 
 Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
-CountOrNone = Annotated[int | None, Limit("at least 1 or left out", lambda value: value is None or value >= 1)]
+CountOrNone = Annotated[
+    int | None, Limit("at least 1 or left out", lambda value: value is None or value >= 1)
+]
 CountOrZero = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
 Positive = Annotated[float, Limit("positive and finite", lambda value: 0 < value < math.inf)]
-PositiveOrNone = Annotated[float | None, Limit("positive or left out", lambda value: value is None or value > 0)]
+PositiveOrNone = Annotated[
+    float | None, Limit("positive or left out", lambda value: value is None or value > 0)
+]
 Share = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
 Decay = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
 
 
 class Settings:
-    """Base of the config classes. Raises `ValueError` for a value outside its field's choices or `Limit`.
+    """Base of the config classes. Raises `ValueError` for a value outside its field's choices or
+    `Limit`.
 
     `table` is the name of the table that has the fields in a TOML file.
     """
@@ -94,12 +100,14 @@ def require(holds: bool, what: str, value: Any) -> None:
         raise ValueError(f"{what}, got {value!r}")
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = "") -> T:
+def from_dict(
+    cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = ""
+) -> T:
     """Build a config dataclass from plain values, such as those of TOML and JSON.
 
-    Keys that are left out keep the value of `base`, or their default. Raises `ValueError` for an unknown key
-    (with the nearest known one) and `TypeError` for a value of the wrong type. `where` is the path of `values`,
-    for the messages.
+    Keys that are left out keep the value of `base`, or their default. Raises `ValueError` for an
+    unknown key (with the nearest known one) and `TypeError` for a value of the wrong type. `where`
+    is the path of `values`, for the messages.
     """
     hints = typing.get_type_hints(cls)
     names = [where + f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]

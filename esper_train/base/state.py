@@ -1,4 +1,5 @@
-"""State that can be saved and given back: the interface, objects of a few plain attributes, random numbers."""
+"""State that can be saved and given back: the interface, objects of a few plain attributes, random
+numbers."""
 
 import copy
 import random
@@ -15,7 +16,8 @@ PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class Stateful(Protocol):
-    """Gives its state as dicts, lists, tuples, strings, numbers, None and tensors, and takes it back."""
+    """Gives its state as dicts, lists, tuples, strings, numbers, None and tensors, and takes it
+    back."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -23,8 +25,8 @@ class Stateful(Protocol):
 
 
 def copied(value: Any, device: torch.device | str | None = None) -> Any:
-    """A copy of a state which further training leaves alone, on `device` or where it is; `TypeError` for a state
-    beyond tensors and plain values."""
+    """A copy of a state which further training leaves alone, on `device` or where it is;
+    `TypeError` for a state beyond tensors and plain values."""
     if isinstance(value, Tensor):
         return value.detach().to(device or value.device, copy=True)
     if isinstance(value, dict):
@@ -32,7 +34,9 @@ def copied(value: Any, device: torch.device | str | None = None) -> Any:
         result.update((key, copied(item, device)) for key, item in value.items())
         return result
     if type(value) in (list, tuple):
-        return type(value)(value if set(map(type, value)) <= PLAIN else (copied(item, device) for item in value))
+        return type(value)(
+            value if set(map(type, value)) <= PLAIN else (copied(item, device) for item in value)
+        )
     if type(value) not in PLAIN:
         raise TypeError(f"a state holds tensors and plain values only, got {value!r}")
     return value
@@ -52,12 +56,16 @@ class PlainState:
 
 
 class RandomState:
-    """A run's random numbers: the order of its data and, while `active`, python's, numpy's, torch's and the device's.
+    """A run's random numbers: the order of its data and, while `active`, python's, numpy's, torch's
+    and the device's.
 
-    Outside of `active` the global generators are the caller's. On a device of another kind they start from the seed.
+    Outside of `active` the global generators are the caller's. On a device of another kind they
+    start from the seed.
     """
 
-    def __init__(self, seed: int, device: torch.device, order: torch.Generator | None = None) -> None:
+    def __init__(
+        self, seed: int, device: torch.device, order: torch.Generator | None = None
+    ) -> None:
         self._seed = seed
         self._device = device
         self._order = order or torch.Generator()
@@ -65,7 +73,8 @@ class RandomState:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Draw from the run's stream inside, from its beginning or from where `load_state_dict` put it."""
+        """Draw from the run's stream inside, from its beginning or from where `load_state_dict` put
+        it."""
         callers = _get(self._device)
         try:
             random.seed(self._seed)

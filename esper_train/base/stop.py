@@ -1,4 +1,5 @@
-"""Signals that end a run: the first lets the batch finish, a second one ends the process at once. `cli` listens."""
+"""Signals that end a run: the first lets the batch finish, a second one ends the process at once.
+`cli` listens."""
 
 import signal
 import time
@@ -8,7 +9,8 @@ from typing import Any, Self
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; a request of the system; a terminal that is gone."""
 ECHO = 0.5
-"""Seconds in which the same request may arrive twice: `timeout` signals both its child and the group of it."""
+"""Seconds in which the same request may arrive twice: `timeout` signals both its child and the
+group of it."""
 
 
 class Stopped(KeyboardInterrupt):

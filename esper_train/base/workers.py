@@ -1,4 +1,5 @@
-"""Worker processes that prepare batches: signals are for the run alone, and a worker's death shows where it matters."""
+"""Worker processes that prepare batches: signals are for the run alone, and a worker's death shows
+where it matters."""
 
 import signal
 import sys
@@ -23,12 +24,14 @@ GRACE = 1.0
 class WorkerLoader:
     """A `DataLoader` whose workers outlive the signals that its own process answers.
 
-    Slurm, systemd, `timeout` and terminals send a signal to every process of a run. The run finishes its batch and
-    saves its state, and needs its workers for that; they go when it goes. A worker that died is a
-    `ChildProcessError`, raised where a batch is waited for and nowhere else.
+    Slurm, systemd, `timeout` and terminals send a signal to every process of a run. The run
+    finishes its batch and saves its state, and needs its workers for that; they go when it goes. A
+    worker that died is a `ChildProcessError`, raised where a batch is waited for and nowhere else.
     """
 
-    def __init__(self, data: Dataset[Any], order: Iterable[Any], workers: int, **options: Any) -> None:
+    def __init__(
+        self, data: Dataset[Any], order: Iterable[Any], workers: int, **options: Any
+    ) -> None:
         self._answered = [each for each in SIGNALS if callable(signal.getsignal(each))]
         self._loader = DataLoader(
             data,
@@ -52,7 +55,8 @@ class WorkerLoader:
             yield batch
 
     def _begin(self) -> Iterator[Any]:
-        """An iterator over an epoch. The first call starts the workers, shielded until they ignore signals."""
+        """An iterator over an epoch. The first call starts the workers, shielded until they ignore
+        signals."""
         if self._processes or self._loader.num_workers == 0:
             return iter(self._loader)
         others = active_children()
@@ -76,7 +80,8 @@ class WorkerLoader:
             raise _death(error) from error
 
     def _has_dead(self) -> bool:
-        """Whether a worker is dead, or is found dead in a moment: its connections close before it is gone."""
+        """Whether a worker is dead, or is found dead in a moment: its connections close before it
+        is gone."""
         return bool(connection.wait([each.sentinel for each in self._processes], timeout=GRACE))
 
 
@@ -126,20 +131,27 @@ def _watched() -> AbstractContextManager[None]:
 
 
 def _ignore(numbers: Iterable[int], worker: int) -> None:
-    """In a worker, at its start: leave these signals, which were held back until now, to the run."""
+    """In a worker, at its start: leave these signals, which were held back until now, to the
+    run."""
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     sys.excepthook = _report_unless_left
 
 
-def _report_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """In a worker's own threads: a run that ends leaves its connections to workers, and says itself why."""
+def _report_unless_left(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """In a worker's own threads: a run that ends leaves its connections to workers, and says itself
+    why."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
 
 def _death(error: Exception) -> ChildProcessError:
     what = str(error).strip() or type(error).__name__
-    advice = "if memory ran out, use fewer workers, or workers=0; --resume goes on from the last whole epoch"
+    advice = (
+        "if memory ran out, use fewer workers, or workers=0; --resume goes on from the last "
+        "whole epoch"
+    )
     return ChildProcessError(f"a process that prepares batches died ({what}); {advice}")

@@ -20,7 +20,8 @@ class HeuristicConfig(Settings, table="policy."):
     life_margin: int = 7
     """No germination when fewer epochs than a whole seed life plus this many are left."""
     blueprints: tuple[str, ...] = ()
-    """Rotation of blueprints, first choice first; empty takes the registry's order for the host's topology."""
+    """Rotation of blueprints, first choice first; empty takes the registry's order for the host's
+    topology."""
     blend: str = "sigmoid"
     cull_penalty: float = 2.0
     """Added to a blueprint's penalty when a seed made from it is culled."""
@@ -32,23 +33,28 @@ class HeuristicConfig(Settings, table="policy."):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(set(self.blueprints)) < len(self.blueprints):
-            raise ValueError(f"policy.blueprints names one more than once: {', '.join(self.blueprints)}")
+            raise ValueError(
+                f"policy.blueprints names one more than once: {', '.join(self.blueprints)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GovernorConfig(Settings, table="governor."):
-    """When a finite validation loss counts as gone bad, and what a rollback does. Time in epochs."""
+    """When a finite validation loss counts as gone bad, and what a rollback does. Time in
+    epochs."""
 
     window: Count = 20
     """Good epochs that a loss is compared with, at most."""
     min_history: Count = 5
     """Good epochs needed for a comparison."""
     sensitivity: float = 6.0
-    """Divergence: worse than guessing, above the mean of the window by so many standard deviations, ..."""
+    """Divergence: worse than guessing, above the mean of the window by so many standard deviations,
+    ..."""
     multiplier: float = 3.0
     """... and above so many times that mean."""
     patience: Count = 3
-    """Suspicious epochs in a row that make a finding; a loss that is not finite makes one at once."""
+    """Suspicious epochs in a row that make a finding; a loss that is not finite makes one at
+    once."""
     snapshot_epochs: Count = 5
     """With rollback, keep a checked state every so many epochs."""
     snapshot_device: str = "cpu"
@@ -60,4 +66,8 @@ class GovernorConfig(Settings, table="governor."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.min_history <= self.window, "governor.min_history must not exceed window", self.min_history)
+        require(
+            self.min_history <= self.window,
+            "governor.min_history must not exceed window",
+            self.min_history,
+        )

@@ -15,12 +15,14 @@ from esper_train.control.config import GovernorConfig
 
 LEARNED = 0.6
 NEAR_GUESS = 0.065
-"""A loss below this share of a guess's has learned something; one this close to a guess's has forgotten it."""
+"""A loss below this share of a guess's has learned something; one this close to a guess's has
+forgotten it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What is wrong with an epoch: "nonfinite", "divergence" or "collapse", and the reason in words."""
+    """What is wrong with an epoch: "nonfinite", "divergence" or "collapse", and the reason in
+    words."""
 
     kind: str
     message: str
@@ -29,7 +31,8 @@ class Finding:
 class Governor(PlainState):
     """Compares each epoch's losses with those of the run's good epochs and with that of a guess.
 
-    `guess` is the loss of guessing, ln of the number of classes, so that one rule serves every task.
+    `guess` is the loss of guessing, ln of the number of classes, so that one rule serves every
+    task.
     """
 
     STATE = ("history", "suspicious", "rollbacks")
@@ -41,7 +44,8 @@ class Governor(PlainState):
         self.suspicious = self.rollbacks = 0
 
     def check(self, *, training: float, validation: float) -> Finding | None:
-        """Judge an epoch by its losses in nats. A suspicious one does not join the history it would spoil."""
+        """Judge an epoch by its losses in nats. A suspicious one does not join the history it would
+        spoil."""
         if not (math.isfinite(training) and math.isfinite(validation)):
             losses = f"training {training}, validation {validation}"
             return Finding(kind="nonfinite", message=f"the loss is not finite: {losses}")
@@ -60,9 +64,14 @@ class Governor(PlainState):
         deviation = pstdev(self.history)
         usual = f"the mean of the last {len(self.history)} good epochs is {mean:.4g}"
         if loss > max(guess, mean + config.sensitivity * deviation, config.multiplier * mean):
-            return Finding(kind="divergence", message=f"the validation loss diverged to {loss:.4g}; {usual}")
+            return Finding(
+                kind="divergence", message=f"the validation loss diverged to {loss:.4g}; {usual}"
+            )
         if mean < LEARNED * guess and abs(loss - guess) < NEAR_GUESS * guess:
-            return Finding(kind="collapse", message=f"the validation loss {loss:.4g} is that of a guess; {usual}")
+            return Finding(
+                kind="collapse",
+                message=f"the validation loss {loss:.4g} is that of a guess; {usual}",
+            )
         return None
 
     def restart(self) -> None:
@@ -76,7 +85,8 @@ class Governor(PlainState):
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether no parameter and no buffer holds NaN or infinity: a seed that trains shows in no loss. A host sync."""
+    """Whether no parameter and no buffer holds NaN or infinity: a seed that trains shows in no
+    loss. A host sync."""
     numbers = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     health = grad_stats(numbers).compute()
     return health.nan_count + health.inf_count == 0

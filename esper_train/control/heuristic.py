@@ -15,19 +15,26 @@ from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
 
 
 class HeuristicTamiyo(PlainState):
-    """Germinates on a plateau, and fossilizes what passes the gate; slots cull what harms by themselves.
+    """Germinates on a plateau, and fossilizes what passes the gate; slots cull what harms by
+    themselves.
 
-    `blueprints` are those for the host's topology, in order of preference. `ValueError` if there is none, or if
-    `config.blueprints` names another.
+    `blueprints` are those for the host's topology, in order of preference. `ValueError` if there is
+    none, or if `config.blueprints` names another.
     """
 
     STATE = ("_penalties", "_next", "_seated")
 
-    def __init__(self, config: HeuristicConfig, growth: GrowthConfig, blueprints: Sequence[str]) -> None:
+    def __init__(
+        self, config: HeuristicConfig, growth: GrowthConfig, blueprints: Sequence[str]
+    ) -> None:
         for name in config.blueprints:
-            require_known("blueprint (in policy.blueprints, for this host's topology)", name, blueprints)
+            require_known(
+                "blueprint (in policy.blueprints, for this host's topology)", name, blueprints
+            )
         if not blueprints:
-            raise ValueError("there is no blueprint for this host's topology, so nothing could grow")
+            raise ValueError(
+                "there is no blueprint for this host's topology, so nothing could grow"
+            )
         get_blend(config.blend)
         self._config = config
         self._growth = growth
@@ -38,11 +45,15 @@ class HeuristicTamiyo(PlainState):
         """Forget penalties and the place in the rotation."""
         self._penalties: dict[str, float] = {}
         self._next = 0
-        self._seated: dict[str, str] = {}  # slot to the blueprint seen there last, to notice culls of any cause
+        # slot to the blueprint seen there last, to notice culls of any cause
+        self._seated: dict[str, str] = {}
 
     def decide(self, signals: Signals) -> Decision:
-        """One decision from one epoch's signals; the slots are seen after their own moves of this epoch."""
-        self._penalties = {name: p * self._config.penalty_decay for name, p in self._penalties.items()}
+        """One decision from one epoch's signals; the slots are seen after their own moves of this
+        epoch."""
+        self._penalties = {
+            name: p * self._config.penalty_decay for name, p in self._penalties.items()
+        }
         for state in signals.slots:
             if state.blueprint is not None:
                 self._seated[state.slot] = state.blueprint
@@ -60,7 +71,9 @@ class HeuristicTamiyo(PlainState):
         slot = state.slot
         age = state.epochs_in_stage
         if state.stage is not SeedStage.PROBATIONARY:
-            return Decision(op=Op.WAIT, slot=slot, reason=f"seed is in {state.stage.name} for {age} epochs")
+            return Decision(
+                op=Op.WAIT, slot=slot, reason=f"seed is in {state.stage.name} for {age} epochs"
+            )
         gate = judge(SeedStage.FOSSILIZED, state, self._growth)
         if not gate.passed:
             return Decision(op=Op.WAIT, slot=slot, reason="; ".join(gate.failures))
@@ -83,7 +96,10 @@ class HeuristicTamiyo(PlainState):
             (signals.epoch < config.min_epochs, f"before epoch {config.min_epochs}"),
             (left < needed, f"{left} epochs left, a seed's life needs {needed}"),
             (plateau < config.plateau_epochs, "the host is still learning"),
-            (signals.germination_wait > 0, f"{signals.germination_wait} epochs to wait after an undoing"),
+            (
+                signals.germination_wait > 0,
+                f"{signals.germination_wait} epochs to wait after an undoing",
+            ),
         )
         for hinders, reason in hindrances:
             if hinders:

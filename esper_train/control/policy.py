@@ -19,7 +19,8 @@ class Op(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """One operation on one slot, with the reason in words. `blueprint` and `blend` belong to GERMINATE."""
+    """One operation on one slot, with the reason in words. `blueprint` and `blend` belong to
+    GERMINATE."""
 
     op: Op
     slot: str | None = None
@@ -30,7 +31,8 @@ class Decision:
 
 
 class Policy(Stateful, Protocol):
-    """A controller. `decide` is called once an epoch, `reset` before each episode; its state is part of checkpoints."""
+    """A controller. `decide` is called once an epoch, `reset` before each episode; its state is
+    part of checkpoints."""
 
     def decide(self, signals: Signals) -> Decision: ...
 

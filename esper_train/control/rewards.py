@@ -1,6 +1,8 @@
-"""What a decision earns in the epoch it is made, by parts; getting better is positive in each of the `REWARDS`.
+"""What a decision earns in the epoch it is made, by parts; getting better is positive in each of
+the `REWARDS`.
 
-Accuracies, contributions and improvements are percentage points, losses nats; None is "not measured".
+Accuracies, contributions and improvements are percentage points, losses nats; None is "not
+measured".
 """
 
 import math
@@ -13,7 +15,8 @@ from esper_train.control.signals import Signals
 from esper_train.morph.lifecycle import SeedStage, SlotState
 
 GAMMA = 0.995
-"""Discount of the next epoch; unless a learner uses the same, shaping changes which policy is best."""
+"""Discount of the next epoch; unless a learner uses the same, shaping changes which policy is
+best."""
 POTENTIALS: Mapping[int, float] = {2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5, 7: 6.0}
 """What having come to a stage is worth, by its number; the others are worth nothing."""
 MAX_EPOCH_POTENTIAL = 2.0
@@ -42,7 +45,13 @@ class SeedInfo(NamedTuple):
     def from_state(cls, state: SlotState) -> "SeedInfo | None":
         """The seed in a slot, None if there is none."""
         before = (state.previous_stage or 0, state.previous_epochs_in_stage)
-        now = (state.stage, state.improvement, state.total_improvement, state.epochs_in_stage, state.seed_parameters)
+        now = (
+            state.stage,
+            state.improvement,
+            state.total_improvement,
+            state.epochs_in_stage,
+            state.seed_parameters,
+        )
         return None if state.seed_id is None else cls(*now, *before, state.epochs_alive)
 
 
@@ -79,7 +88,8 @@ def compute_contribution_reward(
 ) -> float | tuple[float, Parts]:
     """Reward `action` on the slot of `seed_info`; with `return_components`, (reward, its parts).
 
-    `total_params` are of the seeds alone. `num_fossilized_seeds` has no effect: fossils count if they improved.
+    `total_params` are of the seeds alone. `num_fossilized_seeds` has no effect: fossils count if
+    they improved.
     """
     config = config or ContributionReward()
     seed = seed_info or SeedInfo(0, None, None, 0)
@@ -111,48 +121,77 @@ def compute_contribution_reward(
 
 
 def _credit(contribution: float, progress: float | None, gained: float, dependency: float) -> float:
-    """A seed's contribution, but less where the accuracy did not rise with it: then others only depend on it."""
+    """A seed's contribution, but less where the accuracy did not rise with it: then others only
+    depend on it."""
     if contribution < 0:
         return contribution
     mean = 0.5 * contribution if progress is None else math.sqrt(max(0.0, progress) * contribution)
     earned = min(contribution, mean)
     if gained < 0:
         return earned / (1.0 + math.exp(min(-10.0 * gained, 700.0)))
-    suspicion = contribution / 10.0 if gained <= 0.1 else max(0.0, contribution / gained - 5.0) / 15.0
+    suspicion = (
+        contribution / 10.0 if gained <= 0.1 else max(0.0, contribution / gained - 5.0) / 15.0
+    )
     return earned - (dependency * min(1.0, suspicion) if contribution > 1.0 else 0.0)
 
 
-def _operation(op: Op, seed: SeedInfo, contribution: float | None, gained: float, config: ContributionReward) -> float:
-    """What an operation earns, or loses where it is wrong or impossible (the first rule that applies), and costs."""
+def _operation(
+    op: Op, seed: SeedInfo, contribution: float | None, gained: float, config: ContributionReward
+) -> float:
+    """What an operation earns, or loses where it is wrong or impossible (the first rule that
+    applies), and costs."""
     c = math.nan if contribution is None else contribution  # NaN fits no rule
     empty = seed.stage == 0
     on_probation = seed.stage == SeedStage.PROBATIONARY
     fossil = seed.stage == SeedStage.FOSSILIZED
     newborn = seed.seed_age_epochs < 1
     germination = config.shaping * GAMMA * POTENTIALS[SeedStage.GERMINATED]
-    harm = -0.5 - min(-0.2 * gained, 1.0) - (config.dependency if c > 0.1 and gained < -0.2 else 0.0)
+    harm = (
+        -0.5 - min(-0.2 * gained, 1.0) - (config.dependency if c > 0.1 and gained < -0.2 else 0.0)
+    )
     bonus = (0.5 + 0.1 * c) * min(1.0, seed.epochs_in_stage / 5)
     loss = -0.3 - 0.05 * c
     rules: Mapping[Op, list[tuple[bool, float]]] = {
         Op.WAIT: [],
         Op.GERMINATE: [(empty, germination), (True, -0.3)],
-        Op.FOSSILIZE: [(not on_probation, -1.0), (gained < 0, harm), (c >= WORTH_KEEPING, bonus), (True, -0.2)],
-        Op.CULL: [(empty, -0.2), (fossil, -1.0), (newborn, -0.3), (c >= 0, loss), (c < -0.5, 0.3), (c < 0, 0.1)],
+        Op.FOSSILIZE: [
+            (not on_probation, -1.0),
+            (gained < 0, harm),
+            (c >= WORTH_KEEPING, bonus),
+            (True, -0.2),
+        ],
+        Op.CULL: [
+            (empty, -0.2),
+            (fossil, -1.0),
+            (newborn, -0.3),
+            (c >= 0, loss),
+            (c < -0.5, 0.3),
+            (c < 0, 0.1),
+        ],
     }
     return next((value for applies, value in rules[op] if applies), 0.0) - COSTS[op]
 
 
 def _potential_gain(seed: SeedInfo, epoch_potential: float = 0.0) -> float:
-    """GAMMA times the potential now minus that an epoch ago: over a seed's life all but the ends cancels."""
+    """GAMMA times the potential now minus that an epoch ago: over a seed's life all but the ends
+    cancels."""
     epochs = seed.epochs_in_stage
-    then = (seed.stage, epochs - 1) if epochs else (seed.previous_stage, seed.previous_epochs_in_stage)
+    then = (
+        (seed.stage, epochs - 1) if epochs else (seed.previous_stage, seed.previous_epochs_in_stage)
+    )
     times = ((seed.stage, epochs), then)
-    after, before = (POTENTIALS.get(s, 0.0) + min(epoch_potential * n, MAX_EPOCH_POTENTIAL) for s, n in times)
+    after, before = (
+        POTENTIALS.get(s, 0.0) + min(epoch_potential * n, MAX_EPOCH_POTENTIAL) for s, n in times
+    )
     return GAMMA * after - before
 
 
 def _growth(seed_parameters: int, host_parameters: int) -> float:
-    return math.log1p(seed_parameters / host_parameters) if min(seed_parameters, host_parameters) > 0 else 0.0
+    return (
+        math.log1p(seed_parameters / host_parameters)
+        if min(seed_parameters, host_parameters) > 0
+        else 0.0
+    )
 
 
 def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
@@ -177,7 +216,8 @@ def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: i
 
 
 def sparse_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
-    """In the last epoch the best accuracy, 0 to 1, less 0.1 for each 500,000 seed parameters, at least -1."""
+    """In the last epoch the best accuracy, 0 to 1, less 0.1 for each 500,000 seed parameters, at
+    least -1."""
     reward = signals.best_val_accuracy / 100.0 - 0.1 * _seed_parameters(signals) / 500_000
     return {"final": max(-1.0, reward) if signals.epoch == signals.max_epochs else 0.0}
 
@@ -185,11 +225,15 @@ def sparse_reward(op: Op, state: SlotState, signals: Signals, host_parameters: i
 def minimal_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
     """The sparse reward, less 0.1 for culling a seed younger than 5 epochs."""
     young = op is Op.CULL and state.seed_id is not None and state.epochs_alive < 5
-    return {**sparse_reward(op, state, signals, host_parameters), "operation": -0.1 if young else 0.0}
+    return {
+        **sparse_reward(op, state, signals, host_parameters),
+        "operation": -0.1 if young else 0.0,
+    }
 
 
 def loss_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
-    """The fall of the validation loss, a rise counting half; in the last epoch the share of the way to the target.
+    """The fall of the validation loss, a rise counting half; in the last epoch the share of the way
+    to the target.
 
     The task's own scale: ln of the number of classes, the loss of a guess.
     """
@@ -218,5 +262,5 @@ REWARDS: Mapping[str, Callable[[Op, SlotState, Signals, int], Parts]] = {
     "minimal": minimal_reward,
     "loss": loss_reward,
 }
-"""Each takes an operation, the slot it is about, the epoch as the controller saw it, and the host's parameters, and
-gives the parts whose sum is the reward."""
+"""Each takes an operation, the slot it is about, the epoch as the controller saw it, and the host's
+parameters, and gives the parts whose sum is the reward."""

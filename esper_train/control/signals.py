@@ -1,4 +1,5 @@
-"""What a controller sees: the epoch's measurements, their recent course, and the state of every slot."""
+"""What a controller sees: the epoch's measurements, their recent course, and the state of every
+slot."""
 
 import math
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ class Signals(Observation):
 class SignalTracker(PlainState):
     """Turns epoch results into `Signals`.
 
-    A plateau is measured against the best accuracy so far: differences from epoch to epoch would start it anew
-    on noise.
+    A plateau is measured against the best accuracy so far: differences from epoch to epoch would
+    start it anew on noise.
     """
 
     STATE = ("_previous", "_best_loss", "_best_accuracy", "_risen_to", "_plateau")

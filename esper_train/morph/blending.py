@@ -1,4 +1,5 @@
-"""How alpha rises while a seed is blended in: schedules from progress to alpha, and a learned gate."""
+"""How alpha rises while a seed is blended in: schedules from progress to alpha, and a learned
+gate."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +21,11 @@ def sigmoid(progress: float) -> float:
     return 1.0 / (1.0 + math.exp(-12.0 * (progress - 0.5)))
 
 
-BLENDS: Mapping[str, Callable[[float], float]] = {"linear": linear, "sigmoid": sigmoid, "gated": linear}
+BLENDS: Mapping[str, Callable[[float], float]] = {
+    "linear": linear,
+    "sigmoid": sigmoid,
+    "gated": linear,
+}
 """The schedules by name. "gated" also has a `Gate`, which changes the schedule for each sample."""
 
 
@@ -31,11 +36,12 @@ def get_blend(name: str) -> Callable[[float], float]:
 
 
 class Gate(nn.Module):
-    """A learned preference g in (0, 1) for the seed, per sample (feature maps) or per token (sequences).
+    """A learned preference g in (0, 1) for the seed, per sample (feature maps) or per token
+    (sequences).
 
-    `forward(x, alpha)` changes the scheduled alpha to alpha (alpha + 2 g (1 - alpha)). That is 0 at 0 and 1
-    at 1 for any g, and alpha itself at g = 1/2, where the gate starts. The gate of a token depends on that
-    token alone, so the model stays causal.
+    `forward(x, alpha)` changes the scheduled alpha to alpha (alpha + 2 g (1 - alpha)). That is 0 at
+    0 and 1 at 1 for any g, and alpha itself at g = 1/2, where the gate starts. The gate of a token
+    depends on that token alone, so the model stays causal.
     """
 
     def __init__(self, channels: int) -> None:

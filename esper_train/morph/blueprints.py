@@ -40,11 +40,14 @@ class BlueprintRegistry:
             self.register(blueprint)
 
     def register(self, blueprint: Blueprint) -> None:
-        """Add a blueprint; `ValueError` if its name is taken, it is not the identity, or it cannot learn."""
+        """Add a blueprint; `ValueError` if its name is taken, it is not the identity, or it cannot
+        learn."""
         require_known("topology", blueprint.topology, PROBE_SHAPES)
         key = (blueprint.topology, blueprint.name)
         if key in self._blueprints:
-            raise ValueError(f"blueprint {blueprint.name!r} is already registered for {blueprint.topology}")
+            raise ValueError(
+                f"blueprint {blueprint.name!r} is already registered for {blueprint.topology}"
+            )
         _check_birth(blueprint)
         self._blueprints[key] = blueprint
 
@@ -90,7 +93,8 @@ class GatedNorm(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze and excitation (Hu et al., 2018): x * 2 sigmoid(f(mean(x))); the last layer of f starts at 0."""
+    """Squeeze and excitation (Hu et al., 2018): x * 2 sigmoid(f(mean(x))); the last layer of f
+    starts at 0."""
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
@@ -105,30 +109,38 @@ class ChannelAttention(nn.Module):
 class CausalAttention(nn.Module):
     """Causal self-attention without the output projection, [N, T, C] to [N, T, C].
 
-    `heads` defaults to the largest of 4, 3, 2, 1 that divides the channels. `ValueError` if it does not
-    divide them.
+    `heads` defaults to the largest of 4, 3, 2, 1 that divides the channels. `ValueError` if it does
+    not divide them.
     """
 
     def __init__(self, channels: int, heads: int | None = None) -> None:
         super().__init__()
         self.heads = next(h for h in (4, 3, 2, 1) if channels % h == 0) if heads is None else heads
         if self.heads < 1 or channels % self.heads:
-            raise ValueError(f"expected a number of heads that divides the width {channels}, got {heads}")
+            raise ValueError(
+                f"expected a number of heads that divides the width {channels}, got {heads}"
+            )
         self.qkv = nn.Linear(channels, 3 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return (
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with as many groups (32, 16, 8, 4 or 2) as leave each 16 channels or more, else one."""
+    """Group norm with as many groups (32, 16, 8, 4 or 2) as leave each 16 channels or more, else
+    one."""
     groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 16), 1)
     return nn.GroupNorm(groups, channels)
 
 
 def convolution(channels: int, *, expand: int = 1, groups: int = 1, last: int = 1) -> nn.Module:
-    """Residual branch: a 3x3 convolution to `expand` times the channels, then one of size `last` back."""
+    """Residual branch: a 3x3 convolution to `expand` times the channels, then one of size `last`
+    back."""
     hidden = expand * channels
     first = nn.Conv2d(channels, hidden, 3, padding=1, groups=groups, bias=False)
     back = nn.Conv2d(hidden, channels, last, padding=last // 2)
@@ -138,17 +150,23 @@ def convolution(channels: int, *, expand: int = 1, groups: int = 1, last: int = 
 def mlp(channels: int) -> nn.Module:
     """Pre-norm feed-forward branch with four times the width."""
     wide = 4 * channels
-    return Residual(nn.LayerNorm(channels), nn.Linear(channels, wide), nn.GELU(), nn.Linear(wide, channels))
+    return Residual(
+        nn.LayerNorm(channels), nn.Linear(channels, wide), nn.GELU(), nn.Linear(wide, channels)
+    )
 
 
 def attention(channels: int) -> nn.Module:
     """Pre-norm causal self-attention branch."""
-    return Residual(nn.LayerNorm(channels), CausalAttention(channels), nn.Linear(channels, channels))
+    return Residual(
+        nn.LayerNorm(channels), CausalAttention(channels), nn.Linear(channels, channels)
+    )
 
 
 def lora(channels: int) -> nn.Module:
     """Low-rank linear branch (Hu et al., 2021)."""
-    return Residual(nn.Linear(channels, LORA_RANK, bias=False), nn.Linear(LORA_RANK, channels, bias=False))
+    return Residual(
+        nn.Linear(channels, LORA_RANK, bias=False), nn.Linear(LORA_RANK, channels, bias=False)
+    )
 
 
 def default_registry() -> BlueprintRegistry:
@@ -171,7 +189,8 @@ def default_registry() -> BlueprintRegistry:
 
 
 def _check_birth(blueprint: Blueprint) -> None:
-    """Run it once on random features: output must equal input, and some gradient must not be zero."""
+    """Run it once on random features: output must equal input, and some gradient must not be
+    zero."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), plain_defaults():
         torch.manual_seed(0)
         module = blueprint.build(PROBE_CHANNELS)
@@ -179,8 +198,9 @@ def _check_birth(blueprint: Blueprint) -> None:
         y = module(x)
         if y.shape != x.shape or not torch.equal(y, x):
             raise ValueError(
-                f"blueprint {blueprint.name!r} does not start as the identity: expected its output to equal its "
-                f"input of shape {tuple(x.shape)}, got shape {tuple(y.shape)}. Zero its last layer and add the input."
+                f"blueprint {blueprint.name!r} does not start as the identity: expected its output "
+                f"to equal its input of shape {tuple(x.shape)}, got shape {tuple(y.shape)}. Zero "
+                "its last layer and add the input."
             )
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
@@ -189,6 +209,7 @@ def _check_birth(blueprint: Blueprint) -> None:
             y.backward(torch.randn_like(y))
         if not any(p.grad is not None and p.grad.count_nonzero() for p in parameters):
             raise ValueError(
-                f"blueprint {blueprint.name!r} cannot learn: none of its parameters has a non-zero gradient at first, "
-                "so training never changes it. Zero only the last layer, and let nothing saturate after it."
+                f"blueprint {blueprint.name!r} cannot learn: none of its parameters has a non-zero "
+                "gradient at first, so training never changes it. Zero only the last layer, and "
+                "let nothing saturate after it."
             )

@@ -11,16 +11,16 @@ class HostConfig(Settings, table="host."):
     """Size of the host network that a task builds."""
 
     width: CountOrNone = None
-    """CNN: channels of the first block, each further one doubles them. Sequence models: size of an embedding.
-    None takes the task's default."""
+    """CNN: channels of the first block, each further one doubles them. Sequence models: size of an
+    embedding. None takes the task's default."""
     depth: CountOrNone = None
     """Number of blocks; None takes the task's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthConfig(Settings, table="growth."):
-    """Thresholds of the quality gates and lengths of the stages. Accuracy in percentage points, time
-    in epochs, whatever the length of the run."""
+    """Thresholds of the quality gates and lengths of the stages. Accuracy in percentage points,
+    time in epochs, whatever the length of the run."""
 
     window: Count = 5
     """Epochs over which the gates take their means."""
@@ -45,19 +45,20 @@ class GrowthConfig(Settings, table="growth."):
     fossilize_contribution: float = 0.5
     """G5: mean of validation accuracy with the seed minus accuracy without it."""
     fossilize_errors: float = 1.0
-    """G5: the mean accuracy of the window may be below that of the window before blending by so many
-    standard errors of the paired difference."""
+    """G5: the mean accuracy of the window may be below that of the window before blending by so
+    many standard errors of the paired difference."""
     probation_timeout: Count = 8
     """Epochs after which a seed on probation is culled."""
     harm: float = 3.0
-    """A seed with alpha above 0 is culled where accuracy stays this far below its mean before blending, ..."""
+    """A seed with alpha above 0 is culled where accuracy stays this far below its mean before
+    blending, ..."""
     harm_patience: Count = 3
     """... for so many epochs in a row."""
     embargo_epochs: CountOrZero = 5
     """Epochs for which the slot of a culled seed stays closed."""
     undo_wait: CountOrZero = 5
-    """Epochs without germination after the first seed whose effect was undone. Each further one doubles
-    the wait, ..."""
+    """Epochs without germination after the first seed whose effect was undone. Each further one
+    doubles the wait, ..."""
     undo_wait_ceiling: CountOrZero = 80
     """... up to this; a seed that is kept brings it back to `undo_wait`."""
     max_seeds: int | None = None
@@ -77,7 +78,10 @@ class GrowthConfig(Settings, table="growth."):
         super().__post_init__()
         for name in ("training_timeout", "probation_timeout"):
             value = getattr(self, name)
-            what = f"growth.{name} must not be below growth.window, {self.window}, or no seed could pass"
+            what = (
+                f"growth.{name} must not be below growth.window, {self.window}, or no seed "
+                "could pass"
+            )
             require(value >= self.window, what, value)
 
     def seed_life(self) -> int:

@@ -84,8 +84,8 @@ def _fossilizing(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str
 
 
 def paired_error(gained: int, lost: int, rows: int) -> float:
-    """Standard error in percentage points of the difference between two accuracies on the same rows:
-    `gained` are right in the second alone and `lost` in the first alone, of `rows`.
+    """Standard error in percentage points of the difference between two accuracies on the same
+    rows: `gained` are right in the second alone and `lost` in the first alone, of `rows`.
 
     The square root of the discordant pairs, as in McNemar's test.
     """
@@ -95,14 +95,19 @@ def paired_error(gained: int, lost: int, rows: int) -> float:
 def gradient_ratio(grad: GradHealth | None, seed: GradHealth | None) -> float | None:
     """Gradient norm of a seed over that of the host, as if both had as many parameters; at most 10.
 
-    None where either was not measured or is not finite, or where the host has no gradient to compare with.
+    None where either was not measured or is not finite, or where the host has no gradient to
+    compare with.
     """
     if grad is None or seed is None or "host" not in grad.groups:
         return None
     host = grad.groups["host"]
-    if seed.elements == 0 or not (math.isfinite(seed.gradient_norm) and 1e-8 <= host.gradient_norm < math.inf):
+    if seed.elements == 0 or not (
+        math.isfinite(seed.gradient_norm) and 1e-8 <= host.gradient_norm < math.inf
+    ):
         return None
-    return min(10.0, seed.gradient_norm / host.gradient_norm * math.sqrt(host.elements / seed.elements))
+    return min(
+        10.0, seed.gradient_norm / host.gradient_norm * math.sqrt(host.elements / seed.elements)
+    )
 
 
 def _at_least(what: str, value: float | None, least: float) -> tuple[bool, str]:

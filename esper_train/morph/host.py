@@ -15,18 +15,26 @@ class Host(nn.Module):
     """A network in segments, with room for a seed after each of them.
 
     Args:
-        topology: "cnn" for features [N, C, H, W], "transformer" for [N, T, C]; selects the blueprints.
+        topology: "cnn" for features [N, C, H, W], "transformer" for [N, T, C]; selects the
+        blueprints.
         segments: by slot name, the module whose output the slot gets, in order of execution.
         head: maps the features of the last segment to logits.
         slot_channels: by slot name, the number of channels C of the features there.
     """
 
     def __init__(
-        self, topology: Topology, segments: Mapping[str, nn.Module], head: nn.Module, slot_channels: Mapping[str, int]
+        self,
+        topology: Topology,
+        segments: Mapping[str, nn.Module],
+        head: nn.Module,
+        slot_channels: Mapping[str, int],
     ) -> None:
         super().__init__()
         if set(segments) != set(slot_channels):
-            raise ValueError(f"expected channels for each segment {list(segments)}, got them for {list(slot_channels)}")
+            raise ValueError(
+                f"expected channels for each segment {list(segments)}, got them for "
+                f"{list(slot_channels)}"
+            )
         self.topology = topology
         self.segments = nn.ModuleDict(segments)
         self.head = head
@@ -39,7 +47,8 @@ class Host(nn.Module):
 
 
 def cut(blocks: Sequence[nn.Module]) -> dict[str, nn.Sequential]:
-    """Split blocks into one segment per slot name (fewer if there are fewer blocks), of about equal depth.
+    """Split blocks into one segment per slot name (fewer if there are fewer blocks), of about equal
+    depth.
 
     5 blocks give early = blocks 1 and 2, mid = 3 and 4, late = 5. 2 blocks give early and mid.
     """
@@ -50,20 +59,34 @@ def cut(blocks: Sequence[nn.Module]) -> dict[str, nn.Sequential]:
     return {SLOT_NAMES[i]: nn.Sequential(*blocks[ends[i] : ends[i + 1]]) for i in range(count)}
 
 
-def cnn_host(*, image_size: int, in_channels: int, num_classes: int, width: int = 3, depth: int = 3) -> Host:
+def cnn_host(
+    *, image_size: int, in_channels: int, num_classes: int, width: int = 3, depth: int = 3
+) -> Host:
     """A plain CNN from images [N, in_channels, image_size, image_size] to logits [N, num_classes].
 
-    Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, a 2x2 max-pool as long as
-    the image can be halved, and ReLU. The head takes the mean over positions and is linear.
+    Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, a 2x2 max-pool as
+    long as the image can be halved, and ReLU. The head takes the mean over positions and is linear.
     """
     channels = [in_channels, *(width * 2**i for i in range(depth))]
     blocks = []
     for i, (before, after) in enumerate(itertools.pairwise(channels)):
         pool = [nn.MaxPool2d(2)] if image_size >= 2 ** (i + 1) else []
         # ReLU before the pool would give the same values for four times the work.
-        layers = [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), *pool, nn.ReLU()]
+        layers = [
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            *pool,
+            nn.ReLU(),
+        ]
         blocks.append(nn.Sequential(*layers))
     segments = cut(blocks)
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes))
+    head = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], num_classes)
+    )
     depths = itertools.accumulate(map(len, segments.values()))
-    return Host("cnn", segments, head, {slot: channels[depth] for slot, depth in zip(segments, depths, strict=True)})
+    return Host(
+        "cnn",
+        segments,
+        head,
+        {slot: channels[depth] for slot, depth in zip(segments, depths, strict=True)},
+    )

@@ -14,7 +14,8 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Statistics(nn.Module):
-    """Running statistics that the host's batch norms behind a slot have where its seed is at alpha 1.
+    """Running statistics that the host's batch norms behind a slot have where its seed is at alpha
+    1.
 
     They start from the network's own and follow the seed's passes, so the seed can be measured
     with statistics that belong to it, and the network's own are never touched.
@@ -22,7 +23,9 @@ class Statistics(nn.Module):
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.norms = tuple(m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats)
+        self.norms = tuple(
+            m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats
+        )
         for number, norm in enumerate(self.norms):
             for name in RUNNING:
                 self.register_buffer(f"{name}_{number}", getattr(norm, name).clone())
@@ -52,7 +55,10 @@ class Incubation:
         norms = set(statistics.norms)
         self._others = [m for m in behind if m not in norms and not isinstance(m, Statistics)]
         self._buffers = [
-            (module, name) for module in self._others for name, buffer in module._buffers.items() if buffer is not None
+            (module, name)
+            for module in self._others
+            for name, buffer in module._buffers.items()
+            if buffer is not None
         ]
         self._statistics = statistics
 

@@ -1,6 +1,7 @@
 """The life of a seed as data: stages, the legal transitions between them, and a slot's state.
 
-`slot` moves along this table, `gates` judge the moves, `control` reads the state; nothing here has effects.
+`slot` moves along this table, `gates` judge the moves, `control` reads the state; nothing here has
+effects.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from typing import Any, Self
 
 
 class SeedStage(IntEnum):
-    """Where a slot stands. Numbers are those of the audited system, so that records stay comparable."""
+    """Where a slot stands. Numbers are those of the audited system, so that records stay
+    comparable."""
 
     DORMANT = 1
     """Empty and open."""
@@ -43,7 +45,9 @@ TRANSITIONS: Mapping[SeedStage, frozenset[SeedStage]] = MappingProxyType(
         SeedStage.EMBARGOED: frozenset({SeedStage.DORMANT}),
     }
 )
-LIVE = frozenset({SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY})
+LIVE = frozenset(
+    {SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY}
+)
 """Stages of a seed whose fate is open."""
 
 
@@ -70,7 +74,8 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotState:
-    """A slot and its seed at the end of an epoch. Accuracies in percentage points; None is "not measured"."""
+    """A slot and its seed at the end of an epoch. Accuracies in percentage points; None is "not
+    measured"."""
 
     slot: str
     stage: SeedStage = SeedStage.DORMANT
@@ -103,7 +108,8 @@ class SlotState:
     """Of the last epochs in the present stage, as many as the window has; an empty slot counts as
     one stage with TRAINING."""
     potentials: tuple[tuple[float, float], ...] = ()
-    """`potential` and `potential_loss` of the last epochs in TRAINING, as many as the window has."""
+    """`potential` and `potential_loss` of the last epochs in TRAINING, as many as the window
+    has."""
     contributions: tuple[float, ...] = ()
     """`contribution` of the last epochs in the present stage, as many as the window has."""
     accuracy_before: float | None = None
@@ -125,12 +131,19 @@ class SlotState:
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values, stages by name, for JSON and for files without objects of ours."""
-        return {key: value.name if isinstance(value, SeedStage) else value for key, value in asdict(self).items()}
+        return {
+            key: value.name if isinstance(value, SeedStage) else value
+            for key, value in asdict(self).items()
+        }
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Self:
         """The state that `to_plain` wrote."""
-        stages = {key: SeedStage[values[key]] for key in ("stage", "previous_stage") if values[key] is not None}
+        stages = {
+            key: SeedStage[values[key]]
+            for key in ("stage", "previous_stage")
+            if values[key] is not None
+        }
         tuples = {
             "accuracies": tuple(values["accuracies"]),
             "contributions": tuple(values["contributions"]),

@@ -19,8 +19,9 @@ from esper_train.morph.slot import SeedSlot
 class MorphModel(nn.Module):
     """A host with seed slots after some of its segments; with no slots, just the host.
 
-    `slots` names the open ones; unknown or repeated ones are a `ValueError`. Seeds are made from `registry`; None
-    takes the package's own. `seed` starts the random numbers from which seeds are initialised and drop out.
+    `slots` names the open ones; unknown or repeated ones are a `ValueError`. Seeds are made from
+    `registry`; None takes the package's own. `seed` starts the random numbers from which seeds are
+    initialised and drop out.
     """
 
     def __init__(
@@ -43,31 +44,40 @@ class MorphModel(nn.Module):
         growth = growth or GrowthConfig()
         self.seed_slots = nn.ModuleDict({s: SeedSlot(s, channels[s], growth) for s in channels})
         self.streams = RandomStreams(seed)
-        """Random numbers of each slot: nothing that a seed draws in TRAINING shows in the run's own."""
+        """Random numbers of each slot: nothing that a seed draws in TRAINING shows in the run's
+        own."""
         self.seed_slots.to(next(host.parameters()))  # its device and dtype
 
-    def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None, start: str | None = None) -> Tensor:
-        """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed out.
+    def forward(
+        self, x: Tensor, alpha: Mapping[str, float] | None = None, start: str | None = None
+    ) -> Tensor:
+        """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed
+        out.
 
         `start` names a slot to begin at: x is then what entered it, as `forward_keeping` gave it.
         """
         override = alpha or {}
         for name in (*override, *([] if start is None else [start])):
-            self.slot(name)  # refuses a misspelt one, which would measure the whole network unnoticed
+            # refuses a misspelt one, which would measure the whole network unnoticed
+            self.slot(name)
         return self._run(x, override, start, None)
 
     def forward_keeping(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and what entered each slot, in order of execution, for `forward` to start from.
 
-        Nothing is kept where a segment changes its input in place. Not for inference mode, which would hide that.
+        Nothing is kept where a segment changes its input in place. Not for inference mode, which
+        would hide that.
         """
         entered: dict[str, tuple[Tensor, int]] = {}
         logits = self._run(x, {}, None, entered)
-        intact = torch.compiler.is_compiling() or all(kept._version == v for kept, v in entered.values())
+        intact = torch.compiler.is_compiling() or all(
+            kept._version == v for kept, v in entered.values()
+        )
         return logits, {name: kept for name, (kept, _) in entered.items()} if intact else {}
 
     def forward_feeding(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and a copy of what entered each slot whose seed learns beside the network, for its pass."""
+        """Logits, and a copy of what entered each slot whose seed learns beside the network, for
+        its pass."""
         entered: dict[str, tuple[Tensor, int]] = {}
         logits = self._run(x, {}, None, entered, copied=self.learning)
         return logits, {name: kept for name, (kept, _) in entered.items()}
@@ -80,8 +90,8 @@ class MorphModel(nn.Module):
         entered: dict[str, tuple[Tensor, int]] | None,
         copied: Sequence[str] | None = None,
     ) -> Tensor:
-        """The network, from slot `start` on. What enters each slot goes into `entered`, with its version; of
-        the slots in `copied` alone a copy, where that is given."""
+        """The network, from slot `start` on. What enters each slot goes into `entered`, with its
+        version; of the slots in `copied` alone a copy, where that is given."""
         copies = copied is not None or torch.compiler.is_compiling()  # compilers know no versions
         for name, segment in self.host.segments.items():
             if start is None:
@@ -129,7 +139,8 @@ class MorphModel(nn.Module):
 
     @property
     def structure(self) -> tuple[tuple[str | None, str], ...]:
-        """Seed and part of each slot: as long as it is the same, so is the program that `forward` is."""
+        """Seed and part of each slot: as long as it is the same, so is the program that `forward`
+        is."""
         return tuple((slot.state.seed_id, slot.part) for slot in self.slots)
 
     def slot(self, name: str) -> SeedSlot:
@@ -152,7 +163,9 @@ class MorphModel(nn.Module):
         """Seat the seeds of a saved `topology`; their weights follow through `load_state_dict`."""
         states = [SlotState.from_plain(values) for values in topology]
         if {state.slot for state in states} != set(self.seed_slots):
-            raise ValueError(f"expected slots {list(self.seed_slots)}, got {[state.slot for state in states]}")
+            raise ValueError(
+                f"expected slots {list(self.seed_slots)}, got {[state.slot for state in states]}"
+            )
         with torch.random.fork_rng(devices=[]):  # the initial weights do not stay
             for state in states:
                 name = state.blueprint
@@ -161,14 +174,19 @@ class MorphModel(nn.Module):
         for name in self.seed_slots:
             self._prepare(name)
 
-    def germinate_seed(self, blueprint: str, seed_id: str, *, slot: str, blend: str = "sigmoid") -> list[StageChange]:
-        """Seat a new seed. `ValueError` for an unknown slot, blueprint or blend, `RefusedError` for a slot that is
-        not open or one seed too many, `RuntimeError` if a seed of this id is already seated."""
+    def germinate_seed(
+        self, blueprint: str, seed_id: str, *, slot: str, blend: str = "sigmoid"
+    ) -> list[StageChange]:
+        """Seat a new seed. `ValueError` for an unknown slot, blueprint or blend, `RefusedError` for
+        a slot that is not open or one seed too many, `RuntimeError` if a seed of this id is already
+        seated."""
         target = self.slot(slot)
         recipe = self.registry.require(self.host.topology, blueprint)
         seated = sum(other.seed is not None for other in self.slots)
         if target.growth.max_seeds is not None and seated >= target.growth.max_seeds:
-            raise RefusedError(f"{seated} seeds are seated and growth.max_seeds is {target.growth.max_seeds}")
+            raise RefusedError(
+                f"{seated} seeds are seated and growth.max_seeds is {target.growth.max_seeds}"
+            )
         if any(seed_id == other.state.seed_id for other in self.slots):
             raise RuntimeError(f"a seed with the id {seed_id!r} is already seated; ids must differ")
         with self.streams.active(slot, target.alpha.device):

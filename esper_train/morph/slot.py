@@ -1,7 +1,9 @@
-"""A slot: the place after a host segment where a seed is seated, trained, blended in, kept or removed.
+"""A slot: the place after a host segment where a seed is seated, trained, blended in, kept or
+removed.
 
-`model` calls `forward`; `episode` calls `germinate`, `observe`, `step_epoch`, `fossilize` and `cull`. Each of these
-returns the `StageChange`s it made, so that whoever called can attach optimizers and write events.
+`model` calls `forward`; `episode` calls `germinate`, `observe`, `step_epoch`, `fossilize` and
+`cull`. Each of these returns the `StageChange`s it made, so that whoever called can attach
+optimizers and write events.
 """
 
 from collections.abc import Mapping
@@ -37,7 +39,8 @@ PARTS: Mapping[SeedStage, str] = {
 
 
 class SeedSlot(nn.Module):
-    """Holds at most one seed. All it knows of the seed's life is `state`, a frozen record replaced on change."""
+    """Holds at most one seed. All it knows of the seed's life is `state`, a frozen record replaced
+    on change."""
 
     def __init__(self, slot: str, channels: int, growth: GrowthConfig) -> None:
         super().__init__()
@@ -54,11 +57,12 @@ class SeedSlot(nn.Module):
         self.alpha: Tensor
 
     def forward(self, x: Tensor, alpha: float | None = None) -> Tensor:
-        """Features in, features out, same shape. `alpha` overrides the slot's own for this call; 0 is "no seed".
+        """Features in, features out, same shape. `alpha` overrides the slot's own for this call; 0
+        is "no seed".
 
         In TRAINING the value is x. A seed that learns beside the network is called under alpha 1;
-        with `incubation` "straight_through" it receives the full gradient of the slot's output here,
-        and sends none into the host with `isolate_training`.
+        with `incubation` "straight_through" it receives the full gradient of the slot's output
+        here, and sends none into the host with `isolate_training`.
         """
         part = self.part
         if self.seed is None or alpha == 0.0 or part == "none":
@@ -69,7 +73,9 @@ class SeedSlot(nn.Module):
         if part == "learns":
             if self.growth.incubation == "closed" or not torch.is_grad_enabled():
                 return x
-            return _StraightThrough.apply(x, self.seed(_plain(x.detach() if self.growth.isolate_training else x)))
+            return _StraightThrough.apply(
+                x, self.seed(_plain(x.detach() if self.growth.isolate_training else x))
+            )
         z = self.seed(_plain(x))
         if part == "acts":
             return z
@@ -78,7 +84,8 @@ class SeedSlot(nn.Module):
 
     @property
     def state(self) -> SlotState:
-        """Where the seed is in its life. `forward` reads only `part`, so that a new record is no new program."""
+        """Where the seed is in its life. `forward` reads only `part`, so that a new record is no
+        new program."""
         return self._state
 
     @state.setter
@@ -86,12 +93,16 @@ class SeedSlot(nn.Module):
         self._state = state
         self.part = PARTS.get(state.stage, "none")
 
-    def germinate(self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid") -> list[StageChange]:
-        """Seat a new seed and let it train from the next batch on. `RefusedError` unless the slot is
-        DORMANT, `ValueError` for a seed without an id."""
+    def germinate(
+        self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid"
+    ) -> list[StageChange]:
+        """Seat a new seed and let it train from the next batch on. `RefusedError` unless the slot
+        is DORMANT, `ValueError` for a seed without an id."""
         self._require_legal(SeedStage.GERMINATED)
         if not seed_id:
-            raise ValueError(f"slot {self.state.slot!r}: a seed needs an id that is not empty, got {seed_id!r}")
+            raise ValueError(
+                f"slot {self.state.slot!r}: a seed needs an id that is not empty, got {seed_id!r}"
+            )
         get_blend(blend)
         self.seed = blueprint.build(self.channels).to(self.alpha)
         self.gate = self._new_gate(blend)
@@ -143,8 +154,8 @@ class SeedSlot(nn.Module):
         )
 
     def step_epoch(self, may_blend: bool = True) -> list[StageChange]:
-        """Make the moves that need no controller: gates passed, blending advanced, time over. Called
-        once per epoch; `may_blend` is false while another seed is on trial."""
+        """Make the moves that need no controller: gates passed, blending advanced, time over.
+        Called once per epoch; `may_blend` is false while another seed is on trial."""
         state = self.state
         growth = self.growth
         if state.harmed >= growth.harm_patience:
@@ -187,14 +198,16 @@ class SeedSlot(nn.Module):
             return self.cull("blending_timeout")
         before = state.accuracy_before
         accuracy = state.accuracy
-        waits = before is not None and accuracy is not None and accuracy < before - growth.blending_cost
+        waits = (
+            before is not None and accuracy is not None and accuracy < before - growth.blending_cost
+        )
         if not waits:
             self._raise_alpha()
         return []
 
     def start_anew(self) -> None:
-        """After the network went back to an earlier state: forget the epochs in between, and let a seed in
-        TRAINING begin its time again."""
+        """After the network went back to an earlier state: forget the epochs in between, and let a
+        seed in TRAINING begin its time again."""
         state = replace(self.state, accuracies=(), potentials=())
         training = state.stage is SeedStage.TRAINING
         self.state = replace(state, epochs_in_stage=0) if training else state
@@ -208,19 +221,26 @@ class SeedSlot(nn.Module):
         self._require_legal(SeedStage.FOSSILIZED)
         gate = self.verdict(SeedStage.FOSSILIZED)
         if not gate.passed:
-            raise RefusedError(f"slot {self.state.slot!r}: {gate.gate} refuses: {'; '.join(gate.failures)}")
+            raise RefusedError(
+                f"slot {self.state.slot!r}: {gate.gate} refuses: {'; '.join(gate.failures)}"
+            )
         change = self._enter(SeedStage.FOSSILIZED, "G5 passed")
         self._freeze_fossil()
         return [change]
 
     def cull(self, reason: str) -> list[StageChange]:
-        """Remove a live seed and close the slot for the embargo. `RefusedError` if there is none."""
+        """Remove a live seed and close the slot for the embargo. `RefusedError` if there is
+        none."""
         self._require_legal(SeedStage.CULLED)
         culled = self._enter(SeedStage.CULLED, reason)
         self.seed = self.gate = self.statistics = None
         self._set_alpha(0.0)
-        embargoed = self._enter(SeedStage.EMBARGOED, f"closed for {self.growth.embargo_epochs} epochs")
-        self.state = SlotState(slot=self.state.slot, stage=SeedStage.EMBARGOED, accuracy=self.state.accuracy)
+        embargoed = self._enter(
+            SeedStage.EMBARGOED, f"closed for {self.growth.embargo_epochs} epochs"
+        )
+        self.state = SlotState(
+            slot=self.state.slot, stage=SeedStage.EMBARGOED, accuracy=self.state.accuracy
+        )
         return [culled, embargoed]
 
     def restore(self, state: SlotState, blueprint: Blueprint | None) -> None:
@@ -234,7 +254,8 @@ class SeedSlot(nn.Module):
         self._freeze_fossil()
 
     def _enter(self, stage: SeedStage, reason: str) -> StageChange:
-        """Move to `stage`. Measurements belong to the stage they were made in, so a contribution is dropped."""
+        """Move to `stage`. Measurements belong to the stage they were made in, so a contribution is
+        dropped."""
         self._require_legal(stage)
         before = self.state
         self.state = replace(
@@ -256,7 +277,10 @@ class SeedSlot(nn.Module):
         now = self.state.stage
         if stage not in TRANSITIONS[now]:
             legal = ", ".join(s.name for s in sorted(TRANSITIONS[now])) or "none"
-            raise RefusedError(f"slot {self.state.slot!r} cannot go from {now.name} to {stage.name}; legal: {legal}")
+            raise RefusedError(
+                f"slot {self.state.slot!r} cannot go from {now.name} to {stage.name}; legal: "
+                f"{legal}"
+            )
 
     def _new_gate(self, blend: str | None) -> Gate | None:
         return Gate(self.channels).to(self.alpha) if blend == "gated" else None
@@ -291,6 +315,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _plain(x: Tensor) -> Tensor:
-    """x with row-major strides where it needs no gradient: on the CPU, group norm's backward crashes the process
-    on such an input in channels-last layout, and a 1x1 map's strides say so even after `contiguous`."""
+    """x with row-major strides where it needs no gradient: on the CPU, group norm's backward
+    crashes the process on such an input in channels-last layout, and a 1x1 map's strides say so
+    even after `contiguous`."""
     return x if x.requires_grad else x.contiguous().view(-1).view(x.shape)

@@ -12,7 +12,8 @@ INITIAL_STD = 0.02
 
 
 class Embedding(nn.Module):
-    """Token and learned position embeddings, added: int64 tokens [N, T], T <= `context`, to [N, T, width]."""
+    """Token and learned position embeddings, added: int64 tokens [N, T], T <= `context`, to [N, T,
+    width]."""
 
     def __init__(self, vocab_size: int, context: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -25,8 +26,8 @@ class Embedding(nn.Module):
         context = self.position.num_embeddings
         if length > context:
             raise ValueError(
-                f"expected at most {context} tokens, the host's context, got {length}: "
-                "cut the sequences, or build the host with a longer context"
+                f"expected at most {context} tokens, the host's context, got {length}: cut the "
+                "sequences, or build the host with a longer context"
             )
         return self.dropout(self.token(tokens) + self.position.weight[:length])
 
@@ -36,19 +37,30 @@ class Block(nn.Sequential):
 
     def __init__(self, width: int, heads: int | None, dropout: float) -> None:
         mix = [nn.LayerNorm(width), CausalAttention(width, heads), nn.Linear(width, width)]
-        mlp = [nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
+        mlp = [
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
+        ]
         super().__init__(Residual(*mix, nn.Dropout(dropout)), Residual(*mlp, nn.Dropout(dropout)))
 
 
 def transformer_host(
-    *, vocab_size: int, context: int, width: int = 64, depth: int = 3, heads: int | None = None, dropout: float = 0.0
+    *,
+    vocab_size: int,
+    context: int,
+    width: int = 64,
+    depth: int = 3,
+    heads: int | None = None,
+    dropout: float = 0.0,
 ) -> Host:
     """A language model from int64 tokens [N, T], T <= `context`, to logits [N, T, vocab_size].
 
     `depth` blocks are split into segments of about equal depth. The weight of the head is the token
-    embedding. `heads` defaults to the largest of 4, 3, 2, 1 that divides the width; `ValueError` if it does
-    not divide it. Dropout acts on the embedding and on the output of each branch. The first loss is near
-    ln(vocab_size).
+    embedding. `heads` defaults to the largest of 4, 3, 2, 1 that divides the width; `ValueError` if
+    it does not divide it. Dropout acts on the embedding and on the output of each branch. The first
+    loss is near ln(vocab_size).
     """
     segments = cut([Block(width, heads, dropout) for _ in range(depth)])
     embedding = Embedding(vocab_size, context, width, dropout)
@@ -63,6 +75,7 @@ def transformer_host(
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for name, parameter in host.named_parameters():
-        if name.endswith(("0.branch.2.weight", "1.branch.3.weight")):  # the outputs of the 2 * depth branches
+        # the outputs of the 2 * depth branches
+        if name.endswith(("0.branch.2.weight", "1.branch.3.weight")):
             nn.init.normal_(parameter, std=INITIAL_STD / math.sqrt(2 * depth))
     return host

@@ -1,4 +1,5 @@
-"""Makes everything a run owns, and refuses here whatever could not work later. `episode` and `cli` call it."""
+"""Makes everything a run owns, and refuses here whatever could not work later. `episode` and `cli`
+call it."""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +25,14 @@ from esper_train.train.step import build_train_step
 
 
 def build_episode(
-    config: RunConfig, *, task: Task | None = None, slots: Sequence[str], registry: BlueprintRegistry | None = None
+    config: RunConfig,
+    *,
+    task: Task | None = None,
+    slots: Sequence[str],
+    registry: BlueprintRegistry | None = None,
 ) -> Episode:
-    """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot work."""
+    """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot
+    work."""
     task = task or get_task(config.task, config.task_config())
     device = resolve_device(config.device)
     resolve_device(config.governor.snapshot_device)
@@ -67,10 +73,12 @@ def build_episode(
 
 
 def _channels_last(config: RunConfig, host: nn.Module, device: torch.device) -> bool:
-    """What the config says, or whether convolutions gain by it: on CPUs half the time from 16 channels on, and a fifth
-    more below."""
+    """What the config says, or whether convolutions gain by it: on CPUs half the time from 16
+    channels on, and a fifth more below."""
     if config.channels_last is not None:
         return config.channels_last
     if device.type == "cuda":
         return config.train.amp.dtype is not None
-    return min((m.out_channels for m in host.modules() if isinstance(m, nn.Conv2d)), default=0) >= 16
+    return (
+        min((m.out_channels for m in host.modules() if isinstance(m, nn.Conv2d)), default=0) >= 16
+    )

@@ -1,7 +1,8 @@
 """Checkpoints: all that a run changes, in one file from which a fresh process goes on bit for bit.
 
-`episode` takes them, `cli` restores them. `epoch-N.pt` holds tensors and plain values only, with its SHA-256 in a
-file beside it; both appear whole and the digest first, so a kill at any moment leaves the checkpoints before.
+`episode` takes them, `cli` restores them. `epoch-N.pt` holds tensors and plain values only, with
+its SHA-256 in a file beside it; both appear whole and the digest first, so a kill at any moment
+leaves the checkpoints before.
 """
 
 import io
@@ -33,7 +34,8 @@ FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkp
 
 
 def parts(episode: Episode) -> dict[str, Stateful]:
-    """Everything that a run changes, in the order in which it is restored. A new object with state joins here."""
+    """Everything that a run changes, in the order in which it is restored. A new object with state
+    joins here."""
     return {
         "episode": episode,  # seats the seeds
         "model": episode.model,
@@ -51,7 +53,8 @@ def parts(episode: Episode) -> dict[str, Stateful]:
 
 
 class Checkpoints:
-    """Keeps a copy of the state at the end of each epoch, and writes it when it is time or when the run ends.
+    """Keeps a copy of the state at the end of each epoch, and writes it when it is time or when the
+    run ends.
 
     So a run that is stopped within an epoch is resumed from the end of the one before.
     """
@@ -62,9 +65,15 @@ class Checkpoints:
         self._unwritten: tuple[int, dict[str, Any]] | None = None
 
     def take(self, episode: Episode) -> None:
-        """At the end of an epoch. `OSError` as `write`; `TypeError` for a state beyond tensors and plain values."""
+        """At the end of an epoch. `OSError` as `write`; `TypeError` for a state beyond tensors and
+        plain values."""
         state = {name: copied(part.state_dict(), "cpu") for name, part in parts(episode).items()}
-        record = {"format": FORMAT, "run": _identity(episode), "parts": state, "metrics": self._metrics_size()}
+        record = {
+            "format": FORMAT,
+            "run": _identity(episode),
+            "parts": state,
+            "metrics": self._metrics_size(),
+        }
         self._unwritten = episode.epoch, record
         if episode.epoch % self._config.every == 0 or episode.epoch == episode.config.max_epochs:
             self.write()
@@ -75,7 +84,8 @@ class Checkpoints:
             return
         epoch, record = self._unwritten
         if record["metrics"]:
-            sync_metrics(self._directory.parent)  # what a checkpoint follows must not be lost when it is not
+            # what a checkpoint follows must not be lost when it is not
+            sync_metrics(self._directory.parent)
         buffer = io.BytesIO()
         torch.save(record, buffer)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +104,9 @@ class Checkpoints:
 
 def saved(directory: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
-    return sorted(directory.glob("epoch-[0-9]*.pt"), key=lambda path: int(path.stem.removeprefix("epoch-")))
+    return sorted(
+        directory.glob("epoch-[0-9]*.pt"), key=lambda path: int(path.stem.removeprefix("epoch-"))
+    )
 
 
 def save(path: Path, data: bytes) -> None:
@@ -106,8 +118,8 @@ def save(path: Path, data: bytes) -> None:
 def load(path: Path, metrics: Path | None = None) -> dict[str, Any]:
     """Read a checkpoint, running no code from it.
 
-    Raises `ValueError` if it is damaged, of another format, none, or if `metrics`, the file with what its run
-    reported, is shorter than it was then.
+    Raises `ValueError` if it is damaged, of another format, none, or if `metrics`, the file with
+    what its run reported, is shorter than it was then.
     """
     try:
         data = read_checked(path, need_digest=True)
@@ -118,9 +130,17 @@ def load(path: Path, metrics: Path | None = None) -> dict[str, Any]:
         if metrics is not None:
             _require_metrics(metrics, state.get("metrics", 0))
     except Exception as error:  # the unpickler fails in many ways on what is not its own
-        why = error if isinstance(error, (ValueError, OSError)) else "it is more than tensors and plain values"
+        why = (
+            error
+            if isinstance(error, (ValueError, OSError))
+            else "it is more than tensors and plain values"
+        )
         older = [other.name for other in saved(path.parent) if other != path]
-        way_out = f"remove it to go on from {older[-1]}" if older else "there is no other, so start the run anew"
+        way_out = (
+            f"remove it to go on from {older[-1]}"
+            if older
+            else "there is no other, so start the run anew"
+        )
         raise ValueError(f"{path} cannot be used: {why}; {way_out}") from error
     return state
 
@@ -128,14 +148,17 @@ def load(path: Path, metrics: Path | None = None) -> dict[str, Any]:
 def restore(state: Mapping[str, Any], episode: Episode) -> None:
     """Bring what was just built to where a checkpoint was taken.
 
-    Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer epochs than are
-    done, or a network that does not fit; what was built is of no use then.
+    Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer
+    epochs than are done, or a network that does not fit; what was built is of no use then.
     """
     for key, asked in _identity(episode).items():
         # a key that the checkpoint does not have is a setting that there was no choice about then
         if key not in FREE and asked != (was := state["run"].get(key, asked)):
             free = ", ".join(FREE)
-            raise ValueError(f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a new run")
+            raise ValueError(
+                f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a "
+                "new run"
+            )
     try:
         for name, part in parts(episode).items():
             part.load_state_dict(state["parts"][name])
@@ -143,17 +166,22 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
         raise ValueError(f"the checkpoint does not fit the run that was built: {error}") from error
     left = episode.config.max_epochs - episode.epoch
     if left < 0:
-        raise ValueError(f"{episode.epoch} epochs are done, more than max_epochs, {episode.config.max_epochs}")
+        raise ValueError(
+            f"{episode.epoch} epochs are done, more than max_epochs, {episode.config.max_epochs}"
+        )
     schedule = episode.config.optim.schedule
     changes = left * (episode.steps if schedule.each == "step" else 1)
     episode.optimizers.fit_schedules(schedule, changes)
 
 
 def _require_metrics(path: Path, size: int) -> None:
-    """Refuse a gap between what was reported and what is gone on from. Older checkpoints do not know the size."""
+    """Refuse a gap between what was reported and what is gone on from. Older checkpoints do not
+    know the size."""
     there = path.stat().st_size if path.exists() else 0
     if there < size:
-        raise ValueError(f"{path.name} has {there} bytes and had {size} then, so its last lines are lost")
+        raise ValueError(
+            f"{path.name} has {there} bytes and had {size} then, so its last lines are lost"
+        )
 
 
 def _identity(episode: Episode) -> dict[str, Any]:

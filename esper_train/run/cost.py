@@ -1,4 +1,5 @@
-"""What a seed that trains costs beside its host, in multiply-adds counted by torch. `epoch` asks once per seed."""
+"""What a seed that trains costs beside its host, in multiply-adds counted by torch. `epoch` asks
+once per seed."""
 
 import copy
 from collections.abc import Callable
@@ -43,7 +44,9 @@ def seed_cost(model: MorphModel, slot: str, inputs: Tensor) -> SeedCost:
         _, entered = model.forward_feeding(inputs)
         features = entered.get(slot)
         if features is None or not parameters:
-            return SeedCost(host=_multiply_adds(lambda: model(inputs).sum().backward()), learning=0, seed=0)
+            return SeedCost(
+                host=_multiply_adds(lambda: model(inputs).sum().backward()), learning=0, seed=0
+            )
 
         def learn() -> None:
             out = model(features, alpha={slot: 1.0}, start=slot)

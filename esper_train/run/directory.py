@@ -1,4 +1,5 @@
-"""The directory of a run: what it was asked, where it ran, what it reported, and the network it trained."""
+"""The directory of a run: what it was asked, where it ran, what it reported, and the network it
+trained."""
 
 import fcntl
 import hashlib
@@ -31,7 +32,8 @@ NETWORK = "network.pt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
-"""There while a process writes to the directory, and locked by it; or unlocked, where a process was killed."""
+"""There while a process writes to the directory, and locked by it; or unlocked, where a process was
+killed."""
 UNFINISHED = ".new"
 """How the name of a file ends that is not whole yet."""
 BASELINE = "baseline"
@@ -42,13 +44,16 @@ FORMAT = 2
 
 @contextmanager
 def claimed(path: Path, *, resume: bool = False, numbered: bool = False) -> Iterator[Path]:
-    """Make a run directory, unless it is there, and keep every other process from writing to it meanwhile.
+    """Make a run directory, unless it is there, and keep every other process from writing to it
+    meanwhile.
 
-    Yields its path: with `numbered`, that of a new directory, with a number at its end where the name was taken.
-    Should this process die, the system gives the directory free. What was made and stayed empty is removed again.
+    Yields its path: with `numbered`, that of a new directory, with a number at its end where the
+    name was taken. Should this process die, the system gives the directory free. What was made and
+    stayed empty is removed again.
 
     Raises:
-        FileExistsError: there is something at `path` already, and no `resume`: no run overwrites another.
+        FileExistsError: there is something at `path` already, and no `resume`: no run overwrites
+        another.
         BlockingIOError: another process writes to it.
     """
     made = [each for each in path.parents if not each.exists()]
@@ -63,11 +68,14 @@ def claimed(path: Path, *, resume: bool = False, numbered: bool = False) -> Iter
     lock = _lock(path / LOCK)
     try:
         if not resume and any(entry.name != LOCK for entry in path.iterdir()):
-            raise FileExistsError(f"{path} exists and is not empty; choose another --out, or remove it")
+            raise FileExistsError(
+                f"{path} exists and is not empty; choose another --out, or remove it"
+            )
         remove_unfinished(path)
         yield path
     finally:
-        (path / LOCK).unlink(missing_ok=True)  # before it is given free, so that whoever comes next makes a new one
+        # before it is given free, so that whoever comes next makes a new one
+        (path / LOCK).unlink(missing_ok=True)
         lock.close()
         with suppress(OSError):  # there is something in it
             for each in made:
@@ -75,7 +83,8 @@ def claimed(path: Path, *, resume: bool = False, numbered: bool = False) -> Iter
 
 
 def _new(path: Path) -> Path:
-    """A directory that this call made: `path`, or with a number added where there is one already."""
+    """A directory that this call made: `path`, or with a number added where there is one
+    already."""
     for number in count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
         with suppress(FileExistsError):
@@ -85,7 +94,8 @@ def _new(path: Path) -> Path:
 
 
 def _lock(path: Path) -> BinaryIO:
-    """The file, locked and with our number in it. Made anew where its last owner removed it meanwhile."""
+    """The file, locked and with our number in it. Made anew where its last owner removed it
+    meanwhile."""
     while True:
         lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         os.register_at_fork(after_in_child=lock.close)  # workers must not hold it longer than we do
@@ -95,7 +105,9 @@ def _lock(path: Path) -> BinaryIO:
             owner = lock.read().decode() or "unknown"
             lock.close()
             advice = "wait for it, stop it, or choose another directory"
-            raise BlockingIOError(f"{path.parent} is in use by process {owner}; {advice}") from error
+            raise BlockingIOError(
+                f"{path.parent} is in use by process {owner}; {advice}"
+            ) from error
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             lock.truncate(0)
             lock.write(str(os.getpid()).encode())
@@ -120,7 +132,8 @@ def create(path: Path, config: RunConfig) -> Path:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that, whatever happens meanwhile, there is the old one or the new one, whole and on disk."""
+    """Write a file so that, whatever happens meanwhile, there is the old one or the new one, whole
+    and on disk."""
     new = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with new.open("wb") as file:
@@ -172,15 +185,17 @@ def write_digest(path: Path, data: bytes) -> None:
 def read_checked(path: Path, *, need_digest: bool = False) -> bytes:
     """The contents of a file; `ValueError` if they are not those of the digest beside it.
 
-    Without a digest, which older versions did not write, they are returned unless `need_digest`: then that is an
-    `OSError`.
+    Without a digest, which older versions did not write, they are returned unless `need_digest`:
+    then that is an `OSError`.
     """
     data = path.read_bytes()
     beside = digest_file(path)
     if not need_digest and not beside.exists():
         return data
     if beside.read_bytes()[:64] != hashlib.sha256(data).hexdigest().encode():
-        raise ValueError(f"the SHA-256 of {path.name} is not the one beside it, so it was damaged or changed")
+        raise ValueError(
+            f"the SHA-256 of {path.name} is not the one beside it, so it was damaged or changed"
+        )
     return data
 
 
@@ -189,17 +204,21 @@ def digest_file(path: Path) -> Path:
 
 
 def save_network(path: Path, model: MorphModel) -> None:
-    """Write the weights and the state of every slot to `network.pt`, as tensors and plain values only."""
+    """Write the weights and the state of every slot to `network.pt`, as tensors and plain values
+    only."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "slots": model.topology(), "weights": model.state_dict()}, buffer)
     write_with_digest(path / NETWORK, buffer.getvalue())
 
 
-def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintRegistry | None = None) -> nn.Module:
+def load_run(
+    path: str | Path, *, task: Task | None = None, registry: BlueprintRegistry | None = None
+) -> nn.Module:
     """The trained network of a run directory, on the CPU and in eval mode.
 
-    `task` and `registry` are needed where the run used ones of your own. Raises `FileNotFoundError` where there
-    is no network, `ValueError` where it was damaged, is of another format or does not fit the run's config.
+    `task` and `registry` are needed where the run used ones of your own. Raises `FileNotFoundError`
+    where there is no network, `ValueError` where it was damaged, is of another format or does not
+    fit the run's config.
     """
     path = Path(path)
     config = load_config(path)
@@ -216,17 +235,22 @@ def load_run(path: str | Path, *, task: Task | None = None, registry: BlueprintR
     try:
         model.load_state_dict(saved["weights"])
     except RuntimeError as error:
-        raise ValueError(f"{path / NETWORK} does not fit the network that {CONFIG} describes: {error}") from error
+        raise ValueError(
+            f"{path / NETWORK} does not fit the network that {CONFIG} describes: {error}"
+        ) from error
     return model.eval()
 
 
 def load_config(path: Path) -> RunConfig:
-    """The config of a run directory; `FileNotFoundError` if it is none, `ValueError` if it was damaged or changed."""
+    """The config of a run directory; `FileNotFoundError` if it is none, `ValueError` if it was
+    damaged or changed."""
     _require_file(path, CONFIG)
     try:
         values = json.loads(_read_whole(path / CONFIG))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path / CONFIG} is not JSON: {error}; bring it back, or start a new run") from error
+        raise ValueError(
+            f"{path / CONFIG} is not JSON: {error}; bring it back, or start a new run"
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path / CONFIG} holds no settings; bring it back, or start a new run")
     return from_dict(RunConfig, values)
@@ -258,9 +282,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, epoch: int) -> None:
-    """Cut a run's metrics back to the end of an epoch, 0 for nothing at all: a resumed run reports the rest itself."""
+    """Cut a run's metrics back to the end of an epoch, 0 for nothing at all: a resumed run reports
+    the rest itself."""
     events = read_metrics(path) if epoch else []
-    kept = list(takewhile(lambda event: event["epoch"] <= epoch and event["event"] != "run_finished", events))
+    kept = list(
+        takewhile(
+            lambda event: event["epoch"] <= epoch and event["event"] != "run_finished", events
+        )
+    )
     with (path / METRICS).open("a+b") as file:
         file.seek(0)
         file.truncate(sum(map(len, islice(file, len(kept)))))
@@ -268,4 +297,6 @@ def cut_back(path: Path, epoch: int) -> None:
 
 def _require_file(path: Path, name: str) -> None:
     if not (path / name).is_file():
-        raise FileNotFoundError(f"{path} has no {name}: is it the directory of a run that was trained?")
+        raise FileNotFoundError(
+            f"{path} has no {name}: is it the directory of a run that was trained?"
+        )

@@ -72,14 +72,16 @@ class Episode(PlainState):
     accuracy: float = math.nan  # of the last validation, in percent
     seconds: float = 0.0
     seeds_germinated: int = 0
-    decided: list[tuple[str, float]] = field(default_factory=list)  # operation and reward of each epoch
+    # operation and reward of each epoch
+    decided: list[tuple[str, float]] = field(default_factory=list)
     refused: list[tuple[int, str, str]] = field(default_factory=list)  # epoch, operation, reason
     contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
     scalers: dict[str, LossScaler] = field(default_factory=dict)  # of seeds that learn in float16
     good: Mapping[str, Any] | None = None  # a snapshot to return to, in no checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run has come, and what grew; weights, momentum and the rest have their own state."""
+        """How far the run has come, and what grew; weights, momentum and the rest have their own
+        state."""
         return super().state_dict() | {
             "slots": self.model.topology(),
             "groups": list(self.optimizers.parameters()),
@@ -122,7 +124,8 @@ class Episode(PlainState):
 
     @contextmanager
     def _incubate(self, name: str, incubation: Incubation) -> Iterator[None]:
-        """Around a seed's own pass: it changes nothing of the network, nor of the run's random numbers."""
+        """Around a seed's own pass: it changes nothing of the network, nor of the run's random
+        numbers."""
         advice = "a captured step would repeat those of a seed: leave train.capture out"
         if self.config.train.capture:
             random = no_random_numbers(self.device, advice)
@@ -133,7 +136,9 @@ class Episode(PlainState):
 
     def snapshot(self) -> dict[str, Any]:
         """What `go_back` needs, on `governor.snapshot_device`."""
-        state = {"episode": self.state_dict()} | {name: getattr(self, name).state_dict() for name in UNDONE}
+        state = {"episode": self.state_dict()} | {
+            name: getattr(self, name).state_dict() for name in UNDONE
+        }
         return copied(state, resolve_device(self.config.governor.snapshot_device))
 
     def go_back(self, snapshot: Mapping[str, Any]) -> None:
@@ -151,8 +156,8 @@ class Episode(PlainState):
             self.attach_optimizer(group)
 
     def attach_optimizer(self, group: str, epoch: int = 0) -> None:
-        """Give the host, the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer of its own, with a
-        schedule over what is left of the run after `epoch`."""
+        """Give the host, the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer
+        of its own, with a schedule over what is left of the run after `epoch`."""
         slot, _, gate = group.partition(".")
         optim = self.config.optim
         host = self.model.host if group == "host" else None
@@ -162,5 +167,7 @@ class Episode(PlainState):
             self.optimizers.attach(group, None)
             return
         optimizer = make_optimizer(parameters, optim.host_lr if host else optim.seed_lr, optim)
-        left = max(1, self.config.max_epochs - epoch) * (self.steps if optim.schedule.each == "step" else 1)
+        left = max(1, self.config.max_epochs - epoch) * (
+            self.steps if optim.schedule.each == "step" else 1
+        )
         self.optimizers.attach(group, optimizer, make_schedule(optimizer, optim.schedule, left))

@@ -37,7 +37,8 @@ JOINT = "+"
 
 
 class Epoch:
-    """Epoch `number` of an episode. `apply` is called once, after an `observe` that gave signals."""
+    """Epoch `number` of an episode. `apply` is called once, after an `observe` that gave
+    signals."""
 
     def __init__(self, episode: Episode, number: int) -> None:
         self._episode = episode
@@ -76,7 +77,9 @@ class Epoch:
             may_blend = episode.trial.slot is None
             for change in slot.step_epoch(may_blend):
                 self._follow(change)
-        self._signals = replace(signals, slots=_states(episode.model), germination_wait=episode.trial.wait)
+        self._signals = replace(
+            signals, slots=_states(episode.model), germination_wait=episode.trial.wait
+        )
         return self._signals
 
     def apply(self, decision: Decision) -> float:
@@ -137,7 +140,8 @@ class Epoch:
         self._report(line, finding)
 
     def _report(self, line: Event, finding: Finding | None) -> None:
-        """The epoch's line, what happened to seeds, bad numbers, and gradients by layer if asked for."""
+        """The epoch's line, what happened to seeds, bad numbers, and gradients by layer if asked
+        for."""
         episode = self._episode
         hub = self._episode.hub
         hub.emit(line)
@@ -195,9 +199,9 @@ class Epoch:
             slot.start_anew()
         epochs = self._number - began
         message = (
-            f"{failed.seed_id} ({failed.blueprint} in slot {failed.slot}) failed: {reason}; the network is as "
-            f"after epoch {began} again, {epochs} epochs of training were in vain, and for {trial.wait} "
-            "epochs no seed germinates"
+            f"{failed.seed_id} ({failed.blueprint} in slot {failed.slot}) failed: {reason}; the "
+            f"network is as after epoch {began} again, {epochs} epochs of training were in vain, "
+            f"and for {trial.wait} epochs no seed germinates"
         )
         data = {
             "slot": failed.slot,
@@ -219,7 +223,8 @@ class Epoch:
         episode.governor.restart()
 
     def _answer(self, finding: Finding) -> None:
-        """Do what the policy says: go on, return to the last good state and train on new batches, or end."""
+        """Do what the policy says: go on, return to the last good state and train on new batches,
+        or end."""
         episode = self._episode
         number = self._number
         config = episode.config
@@ -232,7 +237,9 @@ class Epoch:
         if episode.good is None or governor.rollbacks == most:
             kind = NonFiniteLossError if finding.kind == "nonfinite" else BadNumbersError
             after = "" if episode.good is None else f", after {most} rollbacks"
-            advice = "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
+            advice = (
+                "try a smaller learning rate, train.grad.clip_norm, or another train.on_bad_numbers"
+            )
             raise kind(f"in epoch {number} {finding.message}{after}; {advice}")
         governor.rolled_back()
         gone = _states(episode.model)
@@ -255,8 +262,8 @@ class Epoch:
 
 
 def keep_good(episode: Episode, epoch: int) -> None:
-    """Keep the state to return to, where the policy wants one and the weights are good. Not during a
-    trial: if the seed fails, the network of these epochs is not to come back."""
+    """Keep the state to return to, where the policy wants one and the weights are good. Not during
+    a trial: if the seed fails, the network of these epochs is not to come back."""
     wanted = episode.config.train.on_bad_numbers == "rollback" and episode.trial.slot is None
     if wanted and weights_are_finite(episode.model):
         device = episode.config.governor.snapshot_device
@@ -305,7 +312,9 @@ def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, Eval
     return train, validation
 
 
-def _observe_slots(episode: Episode, train: EpochResult, validation: EvalResult) -> tuple[SlotState, ...]:
+def _observe_slots(
+    episode: Episode, train: EpochResult, validation: EvalResult
+) -> tuple[SlotState, ...]:
     """Tell every slot what was measured; the states before the slots move."""
     for slot in episode.model.slots:
         name = slot.state.slot
@@ -319,7 +328,9 @@ def _observe_slots(episode: Episode, train: EpochResult, validation: EvalResult)
             accuracy=validation.accuracy,
             contribution=None if learns else validation.contribution(name),
             gradient_ratio=gradient_ratio(train.grad, seed),
-            tolerance=episode.trial.tolerance(validation.right, validation.valid) if stage in TRIAL else None,
+            tolerance=episode.trial.tolerance(validation.right, validation.valid)
+            if stage in TRIAL
+            else None,
         )
         if learns and other is not None:
             measured = replace(
@@ -331,7 +342,9 @@ def _observe_slots(episode: Episode, train: EpochResult, validation: EvalResult)
     return _states(episode.model)
 
 
-def _observation(episode: Episode, number: int, train: EpochResult, validation: EvalResult) -> Observation:
+def _observation(
+    episode: Episode, number: int, train: EpochResult, validation: EvalResult
+) -> Observation:
     return Observation(
         epoch=number,
         max_epochs=episode.config.max_epochs,
@@ -353,15 +366,21 @@ def _joint(validation: EvalResult) -> dict[str, Any] | None:
 
 
 def _reward(episode: Episode, signals: Signals, decision: Decision) -> dict[str, float]:
-    """What a decision earns by parts, before it is executed: on the slot it names, or that of the first live seed."""
-    named = [s for s in signals.slots if s.slot == decision.slot or (decision.slot is None and s.stage in LIVE)]
+    """What a decision earns by parts, before it is executed: on the slot it names, or that of the
+    first live seed."""
+    named = [
+        s
+        for s in signals.slots
+        if s.slot == decision.slot or (decision.slot is None and s.stage in LIVE)
+    ]
     state = named[0] if named else SlotState(slot="none")
     host_parameters = sum(p.numel() for p in episode.model.get_host_parameters())
     return REWARDS[episode.config.reward](decision.op, state, signals, host_parameters)
 
 
 def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], str | None]:
-    """Do what the controller asked; what slots and gates refuse comes back as the reason in words."""
+    """Do what the controller asked; what slots and gates refuse comes back as the reason in
+    words."""
     model = episode.model
     slot = decision.slot or ""
     try:
@@ -370,8 +389,12 @@ def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], s
             seed_id = f"seed_{episode.seeds_germinated}"
             model.registry.require(model.host.topology, blueprint)
             if episode.trial.wait > 0:
-                raise RefusedError(f"no seed germinates for {episode.trial.wait} epochs, after an undoing")
-            made = model.germinate_seed(blueprint, seed_id, slot=slot, blend=decision.blend or "sigmoid")
+                raise RefusedError(
+                    f"no seed germinates for {episode.trial.wait} epochs, after an undoing"
+                )
+            made = model.germinate_seed(
+                blueprint, seed_id, slot=slot, blend=decision.blend or "sigmoid"
+            )
             episode.seeds_germinated += 1
             return made, None
         if decision.op is Op.CULL:

@@ -1,4 +1,5 @@
-"""The network that a run gives: the best by validation, or the last. `run` offers it every epoch."""
+"""The network that a run gives: the best by validation, or the last. `run` offers it every
+epoch."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ class Kept(PlainState):
         self._network: dict[str, Any] | None = None
 
     def offer(self, model: MorphModel, epoch: int, accuracy: float, loss: float) -> None:
-        """Keep a copy on the CPU if it is the best, unless the fate of a seed with a part in it is open."""
+        """Keep a copy on the CPU if it is the best, unless the fate of a seed with a part in it is
+        open."""
         if any(slot.state.stage in TRIAL for slot in model.slots):
             return
         if (accuracy, -loss) > (self.accuracy, -self.loss):

@@ -1,4 +1,5 @@
-"""Where the time of an epoch goes: a few batches under torch's profiler, as a trace and a table. `cli` calls it."""
+"""Where the time of an epoch goes: a few batches under torch's profiler, as a trace and a table.
+`cli` calls it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,19 @@ TRACE = "profile.json"
 
 
 def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) -> str:
-    """Profile a few batches of a run like this, of which the run itself sees nothing, and return the table.
+    """Profile a few batches of a run like this, of which the run itself sees nothing, and return
+    the table.
 
-    Writes it to `profile.md`, and a trace for `chrome://tracing` or Perfetto to `profile.json`. Steps are not captured
-    as CUDA graphs, which would have no parts.
+    Writes it to `profile.md`, and a trace for `chrome://tracing` or Perfetto to `profile.json`.
+    Steps are not captured as CUDA graphs, which would have no parts.
     """
     config = replace(config, train=replace(config.train, capture=False))
     episode = build_episode(config, slots=slots)
-    shared: dict[str, Any] = {"task_type": episode.task.task_type, "max_batches": BATCHES, "step": episode.step}
+    shared: dict[str, Any] = {
+        "task_type": episode.task.task_type,
+        "max_batches": BATCHES,
+        "step": episode.step,
+    }
 
     def epoch() -> None:
         train_one_epoch(episode.model, episode.train, episode.optimizers, config.train, **shared)
@@ -38,9 +44,16 @@ def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) ->
         with profile() as profiler:
             epoch()
     profiler.export_chrome_trace(str(directory / TRACE))
-    spent = {event.key: event.cpu_time_total / 1e3 for event in profiler.key_averages() if event.key in PARTS}
+    spent = {
+        event.key: event.cpu_time_total / 1e3
+        for event in profiler.key_averages()
+        if event.key in PARTS
+    }
     lines = ["| part | ms | share |", "|---|---|---|"]
-    lines += [f"| {part} | {spent[part]:.3f} | {spent[part] / sum(spent.values()):.0%} |" for part in PARTS]
+    lines += [
+        f"| {part} | {spent[part]:.3f} | {spent[part] / sum(spent.values()):.0%} |"
+        for part in PARTS
+    ]
     table = "\n".join(lines)
     write_file(directory / TABLE, (table + "\n").encode())
     return table

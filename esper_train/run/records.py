@@ -44,13 +44,17 @@ def epoch_event(
     return Event(EventType.EPOCH, epoch, data)
 
 
-def with_learners(grad: dict[str, Any], learners: Mapping[str, GradHealth | None]) -> dict[str, Any]:
+def with_learners(
+    grad: dict[str, Any], learners: Mapping[str, GradHealth | None]
+) -> dict[str, Any]:
     """The network's gradients, with those of what learned beside it among the groups."""
     apart = {name: asdict(health) for name, health in learners.items() if health is not None}
     return grad | {"groups": grad["groups"] | apart}
 
 
-def trouble_events(epoch: int, train: EpochResult, validation: EvalResult, finding: Finding | None) -> list[Event]:
+def trouble_events(
+    epoch: int, train: EpochResult, validation: EvalResult, finding: Finding | None
+) -> list[Event]:
     """What was wrong with the numbers of an epoch; each event says so in words too."""
     found = []
     logits = train.nonfinite + validation.nonfinite

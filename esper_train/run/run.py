@@ -1,7 +1,9 @@
-"""A run from first to last epoch: builds what it owns, then trains, measures, decides and grows, epoch by epoch.
+"""A run from first to last epoch: builds what it owns, then trains, measures, decides and grows,
+epoch by epoch.
 
-`cli` calls `prepare` and `run_episode`; `run_heuristic_episode`, `train_heuristic` and `run_fit` do both for
-those who import the package. Plain training is the same run with no slots and a controller that never acts.
+`cli` calls `prepare` and `run_episode`; `run_heuristic_episode`, `train_heuristic` and `run_fit` do
+both for those who import the package. Plain training is the same run with no slots and a controller
+that never acts.
 """
 
 import time
@@ -70,7 +72,9 @@ def run_heuristic_episode(
         ValueError: no slots, unknown or repeated ones, or bad data.
         BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
     """
-    return run_episode(prepare(config, "heuristic", task=task, policy=policy, hub=hub, registry=registry))
+    return run_episode(
+        prepare(config, "heuristic", task=task, policy=policy, hub=hub, registry=registry)
+    )
 
 
 def train_heuristic(
@@ -80,14 +84,19 @@ def train_heuristic(
     return [run_heuristic_episode(c, task=task, hub=hub) for c in episode_configs(config)]
 
 
-def run_fit(config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | None = None) -> EpisodeResult:
+def run_fit(
+    config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | None = None
+) -> EpisodeResult:
     """Train the same host without slots, by the same loop."""
     return run_episode(prepare(config, "fit", task=task, hub=hub))
 
 
 def episode_configs(config: RunConfig) -> list[RunConfig]:
     """The config of each episode."""
-    return [replace(config, seed=config.seed + SEED_STEP * i, episodes=1) for i in range(config.episodes)]
+    return [
+        replace(config, seed=config.seed + SEED_STEP * i, episodes=1)
+        for i in range(config.episodes)
+    ]
 
 
 def prepare(
@@ -99,14 +108,22 @@ def prepare(
     hub: TelemetryHub | None = None,
     registry: BlueprintRegistry | None = None,
 ) -> Episode:
-    """What a "heuristic" or "fit" run owns; the latter has no controller. `ValueError` for what could not work."""
+    """What a "heuristic" or "fit" run owns; the latter has no controller. `ValueError` for what
+    could not work."""
     require_known("mode", mode, ("heuristic", "fit"))
     growing = mode == "heuristic"
     if policy is not None and not growing:
-        raise ValueError("a policy decides about seeds, and a `fit` run has none; leave it out, or use `heuristic`")
+        raise ValueError(
+            "a policy decides about seeds, and a `fit` run has none; leave it out, or use "
+            "`heuristic`"
+        )
     if growing and not config.slots:
-        raise ValueError("no slots: name at least one of early, mid, late, or use `fit` to train without growth")
-    episode = build_episode(config, task=task, slots=config.slots if growing else (), registry=registry)
+        raise ValueError(
+            "no slots: name at least one of early, mid, late, or use `fit` to train without growth"
+        )
+    episode = build_episode(
+        config, task=task, slots=config.slots if growing else (), registry=registry
+    )
     episode.mode = mode
     episode.hub = hub or TelemetryHub()
     if growing:
@@ -116,12 +133,14 @@ def prepare(
 
 
 def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> EpisodeResult:
-    """Run every epoch in the one order there is: train, evaluate, track, slots step, decide, execute.
+    """Run every epoch in the one order there is: train, evaluate, track, slots step, decide,
+    execute.
 
-    An episode restored from a checkpoint goes on with the epoch after it. One that the governor finds gone bad is, by
-    policy, reported, the last, or undone: then nothing is tracked or decided. However the run ends, its network is the
-    one that `config.keep` names, and its last event is RUN_FINISHED with the status "completed", "interrupted",
-    "nonfinite", "diverged" or "failed"; what ended it is raised again.
+    An episode restored from a checkpoint goes on with the epoch after it. One that the governor
+    finds gone bad is, by policy, reported, the last, or undone: then nothing is tracked or decided.
+    However the run ends, its network is the one that `config.keep` names, and its last event is
+    RUN_FINISHED with the status "completed", "interrupted", "nonfinite", "diverged" or "failed";
+    what ended it is raised again.
     """
     config = episode.config
     hub = episode.hub

@@ -25,7 +25,8 @@ class Network(Protocol):
 
 
 class Trial(PlainState):
-    """At most one seed is on trial at a time. Also counts how long no seed may germinate afterwards."""
+    """At most one seed is on trial at a time. Also counts how long no seed may germinate
+    afterwards."""
 
     STATE: ClassVar[tuple[str, ...]] = ("slot", "began", "wait", "undone", "epochs", "_next_wait")
 
@@ -45,7 +46,9 @@ class Trial(PlainState):
         self._before: dict[str, Any] | None = None
         self._right: Tensor | None = None
 
-    def begin(self, network: Network, slot: str, epoch: int, right: Tensor, device: torch.device) -> None:
+    def begin(
+        self, network: Network, slot: str, epoch: int, right: Tensor, device: torch.device
+    ) -> None:
         """Remember the network, on `device`, as blending begins after `epoch`; `right` says which
         validation rows it predicts."""
         if self.slot is not None:
@@ -89,7 +92,9 @@ class Trial(PlainState):
         model = network.model
         optimizers = network.optimizers
         now = {slot.state.slot: slot.state.seed_id for slot in model.slots}
-        same = {name for name, seed in before["seeds"].items() if seed is not None and seed == now[name]}
+        same = {
+            name for name, seed in before["seeds"].items() if seed is not None and seed == now[name]
+        }
         weights = {
             name: value
             for name, value in before["model"].items()

@@ -1,4 +1,5 @@
-"""The handwritten digits that come with scikit-learn: 1,797 real 8x8 images in 10 classes, no download."""
+"""The handwritten digits that come with scikit-learn: 1,797 real 8x8 images in 10 classes, no
+download."""
 
 import torch
 
@@ -16,13 +17,20 @@ SPLIT_SEED = 0
 
 
 def digits(config: TaskConfig) -> Task:
-    """The task `digits`: inputs float32 [N, 1, 8, 8], standardized by the training split; targets [N]."""
-    return Task(name="digits", task_type="classification", num_classes=CLASSES, load=_load, build_host=_host)
+    """The task `digits`: inputs float32 [N, 1, 8, 8], standardized by the training split; targets
+    [N]."""
+    return Task(
+        name="digits", task_type="classification", num_classes=CLASSES, load=_load, build_host=_host
+    )
 
 
 def _host(config: HostConfig) -> Host:
     return cnn_host(
-        image_size=IMAGE_SIZE, in_channels=1, num_classes=CLASSES, width=config.width or 3, depth=config.depth or 3
+        image_size=IMAGE_SIZE,
+        in_channels=1,
+        num_classes=CLASSES,
+        width=config.width or 3,
+        depth=config.depth or 3,
     )
 
 
@@ -30,13 +38,16 @@ def _load() -> Splits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("task 'digits' needs scikit-learn: pip install 'esper-kernels[train]'") from error
+        raise ImportError(
+            "task 'digits' needs scikit-learn: pip install 'esper-kernels[train]'"
+        ) from error
     bunch = load_digits()
     images = torch.as_tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / BRIGHTEST
     targets = torch.as_tensor(bunch.target, dtype=torch.int64)
     if images.shape != (SAMPLES, 1, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
-            f"digits: expected {SAMPLES} images of 8x8, got {tuple(images.shape)}: install scikit-learn again"
+            f"digits: expected {SAMPLES} images of 8x8, got {tuple(images.shape)}: install "
+            "scikit-learn again"
         )
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(SPLIT_SEED))
     parts = order.split([1078, 359, 360])

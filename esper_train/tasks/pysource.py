@@ -30,55 +30,87 @@ HELD_OUT_WINDOWS = 512
 WINDOW_SEED = 0
 """Seeds the choice of sequences, which is the same for every run."""
 SEPARATOR = b"\0"  # ends each file; Python sources cannot contain it
-EXCLUDED = r"(^|/)((site-packages|dist-packages|tests?|idle_test|lib2to3|_bundled)/|_sysconfigdata|config-)"
+EXCLUDED = (
+    r"(^|/)((site-packages|dist-packages|tests?|idle_test|lib2to3|_bundled)/"
+    r"|_sysconfigdata|config-)"
+)
 """Paths of tests, of bundled third-party code, and of files that depend on how Python was built."""
 
 
 def pysource(config: TaskConfig) -> Task:
-    """The task `pysource`: the next byte (vocab 256) or byte pair (more) in the standard library's sources.
+    """The task `pysource`: the next byte (vocab 256) or byte pair (more) in the standard library's
+    sources.
 
     Inputs and targets are [N, 64], int64. Each file belongs to one split: about 90 % training, 5 %
-    validation, 5 % test. Tokenizers are cached in `config.data`, by default in the user's cache directory.
+    validation, 5 % test. Tokenizers are cached in `config.data`, by default in the user's cache
+    directory.
 
     Raises:
-        ValueError: a vocab below 256; on loading, too few sources, or a directory that is not writable.
+        ValueError: a vocab below 256; on loading, too few sources, or a directory that is not
+        writable.
         ImportError: on loading, a vocab above 256 without the `tokenizers` package.
     """
     vocab = config.vocab
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     if vocab < 256:
-        raise ValueError(f"task 'pysource' needs a vocab of 256 (bytes) or more (byte pairs), got {vocab}")
+        raise ValueError(
+            f"task 'pysource' needs a vocab of 256 (bytes) or more (byte pairs), got {vocab}"
+        )
 
     def load() -> Splits:
-        return load_sources(Path(sysconfig.get_path("stdlib")), vocab, Path(config.data or Path(caches, "esper")))
+        return load_sources(
+            Path(sysconfig.get_path("stdlib")), vocab, Path(config.data or Path(caches, "esper"))
+        )
 
     def host(size: HostConfig) -> Host:
-        return transformer_host(vocab_size=vocab, context=CONTEXT, width=size.width or 64, depth=size.depth or 3)
+        return transformer_host(
+            vocab_size=vocab, context=CONTEXT, width=size.width or 64, depth=size.depth or 3
+        )
 
     return Task(name="pysource", task_type="lm", num_classes=vocab, load=load, build_host=host)
 
 
 def load_sources(root: Path, vocab: int, cache: Path) -> Splits:
-    """Encode the sources under `root`; `ValueError` if a split is empty. Tokenizers are cached in `cache`."""
+    """Encode the sources under `root`; `ValueError` if a split is empty. Tokenizers are cached in
+    `cache`."""
     files = read_sources(root)
-    texts = [[text + SEPARATOR for name, text in files.items() if part_of(name) == part] for part in range(3)]
+    texts = [
+        [text + SEPARATOR for name, text in files.items() if part_of(name) == part]
+        for part in range(3)
+    ]
     if not all(texts):
         found = [len(part) for part in texts]
         raise ValueError(
-            f"expected Python sources under {root} to train, to validate and to test, got {found} files: "
-            "is Python's library complete?"
+            f"expected Python sources under {root} to train, to validate and to test, got {found} "
+            "files: is Python's library complete?"
         )
-    named = hashlib.sha256(b"".join(f"{name}\0{len(text)}\0".encode() + text for name, text in files.items()))
-    record = {"files": len(files), "bytes": sum(map(len, files.values())), "sha256": named.hexdigest()}
+    named = hashlib.sha256(
+        b"".join(f"{name}\0{len(text)}\0".encode() + text for name, text in files.items())
+    )
+    record = {
+        "files": len(files),
+        "bytes": sum(map(len, files.values())),
+        "sha256": named.hexdigest(),
+    }
     if vocab == 256:
         encoded = [torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in texts]
     else:
         strings = [[text.decode("utf-8", errors="replace") for text in part] for part in texts]
         tokenizer = load_tokenizer(strings[0], vocab, cache)
         record["tokenizer_sha256"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-        encoded = [torch.cat([torch.tensor(tokenizer.encode(text).ids) for text in part]) for part in strings]
-    train, validation, test = map(windows, encoded, (TRAIN_WINDOWS, HELD_OUT_WINDOWS, HELD_OUT_WINDOWS))
-    return Splits(train=train, validation=validation, test=test, record=record | {"python": platform.python_version()})
+        encoded = [
+            torch.cat([torch.tensor(tokenizer.encode(text).ids) for text in part])
+            for part in strings
+        ]
+    train, validation, test = map(
+        windows, encoded, (TRAIN_WINDOWS, HELD_OUT_WINDOWS, HELD_OUT_WINDOWS)
+    )
+    return Splits(
+        train=train,
+        validation=validation,
+        test=test,
+        record=record | {"python": platform.python_version()},
+    )
 
 
 def read_sources(root: Path) -> dict[str, bytes]:
@@ -88,7 +120,8 @@ def read_sources(root: Path) -> dict[str, bytes]:
 
 
 def part_of(name: str) -> int:
-    """0 training, 1 validation, 2 test; depends on the name alone, so it is the same on every machine."""
+    """0 training, 1 validation, 2 test; depends on the name alone, so it is the same on every
+    machine."""
     share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 100
     return (share >= 90) + (share >= 95)
 
@@ -99,16 +132,21 @@ def windows(tokens: Tensor, most: int) -> Split:
     They are drawn at random with a fixed seed.
     """
     rows = tokens[: len(tokens) - len(tokens) % (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    drawn = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(WINDOW_SEED))[:most]].long()
+    drawn = rows[
+        torch.randperm(len(rows), generator=torch.Generator().manual_seed(WINDOW_SEED))[:most]
+    ].long()
     return drawn[:, :-1], drawn[:, 1:]
 
 
 def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
-    """A byte-level BPE (`tokenizers.Tokenizer`) trained on these texts, from the cache if it is there."""
+    """A byte-level BPE (`tokenizers.Tokenizer`) trained on these texts, from the cache if it is
+    there."""
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise ImportError("a vocab above 256 needs tokenizers: pip install 'esper-kernels[text]'") from error
+        raise ImportError(
+            "a vocab above 256 needs tokenizers: pip install 'esper-kernels[text]'"
+        ) from error
     path = cache / f"bpe-{vocab}-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:16]}.json"
     with suppress(Exception):  # not cached yet, or damaged: the package raises no narrower error
         return Tokenizer.from_file(str(path))
@@ -116,7 +154,9 @@ def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = level
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=level.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, initial_alphabet=level.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -124,5 +164,7 @@ def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
             tokenizer.save(str(Path(scratch, "whole")))
             os.replace(Path(scratch, "whole"), path)  # atomic: nobody reads half a file
     except OSError as error:
-        raise ValueError(f"cannot write a tokenizer to {cache}: {error}; give another directory as data") from error
+        raise ValueError(
+            f"cannot write a tokenizer to {cache}: {error}; give another directory as data"
+        ) from error
     return tokenizer

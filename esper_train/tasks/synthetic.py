@@ -24,20 +24,35 @@ def synthetic(config: TaskConfig) -> Task:
     def host(size: HostConfig) -> Host:
         width = size.width or 3
         depth = size.depth or 3
-        return cnn_host(image_size=IMAGE_SIZE, in_channels=1, num_classes=CLASSES, width=width, depth=depth)
+        return cnn_host(
+            image_size=IMAGE_SIZE, in_channels=1, num_classes=CLASSES, width=width, depth=depth
+        )
 
-    return Task(name="synthetic", task_type="classification", num_classes=CLASSES, load=_load_patterns, build_host=host)
+    return Task(
+        name="synthetic",
+        task_type="classification",
+        num_classes=CLASSES,
+        load=_load_patterns,
+        build_host=host,
+    )
 
 
 def synthetic_lm(config: TaskConfig) -> Task:
-    """The task `synthetic-lm`: sequences of a random Markov chain; the next token depends on the last."""
+    """The task `synthetic-lm`: sequences of a random Markov chain; the next token depends on the
+    last."""
 
     def host(size: HostConfig) -> Host:
         width = size.width or 16
         depth = size.depth or 3
         return transformer_host(vocab_size=VOCABULARY, context=SEQUENCE, width=width, depth=depth)
 
-    return Task(name="synthetic-lm", task_type="lm", num_classes=VOCABULARY, load=_load_chain, build_host=host)
+    return Task(
+        name="synthetic-lm",
+        task_type="lm",
+        num_classes=VOCABULARY,
+        load=_load_chain,
+        build_host=host,
+    )
 
 
 def _load_patterns() -> Splits:

@@ -38,7 +38,8 @@ class Task:
     num_classes: int
     """Number of classes, or size of the vocabulary."""
     load: Callable[[], Splits]
-    """Returns the data, or raises if they are missing or damaged; it never substitutes other data."""
+    """Returns the data, or raises if they are missing or damaged; it never substitutes other
+    data."""
     build_host: Callable[[HostConfig], Host]
     """Makes a new host, initialized from torch's global random state."""
 
@@ -46,8 +47,8 @@ class Task:
 def load_splits(task: Task) -> Splits:
     """Load a task's data and check them.
 
-    Raises `ValueError` for an empty split, sizes that differ, inputs that are not finite, and targets
-    that are neither a class nor `IGNORED`.
+    Raises `ValueError` for an empty split, sizes that differ, inputs that are not finite, and
+    targets that are neither a class nor `IGNORED`.
     """
     splits = task.load()
     for name in ("train", "validation", "test"):
@@ -55,11 +56,15 @@ def load_splits(task: Task) -> Splits:
         where = f"task {task.name!r}, {name} data"
         if len(inputs) == 0 or len(inputs) != len(targets):
             sizes = f"{len(inputs)} and {len(targets)}"
-            raise ValueError(f"{where}: expected as many inputs as targets, at least one, got {sizes}")
+            raise ValueError(
+                f"{where}: expected as many inputs as targets, at least one, got {sizes}"
+            )
         if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
             raise ValueError(f"{where}: the inputs have NaN or infinite values")
         bad = targets[((targets < 0) | (targets >= task.num_classes)) & (targets != IGNORED)]
         if len(bad):
             expected = f"targets in [0, {task.num_classes}), or {IGNORED} to be ignored"
-            raise ValueError(f"{where}: expected {expected}, got {len(bad)} others, the first {int(bad[0])}")
+            raise ValueError(
+                f"{where}: expected {expected}, got {len(bad)} others, the first {int(bad[0])}"
+            )
     return splits

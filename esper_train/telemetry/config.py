@@ -13,14 +13,16 @@ class TelemetryConfig(Settings, table="telemetry."):
     """What a run reports. Telemetry never changes what is trained."""
 
     level: Literal["off", "minimal", "normal", "debug"] = "normal"
-    """off: nothing. minimal: the run, the seeds' lives, bad numbers. normal: each epoch too. debug: each parameter's
-    gradient too."""
+    """off: nothing. minimal: the run, the seeds' lives, bad numbers. normal: each epoch too. debug:
+    each parameter's gradient too."""
     lifecycle_only: bool = False
-    """At every level, "off" included: the run's start and end and the seeds' lives, and nothing else."""
+    """At every level, "off" included: the run's start and end and the seeds' lives, and nothing
+    else."""
     escalation_epochs: CountOrZero = 5
-    """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never does, and neither do
-    the level "off" and `lifecycle_only`."""
+    """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never
+    does, and neither do the level "off" and `lifecycle_only`."""
     tensorboard: bool = False
     """Also write TensorBoard files, into tensorboard/ of the run directory."""
     wandb: bool = False
-    """Also write Weights & Biases files, offline, into wandb/ of the run directory; `wandb sync` uploads them."""
+    """Also write Weights & Biases files, offline, into wandb/ of the run directory; `wandb sync`
+    uploads them."""

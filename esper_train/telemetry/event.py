@@ -1,4 +1,5 @@
-"""What a run reports: a few kinds of event, each a flat record that JSON can hold. `episode` makes them all."""
+"""What a run reports: a few kinds of event, each a flat record that JSON can hold. `episode` makes
+them all."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""The hub of a run, which passes each event to every sink. Each run has its own; there is no global one."""
+"""The hub of a run, which passes each event to every sink. Each run has its own; there is no global
+one."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -12,7 +13,8 @@ from esper_train.telemetry.sinks import Sink
 
 
 class TelemetryHub(PlainState):
-    """Passes events to sinks. A sink that fails is reported on stderr, closed, and gets no more events."""
+    """Passes events to sinks. A sink that fails is reported on stderr, closed, and gets no more
+    events."""
 
     STATE = ("_escalated_epochs",)
 
@@ -26,7 +28,8 @@ class TelemetryHub(PlainState):
         self._sinks.append(sink)
 
     def collects(self, kind: EventType) -> bool:
-        """Whether an event of this kind would be written now, so that what only it needs need not be measured."""
+        """Whether an event of this kind would be written now, so that what only it needs need not
+        be measured."""
         if not self._sinks:
             return False
         if self._config.lifecycle_only:
@@ -43,7 +46,8 @@ class TelemetryHub(PlainState):
                 self._attempt(sink, partial(sink.write, event))
 
     def escalate(self, epochs: int | None = None) -> None:
-        """Write everything for some epochs (the config's number if none is given), from the next event on.
+        """Write everything for some epochs (the config's number if none is given), from the next
+        event on.
 
         It never ends an escalation early that is under way.
         """
@@ -64,7 +68,10 @@ class TelemetryHub(PlainState):
             action()
         except Exception as error:  # any fault of a sink must not end the training it reports on
             with suppress(OSError, ValueError):  # standard error may be gone as well
-                print(f"telemetry: {type(sink).__name__} failed and is left out: {error}", file=sys.stderr)
+                print(
+                    f"telemetry: {type(sink).__name__} failed and is left out: {error}",
+                    file=sys.stderr,
+                )
             self._sinks.remove(sink)
             with suppress(Exception):  # the fault has been reported
                 sink.close()

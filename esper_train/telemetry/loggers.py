@@ -1,4 +1,5 @@
-"""Sinks for TensorBoard and Weights & Biases, optional packages that are imported only on request."""
+"""Sinks for TensorBoard and Weights & Biases, optional packages that are imported only on
+request."""
 
 import importlib
 import uuid
@@ -33,7 +34,8 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Writes numbers of each epoch as history, the start as config, and the end as summary of a wandb run.
+    """Writes numbers of each epoch as history, the start as config, and the end as summary of a
+    wandb run.
 
     run: what `wandb.init` returned.
     """
@@ -57,36 +59,53 @@ class WandbSink:
 def logger_makers(config: TelemetryConfig) -> list[Callable[[Path, int | None], Sink]]:
     """What makes the sinks that a config asks for. `ImportError` here where a package is missing.
 
-    Each takes a run's directory and, where the run is resumed, the number of epochs that are done: what was reported
-    of later ones is reported again, and hidden here. None begins a run.
+    Each takes a run's directory and, where the run is resumed, the number of epochs that are done:
+    what was reported of later ones is reported again, and hidden here. None begins a run.
     """
     makers: list[Callable[[Path, int | None], Sink]] = []
     if config.tensorboard:
         board = _imported("torch.utils.tensorboard", "tensorboard")
 
         def tensorboard_sink(directory: Path, done: int | None) -> Sink:
-            first = done + 1 if done else done  # of the epochs to be reported; a run begun anew starts before them
-            return TensorBoardSink(board.SummaryWriter(str(directory / "tensorboard"), purge_step=first))
+            # of the epochs to be reported; a run begun anew starts before them
+            first = done + 1 if done else done
+            return TensorBoardSink(
+                board.SummaryWriter(str(directory / "tensorboard"), purge_step=first)
+            )
 
         makers.append(tensorboard_sink)
     if config.wandb:
         wandb = _imported("wandb", "wandb")
 
         def wandb_sink(directory: Path, done: int | None) -> Sink:
-            where = {"project": "esper", "mode": "offline", "name": directory.name, "dir": str(directory)}
-            return WandbSink(wandb.init(**where, id=_wandb_id(directory, anew=not done), resume="allow"))
+            where = {
+                "project": "esper",
+                "mode": "offline",
+                "name": directory.name,
+                "dir": str(directory),
+            }
+            return WandbSink(
+                wandb.init(**where, id=_wandb_id(directory, anew=not done), resume="allow")
+            )
 
         makers.append(wandb_sink)
     return makers
 
 
 def words_name(event: Event) -> str:
-    """The name that an event's words go by: no two events of an epoch share one, or the later would hide the other."""
-    return "/".join([event.type.value, *(str(event.data[key]) for key in ("slot", "stage") if key in event.data)])
+    """The name that an event's words go by: no two events of an epoch share one, or the later would
+    hide the other."""
+    return "/".join(
+        [
+            event.type.value,
+            *(str(event.data[key]) for key in ("slot", "stage") if key in event.data),
+        ]
+    )
 
 
 def _wandb_id(directory: Path, *, anew: bool) -> str:
-    """The name by which W&B knows a run however often it is resumed; another one where it begins anew."""
+    """The name by which W&B knows a run however often it is resumed; another one where it begins
+    anew."""
     path = directory / "wandb" / "run-id.txt"
     if anew or not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -95,11 +114,14 @@ def _wandb_id(directory: Path, *, anew: bool) -> str:
 
 
 def numbers(data: Mapping[str, Any], where: str = "") -> dict[str, float]:
-    """Every number in the data of an event, by its path; in lists, items are named by their slot."""
+    """Every number in the data of an event, by its path; in lists, items are named by their
+    slot."""
     found: dict[str, float] = {}
     for key, value in data.items():
         if isinstance(value, (list, tuple)):
-            value = {item["slot"]: item for item in value if isinstance(item, Mapping) and "slot" in item}
+            value = {
+                item["slot"]: item for item in value if isinstance(item, Mapping) and "slot" in item
+            }
         if isinstance(value, Mapping):
             found |= numbers(value, f"{where}{key}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -111,5 +133,7 @@ def _imported(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        message = f"telemetry.{package} needs the package {package}: pip install 'esper-kernels[log]'"
+        message = (
+            f"telemetry.{package} needs the package {package}: pip install 'esper-kernels[log]'"
+        )
         raise ImportError(message) from error

@@ -1,8 +1,16 @@
-"""Live progress on a terminal, with rich: a bar with losses, accuracies, slots and the time left."""
+"""Live progress on a terminal, with rich: a bar with losses, accuracies, slots and the time
+left."""
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.sinks import describe, describe_epoch
@@ -24,7 +32,9 @@ class ProgressSink:
 
     def write(self, event: Event) -> None:
         if event.type is EventType.EPOCH and self._task is not None:
-            self._progress.update(self._task, completed=event.epoch, description=escape(describe_epoch(event.data)))
+            self._progress.update(
+                self._task, completed=event.epoch, description=escape(describe_epoch(event.data))
+            )
             return
         if event.type is EventType.RUN_STARTED:
             self._task = self._progress.add_task("", total=event.data["max_epochs"])

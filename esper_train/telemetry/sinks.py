@@ -46,7 +46,8 @@ class ConsoleSink:
 def describe_epoch(data: Mapping[str, Any]) -> str:
     """What an epoch came to, without its number."""
     train, val = (
-        f"loss {part['loss']:.4f} acc {part['accuracy']:5.2f}%" for part in (data["train"], data["validation"])
+        f"loss {part['loss']:.4f} acc {part['accuracy']:5.2f}%"
+        for part in (data["train"], data["validation"])
     )
     slots = " ".join(f"{s['slot']}:{s['stage'].lower()}" for s in data["slots"])
     return f"train {train}  validation {val}  {slots}".rstrip()
@@ -64,12 +65,19 @@ def describe(event: Event) -> str:
         case EventType.EPOCH:
             return f"epoch {epoch:3d}/{data['max_epochs']}  {describe_epoch(data)}"
         case EventType.SEED_STAGE:
-            gain = "" if data["contribution"] is None else f", contribution {data['contribution']:+.2f} points"
+            gain = (
+                ""
+                if data["contribution"] is None
+                else f", contribution {data['contribution']:+.2f} points"
+            )
             move = f"{data['from']} -> {data['stage']} ({data['reason']}{gain})"
             return f"  {data['slot']}: {data['seed_id'] or 'slot'} {move}"
         case EventType.LAYER_GRADIENTS:
             largest = max(data["norms"], key=data["norms"].__getitem__)
-            return f"  largest gradient of {len(data['norms'])} parameters: {largest} {data['norms'][largest]:.3g}"
+            return (
+                f"  largest gradient of {len(data['norms'])} parameters: {largest} "
+                f"{data['norms'][largest]:.3g}"
+            )
         case EventType.SNAPSHOT:
             return f"  the state after epoch {epoch} is kept"
         case EventType.SEED_COST:
@@ -79,7 +87,9 @@ def describe(event: Event) -> str:
             work = f"{data['ratio']:.2f} times the multiply-adds of a step while it trains"
             return f"  {data['slot']}: {data['blueprint']} costs {work}{more}"
         case EventType.RUN_FINISHED:
-            accuracy = "" if data["test"] is None else f", test accuracy {data['test']['accuracy']:.2f}%"
+            accuracy = (
+                "" if data["test"] is None else f", test accuracy {data['test']['accuracy']:.2f}%"
+            )
             counts = f"{data['fossils']} fossilized, {data['parameters']} parameters"
             why = f" ({data['error']})" if data["error"] else ""
             return f"{data['status']}{why}: {counts}{accuracy}, {data['seconds']:.1f} s"

@@ -1,4 +1,5 @@
-"""The loss scaler of float16 training: what `torch.amp.GradScaler` does, without reading a flag on the host."""
+"""The loss scaler of float16 training: what `torch.amp.GradScaler` does, without reading a flag on
+the host."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,8 @@ BACKOFF = 0.5
 
 
 class LossScaler:
-    """A scale on the device that grows and backs off there; owned by one run. The loss is multiplied by `scale`."""
+    """A scale on the device that grows and backs off there; owned by one run. The loss is
+    multiplied by `scale`."""
 
     def __init__(self, config: AmpConfig) -> None:
         self._interval = config.growth_interval
@@ -31,7 +33,9 @@ class LossScaler:
 
     def update(self, found_inf: Tensor) -> None:
         """The next scale, after a step that was left out where `found_inf` (float32 []) is 1."""
-        torch._amp_update_scale_(self.scale, self._good_steps, found_inf, GROWTH, BACKOFF, self._interval)
+        torch._amp_update_scale_(
+            self.scale, self._good_steps, found_inf, GROWTH, BACKOFF, self._interval
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Scale and good steps, as tensors."""

@@ -1,8 +1,10 @@
-"""Whole steps as CUDA graphs: for each step the loop asks a `Capture`, owned by the run, which replays it or runs it.
+"""Whole steps as CUDA graphs: for each step the loop asks a `Capture`, owned by the run, which
+replays it or runs it.
 
-A graph repeats kernels on the addresses and with the numbers they were captured with. So batches are copied to where
-the captured one was, gradients are zeroed where they are, learning rates are tensors, and alpha is a buffer of its
-slot. Whatever else a step depends on ends the graphs when it changes, see `Capture.begin`.
+A graph repeats kernels on the addresses and with the numbers they were captured with. So batches
+are copied to where the captured one was, gradients are zeroed where they are, learning rates are
+tensors, and alpha is a buffer of its slot. Whatever else a step depends on ends the graphs when it
+changes, see `Capture.begin`.
 """
 
 from collections import Counter
@@ -22,17 +24,22 @@ S = TypeVar("S")
 Batch = tuple[Tensor, Tensor]
 Work = Callable[[], None]
 WARM_UP = 3
-"""Steps before a capture, as in torch's own example: kernels compile, libraries and optimizers get their memory."""
+"""Steps before a capture, as in torch's own example: kernels compile, libraries and optimizers get
+their memory."""
 WARMING_UP = "warming up for the capture"
 OTHER_SHAPE = "another shape than the first batch"
 
 
 class CudaGraphs:
-    """All that depends on CUDA. One stream serves warm-up and capture, for what libraries keep by stream."""
+    """All that depends on CUDA. One stream serves warm-up and capture, for what libraries keep by
+    stream."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
-            raise ValueError(f"train.capture needs the model on a CUDA device, got {device}; leave train.capture out")
+            raise ValueError(
+                f"train.capture needs the model on a CUDA device, got {device}; leave "
+                "train.capture out"
+            )
         self._stream = torch.cuda.Stream(device)
 
     def run(self, work: Work) -> None:
@@ -58,7 +65,8 @@ class CudaGraphs:
 
     def _capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        # torch's own context does not leave the stream when a capture fails; a loader's thread may be pinning memory
+        # torch's own context does not leave the stream when a capture fails; a loader's thread may
+        # be pinning memory
         with (
             torch.cuda.stream(self._stream),
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
@@ -67,7 +75,8 @@ class CudaGraphs:
         return graph.replay
 
     def _end_failed_capture(self, error: Exception) -> None:
-        """Capture something that succeeds: torch's generator otherwise stays in the capture that failed."""
+        """Capture something that succeeds: torch's generator otherwise stays in the capture that
+        failed."""
         device = self._stream.device
 
         def fill() -> None:
@@ -80,7 +89,9 @@ class CudaGraphs:
             torch.cuda.set_rng_state(state, device)
             torch.cuda.synchronize(device)
         except Exception as remaining:  # torch raises various kinds here
-            error.add_note(f"CUDA is not usable after the failed capture ({remaining}): restart the process")
+            error.add_note(
+                f"CUDA is not usable after the failed capture ({remaining}): restart the process"
+            )
 
 
 class Capture:
@@ -89,38 +100,60 @@ class Capture:
     def __init__(self, graphs: CudaGraphs) -> None:
         self._graphs = graphs
         self._device: torch.device | None = None
-        self._kept: tuple[object, ...] | None = None  # what the graphs hold for, once an epoch ended well
+        # what the graphs hold for, once an epoch ended well
+        self._kept: tuple[object, ...] | None = None
 
-    def begin(self, model: nn.Module, optimizers: OptimizerRegistry, config: TrainConfig, make: Callable[[], S]) -> S:
-        """The steps of an epoch: those of the epoch before, with their graphs, or new ones from `make`.
+    def begin(
+        self,
+        model: nn.Module,
+        optimizers: OptimizerRegistry,
+        config: TrainConfig,
+        make: Callable[[], S],
+    ) -> S:
+        """The steps of an epoch: those of the epoch before, with their graphs, or new ones from
+        `make`.
 
-        They are new where the config, the structure of the model, an optimizer or a setting of one, or the place of a
-        parameter, buffer, gradient or optimizer's state is another, and after an epoch that failed.
+        They are new where the config, the structure of the model, an optimizer or a setting of one,
+        or the place of a parameter, buffer, gradient or optimizer's state is another, and after an
+        epoch that failed.
         """
         device = next(model.parameters()).device
         if self._device not in (None, device):
             raise ValueError(
-                f"this step captured its graphs on {self._device}, the model is on {device}; build another"
+                f"this step captured its graphs on {self._device}, the model is on {device}; build "
+                "another"
             )
         self._model = model
         self._optimizers = optimizers
         self._device = device
-        self._groups = [group for optimizer in optimizers.present() for group in optimizer.param_groups]
+        self._groups = [
+            group for optimizer in optimizers.present() for group in optimizer.param_groups
+        ]
         self._settings = _settings(self._groups)
         members = optimizers.parameters()
         ids = {name: [id(p) for p in parameters] for name, parameters in members.items()}
-        self._what = config, model, getattr(model, "structure", None), optimizers.present(), ids, self._settings
+        self._what = (
+            config,
+            model,
+            getattr(model, "structure", None),
+            optimizers.present(),
+            ids,
+            self._settings,
+        )
         if self._kept != (*self._what, *self._places()):
             _require_capturable(optimizers)
             for p in (p for parameters in members.values() for p in parameters):
-                p.grad = None  # a gradient of 0 would decay the weights of what has no part in the step
+                # a gradient of 0 would decay the weights of what has no part in the step
+                p.grad = None
             self._steps: Any = make()
             self._replays: dict[bool, Work] = {}  # by whether the step measures
             self._warm: Counter[bool] = Counter()
             self._batch: list[Tensor] = []  # inputs and targets of each batch of a step, in turn
             self._memory: list[Tensor] = []  # of the run, that graphs use: nobody else may get it
             self._lrs = [group["lr"] for group in self._groups]
-            self._rates = [torch.full((), lr, dtype=torch.float32, device=self._device) for lr in self._lrs]
+            self._rates = [
+                torch.full((), lr, dtype=torch.float32, device=self._device) for lr in self._lrs
+            ]
         self._kept = None
         self.replayed = 0
         self.eager: Counter[str] = Counter()
@@ -138,7 +171,9 @@ class Capture:
         parts = [part for batch in group for part in batch]
         self._batch = self._batch or [torch.empty_like(part, device=self._device) for part in parts]
         if [(x.shape, x.dtype) for x in parts] != [(x.shape, x.dtype) for x in self._batch]:
-            self._run_eagerly([x.to(self._device, non_blocking=True) for x in parts], measure, OTHER_SHAPE)
+            self._run_eagerly(
+                [x.to(self._device, non_blocking=True) for x in parts], measure, OTHER_SHAPE
+            )
             return
         for static, part in zip(self._batch, parts, strict=True):
             static.copy_(part, non_blocking=True)
@@ -163,8 +198,9 @@ class Capture:
     def _update_rates(self) -> None:
         if _settings(self._groups) != self._settings:
             raise ValueError(
-                "within an epoch, a captured step takes a new learning rate from a schedule and no other setting; make "
-                "the schedule with cycle_momentum=False, or leave train.capture out"
+                "within an epoch, a captured step takes a new learning rate from a schedule and no "
+                "other setting; make the schedule with cycle_momentum=False, or leave "
+                "train.capture out"
             )
         for place, group in enumerate(self._groups):
             if group["lr"] != self._lrs[place]:
@@ -173,10 +209,12 @@ class Capture:
 
     @contextmanager
     def _rates_on_device(self, **more: bool) -> Iterator[None]:
-        """Optimizers take their learning rates from the device; schedules and checkpoints see plain numbers."""
+        """Optimizers take their learning rates from the device; schedules and checkpoints see plain
+        numbers."""
         before = [dict(group) for group in self._groups]
         for group, rate in zip(self._groups, self._rates, strict=True):
-            group.update(lr=rate, **more)  # "capturable": state is on the device, which it is where it is fused
+            # "capturable": state is on the device, which it is where it is fused
+            group.update(lr=rate, **more)
         try:
             yield
         finally:
@@ -187,25 +225,36 @@ class Capture:
     def _tensors(self) -> list[Tensor]:
         """The run's own memory that a step uses."""
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        states = [state for optimizer in self._optimizers.present() for state in optimizer.state.values()]
+        states = [
+            state for optimizer in self._optimizers.present() for state in optimizer.state.values()
+        ]
         numbers = [x for state in states for x in state.values() if isinstance(x, Tensor)]
         return [*self._model.parameters(), *self._model.buffers(), *gradients, *numbers]
 
     def _places(self) -> list[tuple[object, ...]]:
-        return [(x.data_ptr(), x.dtype, x.shape, x.stride(), x.requires_grad) for x in self._tensors()]
+        return [
+            (x.data_ptr(), x.dtype, x.shape, x.stride(), x.requires_grad) for x in self._tensors()
+        ]
 
 
 def _require_capturable(optimizers: OptimizerRegistry) -> None:
     for optimizer in optimizers.present():
-        plain = all(group.get("fused") and not isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
+        plain = all(
+            group.get("fused") and not isinstance(group["lr"], Tensor)
+            for group in optimizer.param_groups
+        )
         if not plain or not isinstance(optimizer, (SGD, Adam, AdamW)):
             raise ValueError(
-                "train.capture needs torch's SGD, Adam or AdamW, made with fused=True, which keeps their state on the "
-                f"device, and with a number as learning rate, got {type(optimizer).__name__} with "
-                f"{optimizer.defaults}; make it so, or leave train.capture out"
+                "train.capture needs torch's SGD, Adam or AdamW, made with fused=True, which keeps "
+                "their state on the device, and with a number as learning rate, got "
+                f"{type(optimizer).__name__} with {optimizer.defaults}; make it so, or leave "
+                "train.capture out"
             )
 
 
 def _settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a captured step holds of the optimizers as plain numbers."""
-    return [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
+        for group in groups
+    ]

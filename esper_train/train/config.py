@@ -5,12 +5,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from esper_kernels import KernelConfig
-from esper_train.base.settings import Count, CountOrZero, Decay, Positive, PositiveOrNone, Settings, Share, require
+from esper_train.base.settings import (
+    Count,
+    CountOrZero,
+    Decay,
+    Positive,
+    PositiveOrNone,
+    Settings,
+    Share,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(Settings, table="train.compile."):
-    """How a run uses `torch.compile` on the model. Arguments other than the first and last are torch's own."""
+    """How a run uses `torch.compile` on the model. Arguments other than the first and last are
+    torch's own."""
 
     enabled: bool = False
     mode: str = "default"
@@ -19,19 +29,23 @@ class CompileConfig(Settings, table="train.compile."):
     """None: the batch size alone is dynamic, so that a ragged last batch is no new program."""
     backend: str | Callable[..., Any] = "inductor"
     error_on_graph_break: bool = False
-    """For diagnosis: raise where the compiler would leave the graph and come back, and say where."""
+    """For diagnosis: raise where the compiler would leave the graph and come back, and say
+    where."""
     on_failure: Literal["raise", "eager"] = "raise"
-    """When the first compiled call fails: raise, or go on uncompiled with the reason in the result."""
+    """When the first compiled call fails: raise, or go on uncompiled with the reason in the
+    result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AmpConfig(Settings, table="train.amp."):
-    """Mixed precision: the forward under autocast. float16 adds a loss scaler, as `torch.amp.GradScaler` scales."""
+    """Mixed precision: the forward under autocast. float16 adds a loss scaler, as
+    `torch.amp.GradScaler` scales."""
 
     dtype: Literal["bfloat16", "float16", None] = None
     """"bfloat16" or "float16"; None computes in the model's own."""
     init_scale: Positive = 65536.0
-    """Of the loss, in float16. It halves after a step with NaN or Inf gradients, which is skipped."""
+    """Of the loss, in float16. It halves after a step with NaN or Inf gradients, which is
+    skipped."""
     growth_interval: Count = 2000
     """Steps without any after which the scale doubles."""
 
@@ -41,7 +55,8 @@ class GradConfig(Settings, table="train.grad."):
     """Gradient statistics and clipping."""
 
     every: CountOrZero = 1
-    """Measure the gradients of every n-th step of an epoch, the first included; 0 never measures."""
+    """Measure the gradients of every n-th step of an epoch, the first included; 0 never
+    measures."""
     clip_norm: PositiveOrNone = None
     """Clip the total gradient norm to this value before each step; None never clips."""
     vanishing: float = 1e-7
@@ -59,18 +74,19 @@ class TrainConfig(Settings, table="train."):
     amp: AmpConfig = field(default_factory=AmpConfig)
     grad: GradConfig = field(default_factory=GradConfig)
     accumulate: Count = 1
-    """Batches a step. Their gradient is that of the mean over all their valid rows; with a criterion other than
-    cross entropy, that of the mean over the batches."""
+    """Batches a step. Their gradient is that of the mean over all their valid rows; with a
+    criterion other than cross entropy, that of the mean over the batches."""
     capture: bool = False
-    """Replay each step, from forward to optimizer, as one CUDA graph: captured after three steps, and anew when seeds,
-    optimizers or settings change. The forward must do the same for every batch, since its Python code runs only at
-    the capture; batches of another shape than the first run eagerly. Learning rates are float32 then."""
+    """Replay each step, from forward to optimizer, as one CUDA graph: captured after three steps,
+    and anew when seeds, optimizers or settings change. The forward must do the same for every
+    batch, since its Python code runs only at the capture; batches of another shape than the first
+    run eagerly. Learning rates are float32 then."""
     topk: tuple[int, ...] = (1,)
     """Ranks k for which correct@k is counted; 1 is always among them."""
     on_bad_numbers: Literal["warn", "skip", "stop", "rollback"] = "stop"
-    """NaN, infinity, divergence, bad targets: go on and report; report, and leave out steps with gradients that are
-    not finite; end the run; or return to the last good state. Only "stop" refuses targets outside the classes, the
-    others leave their rows out."""
+    """NaN, infinity, divergence, bad targets: go on and report; report, and leave out steps with
+    gradients that are not finite; end the run; or return to the last good state. Only "stop"
+    refuses targets outside the classes, the others leave their rows out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,9 +94,17 @@ class TrainConfig(Settings, table="train."):
         require(measured, "train.on_bad_numbers 'skip' needs train.grad.every = 1", self.grad.every)
         if self.capture:
             alone = not self.compile.enabled
-            require(alone, "train.capture does not go with train.compile.enabled; leave one of them out", True)
+            require(
+                alone,
+                "train.capture does not go with train.compile.enabled; leave one of them out",
+                True,
+            )
             measured = self.grad.clip_norm is None or self.grad.every == 1
-            require(measured, "train.capture with train.grad.clip_norm needs train.grad.every = 1", self.grad.every)
+            require(
+                measured,
+                "train.capture with train.grad.clip_norm needs train.grad.every = 1",
+                self.grad.every,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ CPU = torch.device("cpu")
 class Loader:
     """Batches (inputs, targets) of a split, the ragged last one included, for a model on `device`.
 
-    `shuffle` gives the order, another one each epoch; nothing else draws from it. Without workers the tensors are
-    indexed where they are, one operation a batch: on a CUDA device, unless they would take more than half of what is
-    free there. Otherwise a `DataLoader` makes the same batches, in pinned memory for a CUDA device.
+    `shuffle` gives the order, another one each epoch; nothing else draws from it. Without workers
+    the tensors are indexed where they are, one operation a batch: on a CUDA device, unless they
+    would take more than half of what is free there. Otherwise a `DataLoader` makes the same
+    batches, in pinned memory for a CUDA device.
     """
 
     def __init__(
@@ -36,7 +37,11 @@ class Loader:
         self._loader: WorkerLoader | None = None
         self._order: list[list[int]] = []
         cuda = device.type == "cuda"
-        if cuda and not workers and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2:
+        if (
+            cuda
+            and not workers
+            and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2
+        ):
             self._split = split[0].to(device), split[1].to(device)
         elif cuda or workers:  # its own generator, so that it does not draw from torch's global one
             data = TensorDataset(*split)

@@ -1,7 +1,8 @@
 """The only loops over batches: `train_one_epoch` and `evaluate`, shared by every way of training.
 
-`episode` calls them once an epoch; they also serve any `nn.Module` and loader on their own. Loss, counts and
-gradient statistics stay on the device; each call reads them once, at its end, which is its only host sync.
+`episode` calls them once an epoch; they also serve any `nn.Module` and loader on their own. Loss,
+counts and gradient statistics stay on the device; each call reads them once, at its end, which is
+its only host sync.
 """
 
 import math
@@ -35,7 +36,8 @@ class Measures:
     """Loss and counts over the batches of one pass. A mean over nothing is NaN."""
 
     loss: float
-    """Mean cross-entropy a valid row, in nats (of the criterion, where one of the caller's own was given)."""
+    """Mean cross-entropy a valid row, in nats (of the criterion, where one of the caller's own was
+    given)."""
     mean_batch_loss: float
     """Mean of the batches' mean losses."""
     accuracy: float
@@ -47,7 +49,8 @@ class Measures:
     nonfinite: int
     """Valid rows with NaN or infinite logits."""
     bad_targets: int
-    """Rows left out because their target was outside the classes; see `TrainConfig.on_bad_numbers`."""
+    """Rows left out because their target was outside the classes; see
+    `TrainConfig.on_bad_numbers`."""
     batches: int
 
 
@@ -64,8 +67,9 @@ class EpochResult(Measures):
     """One epoch of training."""
 
     grad: GradHealth | None
-    """Gradients of the last measured step, by group, None if none was measured; the NaN and Inf counts (of the
-    whole, not of the groups) are sums over the measured steps, and any of them makes the health 0."""
+    """Gradients of the last measured step, by group, None if none was measured; the NaN and Inf
+    counts (of the whole, not of the groups) are sums over the measured steps, and any of them makes
+    the health 0."""
     skipped: int
     """Steps left out because gradients were not finite."""
     learners: dict[str, LearnerResult]
@@ -115,7 +119,8 @@ def train_one_epoch(
     Args:
         model: maps inputs to logits; its parameters' device is where batches are copied to.
         loader: batches (inputs [N, ...], targets [N] or [N, T]).
-        optimizers: a registry, whose groups the gradient statistics are reported by, or one optimizer.
+        optimizers: a registry, whose groups the gradient statistics are reported by, or one
+        optimizer.
         config: kernels, compilation, precision, gradients, batches a step.
         task_type: "classification" or "lm".
         criterion: see `build_train_step`.
@@ -133,9 +138,10 @@ def train_one_epoch(
         NonFiniteLossError: with the policy "stop", the loss is NaN or infinite; the error's
             `result` is the `EpochResult`.
         TypeError: something that is no pair (inputs, targets) of tensors came from the loader.
-        ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of another shape.
-        IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the end of the epoch
-            on other devices.
+        ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of
+        another shape.
+        IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the
+            end of the epoch on other devices.
     """
     started = time.perf_counter()
     if isinstance(optimizers, Optimizer):
@@ -166,7 +172,10 @@ def train_one_epoch(
         model.train()
     batches = _batches(loader, None if capture else device, max_batches, step.span)
     for number, group in enumerate(iter(lambda: list(islice(batches, config.accumulate)), [])):
-        run(group, step.scaler is not None or (config.grad.every > 0 and number % config.grad.every == 0))
+        run(
+            group,
+            step.scaler is not None or (config.grad.every > 0 and number % config.grad.every == 0),
+        )
         optimizers.advance("step")
     if capture:
         capture.end()
@@ -178,7 +187,9 @@ def train_one_epoch(
         **_measures(result),
         grad=grad,
         skipped=left_out,
-        learners={name: LearnerResult(grad=health, skipped=n) for name, (health, n) in units.items()},
+        learners={
+            name: LearnerResult(grad=health, skipped=n) for name, (health, n) in units.items()
+        },
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         compiled=step.compiled,
@@ -190,15 +201,16 @@ def train_one_epoch(
         bad_gradients = epoch.grad.nan_count + epoch.grad.inf_count if epoch.grad else 0
         raise NonFiniteLossError(
             f"the training loss is {epoch.loss} and {bad_gradients} gradient entries were NaN or "
-            "infinite; try a smaller learning rate or "
-            "train.grad.clip_norm, or set train.on_bad_numbers to 'warn' or 'skip'",
+            "infinite; try a smaller learning rate or train.grad.clip_norm, or set "
+            "train.on_bad_numbers to 'warn' or 'skip'",
             epoch,
         )
     return epoch
 
 
 class _Steps:
-    """Steps of the optimizers, each a call, and what they add up on the device until the epoch's end.
+    """Steps of the optimizers, each a call, and what they add up on the device until the epoch's
+    end.
 
     A captured step finds all of this where it was, so it serves for more than one epoch then.
     """
@@ -235,7 +247,8 @@ class _Steps:
             unit.reset()
 
     def read(self, strict: bool) -> tuple[MeterResult, dict[str, tuple[GradHealth | None, int]]]:
-        """Loss and counts, and by name of the unit its gradients and skipped steps; the host sync."""
+        """Loss and counts, and by name of the unit its gradients and skipped steps; the host
+        sync."""
         units = self._units.values()
         sources = [source for unit in units for source in (unit.skipped, *unit.measured())]
         result, *read = compute_all(self.meter, *sources, strict=strict)
@@ -284,9 +297,9 @@ def evaluate(
 ) -> EvalResult:
     """Measure the model without training it; its train/eval mode is restored.
 
-    `variants` names alpha overrides (slot to alpha) under which the same batches are measured too, in the same
-    pass: the model is called with `alpha=...` for each and nothing of it is changed. `scopes` has what
-    is entered around the passes of some variants. Otherwise as `train_one_epoch`.
+    `variants` names alpha overrides (slot to alpha) under which the same batches are measured too,
+    in the same pass: the model is called with `alpha=...` for each and nothing of it is changed.
+    `scopes` has what is entered around the passes of some variants. Otherwise as `train_one_epoch`.
     """
     started = time.perf_counter()
     step = _step(step, task_type, config, criterion)
@@ -299,10 +312,13 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad():  # inference mode would hide what the model changes in place
+        # inference mode would hide what the model changes in place
+        with torch.inference_mode(False), torch.no_grad():
             for inputs, targets in _batches(loader, device, max_batches, step.span):
                 with step.span("evaluation"):
-                    right.append(step.measure(model, inputs, targets, meters, alphas, entered).flatten())
+                    right.append(
+                        step.measure(model, inputs, targets, meters, alphas, entered).flatten()
+                    )
     finally:
         for module, training in modes:
             module.training = training
@@ -313,12 +329,18 @@ def evaluate(
         right=torch.tensor(predicted, dtype=torch.bool),
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
-        variants={name: Measures(**_measures(other)) for name, other in zip(overrides, others, strict=True)},
+        variants={
+            name: Measures(**_measures(other))
+            for name, other in zip(overrides, others, strict=True)
+        },
     )
 
 
-def _batches(loader: Batches, device: torch.device | None, most: int | None, span: Span) -> Iterator[Batch]:
-    """The loader's batches, `most` of them at most, on `device`; None leaves them where they are."""
+def _batches(
+    loader: Batches, device: torch.device | None, most: int | None, span: Span
+) -> Iterator[Batch]:
+    """The loader's batches, `most` of them at most, on `device`; None leaves them where they
+    are."""
     if most is not None and most < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {most}")
     drawn = iter(islice(loader, most))
@@ -336,11 +358,14 @@ def _batches(loader: Batches, device: torch.device | None, most: int | None, spa
         empty = False
         yield inputs, targets
     if empty:
-        raise ValueError("the loader gave no batch: is the data set smaller than a batch with drop_last=True?")
+        raise ValueError(
+            "the loader gave no batch: is the data set smaller than a batch with drop_last=True?"
+        )
 
 
 def _went_bad(epoch: EpochResult, *, scaled: bool) -> bool:
-    """Whether the loss or, without a loss scaler, which skips such steps, a gradient was not finite."""
+    """Whether the loss or, without a loss scaler, which skips such steps, a gradient was not
+    finite."""
     gradients = 0 if epoch.grad is None else epoch.grad.nan_count + epoch.grad.inf_count
     loss_is_bad = epoch.valid > 0 and not math.isfinite(epoch.loss)
     return loss_is_bad or (gradients > 0 and not scaled)
@@ -365,7 +390,9 @@ def _described(batch: object) -> str:
     return "None" if batch is None else f"a {type(batch).__name__}"
 
 
-def _step(step: TrainStep | None, task_type: str, config: TrainConfig, criterion: Criterion | None) -> TrainStep:
+def _step(
+    step: TrainStep | None, task_type: str, config: TrainConfig, criterion: Criterion | None
+) -> TrainStep:
     """The caller's step, which must have been built from the same settings, or a new one."""
     if step is None:
         return build_train_step(task_type, config, criterion)
@@ -374,20 +401,30 @@ def _step(step: TrainStep | None, task_type: str, config: TrainConfig, criterion
 
 
 def _whole_epoch(last: GradHealth, counts: list[int]) -> GradHealth:
-    """The last measured step's health, with the NaN and Inf counts of all of them: zeros come first, by tensor."""
+    """The last measured step's health, with the NaN and Inf counts of all of them: zeros come
+    first, by tensor."""
     tensors = len(counts) // 3
     nans = sum(counts[tensors : 2 * tensors])
     infs = sum(counts[2 * tensors :])
-    return replace(last, nan_count=nans, inf_count=infs, gradient_health=0.0 if nans + infs else last.gradient_health)
+    return replace(
+        last,
+        nan_count=nans,
+        inf_count=infs,
+        gradient_health=0.0 if nans + infs else last.gradient_health,
+    )
 
 
 def _measures(result: MeterResult) -> dict[str, Any]:
     """The fields of `Measures`, with the accuracy in percent."""
-    return {f.name: getattr(result, f.name) for f in fields(Measures)} | {"accuracy": 100.0 * result.accuracy}
+    return {f.name: getattr(result, f.name) for f in fields(Measures)} | {
+        "accuracy": 100.0 * result.accuracy
+    }
 
 
 def _device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     if parameter is None:
-        raise ValueError("the model has no parameters, so there is nothing to train and no device to measure on")
+        raise ValueError(
+            "the model has no parameters, so there is nothing to train and no device to measure on"
+        )
     return parameter.device

@@ -12,7 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a gradient is written: over the logits, into `out`, or, with neither, into new memory."""
+    """Where a gradient is written: over the logits, into `out`, or, with neither, into new
+    memory."""
 
     inplace: bool = False
     out: Tensor | None = None

@@ -1,4 +1,5 @@
-"""One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and go."""
+"""One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and
+go."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -14,8 +15,9 @@ from esper_train.train.config import OptimConfig, ScheduleConfig
 
 
 class OptimizerRegistry:
-    """Optimizers by group name, each with its schedule, if any. `schedule_each` says when these step: after each
-    "step" or "epoch". Attaching or detaching one leaves the state (momentum) of the others alone."""
+    """Optimizers by group name, each with its schedule, if any. `schedule_each` says when these
+    step: after each "step" or "epoch". Attaching or detaching one leaves the state (momentum) of
+    the others alone."""
 
     def __init__(self, *, schedule_each: str = "step", **optimizers: Optimizer) -> None:
         self._optimizers: dict[str, Optimizer | None] = {}
@@ -24,8 +26,11 @@ class OptimizerRegistry:
         for group, optimizer in optimizers.items():
             self.attach(group, optimizer)
 
-    def attach(self, group: str, optimizer: Optimizer | None, schedule: LRScheduler | None = None) -> None:
-        """Add a group; None stands for one without parameters. `ValueError` if the name is taken."""
+    def attach(
+        self, group: str, optimizer: Optimizer | None, schedule: LRScheduler | None = None
+    ) -> None:
+        """Add a group; None stands for one without parameters. `ValueError` if the name is
+        taken."""
         if group in self._optimizers:
             raise ValueError(f"group {group!r} has an optimizer already; detach it first")
         self._optimizers[group] = optimizer
@@ -35,7 +40,9 @@ class OptimizerRegistry:
     def detach(self, group: str) -> None:
         """Forget a group. `ValueError` if there is none of this name."""
         if group not in self._optimizers:
-            raise ValueError(f"no group {group!r}; attached are {', '.join(self._optimizers) or 'none'}")
+            raise ValueError(
+                f"no group {group!r}; attached are {', '.join(self._optimizers) or 'none'}"
+            )
         del self._optimizers[group]
         self._schedules.pop(group, None)
 
@@ -45,7 +52,9 @@ class OptimizerRegistry:
     def parameters(self) -> dict[str, list[Tensor]]:
         """Group name to its parameters, in the optimizer's order."""
         return {
-            group: [] if optimizer is None else [p for g in optimizer.param_groups for p in g["params"]]
+            group: []
+            if optimizer is None
+            else [p for g in optimizer.param_groups for p in g["params"]]
             for group, optimizer in self._optimizers.items()
         }
 
@@ -65,8 +74,9 @@ class OptimizerRegistry:
     def step_unless(
         self, skip: Tensor, grad_scale: Tensor | None = None, groups: Collection[str] | None = None
     ) -> None:
-        """A step of every optimizer, or of those of some groups, on gradients divided by `grad_scale`
-        (float32 [], None: 1), that changes no bit where `skip` (float32 []) is 1: decided on the device.
+        """A step of every optimizer, or of those of some groups, on gradients divided by
+        `grad_scale` (float32 [], None: 1), that changes no bit where `skip` (float32 []) is 1:
+        decided on the device.
 
         `ValueError` for an optimizer that cannot leave a step out by itself.
         """
@@ -77,20 +87,20 @@ class OptimizerRegistry:
             fused = all(g.get("fused") and not g.get("dampening") for g in optimizer.param_groups)
             if not promised or not fused:
                 raise ValueError(
-                    "to skip a step without a host sync, expected an optimizer made with fused=True and without "
-                    f"dampening, got {type(optimizer).__name__}; make it so, or use another train.on_bad_numbers, "
-                    "and no float16"
+                    "to skip a step without a host sync, expected an optimizer made with "
+                    f"fused=True and without dampening, got {type(optimizer).__name__}; make it "
+                    "so, or use another train.on_bad_numbers, and no float16"
                 )
             if isinstance(optimizer, SGD):
                 _start_momentum(optimizer)
-            # type: ignore[attr-defined]
-            optimizer.grad_scale = grad_scale
-            optimizer.found_inf = skip
+            optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
     def advance(self, each: str) -> None:
-        """Step the schedules after a "step" or an "epoch", if that is when they do; one at its end stays there."""
+        """Step the schedules after a "step" or an "epoch", if that is when they do; one at its end
+        stays there."""
         if each == self._schedule_each:
             for schedule in self._schedules.values():
                 if schedule.last_epoch < _length(schedule):
@@ -111,7 +121,9 @@ class OptimizerRegistry:
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer by group, that of its schedule under "schedule"."""
-        states: dict[str, Any] = {group: o and o.state_dict() for group, o in self._optimizers.items()}
+        states: dict[str, Any] = {
+            group: o and o.state_dict() for group, o in self._optimizers.items()
+        }
         for group, schedule in self._schedules.items():
             states[group]["schedule"] = schedule.state_dict()
         return states
@@ -127,7 +139,9 @@ class OptimizerRegistry:
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Restore `state_dict`; the same groups must be attached."""
         if set(states) != set(self._optimizers):
-            raise ValueError(f"expected state for the groups {list(self._optimizers)}, got {list(states)}")
+            raise ValueError(
+                f"expected state for the groups {list(self._optimizers)}, got {list(states)}"
+            )
         for group, optimizer in self._optimizers.items():
             if optimizer is not None:
                 optimizer.load_state_dict(states[group])
@@ -136,7 +150,8 @@ class OptimizerRegistry:
 
 
 def _start_momentum(optimizer: SGD) -> None:
-    """Momentum of 0 instead of none: torch's fused SGD leaves it uninitialised where its first step is skipped."""
+    """Momentum of 0 instead of none: torch's fused SGD leaves it uninitialised where its first step
+    is skipped."""
     for group in optimizer.param_groups:
         for p in group["params"] if group["momentum"] else ():
             if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
@@ -144,15 +159,21 @@ def _start_momentum(optimizer: SGD) -> None:
 
 
 def make_optimizer(parameters: Sequence[Tensor], lr: float, config: OptimConfig) -> Optimizer:
-    """The optimizer of the host or of one seed, fused where torch has that: a quarter of the time, on CPUs too."""
+    """The optimizer of the host or of one seed, fused where torch has that: a quarter of the time,
+    on CPUs too."""
     fused = parameters[0].device.type in ("cpu", "cuda")
     if config.kind == "adamw":
         return AdamW(parameters, lr=lr, weight_decay=config.weight_decay, fused=fused)
-    return SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+    return SGD(
+        parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+    )
 
 
-def make_schedule(optimizer: Optimizer, config: ScheduleConfig, total: int, done: int = 0) -> LRScheduler | None:
-    """The schedule over `total` changes of the rate, after `done` of them; None for a constant rate.
+def make_schedule(
+    optimizer: Optimizer, config: ScheduleConfig, total: int, done: int = 0
+) -> LRScheduler | None:
+    """The schedule over `total` changes of the rate, after `done` of them; None for a constant
+    rate.
 
     With `done`, the optimizer must have had a schedule of this kind before.
     """

@@ -1,9 +1,11 @@
-"""What happens to one batch: forward, loss, counts and the gradient. `loop` calls it; nothing here loops.
+"""What happens to one batch: forward, loss, counts and the gradient. `loop` calls it; nothing here
+loops.
 
-Only the model's forward (and with it its backward) is compiled; loss and metrics are `esper_kernels` ops on its
-output, outside the compiled region. There is one step object a task type, made by the run, so nothing about
-compilation is decided at import or shared between runs. A model that changes its program says so by another value of
-`structure`; each structure is compiled once for training and once for each way of measuring.
+Only the model's forward (and with it its backward) is compiled; loss and metrics are
+`esper_kernels` ops on its output, outside the compiled region. There is one step object a task
+type, made by the run, so nothing about compilation is decided at import or shared between runs. A
+model that changes its program says so by another value of `structure`; each structure is compiled
+once for training and once for each way of measuring.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -30,7 +32,10 @@ Span = Callable[[str], AbstractContextManager[Any]]
 Scope = Callable[[], AbstractContextManager[None]]
 Divisor = Callable[[int], float | Tensor]
 """From the number of classes to what the loss of each batch of an optimizer step is divided by."""
-LOGITS_DIMS: Mapping[str, tuple[int, str]] = {"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")}
+LOGITS_DIMS: Mapping[str, tuple[int, str]] = {
+    "classification": (2, "[N, V]"),
+    "lm": (3, "[N, T, V]"),
+}
 """Task type to the rank and shape of its logits."""
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 IGNORED = -100
@@ -48,8 +53,13 @@ def criterion_options(criterion: Criterion | None) -> dict[str, Any] | None:
     if type(criterion) is not nn.CrossEntropyLoss or _is_customised(criterion):
         return None
     if criterion.reduction == "none":
-        raise ValueError("expected a criterion with reduction 'mean' or 'sum', got 'none': a step needs one loss")
-    return {name: getattr(criterion, name) for name in ("weight", "ignore_index", "label_smoothing", "reduction")}
+        raise ValueError(
+            "expected a criterion with reduction 'mean' or 'sum', got 'none': a step needs one loss"
+        )
+    return {
+        name: getattr(criterion, name)
+        for name in ("weight", "ignore_index", "label_smoothing", "reduction")
+    }
 
 
 def _is_customised(module: nn.Module) -> bool:
@@ -64,9 +74,11 @@ def _is_customised(module: nn.Module) -> bool:
 
 
 class TrainStep:
-    """Forward and loss of a batch, with or without backward. Made by `build_train_step`, owned by one run.
+    """Forward and loss of a batch, with or without backward. Made by `build_train_step`, owned by
+    one run.
 
-    Without a `criterion`, loss, counts and the logits' gradient are one fused op and no loss tensor exists.
+    Without a `criterion`, loss, counts and the logits' gradient are one fused op and no loss tensor
+    exists.
     """
 
     def __init__(
@@ -84,7 +96,8 @@ class TrainStep:
         self._options = options
         self._autocast = getattr(torch, config.amp.dtype) if config.amp.dtype else None
         self._memory = GradientMemory()
-        self._programs: dict[Hashable, Callable[..., Any]] = {}  # compiled, by use, of one structure of the model
+        # compiled, by use, of one structure of the model
+        self._programs: dict[Hashable, Callable[..., Any]] = {}
         self._proven: set[Hashable] = set()  # uses whose forward and backward were compiled
         self._structure: Hashable = None
         self._logits_dtype: torch.dtype | None = None
@@ -92,7 +105,8 @@ class TrainStep:
         self.span: Span = _no_span
         """Entered around each part of the work, by its name; a profiler puts its own here."""
         self.capture: Capture | None = None
-        """The graphs of whole steps, where the config asks for them; the loop makes it for a run that did not."""
+        """The graphs of whole steps, where the config asks for them; the loop makes it for a run
+        that did not."""
         self.compile_failure: str | None = None
         """Why the step runs uncompiled although the config asked for it."""
         if config.compile.enabled:
@@ -248,13 +262,16 @@ class TrainStep:
         alphas: Sequence[Mapping[str, float]] = (),
         scopes: Sequence[Scope] = (),
     ) -> Tensor:
-        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then under each alpha,
-        within its scope. Returns which targets were predicted by the model as it is: bool, of the targets' shape.
+        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then
+        under each alpha, within its scope. Returns which targets were predicted by the model as it
+        is: bool, of the targets' shape.
 
-        What a model keeps of the first pass (`forward_keeping`) is not computed again for the others: each begins
-        at the first slot that its alpha names.
+        What a model keeps of the first pass (`forward_keeping`) is not computed again for the
+        others: each begins at the first slot that its alpha names.
         """
-        keeping: Callable[..., Any] | None = getattr(model, "forward_keeping", None) if alphas else None
+        keeping: Callable[..., Any] | None = (
+            getattr(model, "forward_keeping", None) if alphas else None
+        )
         # A forward may write over its input, which a later variant needs as it was.
         first = inputs.clone() if alphas else inputs
         entered: Mapping[str, Tensor] = {}
@@ -266,12 +283,16 @@ class TrainStep:
         best = logits.max(-1)
         right = (best.indices == targets) & best.values.isfinite()
         del logits, best  # the next ones can have their memory
-        for alpha, scope, meter in zip(alphas, scopes or [nullcontext] * len(alphas), meters[1:], strict=True):
+        for alpha, scope, meter in zip(
+            alphas, scopes or [nullcontext] * len(alphas), meters[1:], strict=True
+        ):
             start = next((slot for slot in entered if slot in alpha), None)
             begin = {} if start is None else {"start": start}
             features = inputs.clone() if start is None else entered[start]
             with scope():
-                self._record(self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter)
+                self._record(
+                    self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter
+                )
         return right
 
     def _record(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
@@ -282,8 +303,8 @@ class TrainStep:
             record_loss(self._criterion(logits, targets), logits, targets, meter)
 
     def _within(self, targets: Tensor, classes: int, meter: Meter | None) -> Tensor:
-        """The targets, those outside the classes ignored and counted: the op does so itself on other devices, but
-        raises on the CPU."""
+        """The targets, those outside the classes ignored and counted: the op does so itself on
+        other devices, but raises on the CPU."""
         unmasked = self._config.on_bad_numbers == "stop" or self._criterion is not None
         if unmasked or targets.device.type != "cpu" or targets.dtype not in TARGET_DTYPES:
             return targets  # the op raises for targets of another dtype
@@ -295,7 +316,9 @@ class TrainStep:
             counts["ignored"] -= bad.sum()  # the op is about to add them
         return targets.long().masked_fill(bad, ignored)
 
-    def require_match(self, task_type: str, config: TrainConfig, criterion: Criterion | None) -> None:
+    def require_match(
+        self, task_type: str, config: TrainConfig, criterion: Criterion | None
+    ) -> None:
         """Raise `ValueError` where a caller asks for something that this was not built for.
 
         Of the config, only the settings that a step itself obeys have to be the same.
@@ -313,7 +336,8 @@ class TrainStep:
                 )
 
     def backend(self, device: torch.device) -> str:
-        """Name of the kernel backend that serves the logits on `device`; `ValueError` where none can.
+        """Name of the kernel backend that serves the logits on `device`; `ValueError` where none
+        can.
 
         Before the first batch, the logits are taken to be of the dtype of autocast, or float32.
         """
@@ -339,12 +363,21 @@ class TrainStep:
         dims, shape = LOGITS_DIMS[self._task_type]
         if logits.dim() != dims:
             got = tuple(logits.shape)
-            raise ValueError(f"task type {self._task_type!r} expects logits {shape}, got {got} from the model")
+            raise ValueError(
+                f"task type {self._task_type!r} expects logits {shape}, got {got} from the model"
+            )
         self._logits_dtype = logits.dtype
         return logits
 
-    def _run(self, model: nn.Module, forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]) -> Any:
-        """`forward` (the model, or a method of it), in the precision and by the compiler that the config names."""
+    def _run(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        inputs: Tensor,
+        arguments: dict[str, Any],
+    ) -> Any:
+        """`forward` (the model, or a method of it), in the precision and by the compiler that the
+        config names."""
         run = partial(self._run_compiled, model) if self.compiled else _call
         if self._autocast is None:
             return run(forward, inputs, arguments)
@@ -352,7 +385,11 @@ class TrainStep:
             return run(forward, inputs, arguments)
 
     def _run_compiled(
-        self, model: nn.Module, forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        inputs: Tensor,
+        arguments: dict[str, Any],
     ) -> Any:
         structure = id(model), getattr(model, "structure", None)
         if structure != self._structure:
@@ -377,12 +414,14 @@ class TrainStep:
         self.compile_failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
     def _compile(self) -> Callable[..., Any]:
-        """A compiled call of a forward that shares nothing with another: torch keeps what it compiled by code object,
-        limits how often, and goes on eagerly beyond."""
+        """A compiled call of a forward that shares nothing with another: torch keeps what it
+        compiled by code object, limits how often, and goes on eagerly beyond."""
         c = self._config.compile
         call = _call_unbroken if c.error_on_graph_break else _call
         own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__)
-        return torch.compile(own, mode=c.mode, fullgraph=c.fullgraph, dynamic=c.dynamic, backend=c.backend)
+        return torch.compile(
+            own, mode=c.mode, fullgraph=c.fullgraph, dynamic=c.dynamic, backend=c.backend
+        )
 
 
 class _Before:
@@ -403,26 +442,29 @@ class _Before:
         self._meter.load_state_dict(self._counts)
 
 
-def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion | None = None) -> TrainStep:
+def build_train_step(
+    task_type: str, config: TrainConfig, criterion: Criterion | None = None
+) -> TrainStep:
     """The step of a task type.
 
     Args:
-        task_type: "classification" (logits [N, V], targets [N]) or "lm" (logits [N, T, V], targets [N, T]).
+        task_type: "classification" (logits [N, V], targets [N]) or "lm" (logits [N, T, V], targets
+        [N, T]).
         config: kernel and compile settings.
-        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options; any other
-            callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
+        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options;
+            any other callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
 
     Raises:
-        ValueError: unknown task type, an `nn.CrossEntropyLoss` that does not reduce to one number, or another
-            criterion where `config.capture` asks for CUDA graphs.
+        ValueError: unknown task type, an `nn.CrossEntropyLoss` that does not reduce to one number,
+            or another criterion where `config.capture` asks for CUDA graphs.
     """
     if task_type not in LOGITS_DIMS:
         raise unknown_name("task type", task_type, LOGITS_DIMS)
     options = criterion_options(criterion)
     if config.capture and options is None:
         raise ValueError(
-            "train.capture takes no criterion but nn.CrossEntropyLoss, since the Python code of another would run at "
-            f"the capture only, got {criterion!r}; leave train.capture out"
+            "train.capture takes no criterion but nn.CrossEntropyLoss, since the Python code of "
+            f"another would run at the capture only, got {criterion!r}; leave train.capture out"
         )
     own = criterion if options is None else None
     return TrainStep(task_type, config, own, options or {}, asked_criterion=criterion)
@@ -431,11 +473,18 @@ def build_train_step(task_type: str, config: TrainConfig, criterion: Criterion |
 def _require_compiler(backend: str | Callable[..., Any]) -> None:
     """Raise `ValueError` for the name of a compiler that torch does not know."""
     if isinstance(backend, str):
-        require_known("compiler (train.compile.backend)", backend, torch._dynamo.list_backends(exclude_tags=()))
+        require_known(
+            "compiler (train.compile.backend)",
+            backend,
+            torch._dynamo.list_backends(exclude_tags=()),
+        )
 
 
-def _no_span(name: str, nothing: AbstractContextManager[Any] = nullcontext()) -> AbstractContextManager[Any]:  # noqa: B008
-    return nothing
+_NOTHING = nullcontext()
+
+
+def _no_span(name: str) -> AbstractContextManager[Any]:
+    return _NOTHING
 
 
 def _call(forward: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any]) -> Any:

@@ -51,7 +51,8 @@ class Unit:
         return [self._stats, self._counts]
 
     def begin(self) -> None:
-        """Before the batches of a step: remember the buffers that a skipped step must not change."""
+        """Before the batches of a step: remember the buffers that a skipped step must not
+        change."""
         if self._config.on_bad_numbers == "skip":
             self._before = [(buffer, buffer.clone()) for buffer in self._buffers]
 
@@ -72,7 +73,8 @@ class Unit:
         self._counts.add_(stats.counts)
 
     def step(self, optimizers: OptimizerRegistry, measured: bool) -> None:
-        """Clip and step, or leave the step out; `measured` says that `measure` saw these gradients."""
+        """Clip and step, or leave the step out; `measured` says that `measure` saw these
+        gradients."""
         clip_norm = self._config.grad.clip_norm
         scaler = self._scaler
         if clip_norm is not None:

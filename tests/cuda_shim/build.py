@@ -1,4 +1,5 @@
-"""Builds the sources of csrc/cuda for the host, with `cuda/simt.h` of this folder in place of theirs."""
+"""Builds the sources of csrc/cuda for the host, with `cuda/simt.h` of this folder in place of
+theirs."""
 
 import ctypes
 import hashlib
@@ -20,18 +21,47 @@ def build(library: Path, *flags: str) -> None:
     include, lib = (Path(torch.__file__).parent / part for part in ("include", "lib"))
     sources = [HERE / "simt.cpp", HERE / "ops.cpp", CSRC / "call.cpp", CSRC / "cuda/driver.cpp"]
     sources += sorted((CSRC / "cuda").glob("*.cu"))
-    options = ["-shared", "-fPIC", "-O1", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-DUSE_CUDA", *flags]
-    options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{CSRC}", f"-I{include}", f"-L{lib}"]
-    command = ["g++", *options, "-x", "c++", *map(str, sources), "-x", "none", "-lc10", "-ltorch", "-ltorch_cpu"]
+    options = [
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-std=c++20",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-DUSE_CUDA",
+        *flags,
+    ]
+    options += [
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{HERE}",
+        f"-I{CSRC}",
+        f"-I{include}",
+        f"-L{lib}",
+    ]
+    command = [
+        "g++",
+        *options,
+        "-x",
+        "c++",
+        *map(str, sources),
+        "-x",
+        "none",
+        "-lc10",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
     subprocess.run([*command, "-o", str(library)], check=True)
 
 
 def load() -> ctypes.CDLL:
-    """The library, built where the sources have changed, and loaded. It has `esper_shim_device`, see simt.cpp.
+    """The library, built where the sources have changed, and loaded. It has `esper_shim_device`,
+    see simt.cpp.
 
     ESPER_SHIM in the environment names another build to load.
     """
-    library = Path(os.environ.get("ESPER_SHIM") or ROOT / "build" / f"cuda_shim-{_fingerprint()}.so")
+    library = Path(
+        os.environ.get("ESPER_SHIM") or ROOT / "build" / f"cuda_shim-{_fingerprint()}.so"
+    )
     if not library.exists():
         library.parent.mkdir(exist_ok=True)
         for old in library.parent.glob("cuda_shim-*.so"):
@@ -42,6 +72,8 @@ def load() -> ctypes.CDLL:
 
 
 def _fingerprint() -> str:
-    files = sorted(path for folder in (HERE, CSRC) for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    files = sorted(
+        path for folder in (HERE, CSRC) for path in folder.rglob("*") if path.suffix in SUFFIXES
+    )
     contents = b"".join(path.read_bytes() for path in files)
     return hashlib.sha256(contents + torch.__version__.encode()).hexdigest()[:16]

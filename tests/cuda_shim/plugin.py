@@ -1,4 +1,5 @@
-"""pytest -p tests.cuda_shim.plugin: what tests of the `cpp` backend call are the CUDA kernels, run on the host.
+"""pytest -p tests.cuda_shim.plugin: what tests of the `cpp` backend call are the CUDA kernels, run
+on the host.
 
 ESPER_SHIM may name the library, see `build.load`.
 """
@@ -21,7 +22,11 @@ class _Op:
 
     def default(self, *arguments: Any) -> None:
         logits, targets, _, ignore_index = arguments[:4]
-        if self.op.__name__ == "cross_entropy" and isinstance(logits, Tensor) and isinstance(targets, Tensor):
+        if (
+            self.op.__name__ == "cross_entropy"
+            and isinstance(logits, Tensor)
+            and isinstance(targets, Tensor)
+        ):
             reference.refuse_bad_targets(targets, logits.shape[-1], ignore_index)
         self.op.default(*arguments)
 

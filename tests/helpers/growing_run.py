@@ -1,4 +1,5 @@
-"""For tests of runs that are stopped and resumed: a short run in which seeds go through every stage of their lives."""
+"""For tests of runs that are stopped and resumed: a short run in which seeds go through every stage
+of their lives."""
 
 import re
 from pathlib import Path
@@ -44,7 +45,9 @@ def start(directory: Path, *options: str) -> int:
     """Run the whole thing in this process; the exit code."""
     directory.parent.mkdir(exist_ok=True)
     file = config_file(directory.parent)
-    return cli.main(["heuristic", "--config", file, "--no-baseline", "--out", str(directory), *options])
+    return cli.main(
+        ["heuristic", "--config", file, "--no-baseline", "--out", str(directory), *options]
+    )
 
 
 def resume(directory: Path, *options: str) -> int:

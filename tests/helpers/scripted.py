@@ -1,4 +1,5 @@
-"""For tests of whole runs and their events: a scripted controller, a sink that keeps what it is given, strict JSON."""
+"""For tests of whole runs and their events: a scripted controller, a sink that keeps what it is
+given, strict JSON."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from esper_train import Decision, EpisodeResult, Event, EventType, GrowthConfig, Op, Policy, Signals, TelemetryHub
+from esper_train import (
+    Decision,
+    EpisodeResult,
+    Event,
+    EventType,
+    GrowthConfig,
+    Op,
+    Policy,
+    Signals,
+    TelemetryHub,
+)
 from esper_train.base.state import PlainState
 from esper_train.run.checkpoint import Checkpoints
 from esper_train.run.episode import Episode
@@ -62,12 +73,15 @@ class Script(PlainState):
     def reset(self) -> None: ...
 
 
-def germinate(slot: str = "early", blueprint: str = "conv_light", blend: str = "linear") -> Decision:
+def germinate(
+    slot: str = "early", blueprint: str = "conv_light", blend: str = "linear"
+) -> Decision:
     return Decision(op=Op.GERMINATE, slot=slot, blueprint=blueprint, blend=blend)
 
 
 def a_life_and_a_cull() -> Script:
-    """Seats a seed early, which lives on, and one in the middle, which it culls; asks for what must be refused."""
+    """Seats a seed early, which lives on, and one in the middle, which it culls; asks for what must
+    be refused."""
     return Script(
         e1=germinate("early"),
         e2=germinate("mid", "norm"),
@@ -97,7 +111,9 @@ Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Planted:
     """A loader that gives some batches changed, by (epoch, number of the batch), both from 1."""
 
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], change: Change, *places: tuple[int, int]) -> None:
+    def __init__(
+        self, loader: Iterable[tuple[Tensor, Tensor]], change: Change, *places: tuple[int, int]
+    ) -> None:
         self.loader = loader
         self.change = change
         self.places = places

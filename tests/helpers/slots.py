@@ -1,4 +1,5 @@
-"""For tests of a slot: seeds whose effect is plain to see, a slot in any stage, and what is compared."""
+"""For tests of a slot: seeds whose effect is plain to see, a slot in any stage, and what is
+compared."""
 
 from typing import Any
 
@@ -15,7 +16,8 @@ EMPTY = [SeedStage.DORMANT, SeedStage.CULLED, SeedStage.EMBARGOED]
 
 
 class Affine(nn.Module):
-    """z = 2 x + 1 at birth: not the identity, so that a seed's part in a sum shows, and exact in floats."""
+    """z = 2 x + 1 at birth: not the identity, so that a seed's part in a sum shows, and exact in
+    floats."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -36,7 +38,9 @@ def empty_slot(**growth: Any) -> SeedSlot:
     return SeedSlot("mid", 3, GrowthConfig(**growth))
 
 
-def slot_in(stage: SeedStage, *, alpha: float = 1.0, contribution: float | None = None, **growth: Any) -> SeedSlot:
+def slot_in(
+    stage: SeedStage, *, alpha: float = 1.0, contribution: float | None = None, **growth: Any
+) -> SeedSlot:
     """A slot in a stage, with an `Affine` seed where the stage has one."""
     slot = empty_slot(**growth)
     if stage in SEATED:
@@ -77,8 +81,15 @@ def features(seed: int = 0) -> Tensor:
 
 def snapshot(slot: SeedSlot) -> tuple[Any, ...]:
     """All that a refused request must leave alone."""
-    parameters = {name: (p.detach().clone(), p.requires_grad) for name, p in slot.named_parameters()}
-    return slot.state, slot.seed, float(slot.alpha), {n: (v.tolist(), g) for n, (v, g) in parameters.items()}
+    parameters = {
+        name: (p.detach().clone(), p.requires_grad) for name, p in slot.named_parameters()
+    }
+    return (
+        slot.state,
+        slot.seed,
+        float(slot.alpha),
+        {n: (v.tolist(), g) for n, (v, g) in parameters.items()},
+    )
 
 
 def moves(changes: list[StageChange]) -> list[tuple[str, str, str]]:
@@ -124,8 +135,9 @@ def epoch(
     return slot.step_epoch(may_blend)
 
 
-# (stage, alpha) after each epoch; the sigmoid at 1/5, 2/5, 3/5, 4/5 is 0.0266, 0.2315, 0.7685, 0.9734. The first
-# of them is there when blending begins: an epoch at alpha 0 would teach the seed nothing.
+# (stage, alpha) after each epoch; the sigmoid at 1/5, 2/5, 3/5, 4/5 is 0.0266, 0.2315, 0.7685,
+# 0.9734. The first of them is there when blending begins: an epoch at alpha 0 would teach the seed
+# nothing.
 FASTEST_LIFE = [
     ("TRAINING", 0.0),
     ("TRAINING", 0.0),

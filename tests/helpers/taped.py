@@ -1,4 +1,5 @@
-"""A stand-in for CUDA graphs on the CPU, and the small network that tests of captured steps train with it."""
+"""A stand-in for CUDA graphs on the CPU, and the small network that tests of captured steps train
+with it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +25,11 @@ MODES = [True, False]
 
 
 class Tape(CudaGraphs):
-    """A graph on the CPU: keeps a step's operations with the tensors they used, and repeats these, no Python of ours.
+    """A graph on the CPU: keeps a step's operations with the tensors they used, and repeats these,
+    no Python of ours.
 
-    Recording does the work, so the first replay does not. An operation whose result the host reads is refused.
+    Recording does the work, so the first replay does not. An operation whose result the host reads
+    is refused.
     """
 
     def __init__(self) -> None:
@@ -53,7 +56,9 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero"), "the host reads within a captured step"
+        assert name not in ("_local_scalar_dense", "nonzero"), (
+            "the host reads within a captured step"
+        )
         result = func(*args, **(kwargs or {}))
         self.done.append((func, args, kwargs or {}, result))
         return result
@@ -61,7 +66,9 @@ class Operations(TorchDispatchMode):
     @torch.no_grad()
     def repeat(self) -> None:
         for func, args, kwargs, result in self.done:
-            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+            for old, new in zip(
+                tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True
+            ):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
@@ -69,12 +76,22 @@ class Operations(TorchDispatchMode):
 def network() -> nn.Module:
     """With running statistics and random numbers."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 5))
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.Tanh(),
+        nn.Dropout(0.2),
+        nn.Linear(8, 5),
+    )
 
 
 def data(*sizes: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, 2, 3, generator=generator), torch.randint(5, (n,), generator=generator)) for n in sizes]
+    return [
+        (torch.randn(n, 2, 3, generator=generator), torch.randint(5, (n,), generator=generator))
+        for n in sizes
+    ]
 
 
 def sgd(*parameters: Tensor) -> Optimizer:
@@ -108,11 +125,17 @@ def captured(config: TrainConfig) -> tuple[TrainStep, Tape]:
 
 
 def measures(result: EpochResult) -> dict[str, Any]:
-    return {k: v for k, v in vars(result).items() if k not in ("seconds", "replayed", "not_replayed")}
+    return {
+        k: v for k, v in vars(result).items() if k not in ("seconds", "replayed", "not_replayed")
+    }
 
 
 def everything(model: nn.Module, optimizers: OptimizerRegistry) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizers": optimizers.state_dict(), "random": torch.get_rng_state()}
+    return {
+        "model": model.state_dict(),
+        "optimizers": optimizers.state_dict(),
+        "random": torch.get_rng_state(),
+    }
 
 
 def assert_same(found: Any, expected: Any) -> None:

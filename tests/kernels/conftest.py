@@ -1,7 +1,8 @@
-"""Every kernel test runs once for each backend; a new backend joins by its name and devices in BACKENDS.
+"""Every kernel test runs once for each backend; a new backend joins by its name and devices in
+BACKENDS.
 
-A test that takes `config` alone makes CPU tensors, or CUDA tensors where it is marked `gpu`; one that takes `device`
-too runs on both.
+A test that takes `config` alone makes CPU tensors, or CUDA tensors where it is marked `gpu`; one
+that takes `device` too runs on both.
 """
 
 import pytest
@@ -15,7 +16,8 @@ BACKENDS = {
     "cpp": ("cpu",),
     "triton": ("cpu", "cuda"),
     "cuda": ("cuda",),
-    # What a set other than the machine's best adds is arithmetic; the slow tests run everything on it again.
+    # What a set other than the machine's best adds is arithmetic; the slow tests run everything on
+    # it again.
     "cpp-avx2": ("cpu",),
     "cpp-baseline": ("cpu",),
 }
@@ -24,13 +26,16 @@ ON_CUDA = (
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 )
 INTERPRETED = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="where there is a GPU, Triton's kernels run on it and not in the interpreter"
+    torch.cuda.is_available(),
+    reason="where there is a GPU, Triton's kernels run on it and not in the interpreter",
 )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """For tests with `config`: each backend on each device that it serves."""
-    named_by_the_test = any("config" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    named_by_the_test = any(
+        "config" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    )
     if "config" not in metafunc.fixturenames or named_by_the_test:
         return
     takes_device = "device" in metafunc.fixturenames

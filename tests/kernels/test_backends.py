@@ -31,7 +31,9 @@ def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     config = KernelConfig()  # of _select nothing is cached
     monkeypatch.setattr(native, "cuda_unavailable", lambda: None)
@@ -59,7 +61,9 @@ def test_by_name_is_served_or_raises_with_the_reason() -> None:
     triton = KernelConfig(backend="triton")
     with pytest.raises(ValueError, match="triton: float64 is served by eager only"):
         select_backend("cross_entropy", "cuda", torch.float64, triton)
-    with pytest.raises(ValueError, match="triton: runs on GPUs that Triton compiles for, not on mps"):
+    with pytest.raises(
+        ValueError, match="triton: runs on GPUs that Triton compiles for, not on mps"
+    ):
         select_backend("grad_stats", "mps", torch.float32, triton)
     cpp = KernelConfig(backend="cpp")
     assert select_backend("cross_entropy", "cpu", torch.float32, cpp).name == "cpp"
@@ -69,18 +73,27 @@ def test_by_name_is_served_or_raises_with_the_reason() -> None:
         select_backend("cross_entropy", "cuda", torch.float32, cpp)
 
 
-def test_triton_asks_for_the_compiler_of_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_triton_asks_for_the_compiler_of_its_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    missing = "Triton needs a C compiler for its launcher, and there is no gcc and no clang; install one, or"
+    missing = (
+        "Triton needs a C compiler for its launcher, and there is no gcc and no clang; "
+        "install one, or"
+    )
     chosen = backends._select("cross_entropy", "cuda", torch.float32, KernelConfig())  # not cached
     assert chosen.name != "triton"
     assert dict(chosen.refused)["triton"].startswith(missing)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert "CC='no-such-compiler' names none" in str(backends.refusal("cross_entropy", "triton", "cuda"))
+    assert "CC='no-such-compiler' names none" in str(
+        backends.refusal("cross_entropy", "triton", "cuda")
+    )
     (tmp_path / "clang").touch(mode=0o755)
-    assert "CC='no-such-compiler' names none" in str(backends.refusal("cross_entropy", "triton", "cuda"))
+    assert "CC='no-such-compiler' names none" in str(
+        backends.refusal("cross_entropy", "triton", "cuda")
+    )
     monkeypatch.delenv("CC")
     assert "C compiler" not in str(backends.refusal("cross_entropy", "triton", "cuda"))
     monkeypatch.setattr(backends.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
@@ -90,11 +103,17 @@ def test_triton_asks_for_the_compiler_of_its_launcher(monkeypatch: pytest.Monkey
 
 def test_info_says_that_triton_lacks_a_compiler(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")
+    }
     command = [sys.executable, "-m", "esper_kernels.info"]
     environment |= {"PATH": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    row = next(line for line in done.stdout.splitlines() if line.split()[:2] == ["cross_entropy", "cuda"])
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    row = next(
+        line for line in done.stdout.splitlines() if line.split()[:2] == ["cross_entropy", "cuda"]
+    )
     assert "(triton: Triton needs a C compiler for its launcher" in row
 
 
@@ -111,8 +130,13 @@ def test_instruction_set_is_one_of_the_machine_or_raises(monkeypatch: pytest.Mon
         KernelConfig(instruction_set="sse")
     assert "baseline" in native.INSTRUCTION_SETS
     monkeypatch.setattr(native, "INSTRUCTION_SETS", ("baseline",))
-    with pytest.raises(ValueError, match="instruction_set='avx2' cannot run here; there are: baseline"):
-        backends._select("cross_entropy", "cpu", torch.float32, KernelConfig(instruction_set="avx2"))  # not cached
+    with pytest.raises(
+        ValueError, match="instruction_set='avx2' cannot run here; there are: baseline"
+    ):
+        # not cached
+        backends._select(
+            "cross_entropy", "cpu", torch.float32, KernelConfig(instruction_set="avx2")
+        )
 
 
 def without_library(package: Path) -> None:
@@ -125,7 +149,8 @@ def spoilt(name: str) -> Damage:
 
 def of_another_machine(package: Path) -> None:
     library = bytearray((package / "lib/esper_cpu.so").read_bytes())
-    library[18:20] = (183 if platform.machine() != "aarch64" else 62).to_bytes(2, "little")  # the ELF header's machine
+    # the ELF header's machine
+    library[18:20] = (183 if platform.machine() != "aarch64" else 62).to_bytes(2, "little")
     (package / "lib/esper_cpu.so").write_bytes(library)
 
 
@@ -144,14 +169,18 @@ def beside_an_old_torch(package: Path) -> None:
     ],
     ids=["no library", "spoilt library", "another machine", "old torch"],
 )
-def test_where_the_kernels_cannot_load_eager_serves_and_says_why(damage: Damage, reason: str, tmp_path: Path) -> None:
+def test_where_the_kernels_cannot_load_eager_serves_and_says_why(
+    damage: Damage, reason: str, tmp_path: Path
+) -> None:
     package = tmp_path / "esper_kernels"
     shutil.copytree(Path(esper_kernels.__file__).parent, package)
     damage(package)
     command = [sys.executable, "-m", "esper_kernels.info"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    row = next(line for line in done.stdout.splitlines() if line.split()[:2] == ["cross_entropy", "cpu"])
+    row = next(
+        line for line in done.stdout.splitlines() if line.split()[:2] == ["cross_entropy", "cpu"]
+    )
     assert row.split()[2] == "eager"
     assert f"(cpp: {reason.format(package=package)}" in row
 
@@ -167,7 +196,9 @@ def test_where_the_cuda_kernels_cannot_load_the_reason_is_one_line(
     assert load_cuda() == "torch finds no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(native, "_CUDA_LIBRARY", tmp_path / "esper_cuda.so")
-    assert load_cuda() == "the CUDA kernels are not built; a CUDA toolkit has to be there at the build"
+    assert (
+        load_cuda() == "the CUDA kernels are not built; a CUDA toolkit has to be there at the build"
+    )
     (tmp_path / "esper_cuda.so").write_bytes(b"no library")
     assert load_cuda().startswith("the CUDA kernels do not load: ")
     assert "\n" not in load_cuda()
@@ -176,7 +207,9 @@ def test_where_the_cuda_kernels_cannot_load_the_reason_is_one_line(
 
 
 def test_device_without_float64_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"triton: runs on GPUs.*eager: sums are float64, which .* 'mps' lacks"):
+    with pytest.raises(
+        ValueError, match=r"triton: runs on GPUs.*eager: sums are float64, which .* 'mps' lacks"
+    ):
         select_backend("cross_entropy", "mps", torch.float32)
 
 
@@ -249,7 +282,10 @@ def test_info_stays_a_function_when_its_module_is_imported() -> None:
 
 
 def test_public_names_are_exactly_these() -> None:
-    names = "KernelConfig Meter MeterResult GradStats GradHealth cross_entropy cross_entropy_step record_loss"
+    names = (
+        "KernelConfig Meter MeterResult GradStats GradHealth cross_entropy cross_entropy_step "
+        "record_loss"
+    )
     names += " grad_stats clip_grad_norm_ compute_all select_backend info __version__"
     assert set(esper_kernels.__all__) == set(names.split())
     assert all(hasattr(esper_kernels, name) for name in esper_kernels.__all__)

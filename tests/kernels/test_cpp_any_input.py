@@ -1,4 +1,5 @@
-"""The compiled CPU backend on inputs that Hypothesis makes up, against the definition in float64."""
+"""The compiled CPU backend on inputs that Hypothesis makes up, against the definition in
+float64."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +26,11 @@ def rows_apart(x: Tensor) -> Tensor:
 
 
 def first_swapped(x: Tensor) -> Tensor:
-    return x if x.dim() < 3 else x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+    return (
+        x
+        if x.dim() < 3
+        else x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+    )
 
 
 def odd_offset(x: Tensor) -> Tensor:
@@ -63,10 +68,15 @@ class Call(NamedTuple):
 def calls(draw: st.DrawFn) -> Call:
     form = draw(st.sampled_from(("autograd", "step", "out", "inplace")))
     dtype = draw(st.sampled_from(DTYPES))
-    shape = (*draw(st.lists(st.integers(0, 3), max_size=3)), draw(st.sampled_from((1, 2, 3, 16, 17, 32, 33, 40))))
+    shape = (
+        *draw(st.lists(st.integers(0, 3), max_size=3)),
+        draw(st.sampled_from((1, 2, 3, 16, 17, 32, 33, 40))),
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
     values = draw(st.sampled_from((VALUES, FINITE)))  # long rows of the first are seldom finite
-    pool = torch.tensor(draw(st.lists(st.sampled_from(values), min_size=1, max_size=8)), dtype=dtype)
+    pool = torch.tensor(
+        draw(st.lists(st.sampled_from(values), min_size=1, max_size=8)), dtype=dtype
+    )
     logits = pool[torch.randint(len(pool), shape, generator=generator)]
     logits = draw(st.sampled_from(WRITABLE if form == "inplace" else LAYOUTS))(logits)
 
@@ -74,12 +84,16 @@ def calls(draw: st.DrawFn) -> Call:
     ignore_index = draw(st.sampled_from((0, 1) if target_dtype == torch.uint8 else (-100, 0, 1)))
     targets = torch.randint(shape[-1], shape[:-1], generator=generator)
     targets = targets.where(torch.rand(shape[:-1], generator=generator) > 0.5, logits.argmax(-1))
-    targets = targets.where(torch.rand(shape[:-1], generator=generator) > 0.2, ignore_index).to(target_dtype)
+    targets = targets.where(torch.rand(shape[:-1], generator=generator) > 0.2, ignore_index).to(
+        target_dtype
+    )
     if draw(st.booleans()):
         targets = torch.stack([targets, targets], -1)[..., 0]
 
     options: dict[str, Any] = {"ignore_index": ignore_index}
-    options["reduction"] = draw(st.sampled_from(("mean", "sum", "none") if form == "autograd" else ("mean", "sum")))
+    options["reduction"] = draw(
+        st.sampled_from(("mean", "sum", "none") if form == "autograd" else ("mean", "sum"))
+    )
     options["label_smoothing"] = draw(st.sampled_from((0.0, 0.1, 1.0, torch.tensor(0.25))))
     options["z_loss"] = draw(st.sampled_from((0.0, 1e-3, torch.tensor(1e-3))))
     options["softcap"] = draw(st.sampled_from((None, 5.0)))
@@ -90,10 +104,21 @@ def calls(draw: st.DrawFn) -> Call:
     factor = draw(st.sampled_from((1.0, -2.0, 0.0)))
     instruction_set = draw(st.sampled_from(INSTRUCTION_SETS))
     topk = draw(st.sampled_from(((1,), (2, 5))))  # the first alone is found by a shorter way
-    return Call(form, logits, targets, options, factor, instruction_set, topk, draw(st.sampled_from(WRITABLE)))
+    return Call(
+        form,
+        logits,
+        targets,
+        options,
+        factor,
+        instruction_set,
+        topk,
+        draw(st.sampled_from(WRITABLE)),
+    )
 
 
-def loss_and_grad(call: Call, logits: Tensor, meter: Meter, config: KernelConfig) -> tuple[Tensor, Tensor]:
+def loss_and_grad(
+    call: Call, logits: Tensor, meter: Meter, config: KernelConfig
+) -> tuple[Tensor, Tensor]:
     leaf = logits.detach().requires_grad_()
     loss = cross_entropy(leaf, call.targets, **call.options, meter=meter, config=config)
     (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, call.factor))
@@ -113,10 +138,18 @@ def test_cross_entropy_is_its_definition(call: Call) -> None:
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.double(), true_loss, rtol=2e-6, atol=1e-6, equal_nan=True)
     else:
-        out = call.out_layout(torch.full_like(call.logits, 7.0, memory_format=torch.contiguous_format))
+        out = call.out_layout(
+            torch.full_like(call.logits, 7.0, memory_format=torch.contiguous_format)
+        )
         memory = {"step": {}, "out": {"out": out}, "inplace": {"inplace": True}}[call.form]
         grad = cross_entropy_step(
-            call.logits, call.targets, meter, **call.options, grad_scale=call.factor, **memory, config=config
+            call.logits,
+            call.targets,
+            meter,
+            **call.options,
+            grad_scale=call.factor,
+            **memory,
+            config=config,
         )
         assert call.form != "out" or grad is out
         assert call.form != "inplace" or grad.data_ptr() == call.logits.data_ptr()
@@ -149,7 +182,9 @@ def gradients(draw: st.DrawFn) -> Tensor | None:
     inv_scale=st.sampled_from((None, 1.0, 0.5, -2.0, 0.0, INF, NAN)),
     instruction_set=st.sampled_from(INSTRUCTION_SETS),
 )
-@example(groups={"a": [torch.full((5,), 1e-45)]}, inv_scale=2.0**-16, instruction_set=INSTRUCTION_SETS[0])
+@example(
+    groups={"a": [torch.full((5,), 1e-45)]}, inv_scale=2.0**-16, instruction_set=INSTRUCTION_SETS[0]
+)
 def test_grad_stats_are_plain_torchs_in_float64(
     groups: dict[str, list[Tensor | None]], inv_scale: float | None, instruction_set: str
 ) -> None:
@@ -162,7 +197,9 @@ def test_grad_stats_are_plain_torchs_in_float64(
     everything = torch.cat([torch.zeros(0).double(), *flat])
 
     def assert_equal(actual: Tensor, values: list[Any], rtol: float = 0.0) -> None:
-        torch.testing.assert_close(actual, torch.tensor(values, dtype=actual.dtype), rtol=rtol, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            actual, torch.tensor(values, dtype=actual.dtype), rtol=rtol, atol=0, equal_nan=True
+        )
 
     assert_equal(stats.norms, [x.norm().item() for x in flat], rtol=1e-12)
     assert_equal(stats.max_abs, [x.abs().max().item() if len(x) else 0 for x in flat], rtol=1e-15)

@@ -1,4 +1,5 @@
-"""The compiled CPU backend on both sides of every size at which it changes its way, against torch in float64."""
+"""The compiled CPU backend on both sides of every size at which it changes its way, against torch
+in float64."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,19 +66,25 @@ def test_class_counts(v: int, dtype: torch.dtype) -> None:
             for grad in (leaf.grad, written):
                 assert grad is not None
                 assert relative_error(grad, true_grad) <= BOUNDS[dtype], config
-            assert meter.compute().correct == {k: correct_at(k, logits, targets) for k in (1, 5)}, config
+            assert meter.compute().correct == {k: correct_at(k, logits, targets) for k in (1, 5)}, (
+                config
+            )
 
 
 @pytest.mark.parametrize("hidden", [slice(0, 4100), slice(4000, 8200), slice(4900, 9000)], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_chunks_of_minus_infinity(hidden: slice, smoothing: float) -> None:
-    """As a mask of the vocabulary makes them; with smoothing the loss is infinite, and its gradient finite."""
+    """As a mask of the vocabulary makes them; with smoothing the loss is infinite, and its gradient
+    finite."""
     logits, targets = batch(5, 9000)
     logits[1:, hidden] = -torch.inf
     targets[1:] = logits[1].isfinite().nonzero()[[0, 1, -2, -1], 0]
     options = {"weight": torch.linspace(0.5, 2.0, 9000), "label_smoothing": smoothing}
     found = []
-    for x, config in [(logits.double(), KernelConfig(backend="eager")), *((logits, config) for config in CONFIGS)]:
+    for x, config in [
+        (logits.double(), KernelConfig(backend="eager")),
+        *((logits, config) for config in CONFIGS),
+    ]:
         leaf = x.clone().requires_grad_()
         losses = cross_entropy(leaf, targets, **options, reduction="none", config=config)
         losses.backward(torch.ones_like(losses))
@@ -111,7 +118,9 @@ def test_outputs_about_16_mib(v: int, dtype: torch.dtype) -> None:
         for n, offset in ((most, 0), (most + 1, 1)):
             guarded = torch.full((offset + n * v + 1,), 7.0, dtype=dtype)
             out = guarded[offset:-1].view(n, v)
-            cross_entropy_step(logits[:n], targets[:n], None, reduction="sum", out=out, config=config)
+            cross_entropy_step(
+                logits[:n], targets[:n], None, reduction="sum", out=out, config=config
+            )
             check(out, config)
             assert guarded[:offset].eq(7).all()
             assert guarded[-1] == 7
@@ -121,7 +130,9 @@ def test_outputs_about_16_mib(v: int, dtype: torch.dtype) -> None:
         check(leaf.grad, config)
 
 
-@pytest.mark.parametrize(("v", "rows"), [(1, (65535, 65536, 65537)), (3, (21845, 21846)), (257, (255, 256))])
+@pytest.mark.parametrize(
+    ("v", "rows"), [(1, (65535, 65536, 65537)), (3, (21845, 21846)), (257, (255, 256))]
+)
 @pytest.mark.usefixtures("threads")
 def test_batches_about_65536_elements(v: int, rows: tuple[int, ...]) -> None:
     """Smaller ones are computed by one thread."""
@@ -152,7 +163,9 @@ def test_batches_about_65536_elements(v: int, rows: tuple[int, ...]) -> None:
 )
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.usefixtures("threads")
-def test_grad_stats_about_their_pieces_and_shares(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_grad_stats_about_their_pieces_and_shares(
+    sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """Pieces of 16384 elements, shares of 65536 among the threads."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(sum(sizes), generator=generator).to(dtype)
@@ -167,7 +180,9 @@ def test_grad_stats_about_their_pieces_and_shares(sizes: tuple[int, ...], dtype:
         one, other = found
         assert torch.equal(one.norms, other.norms)
         assert torch.equal(one.total_norm, other.total_norm)
-        torch.testing.assert_close(one.norms, torch.stack([x.norm() for x in flat]), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            one.norms, torch.stack([x.norm() for x in flat]), rtol=1e-12, atol=0
+        )
         torch.testing.assert_close(one.total_norm, values.double().norm(), rtol=1e-12, atol=0)
         assert one.max_abs.tolist() == [x.abs().max().item() if len(x) else 0 for x in flat]
         assert one.zeros.tolist() == [int((x == 0).sum()) for x in flat]
@@ -178,7 +193,9 @@ def test_info_names_the_instruction_sets_of_this_machine() -> None:
     if not flags.exists():
         pytest.skip("no /proc/cpuinfo here")
     has = set(flags.read_text(encoding="utf-8").split())
-    needs = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"}}
+    needs = {
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"}
+    }
     needs |= {"avx2": {"avx2", "fma", "bmi2", "f16c"}, "baseline": set()}
     names = tuple(name for name, wanted in needs.items() if wanted <= has)
     assert info().instruction_sets == INSTRUCTION_SETS == names

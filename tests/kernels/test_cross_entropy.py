@@ -1,4 +1,5 @@
-"""The loss and its gradient: against hand-computed numbers, and against torch's own op in float64."""
+"""The loss and its gradient: against hand-computed numbers, and against torch's own op in
+float64."""
 
 import math
 from typing import Any
@@ -21,7 +22,8 @@ LN2 = 0.6931471805599453
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SAMPLE_NAMES = [sample.name for sample in cross_entropy_samples()]
 
-# exp of these is 1, 2, 5, so softmax is 1/8, 2/8, 5/8, lse is ln 8, and the losses are ln 8, ln 4, ln 1.6.
+# exp of these is 1, 2, 5, so softmax is 1/8, 2/8, 5/8, lse is ln 8, and the losses are ln 8, ln 4,
+# ln 1.6.
 GOLDEN_LOGITS = [0.0, LN2, 1.6094379124341003]
 
 
@@ -37,7 +39,9 @@ def samples(dtype: torch.dtype, device: str) -> list[CrossEntropySample]:
     return [s._replace(options={k: move(v) for k, v in s.options.items()}) for s in found]
 
 
-def loss_and_grad(function: Any, logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def loss_and_grad(
+    function: Any, logits: Tensor, targets: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
     leaf = logits.detach().requires_grad_()
     loss = function(leaf, targets, **options)
     loss.backward(torch.ones_like(loss))
@@ -69,7 +73,9 @@ def loss_and_grad(function: Any, logits: Tensor, targets: Tensor, **options: Any
         ({"normalizer": torch.tensor(4)}, LN2 / 2),
     ],
 )
-def test_loss_equals_hand_computed_numbers(config: KernelConfig, options: dict[str, Any], expected: float) -> None:
+def test_loss_equals_hand_computed_numbers(
+    config: KernelConfig, options: dict[str, Any], expected: float
+) -> None:
     loss = cross_entropy(golden(), torch.tensor([1]), **options, config=config)
     assert loss.dtype == torch.float32
     assert loss.shape == ()
@@ -84,7 +90,8 @@ def test_gradient_equals_hand_computed_numbers(config: KernelConfig) -> None:
 
 
 def test_softcap_equals_hand_computed_numbers(config: KernelConfig) -> None:
-    """2 tanh(x/2) of these logits is 0 and ln 2: softmax 1/3, 2/3; its slope at ln 2 is 1 - (ln 2 / 2)^2."""
+    """2 tanh(x/2) of these logits is 0 and ln 2: softmax 1/3, 2/3; its slope at ln 2 is 1 - (ln 2 /
+    2)^2."""
     logits = torch.tensor([[0.0, 2 * math.atanh(LN2 / 2)]], requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([0]), softcap=2.0, config=config)
     loss.backward()
@@ -99,14 +106,20 @@ def test_samples_agree_with_torch_in_float64(
     config: KernelConfig, device: str, logits_dtype: torch.dtype, reduction: str
 ) -> None:
     for name, logits, targets, options in samples(logits_dtype, device):
-        if (reduction != "mean" and "normalizer" in options) or (logits.numel() == 0 and reduction == "mean"):
+        if (reduction != "mean" and "normalizer" in options) or (
+            logits.numel() == 0 and reduction == "mean"
+        ):
             continue
         options = {**options, "reduction": reduction}
         loss, grad = loss_and_grad(cross_entropy, logits, targets, **options, config=config)
-        true_loss, true_grad = loss_and_grad(plain_torch_cross_entropy, logits.double(), targets, **options)
+        true_loss, true_grad = loss_and_grad(
+            plain_torch_cross_entropy, logits.double(), targets, **options
+        )
         _, eager_grad = loss_and_grad(plain_torch_cross_entropy, logits, targets, **options)
         assert grad.dtype == logits.dtype, name
-        assert loss.dtype == (torch.float64 if logits_dtype == torch.float64 else torch.float32), name
+        assert loss.dtype == (torch.float64 if logits_dtype == torch.float64 else torch.float32), (
+            name
+        )
         assert loss.shape == true_loss.shape, name
         assert relative_error(loss, true_loss) <= 2e-6, name
         assert_no_worse_than_eager(grad, eager_grad, true_grad)
@@ -126,17 +139,26 @@ def test_target_dtypes_give_the_same(config: KernelConfig, dtype: torch.dtype) -
         {},
         {"reduction": "none"},
         {"normalizer": 3.5},
-        {"weight": torch.linspace(0.5, 2.0, 6), "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0},
+        {
+            "weight": torch.linspace(0.5, 2.0, 6),
+            "label_smoothing": 0.2,
+            "z_loss": 0.1,
+            "softcap": 3.0,
+        },
         {"label_smoothing": 1.0, "reduction": "sum"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("logits_dtype", [torch.float64], ids=str, indirect=True)
-def test_gradcheck_in_float64(config: KernelConfig, logits_dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_gradcheck_in_float64(
+    config: KernelConfig, logits_dtype: torch.dtype, options: dict[str, Any]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 6, generator=generator, dtype=logits_dtype, requires_grad=True)
     targets = torch.tensor([0, 5, -100, 2])
-    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets, **options, config=config), logits)
+    assert torch.autograd.gradcheck(
+        lambda x: cross_entropy(x, targets, **options, config=config), logits
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 65536.0])
@@ -159,7 +181,8 @@ def test_grad_output_may_differ_by_row_or_be_expanded(config: KernelConfig) -> N
 
 
 def test_grad_output_is_applied_before_rounding_to_float16(config: KernelConfig) -> None:
-    """The loss scaler of mixed precision: 65536 times a gradient that float16 alone would round to 0."""
+    """The loss scaler of mixed precision: 65536 times a gradient that float16 alone would round to
+    0."""
     generator = torch.Generator().manual_seed(0)
     leaf = (torch.randn(32, 1000, generator=generator) * 3).half().requires_grad_()
     targets = torch.randint(1000, (32,), generator=generator)
@@ -219,7 +242,11 @@ def test_none_reduction_gives_zero_to_ignored_rows(config: KernelConfig) -> None
 
 
 def test_sample_weight_and_normalizer_dtypes(config: KernelConfig) -> None:
-    for normalizer in (torch.tensor(2), torch.tensor(2, dtype=torch.int32), torch.tensor(2.0).half()):
+    for normalizer in (
+        torch.tensor(2),
+        torch.tensor(2, dtype=torch.int32),
+        torch.tensor(2.0).half(),
+    ):
         loss = cross_entropy(golden(), torch.tensor([1]), normalizer=normalizer, config=config)
         assert loss.item() == pytest.approx(LN2)
 
@@ -294,9 +321,15 @@ def test_options_as_tensors_equal_numbers(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_options_as_tensors_may_have_any_float_dtype(config: KernelConfig, dtype: torch.dtype) -> None:
-    """A factor e / V of 0.125 / 50257 is below float16's precision; the arithmetic has to be float32."""
-    for logits, target in ((torch.zeros(1, 50257), torch.tensor([7])), (torch.zeros(50257), torch.tensor(7))):
+def test_options_as_tensors_may_have_any_float_dtype(
+    config: KernelConfig, dtype: torch.dtype
+) -> None:
+    """A factor e / V of 0.125 / 50257 is below float16's precision; the arithmetic has to be
+    float32."""
+    for logits, target in (
+        (torch.zeros(1, 50257), torch.tensor([7])),
+        (torch.zeros(50257), torch.tensor(7)),
+    ):
         logits[..., 7] = 20.0
         leaf = logits.requires_grad_()
         options = {
@@ -304,7 +337,9 @@ def test_options_as_tensors_may_have_any_float_dtype(config: KernelConfig, dtype
             "z_loss": torch.tensor(0.5, dtype=dtype),
         }
         loss, grad = loss_and_grad(cross_entropy, leaf, target, **options, config=config)
-        truth = loss_and_grad(plain_torch_cross_entropy, leaf.double(), target, label_smoothing=0.125, z_loss=0.5)
+        truth = loss_and_grad(
+            plain_torch_cross_entropy, leaf.double(), target, label_smoothing=0.125, z_loss=0.5
+        )
         assert relative_error(loss, truth[0]) < 2e-6
         assert relative_error(grad, truth[1]) < 2e-6
 
@@ -312,8 +347,12 @@ def test_options_as_tensors_may_have_any_float_dtype(config: KernelConfig, dtype
 def test_same_bits_on_every_run_and_thread_count(config: KernelConfig) -> None:
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
-    rows = 3000 if config.backend == "triton" else 70000  # has no threads, and an interpreter is slow
-    batches = [torch.randn(1, 50257, generator=generator), torch.randn(rows, 3, generator=generator)]
+    # has no threads, and an interpreter is slow
+    rows = 3000 if config.backend == "triton" else 70000
+    batches = [
+        torch.randn(1, 50257, generator=generator),
+        torch.randn(rows, 3, generator=generator),
+    ]
     runs = []
     try:
         for count in (1, 2, 2):

@@ -24,10 +24,18 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_compiled_loss_equals_eager_and_schedules_do_not_recompile(config: KernelConfig, compiler: str) -> None:
+def test_compiled_loss_equals_eager_and_schedules_do_not_recompile(
+    config: KernelConfig, compiler: str
+) -> None:
     def loss_of(logits: Tensor, smoothing: Tensor, meter: Meter) -> Tensor:
         return cross_entropy(
-            logits, TARGETS, label_smoothing=smoothing, z_loss=0.1, softcap=4.0, meter=meter, config=config
+            logits,
+            TARGETS,
+            label_smoothing=smoothing,
+            z_loss=0.1,
+            softcap=4.0,
+            meter=meter,
+            config=config,
         )
 
     compiled = torch.compile(loss_of, fullgraph=True, backend=compiler)
@@ -61,15 +69,26 @@ def test_compiled_step_and_record_equal_eager(config: KernelConfig, compiler: st
 
 @pytest.mark.parametrize("compiler", COMPILERS[1:])
 @pytest.mark.parametrize("form", ["loss", "step", "inplace", "out"])
-def test_batches_of_any_size_need_two_compilations(config: KernelConfig, compiler: str, form: str) -> None:
-    """One for the first size, one for all others; ignored rows and a label smoothing that changes need none."""
+def test_batches_of_any_size_need_two_compilations(
+    config: KernelConfig, compiler: str, form: str
+) -> None:
+    """One for the first size, one for all others; ignored rows and a label smoothing that changes
+    need none."""
 
-    def gradient(hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: Tensor, meter: Meter) -> Tensor:
+    def gradient(
+        hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: Tensor, meter: Meter
+    ) -> Tensor:
         logits = hidden @ weight
         if form == "loss":
-            return cross_entropy(logits, targets, label_smoothing=smoothing, meter=meter, config=config)
-        memory = {"inplace": {"inplace": True}, "out": {"out": torch.empty_like(logits)}}.get(form, {})
-        return cross_entropy_step(logits, targets, meter, label_smoothing=smoothing, **memory, config=config)
+            return cross_entropy(
+                logits, targets, label_smoothing=smoothing, meter=meter, config=config
+            )
+        memory = {"inplace": {"inplace": True}, "out": {"out": torch.empty_like(logits)}}.get(
+            form, {}
+        )
+        return cross_entropy_step(
+            logits, targets, meter, label_smoothing=smoothing, **memory, config=config
+        )
 
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(gradient, fullgraph=True, backend=counter)
@@ -121,7 +140,8 @@ def test_without_grad_the_loss_is_the_same_and_detached(config: KernelConfig, gu
     assert not loss.requires_grad
     expected.backward()
     assert torch.equal(grad, leaf.grad)
-    cross_entropy(leaf, TARGETS, meter=meter, config=config)  # the meter works outside of the guard too
+    # the meter works outside of the guard too
+    cross_entropy(leaf, TARGETS, meter=meter, config=config)
     assert meter.compute().batches == 3
 
 
@@ -138,7 +158,9 @@ def test_autocast_gives_float32_arithmetic(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("compiler", COMPILERS[1:])
-@pytest.mark.parametrize("name", ["label_smoothing", "z_loss", "softcap", "normalizer", "grad_scale"])
+@pytest.mark.parametrize(
+    "name", ["label_smoothing", "z_loss", "softcap", "normalizer", "grad_scale"]
+)
 @pytest.mark.parametrize("form", ["loss", "step"])
 def test_a_number_that_changes_every_step_does_not_recompile(
     config: KernelConfig, compiler: str, name: str, form: str

@@ -1,4 +1,5 @@
-"""Row classes (ignored, bad, non-finite, ordinary), and what is refused before anything is written."""
+"""Row classes (ignored, bad, non-finite, ordinary), and what is refused before anything is
+written."""
 
 from typing import Any
 
@@ -22,11 +23,17 @@ def leaf(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, requires_grad=True)
 
 
-@pytest.mark.parametrize("row", [[NAN, 0, 0], [0, INF, 0], [INF, 0, 0], [INF, INF, 0], [-INF] * 3, [0, NAN, INF]])
-def test_nonfinite_row_is_valid_nan_and_never_correct(config: KernelConfig, row: list[float]) -> None:
+@pytest.mark.parametrize(
+    "row", [[NAN, 0, 0], [0, INF, 0], [INF, 0, 0], [INF, INF, 0], [-INF] * 3, [0, NAN, INF]]
+)
+def test_nonfinite_row_is_valid_nan_and_never_correct(
+    config: KernelConfig, row: list[float]
+) -> None:
     logits = leaf([row, [2.0, 0, 0]])
     meter = Meter("cpu", topk=(3,))
-    losses = cross_entropy(logits, torch.tensor([0, 0]), reduction="none", meter=meter, config=config)
+    losses = cross_entropy(
+        logits, torch.tensor([0, 0]), reduction="none", meter=meter, config=config
+    )
     losses.sum().backward()
     assert logits.grad is not None
     assert losses.isnan().tolist() == [True, False]
@@ -35,7 +42,9 @@ def test_nonfinite_row_is_valid_nan_and_never_correct(config: KernelConfig, row:
     assert (result.valid, result.nonfinite, result.correct) == (2, 1, {1: 1, 3: 1})
 
 
-@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
+@pytest.mark.parametrize(
+    "bits", [0x7FC00000, -0x400000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1], ids=hex
+)
 def test_every_nan_is_a_nan(config: KernelConfig, bits: int) -> None:
     """Whatever its sign and payload: -1 is memory filled with ones."""
     for classes in (3, 40):
@@ -55,7 +64,9 @@ def test_inf_is_judged_after_softcap(config: KernelConfig) -> None:
     assert (result.nonfinite, result.correct[1]) == (1, 2)
 
 
-def test_minus_inf_at_the_target_is_infinite_loss_with_finite_gradient(config: KernelConfig) -> None:
+def test_minus_inf_at_the_target_is_infinite_loss_with_finite_gradient(
+    config: KernelConfig,
+) -> None:
     logits = leaf([[-INF, 0.0, 0.0]])
     meter = Meter("cpu", topk=(3,))
     loss = cross_entropy(logits, torch.tensor([0]), meter=meter, config=config)
@@ -69,7 +80,9 @@ def test_logits_of_ignored_rows_are_not_looked_at(config: KernelConfig) -> None:
     logits = leaf([[NAN, INF, 0], [0.0, 0, 0], [-INF] * 3])
     meter = Meter("cpu")
     targets = torch.tensor([-100, 1, -100])
-    loss = cross_entropy(logits, targets, meter=meter, z_loss=1.0, label_smoothing=0.1, softcap=9.0, config=config)
+    loss = cross_entropy(
+        logits, targets, meter=meter, z_loss=1.0, label_smoothing=0.1, softcap=9.0, config=config
+    )
     loss.backward()
     assert loss.item() == pytest.approx(1.0986122886681098 + 1.2069489608396303)  # ln 3 + (ln 3)^2
     assert logits.grad is not None
@@ -79,7 +92,9 @@ def test_logits_of_ignored_rows_are_not_looked_at(config: KernelConfig) -> None:
 
 def test_ignore_index_may_be_a_class(config: KernelConfig) -> None:
     meter = Meter("cpu")
-    cross_entropy(leaf([[9.0, 0], [9.0, 0]]), torch.tensor([0, 1]), ignore_index=0, meter=meter, config=config)
+    cross_entropy(
+        leaf([[9.0, 0], [9.0, 0]]), torch.tensor([0, 1]), ignore_index=0, meter=meter, config=config
+    )
     assert (meter.compute().valid, meter.compute().ignored, meter.compute().correct[1]) == (1, 1, 0)
 
 
@@ -106,7 +121,9 @@ def test_rank_counts_larger_logits_and_earlier_equals(
 def test_rank_uses_the_logits_before_softcap(config: KernelConfig) -> None:
     """Both saturate at softcap 1 in float32, where the first would win the tie."""
     meter = Meter("cpu")
-    cross_entropy(torch.tensor([[50.0, 60.0]]), torch.tensor([1]), softcap=1.0, meter=meter, config=config)
+    cross_entropy(
+        torch.tensor([[50.0, 60.0]]), torch.tensor([1]), softcap=1.0, meter=meter, config=config
+    )
     assert meter.compute().accuracy == 1
 
 
@@ -131,12 +148,20 @@ def test_any_rows_agree_with_torch_and_a_slow_count(
     meter = Meter("cpu", topk=(2,))
     kept = [i for i in range(rows) if targets[i] != ignore_index]
     target_tensor = torch.tensor(targets, dtype=torch.int64)
-    losses = cross_entropy(logits, target_tensor, reduction="none", ignore_index=ignore_index, meter=meter)
-    expected = plain_torch_cross_entropy(logits, target_tensor, reduction="none", ignore_index=ignore_index)
+    losses = cross_entropy(
+        logits, target_tensor, reduction="none", ignore_index=ignore_index, meter=meter
+    )
+    expected = plain_torch_cross_entropy(
+        logits, target_tensor, reduction="none", ignore_index=ignore_index
+    )
     torch.testing.assert_close(losses, expected, equal_nan=True)
 
-    bad_row = [any(x != x or x == INF for x in values[i]) or set(values[i]) == {-INF} for i in range(rows)]
-    ranked = {i: sorted(range(classes), key=lambda c: (-values[i][c], c)) for i in kept if not bad_row[i]}
+    bad_row = [
+        any(x != x or x == INF for x in values[i]) or set(values[i]) == {-INF} for i in range(rows)
+    ]
+    ranked = {
+        i: sorted(range(classes), key=lambda c: (-values[i][c], c)) for i in kept if not bad_row[i]
+    }
     result = meter.compute()
     assert (result.valid, result.ignored) == (len(kept), rows - len(kept))
     assert result.nonfinite == sum(bad_row[i] for i in kept)
@@ -146,21 +171,33 @@ def test_any_rows_agree_with_torch_and_a_slow_count(
 # --- bad targets ---
 
 
-def calls(logits: Tensor, targets: Tensor, meter: Meter | None, config: KernelConfig) -> dict[str, Any]:
+def calls(
+    logits: Tensor, targets: Tensor, meter: Meter | None, config: KernelConfig
+) -> dict[str, Any]:
     return {
-        "cross_entropy": lambda **o: cross_entropy(logits, targets, meter=meter, config=config, **o),
-        "cross_entropy_step": lambda **o: cross_entropy_step(logits, targets, meter, config=config, **o),
-        "record_loss": lambda **o: record_loss(torch.tensor(1.0), logits, targets, meter or Meter("cpu"), **o),
+        "cross_entropy": lambda **o: cross_entropy(
+            logits, targets, meter=meter, config=config, **o
+        ),
+        "cross_entropy_step": lambda **o: cross_entropy_step(
+            logits, targets, meter, config=config, **o
+        ),
+        "record_loss": lambda **o: record_loss(
+            torch.tensor(1.0), logits, targets, meter or Meter("cpu"), **o
+        ),
     }
 
 
 @pytest.mark.parametrize("value", [3, -1, -99, 2**40])
 @pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_step", "record_loss"])
-def test_bad_target_on_the_cpu_raises_and_touches_nothing(config: KernelConfig, name: str, value: int) -> None:
+def test_bad_target_on_the_cpu_raises_and_touches_nothing(
+    config: KernelConfig, name: str, value: int
+) -> None:
     logits = torch.zeros(2, 2, 3)
     meter = Meter("cpu")
     targets = torch.tensor([[0, -100], [value, value]])
-    with pytest.raises(IndexError, match=rf"target {value} of row \(1, 0\) is outside \[0, 3\).*2 such rows"):
+    with pytest.raises(
+        IndexError, match=rf"target {value} of row \(1, 0\) is outside \[0, 3\).*2 such rows"
+    ):
         calls(logits, targets, meter, config)[name]()
     assert meter.counts.eq(0).all()
     assert meter.sums.eq(0).all()
@@ -185,7 +222,11 @@ def test_uint8_target_is_not_mistaken_for_ignore_index(config: KernelConfig) -> 
 def test_options_get_no_gradient_and_the_meter_no_graph(config: KernelConfig) -> None:
     number = torch.tensor(0.5, requires_grad=True)
     meter = Meter("cpu")
-    options = {"weight": torch.ones(3, requires_grad=True), "label_smoothing": number, "z_loss": number}
+    options = {
+        "weight": torch.ones(3, requires_grad=True),
+        "label_smoothing": number,
+        "z_loss": number,
+    }
     loss = cross_entropy(X, T, **options, normalizer=number, meter=meter, config=config)
     assert not loss.requires_grad
     assert not meter.sums.requires_grad
@@ -202,7 +243,11 @@ def test_bad_targets_on_other_devices_are_left_out_and_counted() -> None:
     torch.testing.assert_close(grad, torch.tensor([[-0.5, 0.5], [0.0, 0.0], [0.0, 0.0]]))
     assert reference.forward(logits, targets, PLAIN, None).loss.isnan()
     none = PLAIN._replace(reduction="none")
-    assert reference.forward(logits, targets, none, None).loss.isnan().tolist() == [False, True, True]
+    assert reference.forward(logits, targets, none, None).loss.isnan().tolist() == [
+        False,
+        True,
+        True,
+    ]
     assert reference.forward(logits, targets, none, meter).loss[1:].tolist() == [0, 0]
 
     with pytest.raises(IndexError, match=r"4 targets .* compute\(strict=False\)"):
@@ -249,7 +294,12 @@ T = torch.tensor([0, 1])
         (X, T.float(), TypeError, "class indices.*got torch.float32"),
         (X, T.bool(), TypeError, "class indices.*got torch.bool"),
         (X, T.to(torch.int16), TypeError, "class indices.*got torch.int16"),
-        (X, torch.tensor([0, 1, 2]), ValueError, r"expected targets of shape \(2,\).*\(2, 3\).*got \(3,\)"),
+        (
+            X,
+            torch.tensor([0, 1, 2]),
+            ValueError,
+            r"expected targets of shape \(2,\).*\(2, 3\).*got \(3,\)",
+        ),
         (X.t(), torch.tensor([0, 1]), ValueError, r"expected targets of shape \(3,\)"),
     ],
 )
@@ -267,7 +317,11 @@ def test_wrong_tensors_are_named(
     ("options", "error", "words"),
     [
         ({"reduction": "avg"}, ValueError, "'mean', 'sum' or 'none', got 'avg'"),
-        ({"reduction": "sum", "normalizer": 2.0}, ValueError, "normalizer goes with reduction='mean' only"),
+        (
+            {"reduction": "sum", "normalizer": 2.0},
+            ValueError,
+            "normalizer goes with reduction='mean' only",
+        ),
         ({"normalizer": -1}, ValueError, r"normalizer must be in \[0.0, inf\], got -1"),
         ({"normalizer": NAN}, ValueError, "normalizer .* got nan"),
         ({"normalizer": "2"}, TypeError, "normalizer must be a number or a 0-d tensor"),
@@ -279,13 +333,25 @@ def test_wrong_tensors_are_named(
         ({"z_loss": -1e-4}, ValueError, "z_loss"),
         ({"z_loss": NAN}, ValueError, "z_loss"),
         ({"softcap": 0}, ValueError, "softcap must be None or a number above 0, got 0"),
-        ({"softcap": float("inf")}, ValueError, r"softcap must be in \[0.0, 3.40.*e\+38\], got inf"),
+        (
+            {"softcap": float("inf")},
+            ValueError,
+            r"softcap must be in \[0.0, 3.40.*e\+38\], got inf",
+        ),
         ({"softcap": 1e300}, ValueError, r"softcap must be in \[0.0, 3.40.*e\+38\], got 1e\+300"),
         ({"softcap": -1.0}, ValueError, "softcap"),
         ({"softcap": torch.tensor(3.0)}, ValueError, "softcap"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int"),
-        ({"weight": torch.ones(2)}, ValueError, r"weight must be a floating tensor of shape \[3\].*\(2,\)"),
-        ({"weight": torch.ones(3, dtype=torch.int64)}, ValueError, "weight must be a floating tensor"),
+        (
+            {"weight": torch.ones(2)},
+            ValueError,
+            r"weight must be a floating tensor of shape \[3\].*\(2,\)",
+        ),
+        (
+            {"weight": torch.ones(3, dtype=torch.int64)},
+            ValueError,
+            "weight must be a floating tensor",
+        ),
         (
             {"weight": torch.ones(3, device="meta")},
             ValueError,

@@ -34,9 +34,17 @@ def test_samples_agree_with_torch_in_float64(
         if (reduction == "sum" and "normalizer" in options) or logits.numel() == 0:
             continue
         weight = options.get("weight")
-        options = {**options, "reduction": reduction, "weight": None if weight is None else weight.to(device)}
+        options = {
+            **options,
+            "reduction": reduction,
+            "weight": None if weight is None else weight.to(device),
+        }
         grad = cross_entropy_step(logits, targets, None, **options, config=config)
-        assert (grad.dtype, grad.shape, grad.requires_grad) == (logits_dtype, logits.shape, False), name
+        assert (grad.dtype, grad.shape, grad.requires_grad) == (
+            logits_dtype,
+            logits.shape,
+            False,
+        ), name
         truth = plain_grad(logits.double(), targets, **options)
         assert_no_worse_than_eager(grad, plain_grad(logits, targets, **options), truth)
 
@@ -55,14 +63,18 @@ def test_meter_sees_what_the_loss_would_show_it(config: KernelConfig) -> None:
 def test_grad_scale_multiplies(config: KernelConfig, scale: float) -> None:
     expected = scale * plain_grad(X, T)
     for value in (scale, torch.tensor(scale), torch.tensor(scale, dtype=torch.float64)):
-        torch.testing.assert_close(cross_entropy_step(X, T, None, grad_scale=value, config=config), expected)
+        torch.testing.assert_close(
+            cross_entropy_step(X, T, None, grad_scale=value, config=config), expected
+        )
 
 
 def test_grad_scale_is_applied_before_rounding_to_float16(config: KernelConfig) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(32, 1000, generator=generator) * 3).half()
     targets = torch.randint(1000, (32,), generator=generator)
-    grad = cross_entropy_step(logits, targets, None, normalizer=512, grad_scale=65536.0, config=config)
+    grad = cross_entropy_step(
+        logits, targets, None, normalizer=512, grad_scale=65536.0, config=config
+    )
     assert (grad != 0).double().mean() > 0.99
     late = plain_grad(logits, targets, normalizer=512)  # what a late scale would multiply
     assert (late != 0).double().mean() < 0.5
@@ -106,7 +118,9 @@ def test_inplace_writes_over_the_logits(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("use", ["inplace", "out"])
-def test_autograd_raises_where_overwritten_values_are_needed(config: KernelConfig, use: str) -> None:
+def test_autograd_raises_where_overwritten_values_are_needed(
+    config: KernelConfig, use: str
+) -> None:
     logits = X.clone().requires_grad_() * 1
     out = torch.ones(4, 6)
     needed = logits.square() if use == "inplace" else torch.ones(4, 6, requires_grad=True) * out
@@ -118,7 +132,9 @@ def test_autograd_raises_where_overwritten_values_are_needed(config: KernelConfi
 
 def test_expanded_logits_are_read_without_harm(config: KernelConfig) -> None:
     logits = X[:1].expand(4, 6)
-    torch.testing.assert_close(cross_entropy_step(logits, T, None, config=config), plain_grad(logits, T))
+    torch.testing.assert_close(
+        cross_entropy_step(logits, T, None, config=config), plain_grad(logits, T)
+    )
 
 
 BUFFER = torch.zeros(64)
@@ -162,7 +178,9 @@ def test_out_overlapping_the_logits_is_refused(config: KernelConfig) -> None:
         (torch.zeros(6, 4).t(), "class dimension must have stride 1"),
     ],
 )
-def test_inplace_is_refused_where_it_would_do_harm(config: KernelConfig, logits: Tensor, words: str) -> None:
+def test_inplace_is_refused_where_it_would_do_harm(
+    config: KernelConfig, logits: Tensor, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         cross_entropy_step(logits, T, None, inplace=True, config=config)
     assert logits.eq(0).all()

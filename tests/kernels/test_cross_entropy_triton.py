@@ -1,4 +1,5 @@
-"""What belongs to Triton's cross entropy alone: long rows, launches, what it compiles, and rows only a GPU may see.
+"""What belongs to Triton's cross entropy alone: long rows, launches, what it compiles, and rows
+only a GPU may see.
 
 On a machine without a GPU the kernels run in Triton's interpreter, on the CPU.
 """
@@ -52,7 +53,11 @@ def long_rows() -> tuple[Tensor, Tensor]:
     [
         {},
         {"label_smoothing": 0.1, "z_loss": 1e-5},
-        {"weight": torch.linspace(0.5, 2.0, LONG), "label_smoothing": torch.tensor(0.1), "softcap": 30.0},
+        {
+            "weight": torch.linspace(0.5, 2.0, LONG),
+            "label_smoothing": torch.tensor(0.1),
+            "softcap": 30.0,
+        },
     ],
     ids=["plain", "smoothing", "everything"],
 )
@@ -82,11 +87,17 @@ def test_pieces_count_what_the_reference_counts(classes: int) -> None:
     meters = Meter(DEVICE, topk=(5, 9000)), Meter(DEVICE, topk=(5, 9000))
     for meter, backend in zip(meters, ("triton", "eager"), strict=True):
         losses = cross_entropy(
-            logits, targets, reduction="none", meter=meter, label_smoothing=0.1, config=KernelConfig(backend=backend)
+            logits,
+            targets,
+            reduction="none",
+            meter=meter,
+            label_smoothing=0.1,
+            config=KernelConfig(backend=backend),
         )
         assert losses[7:10].isnan().all()
     assert torch.equal(meters[0].counts, meters[1].counts)
-    assert meters[0].compute().nonfinite == (3 if classes == LONG else 4)  # short, row 0 is all -inf too
+    # short, row 0 is all -inf too
+    assert meters[0].compute().nonfinite == (3 if classes == LONG else 4)
 
 
 def test_bfloat16_logits_are_read_exactly() -> None:
@@ -126,7 +137,9 @@ def test_weights_added_up_by_another_launch_are_the_same(
     weight = None if weight is None else weight.to(DEVICE)
     within = cross_entropy_step(logits, targets, None, weight=weight, config=CONFIG)
     choose = launch.choose
-    monkeypatch.setattr(launch, "choose", lambda *sizes: dataclasses.replace(choose(*sizes), count_first=True))
+    monkeypatch.setattr(
+        launch, "choose", lambda *sizes: dataclasses.replace(choose(*sizes), count_first=True)
+    )
     apart = cross_entropy_step(logits, targets, None, weight=weight, config=CONFIG)
     torch.testing.assert_close(apart, within, rtol=1e-6, atol=0)
 
@@ -145,7 +158,9 @@ def test_strides_are_followed() -> None:
         out = torch.empty(*logits.shape[:-1], 20, device=DEVICE)[..., 5 : 5 + logits.shape[-1]]
         assert torch.equal(cross_entropy_step(logits, t, None, out=out, config=CONFIG), expected)
         if logits.stride(-1) == 1:
-            assert torch.equal(cross_entropy_step(logits, t, None, inplace=True, config=CONFIG), expected)
+            assert torch.equal(
+                cross_entropy_step(logits, t, None, inplace=True, config=CONFIG), expected
+            )
 
 
 # --- what only a GPU may see, and what no public function reaches on the CPU ---
@@ -165,13 +180,17 @@ def test_bad_targets_are_left_out_as_in_the_reference(normalizer: float | None) 
             torch.testing.assert_close(loss, expected, equal_nan=True)
             ones = torch.ones_like(loss)
             grad = triton.backward(ones, logits, targets, *kept, options)
-            torch.testing.assert_close(grad, reference.backward(ones, logits, targets, *state, options))
+            torch.testing.assert_close(
+                grad, reference.backward(ones, logits, targets, *state, options)
+            )
             if meters[0] is not None and meters[1] is not None:
                 assert torch.equal(meters[0].counts, meters[1].counts)
                 torch.testing.assert_close(meters[0].sums, meters[1].sums)
         if reduction == "mean":
             step = triton.step(logits, targets, options, None, 1.0, None)
-            torch.testing.assert_close(step, reference.step(logits, targets, options, None, 1.0, None))
+            torch.testing.assert_close(
+                step, reference.step(logits, targets, options, None, 1.0, None)
+            )
 
 
 @pytest.mark.parametrize("values", [[0, 2, 1, -100], [-100, -100, -100, -100]], ids=str)
@@ -190,7 +209,9 @@ def test_record_adds_what_the_reference_adds(values: list[int]) -> None:
 # --- the launch choice ---
 
 
-@pytest.mark.parametrize("classes", [1, 2, 10, 1000, 1024, 1025, 16384, 16385, 32000, 50257, 128256, 262144])
+@pytest.mark.parametrize(
+    "classes", [1, 2, 10, 1000, 1024, 1025, 16384, 16385, 32000, 50257, 128256, 262144]
+)
 def test_nothing_compiled_depends_on_the_rows(classes: int) -> None:
     compiled = {
         (x.rows, x.block, x.resident, x.warps, x.stages, x.registers)
@@ -257,7 +278,9 @@ def launch(rows, classes=10, smoothing=0.1, ignored=0, at=0, **options):
 
 def compiled_variants(code: str) -> list[int]:
     environment = {"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", KEYS + code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KEYS + code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.split()]
 
@@ -282,8 +305,13 @@ print(launch(9, smoothing=torch.tensor(0.3)), launch(64, smoothing=torch.arange(
 
 
 def test_without_the_interpreter_the_cpu_is_refused_with_the_way_out() -> None:
-    code = "import esper_kernels as k, torch; k.select_backend('cross_entropy', 'cpu', torch.float32, CONFIG)"
+    code = (
+        "import esper_kernels as k, torch; k.select_backend('cross_entropy', 'cpu', "
+        "torch.float32, CONFIG)"
+    )
     code = code.replace("CONFIG", "k.KernelConfig(backend='triton')")
     environment = {"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert "TRITON_INTERPRET=1" in done.stderr.splitlines()[-1]

@@ -1,4 +1,5 @@
-"""The CUDA kernels without a GPU: compiled for the host and run by tests/cuda_shim, compiled for GPUs by nvcc.
+"""The CUDA kernels without a GPU: compiled for the host and run by tests/cuda_shim, compiled for
+GPUs by nvcc.
 
 On a GPU the other kernel tests run them.
 """
@@ -19,13 +20,18 @@ from torch import Tensor
 
 from benchmarks import cuda_resources
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats, native
-from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_entropy, relative_error
+from esper_kernels.testing import (
+    assert_no_worse_than_eager,
+    plain_torch_cross_entropy,
+    relative_error,
+)
 from tests.cuda_shim.build import ROOT, SANITIZERS, build, load
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EAGER = KernelConfig(backend="eager")
 CPP = KernelConfig(backend="cpp")
-# Multiprocessors, bytes of shared memory a block, architecture: rows whole in a block; in clusters; read twice.
+# Multiprocessors, bytes of shared memory a block, architecture: rows whole in a block; in clusters;
+# read twice.
 DEVICES = {"whole": (3, 227 << 10, 9), "clusters": (16, 6000, 9), "twice": (2, 2000, 8)}
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
 
@@ -41,7 +47,8 @@ def library() -> Any:
 
 @pytest.fixture
 def device(library: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """Calls of the `cpp` backend run the CUDA kernels; what is given sets the make-believe device."""
+    """Calls of the `cpp` backend run the CUDA kernels; what is given sets the make-believe
+    device."""
 
     def choose(name: str = "whole", backwards: bool = False) -> None:
         library.esper_shim_device(*DEVICES[name], backwards)
@@ -60,15 +67,16 @@ def device(library: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
             12080,
             1,
             True,
-            "the driver serves CUDA 12.8, the kernels were built with 13.0; it takes a driver from R580 on, or a build "
-            "with a CUDA 12 toolkit",
+            "the driver serves CUDA 12.8, the kernels were built with 13.0; it takes a driver "
+            "from R580 on, or a build with a CUDA 12 toolkit",
         ),
         (13010, 0, True, "there is no CUDA device"),
         (
             13000,
             1,
             False,
-            "the kernels were not built for this GPU; name its architecture in TORCH_CUDA_ARCH_LIST",
+            "the kernels were not built for this GPU; name its architecture in "
+            "TORCH_CUDA_ARCH_LIST",
         ),
         (14000, 1, True, ""),
     ],
@@ -83,7 +91,9 @@ def test_a_gpu_that_cannot_serve_is_refused_with_the_reason(
     assert said.value.decode() == reason
 
 
-def arguments(n: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+def arguments(
+    n: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(v, (n,), generator=generator)
     targets[n // 2 :: 3] = -100
@@ -116,12 +126,15 @@ def check_sizes(sizes: tuple[int, ...], dtype: torch.dtype, rows: int) -> None:
         logits, targets = arguments(rows, v, dtype, seed=v)
         check_step(logits, targets)
         check_step(logits, targets, weight=torch.linspace(0.5, 2.0, v), **EVERYTHING)
-        check_step(logits.repeat_interleave(2, -1)[:, :v], targets)  # ties, and rows further apart than they are long
+        # ties, and rows further apart than they are long
+        check_step(logits.repeat_interleave(2, -1)[:, :v], targets)
 
 
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_of_every_kind_agree_with_float64(device: Device, name: str, dtype: torch.dtype) -> None:
+def test_rows_of_every_kind_agree_with_float64(
+    device: Device, name: str, dtype: torch.dtype
+) -> None:
     device(name)
     check_sizes((1, 9, 257, 1025, 3001), dtype, rows=5)
 
@@ -129,10 +142,14 @@ def test_rows_of_every_kind_agree_with_float64(device: Device, name: str, dtype:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_of_every_size_agree_with_float64(device: Device, name: str, dtype: torch.dtype) -> None:
+def test_rows_of_every_size_agree_with_float64(
+    device: Device, name: str, dtype: torch.dtype
+) -> None:
     device(name)
     check_sizes((3, 7, 8, 16, 31, 32, 33, 64, 65, 127, 128, 255, 256, 511, 512, 513), dtype, rows=7)
-    check_sizes((1000, 1023, 1024, 1026, 2047, 2048, 4095, 8191, 10000, 16385, 32001), dtype, rows=3)
+    check_sizes(
+        (1000, 1023, 1024, 1026, 2047, 2048, 4095, 8191, 10000, 16385, 32001), dtype, rows=3
+    )
     check_sizes((50257, 65537, 131072, 200003, 262144), dtype, rows=2)
 
 
@@ -151,7 +168,9 @@ def test_rows_may_begin_and_end_anywhere(device: Device, offset: int) -> None:
 
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("shape", [(700, 10), (40, 300), (9, 2000)])
-def test_order_of_blocks_and_threads_changes_no_bit(device: Device, name: str, shape: tuple[int, int]) -> None:
+def test_order_of_blocks_and_threads_changes_no_bit(
+    device: Device, name: str, shape: tuple[int, int]
+) -> None:
     """A missing barrier would let threads that run last to first see other values."""
     logits, targets = arguments(*shape)
     found = []
@@ -159,13 +178,17 @@ def test_order_of_blocks_and_threads_changes_no_bit(device: Device, name: str, s
         device(name, backwards)
         meter = Meter("cpu")
         grad = cross_entropy_step(logits, targets, meter, **EVERYTHING, config=CPP)
-        stats = grad_stats([logits, logits[:, 0], logits.new_zeros(0), logits.repeat(40, 3)], config=CPP)
+        stats = grad_stats(
+            [logits, logits[:, 0], logits.new_zeros(0), logits.repeat(40, 3)], config=CPP
+        )
         found.append((grad, meter.sums, meter.counts, stats.norms, stats.zeros, stats.total_norm))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("v", [3, 300, 2000])
-def test_bad_targets_have_no_gradient_and_are_counted_or_make_the_loss_nan(device: Device, v: int) -> None:
+def test_bad_targets_have_no_gradient_and_are_counted_or_make_the_loss_nan(
+    device: Device, v: int
+) -> None:
     logits, _ = arguments(4, v)
     targets = torch.tensor([-1, 1, v, 2**40])
     meter = Meter("cpu")
@@ -184,7 +207,9 @@ def test_bad_targets_have_no_gradient_and_are_counted_or_make_the_loss_nan(devic
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int64, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.int32, torch.uint8))], ids=str
+    "dtype",
+    [torch.int64, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.int32, torch.uint8))],
+    ids=str,
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_many_rows_are_counted_before(device: Device, dtype: torch.dtype, weighted: bool) -> None:
@@ -193,12 +218,16 @@ def test_many_rows_are_counted_before(device: Device, dtype: torch.dtype, weight
     n = 140_000 // dtype.itemsize
     logits = torch.randn(n, 3, generator=generator)
     targets = torch.randint(4, (n,), generator=generator)
-    options: dict[str, Any] = {"ignore_index": 3, "weight": torch.tensor([0.5, 1.0, 3.0]) if weighted else None}
+    options: dict[str, Any] = {
+        "ignore_index": 3,
+        "weight": torch.tensor([0.5, 1.0, 3.0]) if weighted else None,
+    }
     check_step(logits, targets.to(dtype), **options)
 
 
 def test_confident_rows_keep_their_digits(device: Device) -> None:
-    """A target far ahead: 1 - softmax and the loss are some e^-30, not a difference of rounded ones."""
+    """A target far ahead: 1 - softmax and the loss are some e^-30, not a difference of rounded
+    ones."""
     for v in (10, 5000):
         logits = torch.zeros(2, v)
         logits[:, 3] = 30.0
@@ -246,19 +275,28 @@ def test_more_k_than_a_launch_counts_are_refused(device: Device) -> None:
         cross_entropy_step(logits, targets, Meter("cpu", topk=range(1, 18)), config=CPP)
 
 
-@pytest.mark.parametrize("count", [0, 1, 111, 321, *(pytest.param(n, marks=pytest.mark.slow) for n in (771, 2241))])
+@pytest.mark.parametrize(
+    "count", [0, 1, 111, 321, *(pytest.param(n, marks=pytest.mark.slow) for n in (771, 2241))]
+)
 def test_gradient_statistics_of_any_number_of_tensors(device: Device, count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     grads: list[Tensor | None] = []
     for i in range(count):
         size = (1, 0, 37, 4097, 16)[i % 5] + i % 7 * (i % 5 != 1)
-        grads.append(None if i % 31 == 7 else torch.randn(size, generator=generator).to(DTYPES[i % 3])[i % 2 :])
+        grads.append(
+            None
+            if i % 31 == 7
+            else torch.randn(size, generator=generator).to(DTYPES[i % 3])[i % 2 :]
+        )
     if count > 1:
         grads[1] = torch.randn(150_001, generator=generator)  # several pieces, odd ends
         grads[-1] = torch.tensor([0.0, -0.0, torch.inf, torch.nan, 1e-45])
     scales = [None, torch.tensor(0.25), torch.tensor(-1e-3, dtype=torch.float64)]
     if count == 111:
-        scales += [torch.tensor(x, dtype=torch.float64) for x in (0.0, torch.inf, torch.nan, 1e-200, -1e200)]
+        scales += [
+            torch.tensor(x, dtype=torch.float64)
+            for x in (0.0, torch.inf, torch.nan, 1e-200, -1e200)
+        ]
     for scale in scales:
         actual = grad_stats(grads, inv_scale=scale, config=CPP)
         expected = grad_stats(grads, inv_scale=scale, config=EAGER)
@@ -303,8 +341,22 @@ def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path
     }
     names = ("cross_entropy", "cross_entropy_step", "cross_entropy_inputs", "grad_stats", "meter")
     files = [f"tests/kernels/test_{name}.py" for name in names]
-    for tests in (["-k", "cpp", "-p", "tests.cuda_shim.plugin", *files], ["tests/kernels/test_cuda.py"]):
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    for tests in (
+        ["-k", "cpp", "-p", "tests.cuda_shim.plugin", *files],
+        ["tests/kernels/test_cuda.py"],
+    ):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+        ]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -331,5 +383,7 @@ def test_no_kernel_spills_on_any_architecture_by_the_record() -> None:
 
 
 def recorded() -> list[dict[str, Any]]:
-    figures: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/results/cuda-resources.json").read_text())["figures"]
+    figures: list[dict[str, Any]] = json.loads(
+        (ROOT / "benchmarks/results/cuda-resources.json").read_text()
+    )["figures"]
     return figures

@@ -1,7 +1,8 @@
-"""Random calls of the two CPU ops, in strange memory and with every option, compared with eager float64.
+"""Random calls of the two CPU ops, in strange memory and with every option, compared with eager
+float64.
 
-Call i is drawn from the seed i alone, so `python tests/kernels/test_fuzz.py 1 I` repeats call I by itself.
-The slow test makes many calls under the address and undefined-behaviour sanitizers.
+Call i is drawn from the seed i alone, so `python tests/kernels/test_fuzz.py 1 I` repeats call I by
+itself. The slow test makes many calls under the address and undefined-behaviour sanitizers.
 """
 
 import random
@@ -20,7 +21,8 @@ from esper_kernels.native import INSTRUCTION_SETS
 from tests.helpers.builds import SANITIZERS, copy_with_ops, run_python, sanitizer_environment
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# About the widths of vectors, the change to whole rows per vector at 33, and the chunks of long rows.
+# About the widths of vectors, the change to whole rows per vector at 33, and the chunks of long
+# rows.
 CLASSES = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 40, 63, 64, 65, 129, 257, 1000)
 LONG_ROWS = (1023, 1025, 2049, 4095, 4097, 9001)
 SPECIAL = (0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e4, -1e4, 86.0, -86.0, 6e-8, 1e-40)
@@ -172,7 +174,9 @@ def loss_and_gradient(
 
 
 def check_loss_call(call: LossCall) -> None:
-    meter, true_meter = (None if call.topk is None else Meter("cpu", topk=call.topk) for _ in range(2))
+    meter, true_meter = (
+        None if call.topk is None else Meter("cpu", topk=call.topk) for _ in range(2)
+    )
     before = call.logits.clone()
     true_loss, true_gradient = loss_and_gradient(call, before.double(), true_meter, EAGER)
     if call.form == "loss":
@@ -194,9 +198,13 @@ def check_loss_call(call: LossCall) -> None:
         torch.testing.assert_close(call.logits, before, rtol=0, atol=0, equal_nan=True)
     # With z-loss of logits about 1e4, differences of terms of size 20 cancel to 5e-6.
     rtol = max(torch.finfo(call.logits.dtype).eps, 3e-6)
-    torch.testing.assert_close(gradient.double(), true_gradient, rtol=rtol, atol=5e-6, equal_nan=True)
+    torch.testing.assert_close(
+        gradient.double(), true_gradient, rtol=rtol, atol=5e-6, equal_nan=True
+    )
     if meter is not None and true_meter is not None:
-        torch.testing.assert_close(meter.sums, true_meter.sums, rtol=3e-6, atol=2e-6, equal_nan=True)
+        torch.testing.assert_close(
+            meter.sums, true_meter.sums, rtol=3e-6, atol=2e-6, equal_nan=True
+        )
         assert torch.equal(meter.counts, true_meter.counts)
 
 
@@ -216,7 +224,9 @@ def check_refused_call(call: LossCall, fault: str) -> None:
     before = call.logits.clone() if fault == "bad target" else None
     arguments = {"out": call.out, "config": call.config, **call.options}
     with pytest.raises((IndexError, ValueError, RuntimeError)):
-        cross_entropy_step(call.logits, call.targets, meter, inplace=call.form == "inplace", **arguments)
+        cross_entropy_step(
+            call.logits, call.targets, meter, inplace=call.form == "inplace", **arguments
+        )
     assert not meter.counts.any()
     if before is not None:
         torch.testing.assert_close(call.logits, before, rtol=0, atol=0, equal_nan=True)

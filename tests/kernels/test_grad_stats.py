@@ -1,4 +1,5 @@
-"""Gradient statistics and clipping: against hand-computed numbers and numpy-style truth in float64."""
+"""Gradient statistics and clipping: against hand-computed numbers and numpy-style truth in
+float64."""
 
 import dataclasses
 import math
@@ -21,7 +22,9 @@ def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def parameter(grad: Tensor | None) -> Tensor:
-    result = torch.zeros(0 if grad is None else grad.shape, dtype=None if grad is None else grad.dtype)
+    result = torch.zeros(
+        0 if grad is None else grad.shape, dtype=None if grad is None else grad.dtype
+    )
     result.grad = grad
     return result
 
@@ -29,7 +32,9 @@ def parameter(grad: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("name", grad_samples())
 def test_samples_agree_with_plain_python(config: KernelConfig, device: str, name: str) -> None:
     grads = grad_samples(device)[name]
-    if config.backend == "cuda" and any(grad is not None and grad.dtype == torch.float64 for grad in grads):
+    if config.backend == "cuda" and any(
+        grad is not None and grad.dtype == torch.float64 for grad in grads
+    ):
         with pytest.raises(ValueError, match="cuda: float64 is served by"):
             grad_stats(grads, config=config)
         return
@@ -52,7 +57,9 @@ def test_samples_agree_with_plain_python(config: KernelConfig, device: str, name
     assert stats.compute().elements == len(everything)
 
 
-def test_results_are_device_tensors_of_the_promised_dtypes(config: KernelConfig, device: str) -> None:
+def test_results_are_device_tensors_of_the_promised_dtypes(
+    config: KernelConfig, device: str
+) -> None:
     stats = grad_stats([torch.ones(2, device=device), None], config=config)
     for name in ("norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf"):
         value = getattr(stats, name)
@@ -63,7 +70,8 @@ def test_results_are_device_tensors_of_the_promised_dtypes(config: KernelConfig,
 
 
 def test_norm_of_float16_list_does_not_overflow(config: KernelConfig) -> None:
-    """50 tensors x 10 000 values of 100: each norm 100 sqrt(10 000), together 100 sqrt(500 000) = 70710.678."""
+    """50 tensors x 10 000 values of 100: each norm 100 sqrt(10 000), together 100 sqrt(500 000) =
+    70710.678."""
     health = grad_stats(grad_samples()["float16 beyond its range"], config=config).compute()
     assert health.gradient_norm == pytest.approx(70710.67811865476)
     assert health.max_layer_norm == pytest.approx(10_000)
@@ -76,7 +84,9 @@ def test_norms_of_1e20_and_1e_minus_30(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_minus_zero_is_a_zero_and_a_denormal_is_not(config: KernelConfig, dtype: torch.dtype) -> None:
+def test_minus_zero_is_a_zero_and_a_denormal_is_not(
+    config: KernelConfig, dtype: torch.dtype
+) -> None:
     if config.backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter takes bfloat16 denormals for 0")
     denormal = torch.finfo(dtype).smallest_normal / 4
@@ -85,12 +95,19 @@ def test_minus_zero_is_a_zero_and_a_denormal_is_not(config: KernelConfig, dtype:
 
 
 def test_nan_and_inf_propagate(config: KernelConfig) -> None:
-    stats = grad_stats({"a": [tensor(NAN, INF), tensor(INF)], "b": [tensor(-INF, 1.0)]}, config=config)
+    stats = grad_stats(
+        {"a": [tensor(NAN, INF), tensor(INF)], "b": [tensor(-INF, 1.0)]}, config=config
+    )
     health = stats.compute()
     assert [str(x) for x in stats.norms.tolist()] == ["nan", "inf", "inf"]
     assert [str(x) for x in stats.max_abs.tolist()] == ["nan", "inf", "inf"]
     assert (health.nan_count, health.inf_count, health.gradient_health) == (1, 3, 0.0)
-    for value in (health.gradient_norm, health.min_layer_norm, health.max_layer_norm, health.norm_ratio):
+    for value in (
+        health.gradient_norm,
+        health.min_layer_norm,
+        health.max_layer_norm,
+        health.norm_ratio,
+    ):
         assert math.isnan(value)
     assert health.groups["b"].gradient_norm == INF
     assert health.has_exploding
@@ -98,9 +115,16 @@ def test_nan_and_inf_propagate(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("values", [(1.0, NAN, 2.0), (INF, NAN), (NAN, 1.0)])
-def test_nan_shows_in_norm_minimum_and_maximum_at_any_place(config: KernelConfig, values: tuple[float, ...]) -> None:
+def test_nan_shows_in_norm_minimum_and_maximum_at_any_place(
+    config: KernelConfig, values: tuple[float, ...]
+) -> None:
     health = grad_stats([tensor(value) for value in values], config=config).compute()
-    for value in (health.gradient_norm, health.min_layer_norm, health.max_layer_norm, health.norm_ratio):
+    for value in (
+        health.gradient_norm,
+        health.min_layer_norm,
+        health.max_layer_norm,
+        health.norm_ratio,
+    ):
         assert math.isnan(value)
 
 
@@ -124,7 +148,8 @@ def test_health_by_hand(config: KernelConfig) -> None:
 
 
 def test_health_is_never_below_zero(config: KernelConfig) -> None:
-    """A threshold order under which every tensor both vanishes and explodes: 1 - 0.5 - 0.8 clamps to 0."""
+    """A threshold order under which every tensor both vanishes and explodes: 1 - 0.5 - 0.8 clamps
+    to 0."""
     stats = grad_stats([tensor(1.0)], vanishing=2.0, exploding=0.5, config=config)
     assert stats.compute().gradient_health == 0
 
@@ -180,7 +205,10 @@ def test_groups_are_measured_apart_and_together(config: KernelConfig) -> None:
     assert dataclasses.replace(health, groups={}) == grad_stats(flat, config=config).compute()
     for name, members in groups.items():
         assert health.groups[name] == grad_stats(members, config=config).compute()
-    assert (health.groups["host"].gradient_norm, health.groups["r0c0"].zero_grad_fraction) == (5, 0.5)
+    assert (health.groups["host"].gradient_norm, health.groups["r0c0"].zero_grad_fraction) == (
+        5,
+        0.5,
+    )
 
 
 def test_expanded_tensors_count_every_logical_element(config: KernelConfig) -> None:
@@ -206,16 +234,28 @@ def test_inv_scale_does_not_flush_small_values(config: KernelConfig) -> None:
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_found_inf_is_the_scalers_flag(config: KernelConfig, value: float) -> None:
-    stats = grad_stats([tensor(1.0), tensor(1.0, value)], inv_scale=torch.tensor(0.5), config=config)
+    stats = grad_stats(
+        [tensor(1.0), tensor(1.0, value)], inv_scale=torch.tensor(0.5), config=config
+    )
     assert stats.found_inf.item() == 1
 
 
 def test_out_reuses_the_memory(config: KernelConfig) -> None:
     first = grad_stats([tensor(NAN), tensor(2.0)], config=config)
     pointers = (first.norms.data_ptr(), first.zeros.data_ptr(), first.found_inf.data_ptr())
-    second = grad_stats({"a": [tensor(0.0, 0.0)], "b": [None]}, vanishing=0.0, out=first, config=config)
-    assert (second.norms.data_ptr(), second.zeros.data_ptr(), second.found_inf.data_ptr()) == pointers
-    assert (second.norms.tolist(), second.zeros.tolist(), second.nans.tolist()) == ([0, 0], [2, 0], [0, 0])
+    second = grad_stats(
+        {"a": [tensor(0.0, 0.0)], "b": [None]}, vanishing=0.0, out=first, config=config
+    )
+    assert (
+        second.norms.data_ptr(),
+        second.zeros.data_ptr(),
+        second.found_inf.data_ptr(),
+    ) == pointers
+    assert (second.norms.tolist(), second.zeros.tolist(), second.nans.tolist()) == (
+        [0, 0],
+        [2, 0],
+        [0, 0],
+    )
     assert second.found_inf.item() == 0
     assert list(second.compute().groups) == ["a", "b"]
     assert not second.compute().has_vanishing
@@ -241,9 +281,19 @@ def test_out_of_another_layout_is_refused(config: KernelConfig) -> None:
             ValueError,
             "one device, got cpu.*place 2, meta",
         ),
-        ([torch.ones(2)], {"inv_scale": torch.ones(1)}, TypeError, "inv_scale must be a 0-d tensor"),
+        (
+            [torch.ones(2)],
+            {"inv_scale": torch.ones(1)},
+            TypeError,
+            "inv_scale must be a 0-d tensor",
+        ),
         ([torch.ones(2)], {"inv_scale": 0.5}, TypeError, "inv_scale must be a 0-d tensor"),
-        ([torch.ones(2)], {"inv_scale": torch.ones((), device="meta")}, ValueError, "device cpu, got meta"),
+        (
+            [torch.ones(2)],
+            {"inv_scale": torch.ones((), device="meta")},
+            ValueError,
+            "device cpu, got meta",
+        ),
     ],
 )
 def test_wrong_input_is_named(
@@ -278,7 +328,9 @@ def test_same_bits_at_any_thread_count(config: KernelConfig) -> None:
 
 
 def twins(*grads: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    return [parameter(g) for g in grads], [parameter(None if g is None else g.clone()) for g in grads]
+    return [parameter(g) for g in grads], [
+        parameter(None if g is None else g.clone()) for g in grads
+    ]
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
@@ -304,9 +356,14 @@ def test_clip_reaches_max_norm_where_float16_would_overflow(config: KernelConfig
 
 
 def test_clip_of_mixed_dtypes_is_one_norm(config: KernelConfig) -> None:
-    params = [parameter(torch.tensor([3.0], dtype=torch.float64)), parameter(torch.tensor([4.0]).bfloat16())]
+    params = [
+        parameter(torch.tensor([3.0], dtype=torch.float64)),
+        parameter(torch.tensor([4.0]).bfloat16()),
+    ]
     assert clip_grad_norm_(params, 2.5, config=config).item() == 5
-    assert [p.grad.item() for p in params if p.grad is not None] == pytest.approx([1.5, 2.0], rel=1e-6)
+    assert [p.grad.item() for p in params if p.grad is not None] == pytest.approx(
+        [1.5, 2.0], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -327,7 +384,12 @@ def test_clip_may_raise_for_a_nonfinite_norm_before_scaling(config: KernelConfig
 
 
 def test_clip_uses_given_stats_and_does_not_sync(config: KernelConfig) -> None:
-    params = [parameter(tensor(3.0)), parameter(None), parameter(tensor(4.0)), parameter(torch.zeros(0))]
+    params = [
+        parameter(tensor(3.0)),
+        parameter(None),
+        parameter(tensor(4.0)),
+        parameter(torch.zeros(0)),
+    ]
     stats = grad_stats({"seed": [params[2].grad], "host": [params[0].grad]}, config=config)
     stats.total_norm.fill_(10.0)  # what is used, if the gradients are not read again
     with SyncCounter() as syncs:
@@ -349,7 +411,9 @@ def test_clip_under_a_loss_scale_bounds_the_unscaled_norm(config: KernelConfig) 
 def test_clip_refuses_stats_of_other_gradients(config: KernelConfig) -> None:
     param = parameter(tensor(3.0, 4.0))
     for other in ([tensor(1.0)], [tensor(1.0, 1.0), tensor(1.0)], []):
-        with pytest.raises(ValueError, match=f"stats are of {len(other)} tensors .* params have 1 gradients with 2"):
+        with pytest.raises(
+            ValueError, match=f"stats are of {len(other)} tensors .* params have 1 gradients with 2"
+        ):
             clip_grad_norm_([param], 1.0, stats=grad_stats(other, config=config), config=config)
     assert param.grad is not None
     assert param.grad.tolist() == [3, 4]
@@ -364,5 +428,7 @@ def test_clip_takes_a_generator_and_a_single_tensor(config: KernelConfig) -> Non
     model = torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum().backward()
     assert clip_grad_norm_(model.parameters(), 1.0, config=config) > 1
-    assert clip_grad_norm_((p for p in model.parameters()), 9.0, config=config).item() == pytest.approx(1.0)
+    assert clip_grad_norm_(
+        (p for p in model.parameters()), 9.0, config=config
+    ).item() == pytest.approx(1.0)
     assert clip_grad_norm_(model.weight, 9.0, config=config) < 1

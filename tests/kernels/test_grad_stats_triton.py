@@ -1,4 +1,5 @@
-"""What belongs to the Triton backend of gradient statistics alone: its tables, its pieces, its one launch."""
+"""What belongs to the Triton backend of gradient statistics alone: its tables, its pieces, its one
+launch."""
 
 from typing import Any
 
@@ -35,13 +36,19 @@ def assert_equal_to_eager(grads: Any, stats: GradStats, **options: Any) -> None:
     for name in COLUMNS:
         actual = getattr(stats, name)
         truth = getattr(expected, name)
-        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual, truth, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("dtype", host.DTYPES, ids=str)
 def test_views_at_any_element_are_read_exactly(dtype: torch.dtype) -> None:
     block = host.BLOCK_BYTES // dtype.itemsize
-    grads = [amid_nan(size, dtype, offset) for offset in (0, 1, 7) for size in (1, block - 1, block, block + 1)]
+    grads = [
+        amid_nan(size, dtype, offset)
+        for offset in (0, 1, 7)
+        for size in (1, block - 1, block, block + 1)
+    ]
     grads += [amid_nan(2 * block + 3, dtype, offset) for offset in (2, 3, 8)]
     assert_equal_to_eager(grads, grad_stats(grads, config=TRITON))
 
@@ -49,13 +56,21 @@ def test_views_at_any_element_are_read_exactly(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("most_pieces", [1, 5])
 def test_pieces_of_several_blocks(monkeypatch: pytest.MonkeyPatch, most_pieces: int) -> None:
     monkeypatch.setattr(host, "_MOST_PIECES", most_pieces)
-    grads = [normal(30_001), None, normal(3), normal(20_001, torch.bfloat16)[1:], normal(9_000, torch.float64)]
+    grads = [
+        normal(30_001),
+        None,
+        normal(3),
+        normal(20_001, torch.bfloat16)[1:],
+        normal(9_000, torch.float64),
+    ]
     stats = grad_stats(grads, config=TRITON)
     assert stats.workspace["triton"].piece_blocks > 1
     assert_equal_to_eager(grads, stats)
 
 
-def test_a_tensor_of_more_pieces_than_are_added_up_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_of_more_pieces_than_are_added_up_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     grads = [normal(300 * host.BLOCK_BYTES // 4)]
     monkeypatch.setattr(host, "_MOST_PIECES", 301)
     stats = grad_stats(grads, config=TRITON)
@@ -65,7 +80,10 @@ def test_a_tensor_of_more_pieces_than_are_added_up_at_a_time(monkeypatch: pytest
 
 @pytest.mark.slow
 def test_thousands_of_tensors() -> None:
-    grads = [normal(1 + seed % 5, host.DTYPES[seed % 4], seed) if seed % 7 else None for seed in range(2_250)]
+    grads = [
+        normal(1 + seed % 5, host.DTYPES[seed % 4], seed) if seed % 7 else None
+        for seed in range(2_250)
+    ]
     assert_equal_to_eager(grads, grad_stats(grads, config=TRITON))
 
 
@@ -82,13 +100,20 @@ def test_any_scale_is_multiplied_to_every_value(scale: float) -> None:
     numbers = torch.tensor([0.0, -0.0, 1e-45, 3.0, torch.inf, -torch.inf, torch.nan], device=DEVICE)
     inv_scale = torch.tensor(scale, device=DEVICE)
     for dtype in host.DTYPES:
-        grads = [numbers[:4].to(dtype), numbers[3:6].to(dtype), numbers.to(dtype), normal(5, dtype), None]
+        grads = [
+            numbers[:4].to(dtype),
+            numbers[3:6].to(dtype),
+            numbers.to(dtype),
+            normal(5, dtype),
+            None,
+        ]
         stats = grad_stats(grads, inv_scale=inv_scale, config=TRITON)
         assert_equal_to_eager(grads, stats, inv_scale=inv_scale)
 
 
 def test_tables_follow_gradients_that_moved() -> None:
-    """As `zero_grad(set_to_none=True)` moves them; first and second are alive, so their addresses differ."""
+    """As `zero_grad(set_to_none=True)` moves them; first and second are alive, so their addresses
+    differ."""
     first = [normal(5), None, normal(7)]
     second = [normal(5, seed=1), None, normal(7, seed=1)]
     stats = grad_stats(first, config=TRITON)
@@ -126,13 +151,21 @@ def test_same_bits_on_every_run_and_tickets_are_back_at_zero() -> None:
     once = [getattr(stats, name).clone() for name in COLUMNS]
     for out in (stats, None):
         again = grad_stats(grads, out=out, config=TRITON)
-        assert all(torch.equal(getattr(again, name), bits) for name, bits in zip(COLUMNS, once, strict=True))
+        assert all(
+            torch.equal(getattr(again, name), bits)
+            for name, bits in zip(COLUMNS, once, strict=True)
+        )
         assert again.workspace["triton"].tickets.count_nonzero() == 0
 
 
 def test_dense_gradients_are_read_where_they_are() -> None:
     x = normal(120).view(2, 3, 4, 5)
-    dense = [x, x.permute(3, 1, 0, 2), x.to(memory_format=torch.channels_last), x[1:, None].transpose(1, 3)]
+    dense = [
+        x,
+        x.permute(3, 1, 0, 2),
+        x.to(memory_format=torch.channels_last),
+        x[1:, None].transpose(1, 3),
+    ]
     stats = grad_stats([*dense, x[:, ::2], x.expand(2, 2, 3, 4, 5)], config=TRITON)
     found = stats.workspace["triton"].found
     assert found[:4] == [view.data_ptr() for view in dense]
@@ -146,7 +179,10 @@ def test_sizes_past_32_bits_make_few_pieces() -> None:
     first = tables.layout[8:13]
     pieces = tables.partials.shape[1]
     assert tables.layout[:4].tolist() == list(numels)
-    assert first.tolist() == [0, *torch.bincount(tables.layout[13:], minlength=4).cumsum(0).tolist()]
+    assert first.tolist() == [
+        0,
+        *torch.bincount(tables.layout[13:], minlength=4).cumsum(0).tolist(),
+    ]
     assert first[-1] == pieces <= 16384 + len(numels)
     for place, (numel, dtype) in enumerate(zip(numels, dtypes, strict=True)):
         room = int(first[place + 1] - first[place]) * tables.piece_blocks * host.BLOCK_BYTES
@@ -190,4 +226,6 @@ def test_a_tensor_past_32_bits() -> None:
     grad[-1], grad[-2] = 0, torch.inf
     stats = grad_stats([grad], config=TRITON)
     assert (stats.zeros.item(), stats.infs.item(), stats.norms.item()) == (1, 1, torch.inf)
-    assert grad_stats([grad[:-2]], config=TRITON).norms.item() == pytest.approx((2**32 + 1) ** 0.5, rel=1e-12)
+    assert grad_stats([grad[:-2]], config=TRITON).norms.item() == pytest.approx(
+        (2**32 + 1) ** 0.5, rel=1e-12
+    )

@@ -1,4 +1,5 @@
-"""What a call of the compiled CPU backend allocates, seen by limiting the process's address space."""
+"""What a call of the compiled CPU backend allocates, seen by limiting the process's address
+space."""
 
 import os
 import subprocess
@@ -6,14 +7,15 @@ import sys
 
 import pytest
 
-# In a process of its own. Blocks of 64 KiB and more are mapped one by one, so that each counts; the heap that is
-# already there holds smaller ones only.
+# In a process of its own. Blocks of 64 KiB and more are mapped one by one, so that each counts; the
+# heap that is already there holds smaller ones only.
 CODE = """
 import resource, sys
 import torch
 from esper_kernels import KernelConfig, Meter, cross_entropy_step
 
-rows, classes, dtype, form, threads = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
+rows, classes, threads = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[5])
+dtype, form = sys.argv[3:5]
 torch.set_num_threads(threads)
 config, meter = KernelConfig(backend="cpp"), Meter("cpu", topk=(1, 5))
 options = {"label_smoothing": 0.1, "softcap": 30.0} if form == "options" else {}
@@ -21,7 +23,8 @@ options = {"label_smoothing": 0.1, "softcap": 30.0} if form == "options" else {}
 def call(logits, targets, **memory):
     cross_entropy_step(logits, targets, meter, **memory, **options, config=config)
 
-call(torch.zeros(4096, 40), torch.zeros(4096, dtype=torch.int64), inplace=True)  # starts the threads
+# starts the threads
+call(torch.zeros(4096, 40), torch.zeros(4096, dtype=torch.int64), inplace=True)
 logits = torch.ones(rows, classes, dtype=getattr(torch, dtype))
 targets = torch.zeros(rows, dtype=torch.int64)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -32,12 +35,16 @@ print(meter.compute().valid)
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_ARENA_MAX": "1"}
 
 
-def run(rows: int, classes: int, dtype: str, form: str, threads: int = 1) -> subprocess.CompletedProcess[str]:
+def run(
+    rows: int, classes: int, dtype: str, form: str, threads: int = 1
+) -> subprocess.CompletedProcess[str]:
     if not sys.platform.startswith("linux"):
         pytest.skip("the address space is limited and read as on Linux")
     arguments = [str(x) for x in (rows, classes, dtype, form, threads)]
     command = [sys.executable, "-c", CODE, *arguments]
-    return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    return subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,8 +57,11 @@ def run(rows: int, classes: int, dtype: str, form: str, threads: int = 1) -> sub
         pytest.param(16_000, 2048, "bfloat16", "options", 1, marks=pytest.mark.slow),
     ],
 )
-def test_inplace_needs_less_than_a_mebibyte(rows: int, classes: int, dtype: str, form: str, threads: int) -> None:
-    """64 MB of logits; `inplace` is the plain loss, `options` one that keeps the logits for a second look."""
+def test_inplace_needs_less_than_a_mebibyte(
+    rows: int, classes: int, dtype: str, form: str, threads: int
+) -> None:
+    """64 MB of logits; `inplace` is the plain loss, `options` one that keeps the logits for a
+    second look."""
     done = run(rows, classes, dtype, form, threads)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == [str(rows + 4096)]

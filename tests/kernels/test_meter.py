@@ -26,14 +26,18 @@ LN2 = 0.6931471805599453
 
 
 def test_two_batches_by_hand(config: KernelConfig, device: str) -> None:
-    """Two equal logits cost ln 2, and the first class wins the tie; [ln 3, 0] costs ln(4/3) or ln 4."""
+    """Two equal logits cost ln 2, and the first class wins the tie; [ln 3, 0] costs ln(4/3) or ln
+    4."""
     meter = Meter(device, topk=(2,))
     even = [0.0, 0.0]
     uneven = [math.log(3), 0.0]
     batches = [([even, even, uneven], [0, 1, 0]), ([uneven, even], [1, -100])]
     for rows, targets in batches:
         cross_entropy_step(
-            torch.tensor(rows, device=device), torch.tensor(targets, device=device), meter, config=config
+            torch.tensor(rows, device=device),
+            torch.tensor(targets, device=device),
+            meter,
+            config=config,
         )
     result = meter.compute()
     first = 2 * LN2 + math.log(4 / 3)
@@ -66,7 +70,13 @@ def test_class_weights_weigh_the_loss_but_not_the_counts(config: KernelConfig) -
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reduction_does_not_enter_the_meter(config: KernelConfig, reduction: str) -> None:
     meter = Meter("cpu")
-    cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, -100]), reduction=reduction, meter=meter, config=config)
+    cross_entropy(
+        torch.zeros(3, 2),
+        torch.tensor([0, 1, -100]),
+        reduction=reduction,
+        meter=meter,
+        config=config,
+    )
     assert meter.compute().loss_sum == pytest.approx(2 * LN2)
 
 
@@ -142,7 +152,8 @@ def test_record_loss_counts_as_cross_entropy_does(config: KernelConfig) -> None:
     record_loss(torch.tensor(0.5), logits, targets, recorded)
     cross_entropy(logits, targets, meter=own, config=config)
     assert torch.equal(recorded.counts, own.counts)
-    assert recorded.sums.tolist() == [2.0, 4.0, 0.5]  # 0.5 * 4 valid rows; 4 rows; one batch of mean 0.5
+    # 0.5 * 4 valid rows; 4 rows; one batch of mean 0.5
+    assert recorded.sums.tolist() == [2.0, 4.0, 0.5]
 
 
 def test_record_loss_of_nothing_valid_adds_nothing() -> None:
@@ -155,7 +166,9 @@ def test_record_loss_of_nothing_valid_adds_nothing() -> None:
 def test_record_loss_takes_a_loss_that_requires_grad() -> None:
     meter = Meter("cpu")
     loss = torch.tensor(2.0, requires_grad=True)
-    record_loss(loss, torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1]), meter, ignore_index=1)
+    record_loss(
+        loss, torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1]), meter, ignore_index=1
+    )
     assert not meter.sums.requires_grad
     assert meter.compute().loss == 2
 
@@ -188,14 +201,18 @@ def test_an_epoch_waits_for_the_device_once(config: KernelConfig, device: str) -
             if batch % 2:
                 cross_entropy(logits, targets, meter=meter, config=config).backward()
             else:
-                logits.backward(cross_entropy_step(logits, targets, meter, inplace=True, config=config))
+                logits.backward(
+                    cross_entropy_step(logits, targets, meter, inplace=True, config=config)
+                )
             grads = [parameter.grad for parameter in model.parameters()]
             stats = grad_stats({"all": grads}, out=stats, config=config)
             clip_grad_norm_(model.parameters(), 1.0, stats=stats, config=config)
             optimizer.step()
         assert syncs.count == 0
         assert stats is not None
-        result, health, numbers, ints = compute_all(meter, stats, extra, torch.arange(4, device=device).view(2, 2))
+        result, health, numbers, ints = compute_all(
+            meter, stats, extra, torch.arange(4, device=device).view(2, 2)
+        )
         assert syncs.count == 1
     assert result == meter.compute()
     assert health == stats.compute()
@@ -292,7 +309,9 @@ dist.destroy_process_group()
 def test_all_reduce_adds_up_two_ranks(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RANK]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     try:
@@ -300,4 +319,5 @@ def test_all_reduce_adds_up_two_ranks(tmp_path: Path) -> None:
     finally:
         for process in ranks:
             process.kill()  # one that waits for a dead peer would wait for ever
-    assert outputs == ["3 1 2 2.079442"] * 2  # 3 ln 2; rank 0's one row is correct, rank 1's two are not
+    # 3 ln 2; rank 0's one row is correct, rank 1's two are not
+    assert outputs == ["3 1 2 2.079442"] * 2

@@ -1,4 +1,5 @@
-"""The kernel tests once more on other builds of the ops: with sanitizers, and for other machines."""
+"""The kernel tests once more on other builds of the ops: with sanitizers, and for other
+machines."""
 
 import shutil
 import subprocess

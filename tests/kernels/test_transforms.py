@@ -1,4 +1,5 @@
-"""Derivatives and traces that pass by the autograd function: refused by name, never silently wrong."""
+"""Derivatives and traces that pass by the autograd function: refused by name, never silently
+wrong."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,10 @@ def test_recording_a_loss_is_refused_too() -> None:
 
 
 def test_the_old_reverse_interface_is_right(config: KernelConfig) -> None:
-    actual = torch.autograd.functional.vjp(lambda x: cross_entropy(x, T, config=config), X, torch.tensor(2.0))
-    expected = torch.autograd.functional.vjp(lambda x: torch.nn.functional.cross_entropy(x, T), X, torch.tensor(2.0))
+    actual = torch.autograd.functional.vjp(
+        lambda x: cross_entropy(x, T, config=config), X, torch.tensor(2.0)
+    )
+    expected = torch.autograd.functional.vjp(
+        lambda x: torch.nn.functional.cross_entropy(x, T), X, torch.tensor(2.0)
+    )
     torch.testing.assert_close(actual, expected)

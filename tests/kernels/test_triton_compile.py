@@ -1,4 +1,5 @@
-"""Every Triton kernel that a launch can select compiles for real GPUs, here, and keeps its numbers in registers."""
+"""Every Triton kernel that a launch can select compiles for real GPUs, here, and keeps its numbers
+in registers."""
 
 import json
 import os
@@ -17,7 +18,10 @@ ROOT = Path(__file__).parent.parent.parent
 def test_every_variant_compiles_without_a_spill(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    code = "import json; from benchmarks import triton_resources; print(json.dumps(triton_resources.measure()))"
+    code = (
+        "import json; from benchmarks import triton_resources; "
+        "print(json.dumps(triton_resources.measure()))"
+    )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -27,8 +31,12 @@ def test_every_variant_compiles_without_a_spill(tmp_path: Path) -> None:
     for row in rows:
         assert row["registers"] > 0, row
         assert row["spilled_bytes"] == 0, row
-    recorded = json.loads((ROOT / "benchmarks/results/triton-resources.json").read_text())["figures"]
-    assert {(row["variant"], row["sm"]) for row in recorded} == {(row["variant"], row["sm"]) for row in rows}
+    recorded = json.loads((ROOT / "benchmarks/results/triton-resources.json").read_text())[
+        "figures"
+    ]
+    assert {(row["variant"], row["sm"]) for row in recorded} == {
+        (row["variant"], row["sm"]) for row in rows
+    }
 
 
 def test_gradient_statistics_of_every_list_are_one_binary() -> None:
@@ -46,5 +54,7 @@ for sizes in ([1], [16] * 16, [3] * 17, [10_000_000, 1]):
     assert launched[1:] == compiled[1:], (launched, compiled)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Tensors that are not what their memory says, memory of the wrong size, and writes that torch refuses."""
+"""Tensors that are not what their memory says, memory of the wrong size, and writes that torch
+refuses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats, record_loss
+from esper_kernels import (
+    KernelConfig,
+    Meter,
+    cross_entropy,
+    cross_entropy_step,
+    grad_stats,
+    record_loss,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(6, 5, generator=GENERATOR)
@@ -45,7 +53,9 @@ def misaligned(x: Tensor) -> Tensor:
 # --- negative bits and tensors of zeros ---
 
 
-@pytest.mark.parametrize("name", ["logits", "weight", "label_smoothing", "z_loss", "normalizer", "grad_scale"])
+@pytest.mark.parametrize(
+    "name", ["logits", "weight", "label_smoothing", "z_loss", "normalizer", "grad_scale"]
+)
 def test_a_negative_bit_is_not_lost(config: KernelConfig, name: str) -> None:
     values = {
         "logits": X,
@@ -116,7 +126,9 @@ def test_missing_storage_is_refused_by_name(
 
 
 @pytest.mark.parametrize("change", [freed, shrunk])
-def test_missing_storage_is_refused_by_every_function(config: KernelConfig, change: Callable[[Tensor], Tensor]) -> None:
+def test_missing_storage_is_refused_by_every_function(
+    config: KernelConfig, change: Callable[[Tensor], Tensor]
+) -> None:
     with pytest.raises(ValueError, match="the storage of logits"):
         cross_entropy(change(X).requires_grad_(), T, config=config)
     with pytest.raises(ValueError, match="the storage of targets"):
@@ -147,7 +159,9 @@ def test_odd_addresses_are_served(config: KernelConfig) -> None:
     )
     assert torch.equal(actual, expected)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        stats, truth = (grad_stats([x], config=KernelConfig()) for x in (misaligned(X.to(dtype)), X.to(dtype)))
+        stats, truth = (
+            grad_stats([x], config=KernelConfig()) for x in (misaligned(X.to(dtype)), X.to(dtype))
+        )
         assert torch.equal(stats.norms, truth.norms)
 
 
@@ -219,7 +233,9 @@ def test_topk_cannot_be_replaced() -> None:
         Meter("cpu").topk = (1, 2, 3, 4)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf"])
+@pytest.mark.parametrize(
+    "name", ["norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf"]
+)
 def test_grad_stats_out_of_the_wrong_size_is_refused(config: KernelConfig, name: str) -> None:
     if config.backend == "triton":
         pytest.skip("grad_stats by Triton has no interpreter form here")
@@ -234,9 +250,16 @@ def test_grad_stats_out_of_the_wrong_size_is_refused(config: KernelConfig, name:
 def test_a_mapping_of_tensors_has_groups_of_one(config: KernelConfig) -> None:
     if config.backend == "triton":
         pytest.skip("grad_stats by Triton has no interpreter form here")
-    health = grad_stats({"w": X, "b": X[0], "none": None, "two": [X, X[1]]}, config=config).compute()
+    health = grad_stats(
+        {"w": X, "b": X[0], "none": None, "two": [X, X[1]]}, config=config
+    ).compute()
     assert (health.tensors, health.elements) == (4, 70)
-    assert {name: group.tensors for name, group in health.groups.items()} == {"w": 1, "b": 1, "none": 0, "two": 2}
+    assert {name: group.tensors for name, group in health.groups.items()} == {
+        "w": 1,
+        "b": 1,
+        "none": 0,
+        "two": 2,
+    }
     assert health.groups["w"].gradient_norm == pytest.approx(X.norm().item())
 
 
@@ -260,9 +283,16 @@ def test_no_normalizer_means_none(config: KernelConfig, normalizer: float) -> No
 
 @pytest.mark.parametrize(
     "view",
-    [lambda p: p, lambda p: p[:4], lambda p: p.view(-1, 5)[1:5], lambda p: p.detach().requires_grad_()],
+    [
+        lambda p: p,
+        lambda p: p[:4],
+        lambda p: p.view(-1, 5)[1:5],
+        lambda p: p.detach().requires_grad_(),
+    ],
 )
-def test_parameters_are_not_written_over(config: KernelConfig, view: Callable[[Tensor], Tensor]) -> None:
+def test_parameters_are_not_written_over(
+    config: KernelConfig, view: Callable[[Tensor], Tensor]
+) -> None:
     parameter = torch.nn.Parameter(X.clone())
     logits = view(parameter)
     with pytest.raises(ValueError, match="leaf that requires grad"):
@@ -307,14 +337,21 @@ def test_class_dim_1_is_torchs_layout(config: KernelConfig, shape: tuple[int, ..
     torch.testing.assert_close(grad, truth)
     step = cross_entropy_step(logits.detach(), targets, None, class_dim=1, config=config)
     torch.testing.assert_close(step, truth)
-    out = torch.empty_like(logits.detach().movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
-    assert cross_entropy_step(logits.detach(), targets, None, class_dim=1, out=out, config=config) is out
+    out = torch.empty_like(
+        logits.detach().movedim(1, -1), memory_format=torch.contiguous_format
+    ).movedim(-1, 1)
+    assert (
+        cross_entropy_step(logits.detach(), targets, None, class_dim=1, out=out, config=config)
+        is out
+    )
     torch.testing.assert_close(out, truth)
 
 
 @pytest.mark.parametrize(
     ("class_dim", "error"), [(2, ValueError), (-3, ValueError), (1.0, TypeError), (None, TypeError)]
 )
-def test_a_wrong_class_dim_is_refused(config: KernelConfig, class_dim: Any, error: type[Exception]) -> None:
+def test_a_wrong_class_dim_is_refused(
+    config: KernelConfig, class_dim: Any, error: type[Exception]
+) -> None:
     with pytest.raises(error, match="class_dim must be"):
         cross_entropy(X, T, class_dim=class_dim, config=config)

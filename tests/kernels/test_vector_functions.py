@@ -1,7 +1,8 @@
 """The vector functions of the CPU kernels over their stated domains, on every instruction set.
 
-Truth is float64 (numpy), for conversions numpy's and torch's own rounding. The slow tests take a sample of all
-float32 values, the long ones every value. Both print the worst error in units in the last place (ulp).
+Truth is float64 (numpy), for conversions numpy's and torch's own rounding. The slow tests take a
+sample of all float32 values, the long ones every value. Both print the worst error in units in the
+last place (ulp).
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ EVERY = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def cpp(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The testing module. Without AVX-512 here, its source runs with the instructions in plain code."""
+    """The testing module. Without AVX-512 here, its source runs with the instructions in plain
+    code."""
     module = pytest.importorskip("tests.helpers.cpp", reason="built only with ESPER_TESTING=1")
     if module.instruction_sets() != ["avx2", "baseline"]:
         return module
@@ -67,7 +69,8 @@ def check_function(
     step: int,
     bound: Callable[[Array, str], Array | float],
 ) -> None:
-    """Asserts that errors stay below `bound(x, instruction_set)`, in ulp, and NaN below stays NaN."""
+    """Asserts that errors stay below `bound(x, instruction_set)`, in ulp, and NaN below stays
+    NaN."""
     sets = cpp.instruction_sets()
     worst = dict.fromkeys(sets, Worst())
     for bits in domain:
@@ -83,7 +86,9 @@ def check_function(
                 i = int(error.argmax())
                 worst[level] = max(worst[level], Worst(float(error[i]), float(x[i])))
             if {"avx512", "avx2"} <= set(sets):
-                assert np.array_equal(found["avx512"].view(np.uint32), found["avx2"].view(np.uint32))
+                assert np.array_equal(
+                    found["avx512"].view(np.uint32), found["avx2"].view(np.uint32)
+                )
     for bits in NANS:
         for x in floats(bits, step):
             for level in sets:

@@ -12,7 +12,15 @@ from esper_train.telemetry.config import TelemetryConfig
 from esper_train.telemetry.event import Event
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.config import OptimConfig, TrainConfig
-from tests.helpers.scripted import EASY, Planted, Recorder, a_life_and_a_cull, mislabelled, not_a_number, run_under
+from tests.helpers.scripted import (
+    EASY,
+    Planted,
+    Recorder,
+    a_life_and_a_cull,
+    mislabelled,
+    not_a_number,
+    run_under,
+)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +40,9 @@ def run_events() -> list[Event]:
 def broken_events() -> list[Event]:
     """Those of a run that ends because its loss is not a number."""
     recorder = Recorder()
-    config = RunConfig(task="synthetic", max_epochs=2, max_batches=4, optim=OptimConfig(host_lr=1e30))
+    config = RunConfig(
+        task="synthetic", max_epochs=2, max_batches=4, optim=OptimConfig(host_lr=1e30)
+    )
     with pytest.raises(NonFiniteLossError):
         run_heuristic_episode(config, hub=TelemetryHub([recorder]))
     return recorder.events
@@ -40,7 +50,8 @@ def broken_events() -> list[Event]:
 
 @pytest.fixture(scope="session")
 def troubled_events() -> list[Event]:
-    """Those, at the level debug, of a run that meets a bad label in epoch 2 and goes back once, in epoch 3."""
+    """Those, at the level debug, of a run that meets a bad label in epoch 2 and goes back once, in
+    epoch 3."""
     recorder = Recorder()
     base = RunConfig(task="synthetic", max_epochs=4, max_batches=4)
     train = TrainConfig(on_bad_numbers="rollback")

@@ -25,9 +25,15 @@ def parameter(grad: torch.Tensor | None) -> nn.Parameter:
 
 
 def test_gradient_norm_is_the_l2_norm_over_all_tensors() -> None:
-    """Four tensors of ones(4): sqrt(16) = 4; the audited collector divided by the number of tensors."""
+    """Four tensors of ones(4): sqrt(16) = 4; the audited collector divided by the number of
+    tensors."""
     stats = collect_seed_gradients(iter([parameter(torch.ones(4)) for _ in range(4)]))
-    assert stats == {"gradient_norm": 4.0, "gradient_health": 1.0, "has_vanishing": False, "has_exploding": False}
+    assert stats == {
+        "gradient_norm": 4.0,
+        "gradient_health": 1.0,
+        "has_vanishing": False,
+        "has_exploding": False,
+    }
 
 
 def test_async_collection_materializes_to_the_same_numbers() -> None:
@@ -55,16 +61,25 @@ def test_nan_gradients_are_not_healthy() -> None:
 
 
 def test_nothing_to_collect_is_neutral() -> None:
-    expected = {"gradient_norm": 0.0, "gradient_health": 1.0, "has_vanishing": False, "has_exploding": False}
+    expected = {
+        "gradient_norm": 0.0,
+        "gradient_health": 1.0,
+        "has_vanishing": False,
+        "has_exploding": False,
+    }
     assert collect_seed_gradients([]) == collect_seed_gradients([parameter(None)]) == expected
 
 
 def test_normalized_ratio_golden_value() -> None:
     """(0.5 / sqrt(100)) / (1 / sqrt(10000) + 1e-8) = 0.05 / 0.01000001."""
-    assert DualGradientStats(1.0, 10_000, 0.5, 100).normalized_ratio == pytest.approx(4.999995, rel=1e-9)
+    assert DualGradientStats(1.0, 10_000, 0.5, 100).normalized_ratio == pytest.approx(
+        4.999995, rel=1e-9
+    )
 
 
-@pytest.mark.parametrize("stats", [(1e-9, 10, 1.0, 10), (1.0, 10, 1e-9, 10), (1.0, 0, 1.0, 10), (1.0, 10, 1.0, 0)])
+@pytest.mark.parametrize(
+    "stats", [(1e-9, 10, 1.0, 10), (1.0, 10, 1e-9, 10), (1.0, 0, 1.0, 10), (1.0, 10, 1.0, 0)]
+)
 def test_normalized_ratio_without_either_is_zero(stats: tuple[float, int, float, int]) -> None:
     assert DualGradientStats(*stats).normalized_ratio == 0.0
 
@@ -76,7 +91,8 @@ def test_dual_collection_keeps_host_and_seed_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "criterion", [None, nn.CrossEntropyLoss(label_smoothing=0.1), lambda x, y: F.cross_entropy(x, y) * 2]
+    "criterion",
+    [None, nn.CrossEntropyLoss(label_smoothing=0.1), lambda x, y: F.cross_entropy(x, y) * 2],
 )
 def test_task_loss_of_a_language_model_counts_its_tokens(criterion: object) -> None:
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -103,5 +119,7 @@ def test_task_loss_of_a_classifier() -> None:
 
 def test_task_loss_refuses_an_unknown_task_type() -> None:
     """A misspelt one ran as classification."""
-    with pytest.raises(ValueError, match="unknown task type 'clasification'; perhaps 'classification'"):
+    with pytest.raises(
+        ValueError, match="unknown task type 'clasification'; perhaps 'classification'"
+    ):
         compute_task_loss(torch.eye(2), torch.tensor([0, 1]), None, "clasification")

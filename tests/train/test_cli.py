@@ -28,15 +28,30 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
     return code, " ".join((printed.err + printed.out).replace("│", " ").split())
 
 
-def test_heuristic_leaves_a_whole_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_heuristic_leaves_a_whole_run_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert cli.main(["heuristic", *QUICK, "--out", str(out)]) == 0
-    names = {"checkpoints", "config.json", "environment.json", "metrics.jsonl", "network.pt", "report.html"}
+    names = {
+        "checkpoints",
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "network.pt",
+        "report.html",
+    }
     names |= {"config.json.sha256", "network.pt.sha256"}
     assert {p.name for p in out.iterdir()} == names | {"baseline"}
     assert {p.name for p in (out / "baseline").iterdir()} == names
     events = read_metrics(out)
-    assert [e["event"] for e in events] == ["run_started", "epoch", "epoch", "epoch", "run_finished"]
+    assert [e["event"] for e in events] == [
+        "run_started",
+        "epoch",
+        "epoch",
+        "epoch",
+        "run_finished",
+    ]
     assert events[-1]["status"] == "completed"
     assert read_metrics(out / "baseline")[0]["mode"] == "fit"
     model = load_run(out)
@@ -70,7 +85,17 @@ def test_profile_says_where_the_time_goes_and_leaves_the_run_as_it_is(tmp_path: 
 
 
 def test_episodes_get_a_directory_each(tmp_path: Path) -> None:
-    arguments = ["heuristic", *QUICK, "--episodes", "2", "--seed", "5", "--no-baseline", "--out", str(tmp_path / "run")]
+    arguments = [
+        "heuristic",
+        *QUICK,
+        "--episodes",
+        "2",
+        "--seed",
+        "5",
+        "--no-baseline",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert cli.main(arguments) == 0
     seeds = [read_metrics(tmp_path / "run" / f"episode-{i}")[0]["seed"] for i in (1, 2)]
     assert seeds == [5, 1005]
@@ -78,9 +103,16 @@ def test_episodes_get_a_directory_each(tmp_path: Path) -> None:
 
 def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text('task = "synthetic"\nmax_epochs = 2\nmax_batches = 1\nseed = 9\n[optim]\nhost_lr = 0.5\n')
+    file.write_text(
+        'task = "synthetic"\nmax_epochs = 2\nmax_batches = 1\nseed = 9\n[optim]\nhost_lr = 0.5\n'
+    )
     out = tmp_path / "run"
-    assert cli.main(["fit", "--config", str(file), "--seed", "3", "--backend", "eager", "--out", str(out)]) == 0
+    assert (
+        cli.main(
+            ["fit", "--config", str(file), "--seed", "3", "--backend", "eager", "--out", str(out)]
+        )
+        == 0
+    )
     config = json.loads((out / "config.json").read_text())
     assert (config["max_epochs"], config["seed"], config["optim"]["host_lr"]) == (2, 3, 0.5)
     assert config["train"]["kernel"]["backend"] == "eager"
@@ -100,7 +132,10 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         (["fit", *QUICK, "--sed", "3"], "--seed"),
         (["fit", "--max-batches", "0"], "max_batches must be at least 1"),
         (["fit", *QUICK, "--seed", str(2**64)], "seed must be at least -2**63"),
-        (["fit", *QUICK, "--seed", str(2**63 - 1500), "--episodes", "3"], "seed must be at least -2**63"),
+        (
+            ["fit", *QUICK, "--seed", str(2**63 - 1500), "--episodes", "3"],
+            "seed must be at least -2**63",
+        ),
         (["fit", *QUICK, "--seed", str(-(2**63) - 1)], "seed must be at least -2**63"),
         (["fit", "--config", "no-such-file.toml"], "no-such-file.toml"),
     ],
@@ -132,27 +167,41 @@ def test_bad_config_files_are_refused(
     toml: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "run.toml").write_text(toml)
-    code, text = fails(capsys, "fit", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"))
+    code, text = fails(
+        capsys, "fit", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run")
+    )
     assert code == 2
     assert message in text
     assert not (tmp_path / "run").exists()
 
 
-def test_a_config_file_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_file_that_is_no_text_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run.toml").write_bytes(b"\xff\xfe")
     code, text = fails(capsys, "fit", "--config", str(tmp_path / "run.toml"))
     assert code == 2
     assert f"{tmp_path / 'run.toml'} is not valid TOML" in text
 
 
-def test_a_compiler_that_nobody_knows_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--train.compile.enabled", "--train.compile.backend", "nope", "--out", str(tmp_path / "run")]
+def test_a_compiler_that_nobody_knows_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--train.compile.enabled",
+        "--train.compile.backend",
+        "nope",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     code, text = fails(capsys, "fit", *QUICK, *options)
     assert code == 2
     assert "nope" in text
 
 
-def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_run_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     code, text = fails(capsys, "fit", *QUICK, "--out", str(tmp_path / "run"))
@@ -164,7 +213,15 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.Captu
 def test_a_diverging_run_ends_with_its_own_code_and_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["fit", "--task", "synthetic", "--optim.host-lr", "1e30", "--out", str(tmp_path / "run")]
+    arguments = [
+        "fit",
+        "--task",
+        "synthetic",
+        "--optim.host-lr",
+        "1e30",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     code, text = fails(capsys, *arguments)
     assert code == 3
     assert "the loss is not finite" in text
@@ -194,13 +251,20 @@ def test_report_rewrites_a_page_and_compares_several(
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_a_missing_logger_is_refused_before_anything_is_made(
-    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    package: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    code, text = fails(capsys, "fit", *QUICK, f"--telemetry.{package}", "--out", str(tmp_path / "run"))
+    code, text = fails(
+        capsys, "fit", *QUICK, f"--telemetry.{package}", "--out", str(tmp_path / "run")
+    )
     assert code == 2
-    assert f"telemetry.{package} needs the package {package}: pip install 'esper-kernels[log]'" in text
+    assert (
+        f"telemetry.{package} needs the package {package}: pip install 'esper-kernels[log]'" in text
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,7 +294,10 @@ def test_ctrl_c_leaves_a_readable_directory_and_130(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+        while (
+            not (out / "metrics.jsonl").exists()
+            or (out / "metrics.jsonl").read_text().count("\n") < 3
+        ):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -246,11 +313,16 @@ def test_ctrl_c_leaves_a_readable_directory_and_130(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_main_job_fossilizes_a_seed_and_the_report_shows_it(tmp_path: Path) -> None:
-    """About one run in ten keeps no seed, and which one depends on the last bits of the machine: three are tried."""
+    """About one run in ten keeps no seed, and which one depends on the last bits of the machine:
+    three are tried."""
     for seed in (42, 43, 44):
         out = tmp_path / f"run-{seed}"
         assert cli.main(["heuristic", "--no-baseline", "--seed", str(seed), "--out", str(out)]) == 0
-        kept = [e for e in read_metrics(out) if e["event"] == "seed_stage" and e["stage"] == "FOSSILIZED"]
+        kept = [
+            e
+            for e in read_metrics(out)
+            if e["event"] == "seed_stage" and e["stage"] == "FOSSILIZED"
+        ]
         if kept:
             break
     assert kept

@@ -99,11 +99,23 @@ def test_load_toml_reports_a_missing_file(tmp_path: Path) -> None:
         ({"slots": ["early", 2]}, r"config key 'slots' takes str, got 2"),
         ({"optim": 0.1}, r"config key 'optim' is a table of settings, got 0\.1"),
         ({"optim": {"momentum": True}}, r"config key 'optim\.momentum' takes float, got True"),
-        ({"growth": {"isolate_training": 1}}, r"config key 'growth\.isolate_training' takes bool, got 1"),
+        (
+            {"growth": {"isolate_training": 1}},
+            r"config key 'growth\.isolate_training' takes bool, got 1",
+        ),
         ({"train": {"topk": [1, 2.5]}}, r"config key 'train\.topk' takes int, got 2\.5"),
-        ({"train": {"kernel": "eager"}}, r"config key 'train\.kernel' is a table of settings, got 'eager'"),
-        ({"train": {"kernel": {"backend": 1}}}, r"config key 'train\.kernel\.backend' takes str, got 1"),
-        ({"train": {"grad": {"every": "1"}}}, r"config key 'train\.grad\.every' takes int, got '1'"),
+        (
+            {"train": {"kernel": "eager"}},
+            r"config key 'train\.kernel' is a table of settings, got 'eager'",
+        ),
+        (
+            {"train": {"kernel": {"backend": 1}}},
+            r"config key 'train\.kernel\.backend' takes str, got 1",
+        ),
+        (
+            {"train": {"grad": {"every": "1"}}},
+            r"config key 'train\.grad\.every' takes int, got '1'",
+        ),
     ],
 )
 def test_from_dict_refuses_a_value_of_another_type(values: dict[str, Any], message: str) -> None:
@@ -117,13 +129,19 @@ def test_from_dict_refuses_a_value_of_another_type(values: dict[str, Any], messa
         ({"max_epoch": 3}, "max_epoch", "max_epochs"),
         ({"optim": {"hostlr": 0.1}}, "optim.hostlr", "optim.host_lr"),
         ({"train": {"grad": {"evry": 2}}}, "train.grad.evry", "train.grad.every"),
-        ({"train": {"kernel": {"back_end": "eager"}}}, "train.kernel.back_end", "train.kernel.backend"),
+        (
+            {"train": {"kernel": {"back_end": "eager"}}},
+            "train.kernel.back_end",
+            "train.kernel.backend",
+        ),
         ({"growth": {"blend_epochs": 2}}, "growth.blend_epochs", "growth.blending_epochs"),
         ({"policy": {"penalty-limit": 2.0}}, "policy.penalty-limit", "policy.penalty_limit"),
         ({"telemetry": {"levels": "off"}}, "telemetry.levels", "telemetry.level"),
     ],
 )
-def test_from_dict_refuses_an_unknown_key_and_names_the_nearest(values: dict[str, Any], key: str, nearest: str) -> None:
+def test_from_dict_refuses_an_unknown_key_and_names_the_nearest(
+    values: dict[str, Any], key: str, nearest: str
+) -> None:
     with pytest.raises(ValueError, match="unknown config key") as caught:
         from_dict(RunConfig, values)
     assert str(caught.value).startswith(f"unknown config key '{key}'; perhaps '{nearest}'? Known: ")
@@ -137,37 +155,76 @@ def test_from_dict_refuses_an_unknown_key_and_names_the_nearest(values: dict[str
         ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
         ({"max_batches": 0}, r"max_batches must be at least 1 or left out, got 0"),
         ({"train": {"grad": {"every": -1}}}, r"train\.grad\.every must be at least 0, got -1"),
-        ({"train": {"grad": {"clip_norm": 0.0}}}, r"grad\.clip_norm must be positive or left out, got 0\.0"),
-        ({"train": {"grad": {"clip_norm": math.nan}}}, r"grad\.clip_norm must be positive .* got nan"),
+        (
+            {"train": {"grad": {"clip_norm": 0.0}}},
+            r"grad\.clip_norm must be positive or left out, got 0\.0",
+        ),
+        (
+            {"train": {"grad": {"clip_norm": math.nan}}},
+            r"grad\.clip_norm must be positive .* got nan",
+        ),
         (
             {"train": {"compile": {"on_failure": "warn"}}},
             r"train\.compile\.on_failure must be one of raise, eager, got 'warn'",
         ),
-        ({"train": {"compile": {"on_failure": 3}}}, r"compile\.on_failure must be one of raise, eager, got 3"),
-        ({"train": {"kernel": {"backend": "fast"}}}, r"backend must be one of .*'eager'.* got 'fast'"),
+        (
+            {"train": {"compile": {"on_failure": 3}}},
+            r"compile\.on_failure must be one of raise, eager, got 3",
+        ),
+        (
+            {"train": {"kernel": {"backend": "fast"}}},
+            r"backend must be one of .*'eager'.* got 'fast'",
+        ),
         ({"train": {"accumulate": 0}}, r"train\.accumulate must be at least 1, got 0"),
         (
             {"train": {"amp": {"dtype": "fp16"}}},
             r"train\.amp\.dtype must be one of bfloat16, float16, left out, got 'fp16'",
         ),
-        ({"train": {"amp": {"init_scale": 0}}}, r"amp\.init_scale must be positive and finite, got 0\.0"),
-        ({"train": {"amp": {"growth_interval": 0}}}, r"amp\.growth_interval must be at least 1, got 0"),
+        (
+            {"train": {"amp": {"init_scale": 0}}},
+            r"amp\.init_scale must be positive and finite, got 0\.0",
+        ),
+        (
+            {"train": {"amp": {"growth_interval": 0}}},
+            r"amp\.growth_interval must be at least 1, got 0",
+        ),
         ({"workers": -1}, r"workers must be between 0 and 512, got -1"),
-        ({"optim": {"schedule": {"kind": "cos"}}}, r"schedule\.kind must be one of constant, .*, got 'cos'"),
-        ({"optim": {"schedule": {"each": "batch"}}}, r"schedule\.each must be one of step, epoch, got 'batch'"),
+        (
+            {"optim": {"schedule": {"kind": "cos"}}},
+            r"schedule\.kind must be one of constant, .*, got 'cos'",
+        ),
+        (
+            {"optim": {"schedule": {"each": "batch"}}},
+            r"schedule\.each must be one of step, epoch, got 'batch'",
+        ),
         ({"optim": {"schedule": {"final": 1.5}}}, r"schedule\.final must be in \[0, 1\], got 1\.5"),
-        ({"optim": {"schedule": {"warmup": -0.1}}}, r"schedule\.warmup must be in \[0, 1\], got -0\.1"),
+        (
+            {"optim": {"schedule": {"warmup": -0.1}}},
+            r"schedule\.warmup must be in \[0, 1\], got -0\.1",
+        ),
         ({"optim": {"host_lr": 0}}, r"optim\.host_lr must be positive and finite, got 0\.0"),
         ({"optim": {"seed_lr": -0.1}}, r"optim\.seed_lr must be positive and finite, got -0\.1"),
         ({"optim": {"momentum": 1.0}}, r"optim\.momentum must be in \[0, 1\), got 1\.0"),
         ({"optim": {"momentum": -0.5}}, r"optim\.momentum must be in \[0, 1\), got -0\.5"),
         ({"host": {"width": 0}}, r"host\.width must be at least 1 or left out, got 0"),
         ({"host": {"depth": -1}}, r"host\.depth must be at least 1 or left out, got -1"),
-        ({"growth": {"on_fossilize": "drop"}}, r"growth\.on_fossilize must be one of keep, freeze, got 'drop'"),
+        (
+            {"growth": {"on_fossilize": "drop"}},
+            r"growth\.on_fossilize must be one of keep, freeze, got 'drop'",
+        ),
         ({"growth": {"blending_epochs": 0}}, r"growth\.blending_epochs must be at least 1, got 0"),
-        ({"policy": {"penalty_decay": 1.0}}, r"policy\.penalty_decay must be in \[0, 1\), got 1\.0"),
-        ({"policy": {"penalty_decay": -0.1}}, r"policy\.penalty_decay must be in \[0, 1\), got -0\.1"),
-        ({"telemetry": {"level": "loud"}}, r"telemetry\.level must be one of off, minimal, normal, debug, got 'loud'"),
+        (
+            {"policy": {"penalty_decay": 1.0}},
+            r"policy\.penalty_decay must be in \[0, 1\), got 1\.0",
+        ),
+        (
+            {"policy": {"penalty_decay": -0.1}},
+            r"policy\.penalty_decay must be in \[0, 1\), got -0\.1",
+        ),
+        (
+            {"telemetry": {"level": "loud"}},
+            r"telemetry\.level must be one of off, minimal, normal, debug, got 'loud'",
+        ),
     ],
 )
 def test_from_dict_refuses_a_value_out_of_range(values: dict[str, Any], message: str) -> None:
@@ -268,7 +325,9 @@ def test_growth_config_life_is_training_blending_and_probation() -> None:
 
 @pytest.mark.parametrize("name", ["training_timeout", "probation_timeout"])
 def test_growth_config_refuses_a_timeout_before_the_window_is_full(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"growth\.{name} must not be below growth\.window, 6.*got 5"):
+    with pytest.raises(
+        ValueError, match=rf"growth\.{name} must not be below growth\.window, 6.*got 5"
+    ):
         GrowthConfig(window=6, **{"training_timeout": 9, "probation_timeout": 9, name: 5})  # type: ignore[arg-type]
 
 

@@ -1,4 +1,5 @@
-"""Commands whose output nobody takes: they do all of their work and end with their own exit code."""
+"""Commands whose output nobody takes: they do all of their work and end with their own exit
+code."""
 
 import io
 import os
@@ -17,16 +18,21 @@ from esper_train.telemetry.sinks import ConsoleSink
 
 FIT = "fit --task synthetic --max-epochs 3 --max-batches 2 --episodes 2 --out run"
 FULL = pytest.param(
-    "{} > /dev/full", id="full disk", marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+    "{} > /dev/full",
+    id="full disk",
+    marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full"),
 )
 
 
 def shell(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line of bash in which `esper` is the command; the code is that of the command, not that of a reader."""
+    """Run a line of bash in which `esper` is the command; the code is that of the command, not that
+    of a reader."""
     script = f'{sys.executable} -c "from esper_train.cli import main; raise SystemExit(main())"'
     text = f'set -o pipefail; cd {directory}; esper() {{ {script} "$@"; }}; {line}'
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 @pytest.mark.slow
@@ -45,7 +51,13 @@ def test_a_run_goes_on_without_a_console(form: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for number in (1, 2):
         events = read_metrics(tmp_path / "run" / f"episode-{number}")
-        assert [e["event"] for e in events] == ["run_started", "epoch", "epoch", "epoch", "run_finished"]
+        assert [e["event"] for e in events] == [
+            "run_started",
+            "epoch",
+            "epoch",
+            "epoch",
+            "run_finished",
+        ]
         assert events[-1]["status"] == "completed"
         assert (tmp_path / "run" / f"episode-{number}" / "report.html").exists()
 
@@ -119,7 +131,9 @@ def test_standard_streams_are_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sys.stdout is before
 
 
-def test_a_failing_sink_ends_no_training_though_standard_error_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_sink_ends_no_training_though_standard_error_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "stderr", Broken())
     hub = TelemetryHub([ConsoleSink(Broken())])
     hub.emit(Event(EventType.BAD_TARGETS, 1, {"message": "one row"}))

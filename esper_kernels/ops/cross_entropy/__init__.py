@@ -1,9 +1,9 @@
 """Cross entropy with metrics: `cross_entropy`, `cross_entropy_step`, `record_loss`.
 
-Each asks `select_backend` for a backend and calls its module; `reference` is the definition, `checks` has the
-checks. `cross_entropy` goes through an `autograd.Function`, eagerly and under `torch.compile` alike; the other
-two make no autograd node. On the CPU, bad targets raise IndexError before anything is written (inside a
-compiled graph it may be a RuntimeError).
+Each asks `select_backend` for a backend and calls its module; `reference` is the definition,
+`checks` has the checks. `cross_entropy` goes through an `autograd.Function`, eagerly and under
+`torch.compile` alike; the other two make no autograd node. On the CPU, bad targets raise IndexError
+before anything is written (inside a compiled graph it may be a RuntimeError).
 """
 
 from typing import Any, TypeVar
@@ -39,26 +39,39 @@ def cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy` for classes in the last dimension, with its metrics added to `meter`.
 
-    With x = softcap * tanh(logits / softcap), e = label_smoothing and lse = logsumexp(x), a row's loss is
-    weight[t] (1-e) (lse - x[t]) + (e/V) sum_c weight[c] (lse - x[c]) + z_loss lse^2.
+    With x = softcap * tanh(logits / softcap), e = label_smoothing and lse = logsumexp(x), a row's
+    loss is weight[t] (1-e) (lse - x[t]) + (e/V) sum_c weight[c] (lse - x[c]) + z_loss lse^2.
 
-    logits: [..., V] float32, bfloat16, float16 (arithmetic in float32) or float64 (in float64, for checks).
-    targets: [...] int64, int32 or uint8: ignore_index (no loss, zero gradient) or in [0, V). Others raise
-        IndexError on the CPU; elsewhere they get zero gradient, and `meter` counts them or the loss is NaN.
-    weight: [V] floating, the class weights. label_smoothing in [0, 1] and z_loss >= 0: numbers or 0-d
-        tensors. None of these gets a gradient.
-    reduction: "mean" divides the sum over valid rows by `normalizer`, by default the sum of their weights;
-        if that is 0, the loss is NaN and the gradient 0. "sum", or "none": one loss per row, 0 if ignored.
+    logits: [..., V] float32, bfloat16, float16 (arithmetic in float32) or float64 (in float64, for
+    checks).
+    targets: [...] int64, int32 or uint8: ignore_index (no loss, zero gradient) or in [0, V). Others
+        raise IndexError on the CPU; elsewhere they get zero gradient, and `meter` counts them or
+        the loss is NaN.
+    weight: [V] floating, the class weights. label_smoothing in [0, 1] and z_loss >= 0: numbers or
+        0-d tensors. None of these gets a gradient.
+    reduction: "mean" divides the sum over valid rows by `normalizer`, by default the sum of their
+        weights; if that is 0, the loss is NaN and the gradient 0. "sum", or "none": one loss per
+        row, 0 if ignored.
     normalizer: a number >= 0 or a 0-d tensor, on the logits' device or the CPU; with "mean" only.
-    class_dim: where V is. torch has it second: for logits [N, V, ...] and targets [N, ...] pass 1. Any other
-        than the last dimension costs a copy of the logits.
+    class_dim: where V is. torch has it second: for logits [N, V, ...] and targets [N, ...] pass 1.
+        Any other than the last dimension costs a copy of the logits.
 
-    Returns a fresh tensor, [] or for "none" [...], float32 (float64 for float64 logits), differentiable once.
-    Raises TypeError or ValueError, naming the argument, before anything is written; NotImplementedError
-    inside torch.func transforms, torch.jit.trace and forward-mode differentiation.
+    Returns a fresh tensor, [] or for "none" [...], float32 (float64 for float64 logits),
+    differentiable once. Raises TypeError or ValueError, naming the argument, before anything is
+    written; NotImplementedError inside torch.func transforms, torch.jit.trace and forward-mode
+    differentiation.
     """
     instruction_set = "auto" if config is None else config.instruction_set
-    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set)
+    options = Options(
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        normalizer,
+        instruction_set,
+    )
     checks.refuse_transforms("cross_entropy", logits)
     logits = _classes_last(logits, class_dim)
     backend = _choose(logits, targets, meter, config)
@@ -91,17 +104,27 @@ def cross_entropy_step(
     inplace: bool = False,
     config: KernelConfig | None = None,
 ) -> Tensor:
-    """The gradient of `cross_entropy` for `logits.backward(grad)`, without a loss tensor or autograd node.
+    """The gradient of `cross_entropy` for `logits.backward(grad)`, without a loss tensor or
+    autograd node.
 
-    Arguments as for `cross_entropy`, with reduction "mean" or "sum", and
-    grad_scale: a number or a 0-d tensor (a loss scaler's), multiplied in before the gradient is rounded.
-    out: [..., V] of the logits' dtype and device, class stride 1, no overlap with the logits; is returned.
-    inplace: write over the logits. Autograd then raises if another op needs their values.
+    Arguments as for `cross_entropy`, with reduction "mean" or "sum", and grad_scale: a number or a
+    0-d tensor (a loss scaler's), multiplied in before the gradient is rounded. out: [..., V] of the
+    logits' dtype and device, class stride 1, no overlap with the logits; is returned. inplace:
+    write over the logits. Autograd then raises if another op needs their values.
 
     Returns the gradient [..., V] in the logits' dtype.
     """
     instruction_set = "auto" if config is None else config.instruction_set
-    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set)
+    options = Options(
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        normalizer,
+        instruction_set,
+    )
     checks.refuse_transforms("cross_entropy_step", logits)
     given_out = out
     logits = _classes_last(logits, class_dim)
@@ -110,7 +133,9 @@ def cross_entropy_step(
     if inplace and out is not None:
         raise ValueError("expected out or inplace=True, got both")
     if reduction == "none":
-        raise ValueError("cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use cross_entropy")
+        raise ValueError(
+            "cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use cross_entropy"
+        )
     written = out
     if inplace:
         checks.refuse_inplace("inplace=True", logits)
@@ -141,18 +166,24 @@ def cross_entropy_step(
     return grad.movedim(-1, class_dim) if given_out is None else given_out
 
 
-def record_loss(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, *, ignore_index: int = -100) -> None:
+def record_loss(
+    loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, *, ignore_index: int = -100
+) -> None:
     """Add to `meter` a batch whose loss was computed by other code.
 
-    loss: [] floating, the mean over the valid rows; loss * valid rows enters the sums, with weight 1 a row.
-    logits [..., V] and targets [...] as for `cross_entropy`; they give the counts, by the same rules.
+    loss: [] floating, the mean over the valid rows; loss * valid rows enters the sums, with weight
+    1 a row. logits [..., V] and targets [...] as for `cross_entropy`; they give the counts, by the
+    same rules.
     """
     options = Options(None, ignore_index, 0.0, 0.0, None, "mean", None)
     checks.refuse_transforms("record_loss", logits)
     backend = _choose(logits, targets, meter, None)
     _find_fault(backend, logits, targets, meter, options)
     if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() != 0:
-        raise TypeError(f"loss must be a 0-d floating tensor, the mean over the batch, got {checks.describe(loss)}")
+        raise TypeError(
+            "loss must be a 0-d floating tensor, the mean over the batch, got "
+            f"{checks.describe(loss)}"
+        )
     if loss.device != logits.device:
         raise ValueError(f"loss must be on the logits' device {logits.device}, got {loss.device}")
     _MODULES[backend].record(loss.detach(), logits.detach(), targets, meter, options)
@@ -165,11 +196,16 @@ def _classes_last(x: Tensor, class_dim: int) -> Tensor:
         raise TypeError(f"class_dim must be an int, got {class_dim!r}")
     checks.check_dense("logits", x)
     if not -x.dim() <= class_dim < x.dim():
-        raise ValueError(f"class_dim must be in [{-x.dim()}, {x.dim()}) for shape {tuple(x.shape)}, got {class_dim}")
+        raise ValueError(
+            f"class_dim must be in [{-x.dim()}, {x.dim()}) for shape {tuple(x.shape)}, got "
+            f"{class_dim}"
+        )
     return x.movedim(class_dim, -1)
 
 
-def _choose(logits: Tensor, targets: Tensor, meter: Meter | None, config: KernelConfig | None) -> str:
+def _choose(
+    logits: Tensor, targets: Tensor, meter: Meter | None, config: KernelConfig | None
+) -> str:
     try:
         return checks.choose_backend("cross_entropy", logits, config, "logits")
     except ValueError:
@@ -177,7 +213,9 @@ def _choose(logits: Tensor, targets: Tensor, meter: Meter | None, config: Kernel
         raise
 
 
-def _find_fault(backend: str, logits: Tensor, targets: Tensor, meter: Meter | None, options: Options) -> None:
+def _find_fault(
+    backend: str, logits: Tensor, targets: Tensor, meter: Meter | None, options: Options
+) -> None:
     """Raise the error that names what is wrong with the arguments, if anything is."""
     checks.check_batch(logits, targets, meter)
     checks.check_options(logits, options._asdict())
@@ -191,13 +229,19 @@ def _as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
 
     A product, because that is what compilers keep a changing number in.
     """
-    if not torch.compiler.is_compiling() or number is None or isinstance(number, Tensor) or number == 0:
+    if (
+        not torch.compiler.is_compiling()
+        or number is None
+        or isinstance(number, Tensor)
+        or number == 0
+    ):
         return number
     return torch.ones((), dtype=torch.float64, device=logits.device) * number
 
 
 def _is_separate(out: Tensor, logits: Tensor) -> bool:
-    """False for an `out` that the op would take for logits to be written in place, or that requires grad."""
+    """False for an `out` that the op would take for logits to be written in place, or that requires
+    grad."""
     if torch.compiler.is_compiling():
         return True
     return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
@@ -219,11 +263,15 @@ def _traceable(options: Options, logits: Tensor, backend: str) -> Options:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, meter: Meter | None, backend: str, *options: Any) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, meter: Meter | None, backend: str, *options: Any
+    ) -> Tensor:
         loss, *saved = _MODULES[backend].forward(logits, targets, Options(*options), meter, True)
         # Tensors go through save_for_backward, which notices a later change of their values.
         ctx.places = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
-        ctx.options = [None if isinstance(x, Tensor) else x for x in options] if ctx.places else options
+        ctx.options = (
+            [None if isinstance(x, Tensor) else x for x in options] if ctx.places else options
+        )
         ctx.save_for_backward(logits, targets, *saved, *[options[i] for i in ctx.places])
         ctx.backend = backend
         return loss
@@ -249,7 +297,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """Ties the gradient to what it depends on, so that a second derivative raises instead of being left out.
+    """Ties the gradient to what it depends on, so that a second derivative raises instead of being
+    left out.
 
     torch's own `once_differentiable` does this only where grad_output requires grad.
     """
@@ -260,4 +309,6 @@ class _DifferentiableOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> None:
-        raise RuntimeError("cross_entropy is differentiable once; for second derivatives use torch's own op")
+        raise RuntimeError(
+            "cross_entropy is differentiable once; for second derivatives use torch's own op"
+        )

@@ -1,7 +1,9 @@
-"""Cross entropy by the compiled ops of `csrc/`, on the CPU and on CUDA: one op per call, the same for both.
+"""Cross entropy by the compiled ops of `csrc/`, on the CPU and on CUDA: one op per call, the same
+for both.
 
-The ops check their arguments (csrc/call.cpp), and on the CPU the targets too, before they write anything.
-They copy what their kernels cannot read as it is: odd strides, odd addresses, class weights in another dtype.
+The ops check their arguments (csrc/call.cpp), and on the CPU the targets too, before they write
+anything. They copy what their kernels cannot read as it is: odd strides, odd addresses, class
+weights in another dtype.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,9 @@ def forward(
     return (loss,) if saved is None else (loss, saved)
 
 
-def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options) -> Tensor:
+def backward(
+    grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options
+) -> Tensor:
     grad = gradient_like(logits)
     numbers, tensors = _split((options.label_smoothing, options.z_loss, options.softcap))
     torch.ops.esper.cross_entropy_backward.default(
@@ -77,7 +81,16 @@ def _call(
     saved: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer, instruction_set = options
+    (
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        normalizer,
+        instruction_set,
+    ) = options
     numbers, tensors = _split((label_smoothing, z_loss, softcap, normalizer, grad_scale))
     torch.ops.esper.cross_entropy.default(
         logits,
@@ -102,7 +115,8 @@ def _call(
 def _split(
     options: tuple[Number | None, ...],
 ) -> tuple[Sequence[float | None], Sequence[Tensor | None]]:
-    """The numbers, None in place of tensors; then the tensors, None in place of numbers, or () without any."""
+    """The numbers, None in place of tensors; then the tensors, None in place of numbers, or ()
+    without any."""
     for option in options:
         if isinstance(option, Tensor):
             break

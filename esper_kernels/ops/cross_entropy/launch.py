@@ -1,6 +1,8 @@
-"""How the Triton kernels of cross entropy are launched: a pure function of sizes, so that it is tested without a GPU.
+"""How the Triton kernels of cross entropy are launched: a pure function of sizes, so that it is
+tested without a GPU.
 
-Nothing that a kernel is compiled for depends on the number of rows: another batch size launches the same code.
+Nothing that a kernel is compiled for depends on the number of rows: another batch size launches the
+same code.
 """
 
 from dataclasses import dataclass
@@ -8,12 +10,15 @@ from functools import lru_cache
 
 COUNT_PROGRAMS = 256  # of the launch that only adds up the rows' weights
 _TILE = 512  # elements; short rows share a tile
-_CACHE_FRACTION = 0.6  # of the second-level cache that rows in flight may fill: gradients pass through it too
-_COUNT_BYTES = 512 << 10  # of targets that the programs of one multiprocessor may read to add up the weights
+# of the second-level cache that rows in flight may fill: gradients pass through it too
+_CACHE_FRACTION = 0.6
+# of targets that the programs of one multiprocessor may read to add up the weights
+_COUNT_BYTES = 512 << 10
 _REGISTERS = 65536  # of a multiprocessor
 
-# Rows that fit into registers, by `heavy`: longest, warps, stages, and as many programs at once on a multiprocessor as
-# compile without spilling. Programs that wait let others work; one that is alone reads a tile ahead.
+# Rows that fit into registers, by `heavy`: longest, warps, stages, and as many programs at once on
+# a multiprocessor as compile without spilling. Programs that wait let others work; one that is
+# alone reads a tile ahead.
 _RESIDENT = {
     False: ((1024, 4, 1, 5), (2048, 4, 1, 5), (4096, 8, 1, 3), (8192, 16, 1, 2), (16384, 16, 2, 1)),
     True: ((1024, 4, 1, 5), (2048, 4, 1, 4), (4096, 8, 1, 2), (8192, 16, 1, 1)),
@@ -24,12 +29,13 @@ _RESIDENT = {
 class Launch:
     """rows x block: the tile a program holds at a time.
 
-    resident: a tile is whole rows, and logits are read once. Otherwise a row is read in pieces of `block` classes,
-        and again from its end for the gradient, while the cache still has it.
+    resident: a tile is whole rows, and logits are read once. Otherwise a row is read in pieces of
+        `block` classes, and again from its end for the gradient, while the cache still has it.
     stages: how many tiles (resident) or pieces are on their way at once.
     registers: the most a thread may use, so that the programs of a multiprocessor fit.
     programs: each takes every programs-th tile, so that few of them have sums to add up at the end.
-    count_first: the rows' weights are added up by a launch of its own, else by every program for itself.
+    count_first: the rows' weights are added up by a launch of its own, else by every program for
+    itself.
     """
 
     rows: int
@@ -44,16 +50,24 @@ class Launch:
 
 @lru_cache(maxsize=1024)  # sizes that a run repeats
 def choose(
-    rows: int, classes: int, element_size: int, target_size: int, heavy: bool, multiprocessors: int, cache_bytes: int
+    rows: int,
+    classes: int,
+    element_size: int,
+    target_size: int,
+    heavy: bool,
+    multiprocessors: int,
+    cache_bytes: int,
 ) -> Launch:
-    """For logits [rows, classes] and targets of these sizes in bytes; cache_bytes are of the second level.
+    """For logits [rows, classes] and targets of these sizes in bytes; cache_bytes are of the second
+    level.
 
     heavy: class weights, label smoothing or softcap are on, and need registers.
     """
     block = max(8, 1 << (classes - 1).bit_length())
     tile_rows = 1
     fitting = [row[1:] for row in _RESIDENT[heavy] if block <= row[0]]
-    in_flight = multiprocessors * classes * element_size  # should stay in the cache until read again
+    # should stay in the cache until read again
+    in_flight = multiprocessors * classes * element_size
     if fitting:
         tile_rows = max(1, _TILE // block)
         warps, stages, at_once = fitting[0]

@@ -8,10 +8,13 @@ from esper_kernels.meter import Meter
 _HUGE = 1 << 20  # elements; for less, the C library usually has memory at hand
 
 
-def loss_and_saved(logits: Tensor, targets: Tensor, reduction: str, for_backward: bool) -> tuple[Tensor, Tensor | None]:
+def loss_and_saved(
+    logits: Tensor, targets: Tensor, reduction: str, for_backward: bool
+) -> tuple[Tensor, Tensor | None]:
     """float32 loss, [] or for "none" [...], and float32 [2 N + 1] for what `backward` needs.
 
-    The latter holds two numbers per row (maximum and sum), then what the sum over rows is divided by.
+    The latter holds two numbers per row (maximum and sum), then what the sum over rows is divided
+    by.
     """
     shape = targets.shape if reduction == "none" else ()
     loss = torch.empty(shape, dtype=torch.float32, device=logits.device)

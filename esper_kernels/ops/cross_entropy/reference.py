@@ -1,9 +1,9 @@
 """The definition of cross entropy and its metrics, in eager torch on any device.
 
-A backend is a module with these functions: `forward` (returns the loss, then what its own `backward` needs),
-`backward`, `step`, `record`. They trust their arguments, which `esper_kernels.checks` has checked, and never
-wait for the device. A target outside [0, V) is not valid, has zero gradient and is counted; on CPU tensors it
-has been refused before the call.
+A backend is a module with these functions: `forward` (returns the loss, then what its own
+`backward` needs), `backward`, `step`, `record`. They trust their arguments, which
+`esper_kernels.checks` has checked, and never wait for the device. A target outside [0, V) is not
+valid, has zero gradient and is counted; on CPU tensors it has been refused before the call.
 """
 
 from typing import NamedTuple
@@ -34,8 +34,10 @@ class Forward(NamedTuple):
     """The loss, and what `backward` needs besides logits and targets."""
 
     loss: Tensor  # [], or [...] with reduction "none"
-    row_max: Tensor  # [...], of the logits after softcap; not finite exactly where the row is non-finite
-    row_log_sum: Tensor  # [...]; lse = row_max + row_log_sum, kept apart so that a large offset costs nothing
+    # [...], of the logits after softcap; not finite exactly where the row is non-finite
+    row_max: Tensor
+    # [...]; lse = row_max + row_log_sum, kept apart so that a large offset costs nothing
+    row_log_sum: Tensor
     denominator: Tensor  # float64 [], what the sum over rows is divided by
 
 
@@ -62,22 +64,29 @@ def refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> 
         return
     bad = classify(targets, num_classes, ignore_index).bad
     if torch.compiler.is_compiling():
-        torch._assert_async(~bad.any(), "a target is outside [0, number of classes) and not ignore_index")
+        torch._assert_async(
+            ~bad.any(), "a target is outside [0, number of classes) and not ignore_index"
+        )
         return
     places = bad.nonzero()
     if len(places):
         row = tuple(places[0].tolist())
         raise IndexError(
-            f"target {int(targets[row])} of row {row} is outside [0, {num_classes}) and not ignore_index "
-            f"{ignore_index}; {len(places)} such rows"
+            f"target {int(targets[row])} of row {row} is outside [0, {num_classes}) and not "
+            f"ignore_index {ignore_index}; {len(places)} such rows"
         )
 
 
 @torch.no_grad()
 def forward(
-    logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, for_backward: bool = True
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    meter: Meter | None,
+    for_backward: bool = True,
 ) -> Forward:
-    """logits [..., V], targets [...]; adds the batch to `meter`. Keeps the same for any `for_backward`."""
+    """logits [..., V], targets [...]; adds the batch to `meter`. Keeps the same for any
+    `for_backward`."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
     x = _capped(logits, options.softcap)
     e = _factor(options.label_smoothing, x)
@@ -104,7 +113,8 @@ def forward(
 
     denominator = torch.ones_like(loss_sum)
     if options.reduction == "mean":
-        # The sum with zeros brings a number, or a tensor of any dtype on the CPU, to the logits' device.
+        # The sum with zeros brings a number, or a tensor of any dtype on the CPU, to the logits'
+        # device.
         given = options.normalizer
         denominator = weight_sum if given is None else torch.zeros_like(loss_sum) + given
     # A meter will report bad targets; without one, the loss itself has to.
@@ -112,7 +122,9 @@ def forward(
     if options.reduction == "none":
         loss = torch.where(unknown, torch.nan, row_loss)
     else:
-        loss = torch.where(unknown.any() | (denominator == 0), torch.nan, loss_sum / denominator).to(x.dtype)
+        loss = torch.where(
+            unknown.any() | (denominator == 0), torch.nan, loss_sum / denominator
+        ).to(x.dtype)
     return Forward(loss, row_max, row_log_sum, denominator)
 
 
@@ -161,7 +173,8 @@ def step(
     grad_scale: Number | None,
     out: Tensor | None,
 ) -> Tensor:
-    """The gradient of the loss times grad_scale, into `out` (may be the logits); adds the batch to `meter`."""
+    """The gradient of the loss times grad_scale, into `out` (may be the logits); adds the batch to
+    `meter`."""
     result = forward(logits, targets, options, meter)
     scale = torch.ones_like(result.denominator)
     if grad_scale is not None:

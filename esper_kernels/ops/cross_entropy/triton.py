@@ -1,7 +1,8 @@
-"""Cross entropy by the Triton kernels of `triton_kernels`: one launch a batch, whatever is asked of it.
+"""Cross entropy by the Triton kernels of `triton_kernels`: one launch a batch, whatever is asked of
+it.
 
-More where the gradient of a mean needs the weights of more rows than every program can look through by itself.
-`torch.compile` sees the launch as an op of its own.
+More where the gradient of a mean needs the weights of more rows than every program can look through
+by itself. `torch.compile` sees the launch as an op of its own.
 """
 
 import math
@@ -29,9 +30,13 @@ def forward(
     return (loss,) if saved is None else (loss, saved)
 
 
-def backward(grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options) -> Tensor:
+def backward(
+    grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options
+) -> Tensor:
     grad = gradient_like(logits)
-    _call(logits, targets, options, None, grad_scale=grad_output.contiguous(), given=saved, grad=grad)
+    _call(
+        logits, targets, options, None, grad_scale=grad_output.contiguous(), given=saved, grad=grad
+    )
     return grad
 
 
@@ -77,7 +82,19 @@ def _call(
     *meters, topk = accumulators(meter)
     run = _op if torch.compiler.is_compiling() else _launch
     per_row = options.reduction == "none"
-    run(logits, targets, numbers, tensors, options.ignore_index, topk, per_row, loss, saved, grad, *meters)
+    run(
+        logits,
+        targets,
+        numbers,
+        tensors,
+        options.ignore_index,
+        topk,
+        per_row,
+        loss,
+        saved,
+        grad,
+        *meters,
+    )
 
 
 def _followed(x: Tensor) -> bool:
@@ -95,9 +112,11 @@ def _row_stride(x: Tensor) -> int | None:
 
 
 def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
-    """A unit; inner size, None where rows are evenly spaced, and outer and inner strides of both in that unit.
+    """A unit; inner size, None where rows are evenly spaced, and outer and inner strides of both in
+    that unit.
 
-    A power of 2 of elements, the unit tells the compiler what is aligned without telling it a stride.
+    A power of 2 of elements, the unit tells the compiler what is aligned without telling it a
+    stride.
     """
     even = _row_stride(logits)
     grad_even = _row_stride(grad)
@@ -106,7 +125,10 @@ def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
     else:
         strides = (0, even, 0, grad_even)
     unit = math.gcd(16, *strides)
-    return unit, (logits.shape[1] if strides[0] or strides[2] else None, *(stride // unit for stride in strides))
+    return unit, (
+        logits.shape[1] if strides[0] or strides[2] else None,
+        *(stride // unit for stride in strides),
+    )
 
 
 @cache
@@ -128,7 +150,8 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 def _launch(
     logits: Tensor,
     targets: Tensor,
-    numbers: Sequence[float],  # label smoothing, z-loss, softcap, normalizer, grad_scale; NaN for none
+    # label smoothing, z-loss, softcap, normalizer, grad_scale; NaN for none
+    numbers: Sequence[float],
     tensors: Sequence[Tensor | None],  # the same where they are tensors; weight, given, recorded
     ignore_index: int,
     topk: Sequence[int],
@@ -147,7 +170,11 @@ def _launch(
     classes = logits.shape[-1]
     # Tensors of the device go by pointer; those of the CPU are read, which waits for nothing.
     smoothing, z_loss, softcap, normalizer, grad_scale = (
-        (None if math.isnan(number) else number) if x is None else x if x.device == device else float(x)
+        (None if math.isnan(number) else number)
+        if x is None
+        else x
+        if x.device == device
+        else float(x)
         for number, x in zip(numbers, tensors[:5], strict=True)
     )
     weight, given, recorded = tensors[5:]
@@ -159,7 +186,8 @@ def _launch(
     heavy = not (weight is None and smoothing is None and softcap is None)
     sizes = (rows, classes, logits.element_size(), targets.element_size(), heavy)
     chosen = launch.choose(*sizes, *_device(device))
-    options: dict[str, Any] = {"enable_fp_fusion": True}  # Triton's own default, which it warns will change
+    # Triton's own default, which it warns will change
+    options: dict[str, Any] = {"enable_fp_fusion": True}
     partials = None
     with _current(device):
         if counts is not None or (loss is not None and not per_row):
@@ -168,11 +196,24 @@ def _launch(
             ticket = torch.zeros(1, dtype=torch.int32, device=device) if ticket is None else ticket
         if grad is not None and given is None and normalizer is None and chosen.count_first:
             counted = torch.empty(launch.COUNT_PROGRAMS, dtype=torch.float64, device=device)
-            kernels.count[(launch.COUNT_PROGRAMS,)](targets, weight, counted, rows, **shape, BLOCK=1024, **options)
+            kernels.count[(launch.COUNT_PROGRAMS,)](
+                targets, weight, counted, rows, **shape, BLOCK=1024, **options
+            )
             normalizer = counted.sum()
         if torch.version.cuda:
             options["maxnreg"] = chosen.registers
-        inputs = (logits, targets, weight, smoothing, z_loss, softcap, normalizer, grad_scale, given, recorded)
+        inputs = (
+            logits,
+            targets,
+            weight,
+            smoothing,
+            z_loss,
+            softcap,
+            normalizer,
+            grad_scale,
+            given,
+            recorded,
+        )
         kernels.batch[(chosen.programs,)](
             *(*inputs, loss, kept, grad, sums, counts, partials, ticket, rows, *layout),
             **shape,
@@ -190,6 +231,8 @@ def _launch(
 
 
 _op = torch.library.custom_op(
-    "esper::cross_entropy_triton", _launch, mutates_args=("loss", "kept", "grad", "sums", "counts", "ticket")
+    "esper::cross_entropy_triton",
+    _launch,
+    mutates_args=("loss", "kept", "grad", "sums", "counts", "ticket"),
 )
 _op.register_fake(lambda *arguments: None)

@@ -1,7 +1,8 @@
 """The Triton kernels of cross entropy; `triton` launches them. Importing this needs Triton.
 
-An argument that is None is a constant to the compiler, and what belongs to it is left out. Numbers come by value or,
-where they are tensors of the device, by pointer; nothing that may change from batch to batch is compiled in.
+An argument that is None is a constant to the compiler, and what belongs to it is left out. Numbers
+come by value or, where they are tensors of the device, by pointer; nothing that may change from
+batch to batch is compiled in.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -40,7 +41,8 @@ def _capped(x, softcap):
 
 
 @triton.jit
-def _read(x_row, c, mask, softcap, EVICT: tl.constexpr):  # no default: Triton 3.6 compiles no string there
+# no default: Triton 3.6 compiles no string there
+def _read(x_row, c, mask, softcap, EVICT: tl.constexpr):
     """A tile [rows, block]: the logits as stored, and after softcap; -inf where masked."""
     x = tl.load(x_row[:, None] + c, mask, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
     if softcap is None:
@@ -70,16 +72,29 @@ def _row_weights(targets, weight, rows, first, step, V, IGNORE: tl.constexpr, BL
     """The weights of the valid rows in every step-th block of rows, added up."""
     lanes = tl.zeros([BLOCK], tl.float32)
     for block in tl.range(first, tl.cdiv(rows, BLOCK), step):
-        target, valid, _ = _classify(targets, block * BLOCK + tl.arange(0, BLOCK).to(tl.int64), rows, V, IGNORE)
+        target, valid, _ = _classify(
+            targets, block * BLOCK + tl.arange(0, BLOCK).to(tl.int64), rows, V, IGNORE
+        )
         lanes += tl.where(valid, _class_weights(weight, target, V), 0.0)
     return tl.sum(lanes.to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["targets"])
-def count(targets, weight, counted, rows: tl.int64, V: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+def count(
+    targets,
+    weight,
+    counted,
+    rows: tl.int64,
+    V: tl.constexpr,
+    IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """counted [programs] float64: the rows' weights, added up."""
     program = tl.program_id(0)
-    tl.store(counted + program, _row_weights(targets, weight, rows, program, tl.num_programs(0), V, IGNORE, BLOCK))
+    tl.store(
+        counted + program,
+        _row_weights(targets, weight, rows, program, tl.num_programs(0), V, IGNORE, BLOCK),
+    )
 
 
 @triton.jit
@@ -105,7 +120,14 @@ def _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, 
 
 @triton.jit(
     do_not_specialize=["rows", "inner", "logits_outer", "logits_inner", "grad_outer", "grad_inner"],
-    do_not_specialize_on_alignment=["targets", "label_smoothing", "z_loss", "normalizer", "grad_scale", "recorded"],
+    do_not_specialize_on_alignment=[
+        "targets",
+        "label_smoothing",
+        "z_loss",
+        "normalizer",
+        "grad_scale",
+        "recorded",
+    ],
 )
 def batch(
     logits,
@@ -117,16 +139,20 @@ def batch(
     given,  # what an earlier launch kept
     recorded,  # the loss that other code computed, to be metered instead
     loss,  # [], or [rows] with PER_ROW, written
-    kept,  # [2 rows + 1] float32, written: maximum and sum of exponentials of each row; the rows' weights, added up
+    # [2 rows + 1] float32, written: maximum and sum of exponentials of each row; the rows' weights,
+    # added up
+    kept,
     grad,  # like logits, written; may be the logits
     sums, counts,  # of the meter
     partials,  # [columns, programs] float64
     ticket,
     rows: tl.int64, inner, logits_outer, logits_inner, grad_outer, grad_inner,
-    V: tl.constexpr, UNIT: tl.constexpr, IGNORE: tl.constexpr, TOPK: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, COUNT_BLOCK: tl.constexpr,
+    V: tl.constexpr, UNIT: tl.constexpr, IGNORE: tl.constexpr, TOPK: tl.constexpr,
+    PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr, COUNT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whatever a batch needs: row losses, gradient, counts, and by the program that ends last, their sums."""
+    """Whatever a batch needs: row losses, gradient, counts, and by the program that ends last,
+    their sums."""
     COLUMNS: tl.constexpr = 6 + len(TOPK)
     PADDED: tl.constexpr = triton.next_power_of_2(COLUMNS)
     program = tl.program_id(0)
@@ -148,13 +174,17 @@ def batch(
         elif given is not None:
             denominator = tl.load(given + 2 * rows)
         else:
-            denominator = _row_weights(targets, weight, rows, 0, 1, V, IGNORE, COUNT_BLOCK).to(tl.float32)
+            denominator = _row_weights(targets, weight, rows, 0, 1, V, IGNORE, COUNT_BLOCK).to(
+                tl.float32
+            )
         denominator = tl.full([ROWS], denominator, tl.float32)
     loss_lanes = tl.zeros([ROWS], tl.float64)
     weight_lanes = tl.zeros([ROWS], tl.float64)
     count_lanes = tl.zeros([ROWS, PADDED], tl.int32)
 
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES if RESIDENT else 1):
+    for tile in tl.range(
+        program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES if RESIDENT else 1
+    ):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         target, valid, ignored = _classify(targets, row, rows, V, IGNORE)
         x_row = logits + _offset(row, inner, logits_outer, logits_inner, UNIT)
@@ -177,23 +207,30 @@ def batch(
             if given is None:
                 row_sum = tl.sum(p, 1)
             if label_smoothing is not None:
-                smooth = tl.sum(tl.where(mask, _class_weights(weight, c, V) * (x - row_max[:, None]), 0.0), 1)
+                smooth = tl.sum(
+                    tl.where(mask, _class_weights(weight, c, V) * (x - row_max[:, None]), 0.0), 1
+                )
         elif given is None:
-            # A maximum and a sum a lane, from below all logits, so that no lane subtracts -inf from -inf.
+            # A maximum and a sum a lane, from below all logits, so that no lane subtracts -inf from
+            # -inf.
             lane_max = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
             lane_sum = tl.zeros([ROWS, BLOCK], tl.float32)
             lane_rank = tl.zeros([ROWS, BLOCK], tl.int32)
             lane_smooth = tl.zeros([ROWS, BLOCK], tl.float32)
             # The maximum is not known yet, and sums of large logits would cancel.
             origin = tl.where(tl.abs(target_x) < float("inf"), target_x, 0.0)
-            for block in tl.range(0, tl.cdiv(V, BLOCK) * tl.max(valid.to(tl.int32), 0), num_stages=STAGES):
+            for block in tl.range(
+                0, tl.cdiv(V, BLOCK) * tl.max(valid.to(tl.int32), 0), num_stages=STAGES
+            ):
                 at = block * BLOCK + c
                 stored, x = _read(x_row, at, at < V, softcap, "")
                 if counts is not None:
                     earlier = (stored == target_logit[:, None]) & (at < target[:, None])
                     lane_rank += ((stored > target_logit[:, None]) | earlier).to(tl.int32)
                 if label_smoothing is not None:
-                    lane_smooth += tl.where(at < V, _class_weights(weight, at, V) * (x - origin[:, None]), 0.0)
+                    lane_smooth += tl.where(
+                        at < V, _class_weights(weight, at, V) * (x - origin[:, None]), 0.0
+                    )
                 p = tl.exp(-tl.abs(x - lane_max))
                 lane_sum = tl.where(x > lane_max, lane_sum * p + 1.0, lane_sum + p)
                 lane_max = tl.maximum(lane_max, x)
@@ -250,18 +287,33 @@ def batch(
             live = valid & (denominator != 0)
             g_row = grad + _offset(row, inner, grad_outer, grad_inner, UNIT)
             if RESIDENT:
-                g = _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, softcap, V)
+                g = _gradient(
+                    p, x, c, target, live, of_softmax, at_target, everywhere, weight, softcap, V
+                )
                 tl.store(g_row[:, None] + c, g, (row < rows)[:, None] & (c < V))
             else:
                 for block in tl.range(0, tl.cdiv(V, BLOCK), num_stages=STAGES):
                     at = (tl.cdiv(V, BLOCK) - 1 - block) * BLOCK + c
                     _, x = _read(x_row, at, live[:, None] & (at < V), softcap, "evict_first")
                     p = tl.exp(x - row_max[:, None])
-                    g = _gradient(p, x, at, target, live, of_softmax, at_target, everywhere, weight, softcap, V)
+                    g = _gradient(
+                        p,
+                        x,
+                        at,
+                        target,
+                        live,
+                        of_softmax,
+                        at_target,
+                        everywhere,
+                        weight,
+                        softcap,
+                        V,
+                    )
                     tl.store(g_row[:, None] + at, g, at < V, cache_modifier=".cs")
 
     if partials is not None:
-        # Columns as the meter's counts; `batches` and `batches_with_valid` need no sum and make room for two.
+        # Columns as the meter's counts; `batches` and `batches_with_valid` need no sum and make
+        # room for two.
         sum_of = tl.where(column == 4, tl.sum(loss_lanes), tl.sum(count_lanes, 0).to(tl.float64))
         sum_of = tl.where(column == 5, tl.sum(weight_lanes), sum_of)
         tl.store(partials + column * programs + program, sum_of, column < COLUMNS)
@@ -275,12 +327,37 @@ def batch(
                 mask = (column < COLUMNS)[:, None] & (lane < programs)
                 # Past the first-level cache, which does not see what other multiprocessors store.
                 lanes += tl.load(partials + at, mask, other=0.0, cache_modifier=".cg")
-            _finish(tl.sum(lanes, 1), column, loss, kept, sums, counts, normalizer, recorded, rows, COLUMNS, PER_ROW)
+            _finish(
+                tl.sum(lanes, 1),
+                column,
+                loss,
+                kept,
+                sums,
+                counts,
+                normalizer,
+                recorded,
+                rows,
+                COLUMNS,
+                PER_ROW,
+            )
 
 
 @triton.jit
-def _finish(total, column, loss, kept, sums, counts, normalizer, recorded, rows, COLUMNS, PER_ROW: tl.constexpr):
-    """Into the meter and the loss. total [PADDED] float64: the columns of all programs, added up in their order."""
+def _finish(
+    total,
+    column,
+    loss,
+    kept,
+    sums,
+    counts,
+    normalizer,
+    recorded,
+    rows,
+    COLUMNS,
+    PER_ROW: tl.constexpr,
+):
+    """Into the meter and the loss. total [PADDED] float64: the columns of all programs, added up in
+    their order."""
     valid = tl.sum(tl.where(column == 0, total, 0.0))
     bad = tl.sum(tl.where(column == 3, total, 0.0))
     loss_sum = tl.sum(tl.where(column == 4, total, 0.0))
@@ -289,8 +366,12 @@ def _finish(total, column, loss, kept, sums, counts, normalizer, recorded, rows,
         loss_sum = tl.where(valid > 0, tl.load(recorded).to(tl.float64) * valid, 0.0)
         weight_sum = valid
     if counts is not None:
-        added = tl.where(column == 4, 1.0, tl.where(column == 5, (valid > 0).to(tl.float64), total)).to(tl.int64)
-        tl.store(counts + column, tl.load(counts + column, column < COLUMNS) + added, column < COLUMNS)
+        added = tl.where(
+            column == 4, 1.0, tl.where(column == 5, (valid > 0).to(tl.float64), total)
+        ).to(tl.int64)
+        tl.store(
+            counts + column, tl.load(counts + column, column < COLUMNS) + added, column < COLUMNS
+        )
         tl.store(sums, tl.load(sums) + loss_sum)
         tl.store(sums + 1, tl.load(sums + 1) + weight_sum)
         tl.store(sums + 2, tl.load(sums + 2) + tl.where(valid > 0, loss_sum / weight_sum, 0.0))

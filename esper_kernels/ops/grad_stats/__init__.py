@@ -1,7 +1,7 @@
 """Gradient statistics: `grad_stats` measures, `GradStats.compute` reads, `clip_grad_norm_` clips.
 
-`grad_stats` asks `select_backend`, and lets that backend's module fill the result; `reference` is the
-definition. Call them after backward, outside a compiled region.
+`grad_stats` asks `select_backend`, and lets that backend's module fill the result; `reference` is
+the definition. Call them after backward, outside a compiled region.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,16 +32,20 @@ def grad_stats(
     out: GradStats | None = None,
     config: KernelConfig | None = None,
 ) -> GradStats:
-    """Norms, largest magnitudes, and zero, NaN and Inf counts of gradients, on the device; no host sync.
+    """Norms, largest magnitudes, and zero, NaN and Inf counts of gradients, on the device; no host
+    sync.
 
-    grads: a sequence of tensors or None, or a mapping from group name to such a sequence or to one tensor;
-        float16, bfloat16, float32, float64 mixed, any shape and stride, one device. None and empty tensors
-        keep their place.
+    grads: a sequence of tensors or None, or a mapping from group name to such a sequence or to one
+        tensor; float16, bfloat16, float32, float64 mixed, any shape and stride, one device. None
+        and empty tensors keep their place.
     vanishing, exploding: a tensor whose L2 norm is strictly below / above is counted as such.
-    inv_scale: [] on the gradients' device (1 / a loss scaler's scale), by which every value is multiplied.
-    out: an earlier result of as many tensors on the same device, whose memory is overwritten and reused.
+    inv_scale: [] on the gradients' device (1 / a loss scaler's scale), by which every value is
+    multiplied.
+    out: an earlier result of as many tensors on the same device, whose memory is overwritten and
+    reused.
 
-    Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is not.
+    Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is
+    not.
     """
     tensors, groups = _flatten(grads)
     stats = _measure_natively(tensors, inv_scale, out, config)
@@ -60,20 +64,27 @@ def grad_stats(
 def _flatten(grads: object) -> tuple[list[Tensor | None], tuple[tuple[str, int], ...]]:
     """The tensors in order, and each group's name and size."""
     if isinstance(grads, Tensor):
-        raise TypeError("grads must be a sequence of tensors or None, or a mapping of them; pass [tensor]")
+        raise TypeError(
+            "grads must be a sequence of tensors or None, or a mapping of them; pass [tensor]"
+        )
     if not isinstance(grads, Mapping):
         return list(grads), ()  # type: ignore[call-overload]  # what is no sequence raises here
     members = {
-        name: [group] if group is None or isinstance(group, Tensor) else list(group) for name, group in grads.items()
+        name: [group] if group is None or isinstance(group, Tensor) else list(group)
+        for name, group in grads.items()
     }
     groups = tuple((name, len(group)) for name, group in members.items())
     return [tensor for group in members.values() for tensor in group], groups
 
 
 def _measure_natively(
-    tensors: list[Tensor | None], inv_scale: Tensor | None, out: GradStats | None, config: KernelConfig | None
+    tensors: list[Tensor | None],
+    inv_scale: Tensor | None,
+    out: GradStats | None,
+    config: KernelConfig | None,
 ) -> GradStats | None:
-    """The statistics from a compiled op, which checks the tensors itself; None if it refuses them."""
+    """The statistics from a compiled op, which checks the tensors itself; None if it refuses
+    them."""
     first = next((x for x in tensors if x is not None), None)
     if not isinstance(first, Tensor) or not all(x is None or type(x) in _PLAIN for x in tensors):
         return None  # a subclass may mean something else by its memory
@@ -98,14 +109,18 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients of `params` in place by min(1, max_norm / (norm + 1e-6)).
 
-    stats: what `grad_stats` measured on these gradients, in any order, so that they are not read again for
-        the norm; ValueError if the sizes differ. With an inv_scale, it is the norm of the unscaled gradients.
-    error_if_nonfinite: RuntimeError, before scaling, for a norm that is NaN or Inf (a host sync). Otherwise
-        such a norm does what it does in torch: Inf makes finite gradients 0, NaN makes all NaN.
+    stats: what `grad_stats` measured on these gradients, in any order, so that they are not read
+        again for the norm; ValueError if the sizes differ. With an inv_scale, it is the norm of the
+        unscaled gradients.
+    error_if_nonfinite: RuntimeError, before scaling, for a norm that is NaN or Inf (a host sync).
+        Otherwise such a norm does what it does in torch: Inf makes finite gradients 0, NaN makes
+        all NaN.
 
     Returns the norm before clipping, float64 [].
     """
-    with_grad = [p for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None]
+    with_grad = [
+        p for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None
+    ]
     grads = [p.grad for p in with_grad if p.grad is not None]
     if stats is None:
         stats = grad_stats(grads, config=config)
@@ -118,16 +133,22 @@ def clip_grad_norm_(
         )
     total_norm = stats.total_norm.clone()  # the memory of stats may be used again
     if error_if_nonfinite and not total_norm.isfinite():  # the host sync
-        raise RuntimeError("the total norm of the gradients is not finite, so they cannot be clipped; drop this step")
+        raise RuntimeError(
+            "the total norm of the gradients is not finite, so they cannot be clipped; drop this "
+            "step"
+        )
     for dtype in {grad.dtype for grad in grads}:
-        # One launch for all on CUDA needs a factor of their dtype; half precision would round or lose it.
+        # One launch for all on CUDA needs a factor of their dtype; half precision would round or
+        # lose it.
         norm = total_norm.float() if dtype == torch.float32 else total_norm
         members = [p for p in with_grad if p.grad is not None and p.grad.dtype == dtype]
         torch.nn.utils.clip_grads_with_norm_(members, max_norm, norm)
     return total_norm
 
 
-def _check(tensors: Grads, inv_scale: Tensor | None, out: GradStats | None) -> tuple[torch.device, torch.dtype]:
+def _check(
+    tensors: Grads, inv_scale: Tensor | None, out: GradStats | None
+) -> tuple[torch.device, torch.dtype]:
     """The tensors' device and widest dtype; without any, that of `out` or the CPU, and float32."""
     device = None
     for place, x in enumerate(tensors):
@@ -135,19 +156,26 @@ def _check(tensors: Grads, inv_scale: Tensor | None, out: GradStats | None) -> t
             continue
         if not isinstance(x, Tensor) or x.layout != torch.strided or type(x).__name__ == "DTensor":
             what = f"{type(x).__name__} {getattr(x, 'layout', '')}"
-            raise TypeError(f"grads[{place}] must be a dense tensor or None (of a DTensor to_local()), got {what}")
+            raise TypeError(
+                f"grads[{place}] must be a dense tensor or None (of a DTensor to_local()), got "
+                f"{what}"
+            )
         if x.dtype not in DTYPES:
             raise TypeError(f"grads[{place}] must be one of {DTYPES}, got {x.dtype}")
         checks.check_storage(f"grads[{place}]", x)
         device = device or x.device
         if x.device != device:
-            raise ValueError(f"grads must be on one device, got {device} and, at place {place}, {x.device}")
+            raise ValueError(
+                f"grads must be on one device, got {device} and, at place {place}, {x.device}"
+            )
     if device is None:
         device = torch.device("cpu") if out is None else out.norms.device
     if inv_scale is not None and (not isinstance(inv_scale, Tensor) or inv_scale.dim() != 0):
         raise TypeError(f"inv_scale must be a 0-d tensor, got {inv_scale!r}")
     if inv_scale is not None and inv_scale.device != device:
-        raise ValueError(f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}")
+        raise ValueError(
+            f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}"
+        )
     if inv_scale is not None:
         checks.check_storage("inv_scale", inv_scale)
     if out is not None:
@@ -160,18 +188,22 @@ def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> Non
     """That `out` is an earlier result of as many tensors on this device."""
     if (len(out.numels), out.norms.device) != (num_tensors, device):
         raise ValueError(
-            f"out must be of {num_tensors} tensors on {device}, got {len(out.numels)} on {out.norms.device}; "
-            "leave it out to allocate"
+            f"out must be of {num_tensors} tensors on {device}, got {len(out.numels)} on "
+            f"{out.norms.device}; leave it out to allocate"
         )
     names = ("norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf")
     expected = _allocate(num_tensors, torch.device("meta"))
     for name in names:
         x = getattr(out, name)
         like = getattr(expected, name)
-        if (x.shape, x.dtype, x.device) != (like.shape, like.dtype, device) or not x.is_contiguous():
+        if (x.shape, x.dtype, x.device) != (
+            like.shape,
+            like.dtype,
+            device,
+        ) or not x.is_contiguous():
             raise ValueError(
-                f"out.{name} must be a contiguous {like.dtype} tensor of shape {tuple(like.shape)} on {device}, "
-                f"got {checks.describe(x)}"
+                f"out.{name} must be a contiguous {like.dtype} tensor of shape {tuple(like.shape)} "
+                f"on {device}, got {checks.describe(x)}"
             )
         checks.check_storage(f"out.{name}", x)
 

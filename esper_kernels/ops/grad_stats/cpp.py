@@ -1,4 +1,5 @@
-"""Gradient statistics by the compiled op of `csrc/`, on the CPU and on CUDA: one read of all tensors."""
+"""Gradient statistics by the compiled op of `csrc/`, on the CPU and on CUDA: one read of all
+tensors."""
 
 from collections.abc import Sequence
 
@@ -10,7 +11,10 @@ from esper_kernels.ops.grad_stats.stats import GradStats
 
 
 def fill(
-    tensors: Sequence[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str = "auto"
+    tensors: Sequence[Tensor | None],
+    inv_scale: Tensor | None,
+    stats: GradStats,
+    instruction_set: str = "auto",
 ) -> None:
     if any(x is None for x in tensors):
         empty = stats.found_inf.new_empty(0)

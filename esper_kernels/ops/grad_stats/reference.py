@@ -13,9 +13,13 @@ from esper_kernels.sums import ordered_sum
 
 
 def fill(
-    tensors: Sequence[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str = "auto"
+    tensors: Sequence[Tensor | None],
+    inv_scale: Tensor | None,
+    stats: GradStats,
+    instruction_set: str = "auto",
 ) -> None:
-    """Write the statistics of `tensors`, each value multiplied by inv_scale, into the tensors of `stats`."""
+    """Write the statistics of `tensors`, each value multiplied by inv_scale, into the tensors of
+    `stats`."""
     columns = (stats.norms, stats.max_abs, stats.zeros, stats.nans, stats.infs)
     for column in columns:
         column.zero_()  # what None and empty tensors keep

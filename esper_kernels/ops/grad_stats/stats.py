@@ -1,4 +1,5 @@
-"""The results of `grad_stats`: `GradStats` on the device, `GradHealth` on the host after its `compute`."""
+"""The results of `grad_stats`: `GradStats` on the device, `GradHealth` on the host after its
+`compute`."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +19,13 @@ class GradHealth:
     """Gradient statistics on the host, over the tensors that have elements.
 
     gradient_norm: L2 norm over all elements.
-    gradient_health: 1 (good) to 0: 1 - 0.5 vanishing/tensors - 0.8 exploding/tensors; 0 with any NaN or Inf.
+    gradient_health: 1 (good) to 0: 1 - 0.5 vanishing/tensors - 0.8 exploding/tensors; 0 with any
+    NaN or Inf.
     has_vanishing, has_exploding: a tensor's norm is below, or above (or not finite), its threshold.
-    min_layer_norm, max_layer_norm: over the tensors, NaN if any is. norm_ratio: max / max(min, 1e-10).
-    zero_grad_fraction: zeros / elements. Nothing measured: norms and fraction 0, health and ratio 1.
+    min_layer_norm, max_layer_norm: over the tensors, NaN if any is. norm_ratio: max / max(min,
+    1e-10).
+    zero_grad_fraction: zeros / elements. Nothing measured: norms and fraction 0, health and ratio
+    1.
     groups: for a mapping of gradients, the same by group name.
     """
 
@@ -51,18 +55,29 @@ class GradStats:
     nans: Tensor
     infs: Tensor
     total_norm: Tensor  # float64 []
-    found_inf: Tensor  # float32 [], 1 where any value is NaN or Inf: what a loss scaler calls by that name
+    # float32 [], 1 where any value is NaN or Inf: what a loss scaler calls by that name
+    found_inf: Tensor
     numels: tuple[int, ...] = ()  # [T], 0 for None and empty tensors
     groups: tuple[tuple[str, int], ...] = ()  # (name, number of tensors); empty for a plain list
     vanishing: float = 0.0
     exploding: float = math.inf
-    workspace: dict[str, Any] = field(default_factory=dict, repr=False)  # what a backend keeps for the next call
+    # what a backend keeps for the next call
+    workspace: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def over(
-        self, numels: tuple[int, ...], groups: tuple[tuple[str, int], ...], vanishing: float, exploding: float
+        self,
+        numels: tuple[int, ...],
+        groups: tuple[tuple[str, int], ...],
+        vanishing: float,
+        exploding: float,
     ) -> "GradStats":
         """The same memory as the statistics of other tensors."""
-        if (numels, groups, vanishing, exploding) == (self.numels, self.groups, self.vanishing, self.exploding):
+        if (numels, groups, vanishing, exploding) == (
+            self.numels,
+            self.groups,
+            self.vanishing,
+            self.exploding,
+        ):
             return self
         return replace(self, numels=numels, groups=groups, vanishing=vanishing, exploding=exploding)
 
@@ -77,7 +92,16 @@ class GradStats:
     def unpack(self, words: list[int], strict: bool) -> GradHealth:
         n = len(self.numels)
         norms = words_to_floats(words[:n])
-        rows = list(zip(norms, words[n : 2 * n], words[2 * n : 3 * n], words[3 * n :], self.numels, strict=True))
+        rows = list(
+            zip(
+                norms,
+                words[n : 2 * n],
+                words[2 * n : 3 * n],
+                words[3 * n :],
+                self.numels,
+                strict=True,
+            )
+        )
         groups = {}
         start = 0
         for name, size in self.groups:
@@ -85,7 +109,9 @@ class GradStats:
             start += size
         return self._health(rows, groups)
 
-    def _health(self, rows: Sequence[tuple[float, int, int, int, int]], groups: dict[str, GradHealth]) -> GradHealth:
+    def _health(
+        self, rows: Sequence[tuple[float, int, int, int, int]], groups: dict[str, GradHealth]
+    ) -> GradHealth:
         rows = [row for row in rows if row[-1]]  # None and empty tensors were not measured
         norms, zeros, nans, infs, numels = zip(*rows, strict=True) if rows else [()] * 5
         unknown = any(map(math.isnan, norms))  # min, max and hypot would hide a NaN

@@ -1,10 +1,13 @@
-"""Gradient statistics on GPUs: the one launch of `triton_kernels`, for any list, through a table of addresses.
+"""Gradient statistics on GPUs: the one launch of `triton_kernels`, for any list, through a table of
+addresses.
 
-The list is cut into pieces of the same number of bytes, a program each, however unequal the tensors are. The tables
-stay with the results, for the next call that gets them as `out`; only gradients that moved cost a copy to the device.
+The list is cut into pieces of the same number of bytes, a program each, however unequal the tensors
+are. The tables stay with the results, for the next call that gets them as `out`; only gradients
+that moved cost a copy to the device.
 
-CUDA graphs: call `grad_stats` once before the capture, with the `out` of the capture and the gradients, dense, where
-they will stay (`zero_grad(set_to_none=False)`). From then on that `out` belongs to the graph.
+CUDA graphs: call `grad_stats` once before the capture, with the `out` of the capture and the
+gradients, dense, where they will stay (`zero_grad(set_to_none=False)`). From then on that `out`
+belongs to the graph.
 """
 
 from collections.abc import Sequence
@@ -16,10 +19,12 @@ from torch import Tensor
 from esper_kernels.ops.grad_stats.stats import GradStats
 
 BLOCK_BYTES = 16384  # the kernel's block
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in the order of the kernel's branches
+# in the order of the kernel's branches
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 80}  # three programs a multiprocessor
-_MOST_PIECES = 16384  # and one a tensor: enough to level the load, few enough to be added up at once
+# and one a tensor: enough to level the load, few enough to be added up at once
+_MOST_PIECES = 16384
 
 
 @dataclass
@@ -28,14 +33,18 @@ class _Tables:
     key: tuple[object, ...]  # sizes and dtypes of the tensors
     found: list[int]  # their addresses, on the host
     addresses: Tensor  # int64 [T], on the device
-    layout: Tensor  # int64 [3 T + 1 + P]: elements, place in DTYPES, first pieces and P; the tensor of each piece
+    # int64 [3 T + 1 + P]: elements, place in DTYPES, first pieces and P; the tensor of each piece
+    layout: Tensor
     partials: Tensor  # float64 [5, P]
     tickets: Tensor  # int32 [T + 1], 0 between launches
     piece_blocks: int
 
 
 def fill(
-    tensors: Sequence[Tensor | None], inv_scale: Tensor | None, stats: GradStats, instruction_set: str = "auto"
+    tensors: Sequence[Tensor | None],
+    inv_scale: Tensor | None,
+    stats: GradStats,
+    instruction_set: str = "auto",
 ) -> None:
     from esper_kernels.ops.grad_stats.triton_kernels import kernel
 
@@ -55,7 +64,8 @@ def fill(
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a range of memory, in whatever order: the statistics do not depend on it."""
+    """Whether the elements fill a range of memory, in whatever order: the statistics do not depend
+    on it."""
     expected = 1
     for stride, size in () if x.is_contiguous() else sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride != expected:
@@ -65,7 +75,8 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
-    """The tables of `stats` for these tensors, made or brought up to date without waiting for the device."""
+    """The tables of `stats` for these tensors, made or brought up to date without waiting for the
+    device."""
     device = stats.norms.device
     key = (
         tuple(0 if x is None else x.numel() for x in tensors),
@@ -77,8 +88,9 @@ def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
     if tables is None or tables.key != key or tables.found != found:
         if capturing or (tables is not None and tables.captured):
             raise RuntimeError(
-                "a CUDA graph needs grad_stats to find the tensors of the call before the capture, where they were, "
-                "in the same out, and no other call with that out; see esper_kernels/ops/grad_stats/triton.py"
+                "a CUDA graph needs grad_stats to find the tensors of the call before the capture, "
+                "where they were, in the same out, and no other call with that out; see "
+                "esper_kernels/ops/grad_stats/triton.py"
             )
         if tables is None or tables.key != key:
             tables = stats.workspace["triton"] = _new_tables(key, device)
@@ -88,11 +100,16 @@ def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
     return tables
 
 
-def _new_tables(key: tuple[tuple[int, ...], tuple[torch.dtype, ...]], device: torch.device) -> _Tables:
+def _new_tables(
+    key: tuple[tuple[int, ...], tuple[torch.dtype, ...]], device: torch.device
+) -> _Tables:
     numels = torch.tensor(key[0])
     dtypes = torch.tensor([DTYPES.index(dtype) for dtype in key[1]])
-    # Blocks are counted from a 16 byte boundary, so a tensor may reach 15 bytes further than it is long.
-    blocks = [-(-(numel * dtype.itemsize + 15) // BLOCK_BYTES) for numel, dtype in zip(*key, strict=True)]
+    # Blocks are counted from a 16 byte boundary, so a tensor may reach 15 bytes further than it is
+    # long.
+    blocks = [
+        -(-(numel * dtype.itemsize + 15) // BLOCK_BYTES) for numel, dtype in zip(*key, strict=True)
+    ]
     piece_blocks = -(-sum(blocks) // _MOST_PIECES)
     pieces = torch.tensor([-(-count // piece_blocks) for count in blocks])
     owner = torch.repeat_interleave(pieces)

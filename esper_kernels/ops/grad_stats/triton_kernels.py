@@ -1,7 +1,8 @@
 """The Triton kernel of gradient statistics; `triton` launches it. Importing this needs Triton.
 
-The program that ends the last piece of a tensor adds up the tensor; the one that ends the last tensor adds up the
-list. Both add in list order, so the same gradients give the same bits, and both belong to the one launch.
+The program that ends the last piece of a tensor adds up the tensor; the one that ends the last
+tensor adds up the list. Both add in list order, so the same gradients give the same bits, and both
+belong to the one launch.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -13,11 +14,22 @@ LANES = tl.constexpr(256)  # results of other programs that a last program reads
 
 
 @triton.jit
-def _scan(address, numel, begin, end, scale, dtype: tl.constexpr, words: tl.constexpr, careful: tl.constexpr):
-    """Sum of squares, largest magnitude, and numbers of nonzeros, NaN and Inf in the blocks begin to end of `words`.
+def _scan(
+    address,
+    numel,
+    begin,
+    end,
+    scale,
+    dtype: tl.constexpr,
+    words: tl.constexpr,
+    careful: tl.constexpr,
+):
+    """Sum of squares, largest magnitude, and numbers of nonzeros, NaN and Inf in the blocks begin
+    to end of `words`.
 
-    Blocks are counted from the 16 byte boundary at or below `address`. Unless `careful`, nonzeros are counted before
-    scaling and in float32, whose comparisons are faster, and NaN and Inf not at all.
+    Blocks are counted from the 16 byte boundary at or below `address`. Unless `careful`, nonzeros
+    are counted before scaling and in float32, whose comparisons are faster, and NaN and Inf not at
+    all.
     """
     width: tl.constexpr = 128 // dtype.primitive_bitwidth
     head = address % 16 * width // 16  # elements between the boundary and the first
@@ -39,7 +51,8 @@ def _scan(address, numel, begin, end, scale, dtype: tl.constexpr, words: tl.cons
             x = tl.load(base + start + lanes, inside, 0.0)
         scaled = x.to(tl.float64) * scale
         if careful:
-            scaled = tl.where(inside, scaled, 0.0)  # with an infinite scale, what is outside became NaN
+            # with an infinite scale, what is outside became NaN
+            scaled = tl.where(inside, scaled, 0.0)
             nans += tl.sum((scaled != scaled).to(tl.int32), 1)
             infs += tl.sum((tl.abs(scaled) == float("inf")).to(tl.int32), 1)
         seen = scaled if careful else x.to(tl.float32)
@@ -52,12 +65,14 @@ def _scan(address, numel, begin, end, scale, dtype: tl.constexpr, words: tl.cons
 
 @triton.jit
 def _scan_carefully(address, numel, begin, end, scale, dtype: tl.constexpr):
-    return _scan(address, numel, begin * 4, end * 4, scale, dtype, WORDS // 4, True)  # a quarter: fewer registers
+    # a quarter: fewer registers
+    return _scan(address, numel, begin * 4, end * 4, scale, dtype, WORDS // 4, True)
 
 
 @triton.jit
 def _measure(address, numel, begin, end, scale, dtype: tl.constexpr):
-    """`_scan` of a piece. NaN and Inf are rare and show in the squares: only a piece with some is read again."""
+    """`_scan` of a piece. NaN and Inf are rare and show in the squares: only a piece with some is
+    read again."""
     found = _scan(address, numel, begin, end, scale, dtype, WORDS, False)
     if scale == 0 or not found[0] < float("inf"):
         found = _scan_carefully(address, numel, begin, end, scale, dtype)
@@ -66,7 +81,8 @@ def _measure(address, numel, begin, end, scale, dtype: tl.constexpr):
 
 @triton.jit
 def _is_last(ticket, count):
-    """Whether this program is the last of `count` to ask, and so sees what the others wrote before they asked."""
+    """Whether this program is the last of `count` to ask, and so sees what the others wrote before
+    they asked."""
     tl.debug_barrier()  # all threads have written
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1
     if last:
@@ -132,7 +148,9 @@ def kernel(
     scale = tl.full([], 1.0, tl.float64) if inv_scale is None else tl.load(inv_scale).to(tl.float64)
     size = tl.where(dtype == 0, 4, tl.where(dtype == 3, 8, 2))
     begin = (piece - first) * piece_blocks
-    end = tl.minimum(begin + piece_blocks, (address % 16 + numel * size + WORDS * 16 - 1) // (WORDS * 16))
+    end = tl.minimum(
+        begin + piece_blocks, (address % 16 + numel * size + WORDS * 16 - 1) // (WORDS * 16)
+    )
     if dtype == 0:
         found = _measure(address, numel, begin, end, scale, tl.float32)
     elif dtype == 1:

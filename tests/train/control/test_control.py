@@ -17,7 +17,9 @@ from esper_train.morph.lifecycle import SeedStage, SlotState
 # the tracker
 
 
-def track(tracker: SignalTracker, losses: Sequence[float], accuracies: Sequence[float] | None = None) -> list[Signals]:
+def track(
+    tracker: SignalTracker, losses: Sequence[float], accuracies: Sequence[float] | None = None
+) -> list[Signals]:
     """Epochs 1, 2, ... with these validation measures."""
     accuracies = accuracies or [50.0] * len(losses)
     return [
@@ -90,9 +92,11 @@ def test_update_keeps_the_best_of_the_whole_run() -> None:
 @pytest.mark.parametrize(
     ("accuracies", "plateau"),
     [
-        # up and down by more than the threshold, but never above the best: noise does not end a plateau
+        # up and down by more than the threshold, but never above the best: noise does not end a
+        # plateau
         ([50.0, 48.0, 50.25, 47.0, 50.0, 49.0], [0, 1, 2, 3, 4, 5]),
-        # a slow rise adds up against the best that was reached: 0.25 an epoch ends it every second epoch
+        # a slow rise adds up against the best that was reached: 0.25 an epoch ends it every second
+        # epoch
         ([50.0, 50.25, 50.5, 50.75, 51.0], [0, 1, 0, 1, 0]),
         # exactly the threshold ends it
         ([50.0, 50.0, 50.5, 50.5], [0, 1, 0, 1]),
@@ -100,7 +104,9 @@ def test_update_keeps_the_best_of_the_whole_run() -> None:
         ([50.0, 30.0, 40.0, 49.75], [0, 1, 2, 3]),
     ],
 )
-def test_update_measures_a_plateau_against_the_best(accuracies: list[float], plateau: list[int]) -> None:
+def test_update_measures_a_plateau_against_the_best(
+    accuracies: list[float], plateau: list[int]
+) -> None:
     signals = track(SignalTracker(), restless(len(accuracies)), accuracies)
     assert [s.plateau_epochs for s in signals] == plateau
 
@@ -151,7 +157,9 @@ def test_reset_forgets_the_run_before() -> None:
 NAMES = ("a", "b", "c")
 
 
-def policy(names: Sequence[str] = NAMES, growth: GrowthConfig | None = None, **config: Any) -> HeuristicTamiyo:
+def policy(
+    names: Sequence[str] = NAMES, growth: GrowthConfig | None = None, **config: Any
+) -> HeuristicTamiyo:
     return HeuristicTamiyo(HeuristicConfig(**config), growth or GrowthConfig(), names)
 
 
@@ -197,13 +205,21 @@ def signals(*slots: SlotState, **changes: Any) -> Signals:
 
 
 def test_op_numbers_are_the_audited_ones() -> None:
-    assert {op.name: op.value for op in Op} == {"WAIT": 0, "GERMINATE": 1, "CULL": 2, "FOSSILIZE": 3}
+    assert {op.name: op.value for op in Op} == {
+        "WAIT": 0,
+        "GERMINATE": 1,
+        "CULL": 2,
+        "FOSSILIZE": 3,
+    }
 
 
 def test_idle_waits_whatever_it_is_told() -> None:
     idle = Idle()
     idle.reset()
-    assert [idle.decide(s).op for s in (signals(), signals(seated(SeedStage.BLENDING)))] == [Op.WAIT, Op.WAIT]
+    assert [idle.decide(s).op for s in (signals(), signals(seated(SeedStage.BLENDING)))] == [
+        Op.WAIT,
+        Op.WAIT,
+    ]
 
 
 def test_decide_germinates_on_a_plateau() -> None:
@@ -236,7 +252,9 @@ def test_decide_is_more_confident_the_longer_the_plateau(plateau: int, confidenc
         ({"germination_wait": 3}, "3 epochs to wait after an undoing"),
     ],
 )
-def test_decide_waits_and_says_why_it_does_not_germinate(changes: dict[str, Any], reason: str) -> None:
+def test_decide_waits_and_says_why_it_does_not_germinate(
+    changes: dict[str, Any], reason: str
+) -> None:
     decision = policy().decide(replace(signals(), **changes))
     assert (decision.op, decision.reason) == (Op.WAIT, reason)
     assert decision.blueprint is None
@@ -244,7 +262,8 @@ def test_decide_waits_and_says_why_it_does_not_germinate(changes: dict[str, Any]
 
 @pytest.mark.parametrize("changes", [{"epoch": 5}, {"epoch": 53}, {"plateau_epochs": 3}])
 def test_decide_germinates_at_exactly_the_limits(changes: dict[str, Any]) -> None:
-    """A life of 15 epochs and the margin of 7 fit into the 22 that are left after epoch 53 of 75."""
+    """A life of 15 epochs and the margin of 7 fit into the 22 that are left after epoch 53 of
+    75."""
     assert policy().decide(signals(**changes)).op is Op.GERMINATE
 
 
@@ -287,7 +306,9 @@ def test_decide_fossilizes_at_the_gates_threshold(contribution: float, op: Op, r
 
 @pytest.mark.parametrize("before", [59.5, 60.0, 60.5])
 @pytest.mark.parametrize("contribution", [2.25, 2.5, 2.75])
-def test_decide_fossilizes_exactly_when_the_gate_would_pass(contribution: float, before: float) -> None:
+def test_decide_fossilizes_exactly_when_the_gate_would_pass(
+    contribution: float, before: float
+) -> None:
     growth = GrowthConfig(fossilize_contribution=2.5)
     state = on_probation(contribution, accuracy_before=before)
     passed = judge(SeedStage.FOSSILIZED, state, growth).passed
@@ -296,7 +317,9 @@ def test_decide_fossilizes_exactly_when_the_gate_would_pass(contribution: float,
 
 
 @pytest.mark.parametrize(("contribution", "confidence"), [(1.0, 0.2), (5.0, 1.0), (12.0, 1.0)])
-def test_decide_is_more_confident_the_more_a_seed_contributes(contribution: float, confidence: float) -> None:
+def test_decide_is_more_confident_the_more_a_seed_contributes(
+    contribution: float, confidence: float
+) -> None:
     decision = policy().decide(signals(on_probation(contribution)))
     assert decision.confidence == pytest.approx(confidence)
 
@@ -308,7 +331,15 @@ def test_decide_says_for_how_long_it_waited() -> None:
 
 def test_decide_goes_round_the_blueprints_in_order() -> None:
     chosen = policy()
-    assert [chosen.decide(signals()).blueprint for _ in range(7)] == ["a", "b", "c", "a", "b", "c", "a"]
+    assert [chosen.decide(signals()).blueprint for _ in range(7)] == [
+        "a",
+        "b",
+        "c",
+        "a",
+        "b",
+        "c",
+        "a",
+    ]
 
 
 def test_decide_goes_round_the_configs_blueprints_where_it_names_some() -> None:
@@ -382,9 +413,13 @@ def test_reset_forgets_penalties_rotation_and_seats() -> None:
 
 
 def test_heuristic_tamiyo_refuses_blueprints_the_topology_does_not_have() -> None:
-    with pytest.raises(ValueError, match=r"in policy\.blueprints.* 'x'; perhaps '[abc]'\? Known: a, b, c$"):
+    with pytest.raises(
+        ValueError, match=r"in policy\.blueprints.* 'x'; perhaps '[abc]'\? Known: a, b, c$"
+    ):
         policy(blueprints=("a", "x", "y"))
-    with pytest.raises(ValueError, match=r"in policy\.blueprints, for this host's topology\) 'a'\. Known: none$"):
+    with pytest.raises(
+        ValueError, match=r"in policy\.blueprints, for this host's topology\) 'a'\. Known: none$"
+    ):
         policy((), blueprints=("a",))
 
 

@@ -48,7 +48,14 @@ from tests.helpers.scripted import (
 QUICK = GovernorConfig(min_history=2, patience=1, snapshot_epochs=2)
 # seeds whose seeds contribute, here and below
 SHORT = RunConfig(
-    task="synthetic", max_epochs=6, max_batches=4, seed=2, batch_size=32, growth=EASY, governor=QUICK, keep="last"
+    task="synthetic",
+    max_epochs=6,
+    max_batches=4,
+    seed=2,
+    batch_size=32,
+    growth=EASY,
+    governor=QUICK,
+    keep="last",
 )
 
 
@@ -91,9 +98,13 @@ def test_a_loss_that_falls_back_to_a_guess_collapsed() -> None:
     assert judged(*(1.5,) * 5, 2.303) == [None] * 6  # had not learned: 1.5 is above .6 ln 10
 
 
-@pytest.mark.parametrize("losses", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, -math.inf)])
+@pytest.mark.parametrize(
+    "losses", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, -math.inf)]
+)
 def test_a_loss_that_is_not_finite_is_found_at_once(losses: tuple[float, float]) -> None:
-    finding = Governor(GovernorConfig(), math.log(10)).check(training=losses[0], validation=losses[1])
+    finding = Governor(GovernorConfig(), math.log(10)).check(
+        training=losses[0], validation=losses[1]
+    )
     assert finding is not None
     assert finding.kind == "nonfinite"
     assert f"training {losses[0]}, validation {losses[1]}" in finding.message
@@ -122,7 +133,8 @@ def test_the_history_is_a_window() -> None:
 
 
 def test_a_governor_goes_on_from_its_state() -> None:
-    """A fourth suspicious epoch of four needed, the history from before: without its state there would be neither."""
+    """A fourth suspicious epoch of four needed, the history from before: without its state there
+    would be neither."""
     config = GovernorConfig(patience=4)
     first, second = (Governor(config, math.log(10)) for _ in range(2))
     for loss in (*(0.1,) * 5, *(9.0,) * 3):
@@ -140,14 +152,21 @@ def test_a_governor_goes_on_from_its_state() -> None:
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 10)
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 6),
+        torch.nn.BatchNorm1d(6),
+        torch.nn.ReLU(),
+        torch.nn.Linear(6, 10),
     )
 
 
 def data(*bad: int) -> list[tuple[Tensor, Tensor]]:
     """Five batches, those of the given places not finite."""
     generator = torch.Generator().manual_seed(1)
-    batches = [(torch.randn(8, 4, generator=generator), torch.randint(10, (8,), generator=generator)) for _ in range(5)]
+    batches = [
+        (torch.randn(8, 4, generator=generator), torch.randint(10, (8,), generator=generator))
+        for _ in range(5)
+    ]
     return [not_a_number(*batch) if i in bad else batch for i, batch in enumerate(batches)]
 
 
@@ -166,12 +185,15 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("optimizer", [sgd, plain_sgd, adamw])
 @pytest.mark.parametrize("bad", [(0,), (2,), (0, 1, 4)])
 def test_a_skipped_step_changes_no_bit(optimizer: Any, bad: tuple[int, ...]) -> None:
-    """Weights, running statistics and optimizer state after the epoch are those of an epoch without these batches."""
+    """Weights, running statistics and optimizer state after the epoch are those of an epoch without
+    these batches."""
     skipping = TrainConfig(on_bad_numbers="skip")
     sparing = TrainConfig()
     models = network(), network()
     optimizers = [optimizer(model) for model in models]
-    whole = train_one_epoch(models[0], data(*bad), optimizers[0], skipping, task_type="classification")
+    whole = train_one_epoch(
+        models[0], data(*bad), optimizers[0], skipping, task_type="classification"
+    )
     good = [batch for i, batch in enumerate(data()) if i not in bad]
     train_one_epoch(models[1], good, optimizers[1], sparing, task_type="classification")
     assert whole.skipped == len(bad)
@@ -193,7 +215,11 @@ def test_skipping_needs_no_further_sync(optimizer: Any) -> None:
     model = network()
     with SyncCounter() as counter:
         result = train_one_epoch(
-            model, data(1), optimizer(model), TrainConfig(on_bad_numbers="skip"), task_type="classification"
+            model,
+            data(1),
+            optimizer(model),
+            TrainConfig(on_bad_numbers="skip"),
+            task_type="classification",
         )
     assert counter.count == 1
     assert result.skipped == 1
@@ -204,7 +230,9 @@ def test_an_optimizer_that_cannot_skip_is_refused() -> None:
     before = {name: value.clone() for name, value in model.named_parameters()}
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"fused=True.*SGD.*on_bad_numbers"):
-        train_one_epoch(model, data(), plain, TrainConfig(on_bad_numbers="skip"), task_type="classification")
+        train_one_epoch(
+            model, data(), plain, TrainConfig(on_bad_numbers="skip"), task_type="classification"
+        )
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
@@ -215,7 +243,9 @@ def test_an_optimizer_restored_from_one_that_cannot_skip_is_refused() -> None:
     restored = sgd(model)
     restored.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="fused=True"):
-        train_one_epoch(model, data(), restored, TrainConfig(on_bad_numbers="skip"), task_type="classification")
+        train_one_epoch(
+            model, data(), restored, TrainConfig(on_bad_numbers="skip"), task_type="classification"
+        )
 
 
 def test_a_step_counts_bad_targets_apart_from_ignored_ones() -> None:
@@ -223,7 +253,9 @@ def test_a_step_counts_bad_targets_apart_from_ignored_ones() -> None:
     inputs, targets = data()[0]
     targets[:4] = torch.tensor([-100, 10, -1, -100])
     model = network()
-    build_train_step("classification", TrainConfig(on_bad_numbers="warn"))(model, inputs, targets, meter)
+    build_train_step("classification", TrainConfig(on_bad_numbers="warn"))(
+        model, inputs, targets, meter
+    )
     result = meter.compute(strict=False)
     assert (result.valid, result.ignored, result.bad_targets) == (4, 2, 2)
     assert targets[1] == 10  # the caller's own are as they were
@@ -254,7 +286,10 @@ def owned(episode: Episode) -> Any:
 def bits(episode_parts: Any) -> list[Tensor]:
     model, optimizers, _ = episode_parts
     states = [state for o in optimizers.present() for state in o.state_dict()["state"].values()]
-    return [*model.state_dict().values(), *(v for state in states for v in state.values() if isinstance(v, Tensor))]
+    return [
+        *model.state_dict().values(),
+        *(v for state in states for v in state.values() if isinstance(v, Tensor)),
+    ]
 
 
 def some_epochs(parts: Any, batches: Any) -> None:
@@ -266,9 +301,14 @@ def some_epochs(parts: Any, batches: Any) -> None:
 def grown() -> Episode:
     """A trained network with a seed that blends in, a fossil, and momentum."""
     episode = build_episode(replace(SHORT, max_epochs=9), slots=("early", "mid"))
-    policy = Script(e1=germinate(), e4=germinate("mid", "norm"), e8=Decision(op=Op.FOSSILIZE, slot="early"))
+    policy = Script(
+        e1=germinate(), e4=germinate("mid", "norm"), e8=Decision(op=Op.FOSSILIZE, slot="early")
+    )
     run_under(episode, policy)
-    assert [s.state.stage for s in episode.model.slots] == [SeedStage.FOSSILIZED, SeedStage.BLENDING]
+    assert [s.state.stage for s in episode.model.slots] == [
+        SeedStage.FOSSILIZED,
+        SeedStage.BLENDING,
+    ]
     return episode
 
 
@@ -288,7 +328,8 @@ def test_a_snapshot_brings_everything_back(grown: Episode) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, bits(owned(grown)), strict=True))
     assert [s.state for s in grown.model.slots] == states
     assert grown.tracker.state_dict() == tracked
-    some_epochs(owned(grown), batches)  # a second time from there, the same: so nothing was left behind
+    # a second time from there, the same: so nothing was left behind
+    some_epochs(owned(grown), batches)
     assert all(torch.equal(a, b) for a, b in zip(moved, bits(owned(grown)), strict=True))
     grown.go_back(taken)  # it was left alone
     assert all(torch.equal(a, b) for a, b in zip(expected, bits(owned(grown)), strict=True))
@@ -299,7 +340,9 @@ def test_restored_optimizers_hold_the_restored_models_parameters(grown: Episode)
     attached = list(grown.optimizers.parameters())
     hosts = set(map(id, grown.model.get_host_parameters()))
     grown.go_back(grown.snapshot())
-    groups = {name: {id(p) for p in members} for name, members in grown.optimizers.parameters().items()}
+    groups = {
+        name: {id(p) for p in members} for name, members in grown.optimizers.parameters().items()
+    }
     assert list(groups) == attached
     assert groups["host"] == hosts
     assert groups["host"] == {id(p) for p in grown.model.get_host_parameters()}
@@ -312,7 +355,9 @@ def test_a_snapshot_is_kept_on_its_device(monkeypatch: pytest.MonkeyPatch) -> No
     """On `meta`, which has no memory, so that what is really moved shows without an accelerator."""
     monkeypatch.setattr("esper_train.run.episode.resolve_device", torch.device)
     monkeypatch.setattr("esper_train.run.build.resolve_device", torch.device)
-    episode = build_episode(replace(SHORT, governor=GovernorConfig(snapshot_device="meta")), slots=("early",))
+    episode = build_episode(
+        replace(SHORT, governor=GovernorConfig(snapshot_device="meta")), slots=("early",)
+    )
     some_epochs(owned(episode), list(episode.validation))
     taken = episode.snapshot()
     states = [state for group in taken["optimizers"].values() for state in group["state"].values()]
@@ -415,7 +460,8 @@ def test_a_nan_gradient(policy: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop", "rollback"])
 def test_an_exploding_loss(policy: str, tmp_path: Path) -> None:
-    """The last layer's gradient is a million times too large in batch 4 of epoch 4: finite, but ruinous."""
+    """The last layer's gradient is a million times too large in batch 4 of epoch 4: finite, but
+    ruinous."""
     episode = planted(config(policy), "explosion", (4, 4))
     events, page, ended = run(episode, tmp_path / "run")
     finding = of(events, "finding")[0]
@@ -442,7 +488,8 @@ def test_an_exploding_loss(policy: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop", "rollback"])
 def test_a_bad_label(policy: str, tmp_path: Path) -> None:
-    """The first target of batch 2 of epoch 3: but for "stop", its row is left out, as an ignored one is."""
+    """The first target of batch 2 of epoch 3: but for "stop", its row is left out, as an ignored
+    one is."""
     episode = planted(config(policy), "label", (3, 2))
     events, page, ended = run(episode, tmp_path / "run")
     if policy == "stop":
@@ -454,7 +501,14 @@ def test_a_bad_label(policy: str, tmp_path: Path) -> None:
     (bad,) = of(events, "bad_targets")
     assert (ended, events[-1]["status"], bad["epoch"], bad["rows"]) == (None, "completed", 3, 1)
     assert f"In epoch 3: {bad['message']}." in page
-    assert [event["train"]["valid"] for event in of(events, "epoch")] == [128, 128, 127, 128, 128, 128]
+    assert [event["train"]["valid"] for event in of(events, "epoch")] == [
+        128,
+        128,
+        127,
+        128,
+        128,
+        128,
+    ]
     other = build_episode(config(policy), slots=())
     other.train = Planted(other.train, ignored, (3, 2))  # type: ignore[assignment]
     run(other, tmp_path / "other")
@@ -464,7 +518,10 @@ def test_a_bad_label(policy: str, tmp_path: Path) -> None:
 
 def test_bad_labels_of_small_types_and_of_held_out_data_are_left_out_too(tmp_path: Path) -> None:
     episode = build_episode(config("warn", max_epochs=1), slots=())
-    as_bytes = [(inputs, mislabelled(inputs, targets)[1].to(torch.uint8)) for inputs, targets in episode.validation]
+    as_bytes = [
+        (inputs, mislabelled(inputs, targets)[1].to(torch.uint8))
+        for inputs, targets in episode.validation
+    ]
     episode.validation = as_bytes  # type: ignore[assignment]
     events, _, _ = run(episode, tmp_path / "run")
     (bad,) = of(events, "bad_targets")
@@ -473,10 +530,12 @@ def test_bad_labels_of_small_types_and_of_held_out_data_are_left_out_too(tmp_pat
 
 
 def test_rollback_restores_seeds_whatever_became_of_them(tmp_path: Path) -> None:
-    """The state after epoch 6 has `early` and `late` in training and `mid` empty. Then late is culled, mid gets a
-    seed, and epoch 9, the last before early would blend, goes bad."""
+    """The state after epoch 6 has `early` and `late` in training and `mid` empty. Then late is
+    culled, mid gets a seed, and epoch 9, the last before early would blend, goes bad."""
     growth = replace(EASY, training_min_epochs=8)
-    base = config("rollback", max_epochs=16, governor=replace(QUICK, snapshot_epochs=6), growth=growth)
+    base = config(
+        "rollback", max_epochs=16, governor=replace(QUICK, snapshot_epochs=6), growth=growth
+    )
     episode = build_episode(base, slots=("early", "mid", "late"))
     recorder = Recorder()
     signals = Script(
@@ -507,8 +566,11 @@ def test_rollback_restores_seeds_whatever_became_of_them(tmp_path: Path) -> None
 
 
 def test_rollback_keeps_a_fossil_whose_verdict_came_before(tmp_path: Path) -> None:
-    """No state is kept during a trial; the verdict of epoch 8 makes the one that epoch 9 returns to."""
-    base = config("rollback", max_epochs=11, batch_size=64, seed=8, governor=replace(QUICK, snapshot_epochs=7))
+    """No state is kept during a trial; the verdict of epoch 8 makes the one that epoch 9 returns
+    to."""
+    base = config(
+        "rollback", max_epochs=11, batch_size=64, seed=8, governor=replace(QUICK, snapshot_epochs=7)
+    )
     episode = build_episode(base, slots=("early",))
     keep = Decision(op=Op.FOSSILIZE, slot="early")
     episode.train = Planted(episode.train, not_a_number, (9, 1))  # type: ignore[assignment]
@@ -538,7 +600,8 @@ def test_too_many_rollbacks_end_the_run(tmp_path: Path) -> None:
 
 
 def test_no_snapshot_is_taken_of_bad_weights() -> None:
-    """A seed in training that diverged shows in no loss, but must not become the state to return to."""
+    """A seed in training that diverged shows in no loss, but must not become the state to return
+    to."""
     recorder = Recorder()
     episode = build_episode(config("rollback", max_epochs=6), slots=("early",))
 
@@ -555,7 +618,8 @@ def test_no_snapshot_is_taken_of_bad_weights() -> None:
 
 
 def test_no_snapshot_is_taken_while_the_loss_is_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience is not over yet, but what is kept then would be the state that the finding is about."""
+    """Patience is not over yet, but what is kept then would be the state that the finding is
+    about."""
     recorder = Recorder()
     watch = GovernorConfig(patience=3, snapshot_epochs=2)
     episode = build_episode(config("rollback", max_epochs=6, governor=watch), slots=("early",))

@@ -18,23 +18,39 @@ from esper_train.control.signals import Signals
 from esper_train.morph.lifecycle import SeedStage, SlotState
 
 HOST = 6418
-"""Parameters of the audited host; its seeds here have 2336, so rent is .5 * ln(1 + 2336/6418) = .15520."""
-TRAINING = SeedInfo(3, 1.0, 1.0, 2, 2336, previous_stage=2, previous_epochs_in_stage=1, seed_age_epochs=3)
-PROBATION = SeedInfo(6, 3.0, 3.0, 4, 2336, previous_stage=4, previous_epochs_in_stage=5, seed_age_epochs=12)
+"""Parameters of the audited host; its seeds here have 2336, so rent is .5 * ln(1 + 2336/6418) =
+.15520."""
+TRAINING = SeedInfo(
+    3, 1.0, 1.0, 2, 2336, previous_stage=2, previous_epochs_in_stage=1, seed_age_epochs=3
+)
+PROBATION = SeedInfo(
+    6, 3.0, 3.0, 4, 2336, previous_stage=4, previous_epochs_in_stage=5, seed_age_epochs=12
+)
 BLENDING = PROBATION._replace(stage=4)
 FOSSIL = PROBATION._replace(stage=7)
 
 
 def reward(
-    action: Op, seed: SeedInfo | None, contribution: float | None = None, epoch: int = 5, **more: object
+    action: Op,
+    seed: SeedInfo | None,
+    contribution: float | None = None,
+    epoch: int = 5,
+    **more: object,
 ) -> float:
-    """At accuracy 60, 3 points above that at germination where there is a contribution; rent only with a seed."""
+    """At accuracy 60, 3 points above that at germination where there is a contribution; rent only
+    with a seed."""
     start = None if contribution is None else 57.0
-    arguments = {"total_params": 2336 if seed else 0, "host_params": HOST, "acc_at_germination": start} | more
+    arguments = {
+        "total_params": 2336 if seed else 0,
+        "host_params": HOST,
+        "acc_at_germination": start,
+    } | more
     return compute_contribution_reward(action, contribution, 60.0, seed, epoch, 25, **arguments)  # type: ignore
 
 
-def parts(action: Op, seed: SeedInfo | None, contribution: float | None = None, **more: object) -> dict[str, float]:
+def parts(
+    action: Op, seed: SeedInfo | None, contribution: float | None = None, **more: object
+) -> dict[str, float]:
     total, result = reward(action, seed, contribution, return_components=True, **more)  # type: ignore[misc]
     assert total == pytest.approx(sum(result.values()), abs=1e-12)
     return result
@@ -51,11 +67,13 @@ def parts(action: Op, seed: SeedInfo | None, contribution: float | None = None, 
         (0.2785, reward(Op.GERMINATE, None)),
         # .05 * 60
         (3.0, reward(Op.WAIT, None, epoch=25)),
-        # .3 * 2 for the rise, .3 * (.995 * 2.6 - 2.3) = .0861 for the second epoch of training, rent
+        # .3 * 2 for the rise, .3 * (.995 * 2.6 - 2.3) = .0861 for the second epoch of training,
+        # rent
         (0.5309, reward(Op.WAIT, TRAINING, acc_delta=2.0)),
         # the same without the rise, -.3 because the slot is taken, -.02
         (-0.3891, reward(Op.GERMINATE, TRAINING)),
-        # 2 (of 3 points gained, 2 are the seed's), -3^2 for waiting, .3 * (.995 * 6.7 - 6.4) = .07995, rent
+        # 2 (of 3 points gained, 2 are the seed's), -3^2 for waiting, .3 * (.995 * 6.7 - 6.4) =
+        # .07995, rent
         (-7.0753, reward(Op.WAIT, PROBATION, 2.0)),
         # 2, .07995, (.5 + .2) * 4/5 for fossilizing, -.01, rent
         (2.4747, reward(Op.FOSSILIZE, PROBATION, 2.0)),
@@ -114,7 +132,8 @@ def test_attribution_by_hand(
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-0.1), 2.0, -0.53),  # -.5 - .02 - .01
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-0.2), 2.0, -0.55),
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-0.3), 2.0, -0.87),
-        (Op.FOSSILIZE, PROBATION._replace(total_improvement=-1.0), 2.0, -1.01),  # -.5 - .2 - .3 - .01
+        # -.5 - .2 - .3 - .01
+        (Op.FOSSILIZE, PROBATION._replace(total_improvement=-1.0), 2.0, -1.01),
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-1.0), 0.15, -1.01),
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-1.0), 0.1, -0.71),
         (Op.FOSSILIZE, PROBATION._replace(total_improvement=-9.0), 0.1, -1.51),
@@ -129,7 +148,9 @@ def test_attribution_by_hand(
         (Op.CULL, BLENDING, 4.0, -0.505),
     ],
 )
-def test_operation_by_hand(action: Op, seed: SeedInfo | None, contribution: float | None, expected: float) -> None:
+def test_operation_by_hand(
+    action: Op, seed: SeedInfo | None, contribution: float | None, expected: float
+) -> None:
     assert parts(action, seed, contribution)["operation"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -146,7 +167,8 @@ def test_operation_by_hand(action: Op, seed: SeedInfo | None, contribution: floa
         (PROBATION._replace(epochs_in_stage=2), 0.0, 0.0),
         (PROBATION._replace(epochs_in_stage=3), 2.0, -3.0),
         (PROBATION._replace(epochs_in_stage=5), 2.0, -10.0),
-        (PROBATION._replace(epochs_in_stage=5), -2.0, 0.0),  # nobody would want to wait with this one
+        # nobody would want to wait with this one
+        (PROBATION._replace(epochs_in_stage=5), -2.0, 0.0),
     ],
 )
 def test_warning_by_hand(seed: SeedInfo, contribution: float, expected: float) -> None:
@@ -155,13 +177,18 @@ def test_warning_by_hand(seed: SeedInfo, contribution: float, expected: float) -
 
 @pytest.mark.parametrize("improvement", [0.0, 0.5])
 def test_fossilizing_what_made_nothing_worse_keeps_its_attribution(improvement: float) -> None:
-    assert parts(Op.FOSSILIZE, PROBATION._replace(total_improvement=improvement), 0.5)["attribution"] == 0.5
+    assert (
+        parts(Op.FOSSILIZE, PROBATION._replace(total_improvement=improvement), 0.5)["attribution"]
+        == 0.5
+    )
 
 
 def test_without_parameters_there_is_no_rent_and_a_host_of_unknown_size_has_one() -> None:
     """.5 * ln(1 + 1/1)."""
     assert compute_contribution_reward(Op.WAIT, None, 60.0, None, 5, 25) == 0.0
-    assert compute_contribution_reward(Op.WAIT, None, 60.0, None, 5, 25, 1) == pytest.approx(-0.3465736, abs=1e-7)
+    assert compute_contribution_reward(Op.WAIT, None, 60.0, None, 5, 25, 1) == pytest.approx(
+        -0.3465736, abs=1e-7
+    )
 
 
 def test_a_stage_just_entered_is_worth_more_than_the_one_left() -> None:
@@ -179,7 +206,9 @@ def test_fossils_that_contribute_are_rewarded_in_the_last_epoch_only() -> None:
 def test_weights_come_from_the_config() -> None:
     config = ContributionReward(proxy=1.0, shaping=0.0, max_rent=0.1)
     assert reward(Op.WAIT, TRAINING, acc_delta=2.0, config=config) == pytest.approx(1.9)
-    assert reward(Op.WAIT, None, epoch=25, config=ContributionReward(final_accuracy=0.5)) == pytest.approx(30.0)
+    assert reward(
+        Op.WAIT, None, epoch=25, config=ContributionReward(final_accuracy=0.5)
+    ) == pytest.approx(30.0)
 
 
 # what holds for any numbers
@@ -218,13 +247,22 @@ def test_reward_is_finite_and_the_sum_of_its_parts(
     total: int,
     host: int,
 ) -> None:
-    more = {"acc_at_germination": start, "acc_delta": rise, "total_params": total, "host_params": host}
+    more = {
+        "acc_at_germination": start,
+        "acc_delta": rise,
+        "total_params": total,
+        "host_params": host,
+    }
     assert all(map(math.isfinite, parts(action, seed, contribution, epoch=epoch, **more).values()))
 
 
 @given(seeds, contributions, points)
-def test_cull_negates_the_attribution(seed: SeedInfo, contribution: float | None, rise: float) -> None:
-    culled, waited = (parts(op, seed, contribution, acc_delta=rise)["attribution"] for op in (Op.CULL, Op.WAIT))
+def test_cull_negates_the_attribution(
+    seed: SeedInfo, contribution: float | None, rise: float
+) -> None:
+    culled, waited = (
+        parts(op, seed, contribution, acc_delta=rise)["attribution"] for op in (Op.CULL, Op.WAIT)
+    )
     assert culled == -waited
 
 
@@ -232,14 +270,20 @@ def test_cull_negates_the_attribution(seed: SeedInfo, contribution: float | None
 def test_fossilizing_what_made_the_accuracy_worse_earns_no_attribution_and_costs(
     seed: SeedInfo, contribution: float | None, improvement: float
 ) -> None:
-    result = parts(Op.FOSSILIZE, seed._replace(total_improvement=improvement), contribution, acc_delta=1.0)
+    result = parts(
+        Op.FOSSILIZE, seed._replace(total_improvement=improvement), contribution, acc_delta=1.0
+    )
     assert result["attribution"] == 0.0
     assert result["operation"] < 0
 
 
 @given(seeds, st.floats(0, 100), points)
-def test_attribution_is_never_more_than_the_contribution(seed: SeedInfo, contribution: float, start: float) -> None:
-    assert parts(Op.WAIT, seed, contribution, acc_at_germination=start)["attribution"] <= contribution
+def test_attribution_is_never_more_than_the_contribution(
+    seed: SeedInfo, contribution: float, start: float
+) -> None:
+    assert (
+        parts(Op.WAIT, seed, contribution, acc_at_germination=start)["attribution"] <= contribution
+    )
 
 
 @given(seeds, st.floats(-100, -1e-6))
@@ -250,14 +294,20 @@ def test_a_harmful_seed_is_better_culled_than_kept(seed: SeedInfo, contribution:
 
 @given(st.integers(0, 10**9), st.integers(1, 10**9), st.integers(1, 10**9))
 def test_rent_grows_with_the_seeds_parameters_to_a_limit(fewer: int, more: int, host: int) -> None:
-    low, high = (-parts(Op.WAIT, TRAINING, total_params=n, host_params=host)["rent"] for n in (fewer, fewer + more))
+    low, high = (
+        -parts(Op.WAIT, TRAINING, total_params=n, host_params=host)["rent"]
+        for n in (fewer, fewer + more)
+    )
     assert 0 <= low <= high <= 8
     assert low < high or low == 8 or more / host < 1e-6
 
 
-@given(st.lists(st.tuples(st.sampled_from([2, 3, 4, 6]), st.integers(0, 20)), min_size=1, max_size=5))
+@given(
+    st.lists(st.tuples(st.sampled_from([2, 3, 4, 6]), st.integers(0, 20)), min_size=1, max_size=5)
+)
 def test_shaping_over_a_life_is_that_of_its_ends(stages: list[tuple[int, int]]) -> None:
-    """Discounted by .995 each epoch, the sum of gamma * now - before leaves only the last and the first potential."""
+    """Discounted by .995 each epoch, the sum of gamma * now - before leaves only the last and the
+    first potential."""
     total = 0.0
     discount = 1.0
     before = (0, 0)
@@ -307,7 +357,9 @@ def test_a_slot_without_seed_has_no_seed_info(stage: SeedStage) -> None:
 # the rewards by name
 
 EMPTY = SlotState(slot="late")
-KEPT = replace(STATE, slot="early", seed_id="seed_0", stage=SeedStage.FOSSILIZED, seed_parameters=1000)
+KEPT = replace(
+    STATE, slot="early", seed_id="seed_0", stage=SeedStage.FOSSILIZED, seed_parameters=1000
+)
 SIGNALS = Signals(
     epoch=5,
     max_epochs=25,
@@ -334,7 +386,20 @@ def test_shaped_is_the_contribution_reward_of_the_slot() -> None:
     """The fossil's 3 points make it contribute; all seeds pay rent."""
     for op in Op:
         expected = compute_contribution_reward(
-            op, 2.0, 60.0, SeedInfo.from_state(STATE), 25, 25, 3336, HOST, None, 57.0, 2.0, False, 1, 1
+            op,
+            2.0,
+            60.0,
+            SeedInfo.from_state(STATE),
+            25,
+            25,
+            3336,
+            HOST,
+            None,
+            57.0,
+            2.0,
+            False,
+            1,
+            1,
         )
         assert earned("shaped", op, STATE, LAST, HOST) == expected
 
@@ -365,7 +430,9 @@ def test_sparse_is_the_best_accuracy_less_parameters_at_the_end() -> None:
         (Op.CULL, EMPTY, 0.0),
     ],
 )
-def test_minimal_is_sparse_and_punishes_culling_the_young(op: Op, state: SlotState, expected: float) -> None:
+def test_minimal_is_sparse_and_punishes_culling_the_young(
+    op: Op, state: SlotState, expected: float
+) -> None:
     assert earned("minimal", op, state, SIGNALS, HOST) == pytest.approx(expected)
     end = earned("sparse", op, state, LAST, HOST)
     assert earned("minimal", op, state, LAST, HOST) == pytest.approx(end + expected)
@@ -375,17 +442,24 @@ def test_minimal_is_sparse_and_punishes_culling_the_young(op: Op, state: SlotSta
     ("delta", "expected"),
     [(1.29, 15.0), (2.58, 25.0), (-0.86, -5.0), (-9.0, -12.5), (0.0, 0.0), (None, 0.0)],
 )
-def test_loss_reward_is_positive_for_a_fall_of_the_loss(delta: float | None, expected: float) -> None:
+def test_loss_reward_is_positive_for_a_fall_of_the_loss(
+    delta: float | None, expected: float
+) -> None:
     """In units of .043 of a guess's loss, 10, and within 5 of them, times 5; a rise counts half."""
     bare = replace(SIGNALS, loss_delta=delta, slots=(EMPTY,))
     assert earned("loss", Op.WAIT, EMPTY, bare, HOST) == pytest.approx(expected)
 
 
 def test_loss_reward_takes_rent_and_shapes_by_stages() -> None:
-    """.05 * ln(1 + 3336/6418) = .0209285 after three epochs; .1 * (.995 * 3.5 - 3.5) = -.00175 within a stage."""
+    """.05 * ln(1 + 3336/6418) = .0209285 after three epochs; .1 * (.995 * 3.5 - 3.5) = -.00175
+    within a stage."""
     flat = replace(SIGNALS, loss_delta=None)
-    assert earned("loss", Op.WAIT, STATE, flat, HOST) == pytest.approx(-0.00175 - 0.0209285, abs=1e-6)
-    assert earned("loss", Op.WAIT, replace(STATE, epochs_alive=2), flat, HOST) == pytest.approx(-0.00175, abs=1e-6)
+    assert earned("loss", Op.WAIT, STATE, flat, HOST) == pytest.approx(
+        -0.00175 - 0.0209285, abs=1e-6
+    )
+    assert earned("loss", Op.WAIT, replace(STATE, epochs_alive=2), flat, HOST) == pytest.approx(
+        -0.00175, abs=1e-6
+    )
     at_three = earned("loss", Op.WAIT, replace(STATE, epochs_alive=3), flat, HOST)
     assert at_three == pytest.approx(-0.00175 - 0.0209285, abs=1e-6)
     assert earned("loss", Op.WAIT, EMPTY, flat, HOST) == pytest.approx(-0.0209285, abs=1e-6)
@@ -396,7 +470,9 @@ def test_loss_reward_takes_rent_and_shapes_by_stages() -> None:
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(5.65, 0.5), (0.1, 1.0), (12.0, 0.0)])
-def test_loss_reward_ends_with_the_share_of_the_way_to_the_target(loss: float, expected: float) -> None:
+def test_loss_reward_ends_with_the_share_of_the_way_to_the_target(
+    loss: float, expected: float
+) -> None:
     """From 10 to 1.3."""
     last = replace(LAST, loss_delta=None, val_loss=loss, slots=(EMPTY,))
     assert earned("loss", Op.WAIT, EMPTY, last, HOST) == pytest.approx(expected)
@@ -406,7 +482,9 @@ def test_loss_reward_ends_with_the_share_of_the_way_to_the_target(loss: float, e
 def test_loss_reward_takes_its_scale_from_the_number_of_classes(classes: int) -> None:
     """Half the way down to .13 of a guess's loss, and a fall of .043 of it."""
     guess = math.log(classes)
-    last = replace(LAST, guess_loss=guess, val_loss=guess * 1.13 / 2, loss_delta=0.043 * guess, slots=(EMPTY,))
+    last = replace(
+        LAST, guess_loss=guess, val_loss=guess * 1.13 / 2, loss_delta=0.043 * guess, slots=(EMPTY,)
+    )
     assert earned("loss", Op.WAIT, EMPTY, last, HOST) == pytest.approx(5.0 + 0.5)
 
 

@@ -1,4 +1,5 @@
-"""The learned gate: where it starts, where it must end, that it learns, and that a causal host stays causal."""
+"""The learned gate: where it starts, where it must end, that it learns, and that a causal host
+stays causal."""
 
 from dataclasses import replace
 
@@ -48,7 +49,9 @@ def test_gate_bends_by_hand() -> None:
     for log_odds, expected in ((torch.tensor(3.0).log(), 0.625), (-torch.tensor(3.0).log(), 0.375)):
         with torch.no_grad():
             last.bias.fill_(log_odds)
-        torch.testing.assert_close(gate(MAPS, torch.tensor(0.5)), torch.full((3, 1, 1, 1), expected))
+        torch.testing.assert_close(
+            gate(MAPS, torch.tensor(0.5)), torch.full((3, 1, 1, 1), expected)
+        )
 
 
 def test_a_tokens_gate_sees_that_token_alone() -> None:
@@ -72,7 +75,8 @@ def gated_slot() -> SeedSlot:
 def test_gate_is_trained_while_the_seed_is_blended_in() -> None:
     slot = gated_slot()
     slot.restore(
-        replace(slot.state, stage=SeedStage.BLENDING, alpha=0.5), default_registry().require("cnn", "conv_light")
+        replace(slot.state, stage=SeedStage.BLENDING, alpha=0.5),
+        default_registry().require("cnn", "conv_light"),
     )
     assert slot.gate is not None
     assert slot.seed is not None

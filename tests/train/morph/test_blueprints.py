@@ -1,4 +1,5 @@
-"""Blueprints: what comes with the package starts as the identity and can learn, and nothing else gets in."""
+"""Blueprints: what comes with the package starts as the identity and can learn, and nothing else
+gets in."""
 
 import pytest
 import torch
@@ -40,7 +41,14 @@ def features(topology: str, channels: int, size: tuple[int, int]) -> Tensor:
 
 def test_default_registry_lists_the_blueprints_in_order_of_preference() -> None:
     registry = default_registry()
-    assert registry.names("cnn") == ("conv_expand", "conv_light", "attention", "norm", "depthwise", "conv_heavy")
+    assert registry.names("cnn") == (
+        "conv_expand",
+        "conv_light",
+        "attention",
+        "norm",
+        "depthwise",
+        "conv_heavy",
+    )
     assert registry.names("transformer") == ("mlp", "attention", "lora", "norm")
     assert registry.names("graph") == ()
 
@@ -51,7 +59,8 @@ def test_default_registry_lists_the_blueprints_in_order_of_preference() -> None:
 def test_default_blueprints_are_the_identity_and_alive_at_birth(
     topology: str, name: str, channels: int, size: tuple[int, int]
 ) -> None:
-    """The output is the input exactly, every gradient is finite, and one step of SGD moves the output."""
+    """The output is the input exactly, every gradient is finite, and one step of SGD moves the
+    output."""
     module = built(topology, name, channels)
     x = features(topology, channels, size)
     y = module(x)
@@ -80,7 +89,9 @@ def test_default_blueprints_are_the_identity_and_alive_at_birth(
         ("transformer", "norm", 2 * 8 + 1),
     ],
 )
-def test_default_blueprints_have_the_parameters_counted_by_hand(topology: str, name: str, parameters: int) -> None:
+def test_default_blueprints_have_the_parameters_counted_by_hand(
+    topology: str, name: str, parameters: int
+) -> None:
     assert sum(p.numel() for p in built(topology, name, 8).parameters()) == parameters
 
 
@@ -92,7 +103,9 @@ def test_default_blueprints_equal_their_formulas_once_trained() -> None:
         modules[topology, name] = built(topology, name, 8)
         with torch.no_grad():
             for p in modules[topology, name].parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+                p.add_(
+                    0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+                )
         return [p.detach() for p in modules[topology, name].parameters()]
 
     modules: dict[tuple[str, str], nn.Module] = {}
@@ -104,7 +117,9 @@ def test_default_blueprints_equal_their_formulas_once_trained() -> None:
 
     w1, b1, w2, b2 = trained("cnn", "attention")
     gate = 2 * torch.sigmoid(f.linear(f.relu(f.linear(x.flatten(2).mean(2), w1, b1)), w2, b2))
-    torch.testing.assert_close(modules["cnn", "attention"](x), torch.einsum("nchw,nc->nchw", x, gate))
+    torch.testing.assert_close(
+        modules["cnn", "attention"](x), torch.einsum("nchw,nc->nchw", x, gate)
+    )
 
     named = dict(zip(("gain", "weight", "bias"), trained("cnn", "norm"), strict=True))
     norm = f.group_norm(x, 1, named["weight"], named["bias"])
@@ -116,7 +131,9 @@ def test_default_blueprints_equal_their_formulas_once_trained() -> None:
 
     conv, gain, shift, out, bias = trained("cnn", "conv_heavy")
     hidden = f.relu(f.group_norm(f.conv2d(x, conv, padding=1), 1, gain, shift))
-    torch.testing.assert_close(modules["cnn", "conv_heavy"](x), x + f.conv2d(hidden, out, bias, padding=1))
+    torch.testing.assert_close(
+        modules["cnn", "conv_heavy"](x), x + f.conv2d(hidden, out, bias, padding=1)
+    )
 
     sequence = features("transformer", 8, (3, 5))
     g, s, w1, b1, w2, b2 = trained("transformer", "mlp")
@@ -124,11 +141,17 @@ def test_default_blueprints_equal_their_formulas_once_trained() -> None:
     torch.testing.assert_close(modules["transformer", "mlp"](sequence), sequence + inner)
 
     g, s, qkv, qkv_bias, out, bias = trained("transformer", "attention")
-    gathered = attention_by_hand(f.linear(f.layer_norm(sequence, (8,), g, s), qkv, qkv_bias), heads=4)
-    torch.testing.assert_close(modules["transformer", "attention"](sequence), sequence + f.linear(gathered, out, bias))
+    gathered = attention_by_hand(
+        f.linear(f.layer_norm(sequence, (8,), g, s), qkv, qkv_bias), heads=4
+    )
+    torch.testing.assert_close(
+        modules["transformer", "attention"](sequence), sequence + f.linear(gathered, out, bias)
+    )
 
     down, up = trained("transformer", "lora")
-    torch.testing.assert_close(modules["transformer", "lora"](sequence), sequence + sequence @ down.T @ up.T)
+    torch.testing.assert_close(
+        modules["transformer", "lora"](sequence), sequence + sequence @ down.T @ up.T
+    )
 
 
 def attention_by_hand(qkv: Tensor, heads: int) -> Tensor:
@@ -140,12 +163,18 @@ def attention_by_hand(qkv: Tensor, heads: int) -> Tensor:
         q, k, v = (qkv[:, :, i * channels + head * size :][:, :, :size] for i in range(3))
         for t in range(qkv.shape[1]):
             weights = torch.softmax((q[:, t : t + 1] * k[:, : t + 1]).sum(2) / size**0.5, dim=1)
-            out[:, t, head * size : (head + 1) * size] = (weights[:, :, None] * v[:, : t + 1]).sum(1)
+            out[:, t, head * size : (head + 1) * size] = (weights[:, :, None] * v[:, : t + 1]).sum(
+                1
+            )
     return out
 
 
-@pytest.mark.parametrize(("channels", "heads"), [(1, 1), (2, 2), (3, 3), (5, 1), (8, 4), (9, 3), (10, 2), (384, 4)])
-def test_causal_attention_has_4_heads_or_the_largest_divisor_below(channels: int, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "heads"), [(1, 1), (2, 2), (3, 3), (5, 1), (8, 4), (9, 3), (10, 2), (384, 4)]
+)
+def test_causal_attention_has_4_heads_or_the_largest_divisor_below(
+    channels: int, heads: int
+) -> None:
     assert CausalAttention(channels).heads == heads
 
 
@@ -171,7 +200,8 @@ def test_transformer_blueprints_let_no_position_see_a_later_one(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups"), [(1, 1), (8, 1), (16, 1), (32, 2), (33, 1), (48, 2), (64, 4), (512, 32), (1024, 32)]
+    ("channels", "groups"),
+    [(1, 1), (8, 1), (16, 1), (32, 2), (33, 1), (48, 2), (64, 4), (512, 32), (1024, 32)],
 )
 def test_group_norm_keeps_16_channels_a_group_at_least(channels: int, groups: int) -> None:
     assert group_norm(channels).num_groups == groups
@@ -205,7 +235,8 @@ class Wider(nn.Module):
 
 
 class DeadBranch(nn.Module):
-    """x + ReLU(GroupNorm(x)) with the norm's gain 0: the identity, but ReLU passes no gradient at 0."""
+    """x + ReLU(GroupNorm(x)) with the norm's gain 0: the identity, but ReLU passes no gradient at
+    0."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -223,14 +254,26 @@ def pool(channels: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (NotIdentity, r"blueprint 'new' does not start as the identity: .*of shape \(2, 8, 4, 4\), got shape \(2, 8"),
+        (
+            NotIdentity,
+            r"blueprint 'new' does not start as the identity: .*of shape \(2, 8, 4, 4\), got shape "
+            r"\(2, 8",
+        ),
         (SlightlyOff, r"blueprint 'new' does not start as the identity"),
-        (Wider, r"does not start as the identity: .*shape \(2, 8, 4, 4\), got shape \(2, 16, 4, 4\)"),
+        (
+            Wider,
+            r"does not start as the identity: .*shape \(2, 8, 4, 4\), got shape \(2, 16, 4, 4\)",
+        ),
         (pool, r"does not start as the identity: .*shape \(2, 8, 4, 4\), got shape \(2, 8, 2, 2\)"),
-        (DeadBranch, r"blueprint 'new' cannot learn: none of its parameters has a non-zero gradient"),
+        (
+            DeadBranch,
+            r"blueprint 'new' cannot learn: none of its parameters has a non-zero gradient",
+        ),
     ],
 )
-def test_register_refuses_what_is_not_identity_or_dead_and_stays_as_it_was(build: type, message: str) -> None:
+def test_register_refuses_what_is_not_identity_or_dead_and_stays_as_it_was(
+    build: type, message: str
+) -> None:
     registry = default_registry()
     before = registry.names("cnn")
     with pytest.raises(ValueError, match=message):
@@ -251,7 +294,9 @@ def test_register_refuses_a_taken_name_and_keeps_the_first() -> None:
 
 def test_register_takes_the_same_name_for_another_topology() -> None:
     registry = default_registry()
-    registry.register(Blueprint("mlp", "cnn", lambda channels: Residual(nn.Conv2d(channels, channels, 1))))
+    registry.register(
+        Blueprint("mlp", "cnn", lambda channels: Residual(nn.Conv2d(channels, channels, 1)))
+    )
     assert registry.require("cnn", "mlp") is not registry.require("transformer", "mlp")
     assert registry.names("cnn")[-1] == "mlp"
     assert "mlp" in registry.names("transformer")
@@ -289,11 +334,12 @@ def test_require_names_the_nearest_and_lists_those_of_the_topology_only() -> Non
     with pytest.raises(ValueError, match="unknown cnn blueprint") as caught:
         default_registry().require("cnn", "conv_lite")
     assert str(caught.value) == (
-        "unknown cnn blueprint 'conv_lite'; perhaps 'conv_light'? "
-        "Known: conv_expand, conv_light, attention, norm, depthwise, conv_heavy"
+        "unknown cnn blueprint 'conv_lite'; perhaps 'conv_light'? Known: conv_expand, conv_light, "
+        "attention, norm, depthwise, conv_heavy"
     )
     with pytest.raises(
-        ValueError, match=r"unknown transformer blueprint 'conv_light'.* Known: mlp, attention, lora, norm"
+        ValueError,
+        match=r"unknown transformer blueprint 'conv_light'.* Known: mlp, attention, lora, norm",
     ):
         default_registry().require("transformer", "conv_light")
 

@@ -23,7 +23,9 @@ def grown(blueprint: str = "conv_expand", stage: SeedStage = SeedStage.FOSSILIZE
     model.germinate_seed(blueprint, "seed_0", slot="mid")
     slot = model.slot("mid")
     alpha = 0.0 if stage is SeedStage.TRAINING else 1.0
-    slot.restore(replace(slot.state, stage=stage, alpha=alpha), model.registry.require("cnn", blueprint))
+    slot.restore(
+        replace(slot.state, stage=stage, alpha=alpha), model.registry.require("cnn", blueprint)
+    )
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     return model.eval()
@@ -34,7 +36,8 @@ def test_fold_gives_the_same_outputs_bit_for_bit(blueprint: str) -> None:
     model = grown(blueprint)
     folded = fold(model)
     assert torch.equal(folded(IMAGES), model(IMAGES))
-    assert not torch.equal(folded(IMAGES), model(IMAGES, alpha={"mid": 0.0}))  # the seed has its part
+    # the seed has its part
+    assert not torch.equal(folded(IMAGES), model(IMAGES, alpha={"mid": 0.0}))
     assert list(dict(folded.named_children())) == ["early", "mid", "mid_seed", "late", "head"]
     assert "alpha" not in folded.state_dict()
 

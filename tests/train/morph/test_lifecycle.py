@@ -1,4 +1,5 @@
-"""The life of a seed as data: stages, transitions, gates, the gradient ratio, blending schedules."""
+"""The life of a seed as data: stages, transitions, gates, the gradient ratio, blending
+schedules."""
 
 import math
 from dataclasses import replace
@@ -76,7 +77,9 @@ def test_transitions_cannot_be_changed() -> None:
 
 
 def test_slot_state_improvements_are_differences_of_accuracies() -> None:
-    state = SlotState(slot="mid", accuracy=61.0, accuracy_at_germination=50.5, accuracy_at_stage_start=62.25)
+    state = SlotState(
+        slot="mid", accuracy=61.0, accuracy_at_germination=50.5, accuracy_at_stage_start=62.25
+    )
     assert state.improvement == -1.25
     assert state.total_improvement == 10.5
 
@@ -142,17 +145,41 @@ def test_gates_stand_where_something_was_measured_only() -> None:
         (SeedStage.BLENDING, {"potentials": ((0.2, -1.0),) * 3}, "potential 0.2 is below 0.3"),
         (SeedStage.BLENDING, {"potentials": ((math.nan, -1.0),) * 3}, "potential nan is below 0.3"),
         (SeedStage.BLENDING, {"potentials": ((1.0, 0.0),) * 3}, "potential loss +0 is not below 0"),
-        (SeedStage.BLENDING, {"potentials": ((1.0, math.nan),) * 3}, "potential loss +nan is not below 0"),
-        (SeedStage.BLENDING, {"potentials": ((1.0, -1.0),) * 2}, "potential was measured in 2 of 3 epochs"),
+        (
+            SeedStage.BLENDING,
+            {"potentials": ((1.0, math.nan),) * 3},
+            "potential loss +nan is not below 0",
+        ),
+        (
+            SeedStage.BLENDING,
+            {"potentials": ((1.0, -1.0),) * 2},
+            "potential was measured in 2 of 3 epochs",
+        ),
         (SeedStage.PROBATIONARY, {"epochs_in_stage": 2}, "epochs in BLENDING 2 is below 3"),
         (SeedStage.PROBATIONARY, {"alpha": 0.9375}, "alpha 0.9375 is below 0.95"),
-        (SeedStage.FOSSILIZED, {"contributions": (0.5, 1.5, 0.75)}, "mean contribution 0.9167 is below 1"),
+        (
+            SeedStage.FOSSILIZED,
+            {"contributions": (0.5, 1.5, 0.75)},
+            "mean contribution 0.9167 is below 1",
+        ),
         (SeedStage.FOSSILIZED, {"contributions": (-3.0,) * 3}, "mean contribution -3 is below 1"),
-        (SeedStage.FOSSILIZED, {"contributions": (math.nan,) * 3}, "mean contribution nan is below 1"),
+        (
+            SeedStage.FOSSILIZED,
+            {"contributions": (math.nan,) * 3},
+            "mean contribution nan is below 1",
+        ),
         (SeedStage.FOSSILIZED, {"contributions": ()}, "mean contribution was not measured"),
-        (SeedStage.FOSSILIZED, {"accuracies": (49.0, 50.0, 50.0)}, "mean accuracy 49.67 is below 50"),
+        (
+            SeedStage.FOSSILIZED,
+            {"accuracies": (49.0, 50.0, 50.0)},
+            "mean accuracy 49.67 is below 50",
+        ),
         (SeedStage.FOSSILIZED, {"accuracies": (90.0, 90.0)}, "2 of 3 epochs on probation are over"),
-        (SeedStage.FOSSILIZED, {"tolerance": None}, "the accuracy before blending was not measured"),
+        (
+            SeedStage.FOSSILIZED,
+            {"tolerance": None},
+            "the accuracy before blending was not measured",
+        ),
     ],
 )
 def test_gates_refuse_below_a_threshold_and_name_what_was_missing(
@@ -234,7 +261,9 @@ def health(norm: float, elements: int, groups: dict[str, GradHealth] | None = No
 
 def measured(seed: tuple[float, int] | None, host: tuple[float, int] | None) -> GradHealth:
     """Gradients of a host and of the seed in `mid`, each a norm and a number of elements."""
-    groups = {name: health(*value) for name, value in (("host", host), ("mid", seed)) if value is not None}
+    groups = {
+        name: health(*value) for name, value in (("host", host), ("mid", seed)) if value is not None
+    }
     return health(1.0, 1, groups)
 
 
@@ -310,7 +339,8 @@ def test_sigmoid_equals_torch_in_float64() -> None:
 
 
 @pytest.mark.parametrize(
-    ("progress", "alpha"), [(0.0, 0.0), (0.2, 0.2), (0.75, 0.75), (1.0, 1.0), (-0.5, 0.0), (1.5, 1.0)]
+    ("progress", "alpha"),
+    [(0.0, 0.0), (0.2, 0.2), (0.75, 0.75), (1.0, 1.0), (-0.5, 0.0), (1.5, 1.0)],
 )
 def test_linear_is_progress_kept_within_0_and_1(progress: float, alpha: float) -> None:
     assert linear(progress) == alpha
@@ -325,11 +355,15 @@ def test_blends_rise_from_near_0_to_near_1(name: str) -> None:
 
 
 def test_get_blend_refuses_an_unknown_name_and_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"blend 'sigmod'; perhaps 'sigmoid'\? Known: linear, sigmoid"):
+    with pytest.raises(
+        ValueError, match=r"blend 'sigmod'; perhaps 'sigmoid'\? Known: linear, sigmoid"
+    ):
         get_blend("sigmod")
 
 
 @pytest.mark.parametrize(("seed", "host"), [(math.inf, 1.0), (1.0, math.inf), (math.nan, 1.0)])
-def test_gradient_ratio_of_norms_that_are_not_finite_is_not_measured(seed: float, host: float) -> None:
+def test_gradient_ratio_of_norms_that_are_not_finite_is_not_measured(
+    seed: float, host: float
+) -> None:
     """An infinite norm must not count as a lively seed, nor as a ratio of 0."""
     assert ratio_of(measured((seed, 100), (host, 100))) is None

@@ -1,4 +1,5 @@
-"""Hosts and the model that grows: what is cut where, and seeds seated, used and removed by slot name."""
+"""Hosts and the model that grows: what is cut where, and seeds seated, used and removed by slot
+name."""
 
 from typing import Any
 
@@ -40,14 +41,19 @@ def count(module: nn.Module) -> int:
             {"image_size": 8, "in_channels": 1, "width": 3, "depth": 3},
             (9 * 1 * 3 + 6) + (9 * 3 * 6 + 12) + (9 * 6 * 12 + 24) + (12 * 10 + 10),
         ),
-        ({"image_size": 8, "in_channels": 2, "width": 5, "depth": 1}, (9 * 2 * 5 + 10) + (5 * 10 + 10)),
+        (
+            {"image_size": 8, "in_channels": 2, "width": 5, "depth": 1},
+            (9 * 2 * 5 + 10) + (5 * 10 + 10),
+        ),
         # the audited system's counts for its CNN of the same form
         ({"image_size": 32, "in_channels": 3, "width": 8, "depth": 3}, 6_418),
         ({"image_size": 32, "in_channels": 3, "width": 32, "depth": 3}, 94_762),
         ({"image_size": 32, "in_channels": 3, "width": 8, "depth": 5}, 99_922),
     ],
 )
-def test_cnn_host_has_the_parameters_counted_by_hand(arguments: dict[str, int], parameters: int) -> None:
+def test_cnn_host_has_the_parameters_counted_by_hand(
+    arguments: dict[str, int], parameters: int
+) -> None:
     assert count(cnn_host(num_classes=10, **arguments)) == parameters
 
 
@@ -75,14 +81,19 @@ def test_cnn_host_has_the_slots_its_depth_allows(depth: int, channels: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("depth", "lengths"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 1, 1]), (5, [2, 2, 1]), (7, [3, 2, 2])]
+    ("depth", "lengths"),
+    [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 1, 1]), (5, [2, 2, 1]), (7, [3, 2, 2])],
 )
-def test_cut_puts_every_block_into_exactly_one_segment_in_order(depth: int, lengths: list[int]) -> None:
+def test_cut_puts_every_block_into_exactly_one_segment_in_order(
+    depth: int, lengths: list[int]
+) -> None:
     blocks = [nn.Identity() for _ in range(depth)]
     segments = cut(blocks)
     assert list(segments) == list(ALL[: len(lengths)])
     assert [len(segment) for segment in segments.values()] == lengths
-    assert [id(block) for segment in segments.values() for block in segment] == [id(block) for block in blocks]
+    assert [id(block) for segment in segments.values() for block in segment] == [
+        id(block) for block in blocks
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +114,9 @@ def test_cnn_host_stops_pooling_when_the_image_cannot_halve(size: int, sizes: li
 
 def test_host_refuses_channels_for_other_segments() -> None:
     segments = cut([nn.Identity(), nn.Identity()])
-    with pytest.raises(ValueError, match=r"each segment \['early', 'mid'\], got them for \['early', 'late'\]"):
+    with pytest.raises(
+        ValueError, match=r"each segment \['early', 'mid'\], got them for \['early', 'late'\]"
+    ):
         Host("cnn", segments, nn.Flatten(), {"early": 1, "late": 1})
 
 
@@ -134,7 +147,13 @@ def fossilized(*slots: str) -> MorphModel:
     """A model in eval mode with a permanent z = 2 x + 1 in each of the slots."""
     grown = model(registry=affine_registry()).eval()
     for slot in slots:
-        state = SlotState(slot=slot, stage=SeedStage.FOSSILIZED, seed_id=f"of_{slot}", blueprint="affine", alpha=1.0)
+        state = SlotState(
+            slot=slot,
+            stage=SeedStage.FOSSILIZED,
+            seed_id=f"of_{slot}",
+            blueprint="affine",
+            alpha=1.0,
+        )
         grown.slot(slot).restore(state, grown.registry.require("cnn", "affine"))
         with torch.no_grad():
             for p, value in zip(grown.get_seed_parameters(slot), (2.0, 1.0), strict=True):
@@ -230,10 +249,18 @@ def test_fossilize_seed_by_name_makes_it_permanent() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("norm", "s1", "midd"), ValueError, r"unknown slot 'midd'; perhaps 'mid'\? Known: early, mid, late"),
+        (
+            ("norm", "s1", "midd"),
+            ValueError,
+            r"unknown slot 'midd'; perhaps 'mid'\? Known: early, mid, late",
+        ),
         (("nrm", "s1", "mid"), ValueError, r"unknown cnn blueprint 'nrm'; perhaps 'norm'\?"),
         (("mlp", "s1", "mid"), ValueError, r"unknown cnn blueprint 'mlp'"),
-        (("norm", "s1", "early"), ValueError, r"slot 'early' cannot go from TRAINING to GERMINATED"),
+        (
+            ("norm", "s1", "early"),
+            ValueError,
+            r"slot 'early' cannot go from TRAINING to GERMINATED",
+        ),
         (("norm", "s0", "mid"), RuntimeError, r"a seed with the id 's0' is already seated"),
         (("norm", "s0", "early"), RuntimeError, r"a seed with the id 's0' is already seated"),
     ],
@@ -273,7 +300,9 @@ def test_requests_to_an_unknown_or_empty_slot_are_refused_and_change_nothing(met
     before = snapshot(grown)
     with pytest.raises(ValueError, match=r"unknown slot 'late'.* Known: early, mid$"):
         getattr(grown, method)(slot="late")
-    with pytest.raises(ValueError, match=r"slot 'early' cannot go from DORMANT to .* legal: GERMINATED"):
+    with pytest.raises(
+        ValueError, match=r"slot 'early' cannot go from DORMANT to .* legal: GERMINATED"
+    ):
         getattr(grown, method)(slot="early")
     assert snapshot(grown) == before
 
@@ -336,7 +365,9 @@ def test_forward_under_an_alpha_override_is_the_network_without_those_seeds(
 
 def test_forward_without_any_seed_of_a_grown_model_is_exactly_the_host() -> None:
     grown = fossilized("early", "mid", "late")
-    assert torch.equal(grown(images(), alpha=dict.fromkeys(ALL, 0.0)), small_host().eval()(images()))
+    assert torch.equal(
+        grown(images(), alpha=dict.fromkeys(ALL, 0.0)), small_host().eval()(images())
+    )
 
 
 def test_has_active_seed_in_slot_counts_fossils() -> None:
@@ -348,7 +379,12 @@ def test_has_active_seed_in_slot_counts_fossils() -> None:
 def test_state_dict_restores_a_model_whose_slots_were_restored() -> None:
     saved = fossilized("early")
     blending = SlotState(
-        slot="late", stage=SeedStage.BLENDING, seed_id="b", blueprint="affine", blend="linear", alpha=0.25
+        slot="late",
+        stage=SeedStage.BLENDING,
+        seed_id="b",
+        blueprint="affine",
+        blend="linear",
+        alpha=0.25,
     )
     affine = saved.registry.require("cnn", "affine")
     saved.slot("late").restore(blending, affine)
@@ -378,7 +414,9 @@ def test_morph_model_grows_a_sequence_host() -> None:
     grown.germinate_seed("mlp", "s0", slot="early")
     grown.germinate_seed("norm", "s1", slot="late")
     assert torch.equal(grown(tokens), before)
-    with pytest.raises(ValueError, match=r"unknown transformer blueprint 'conv_light'.* Known: mlp"):
+    with pytest.raises(
+        ValueError, match=r"unknown transformer blueprint 'conv_light'.* Known: mlp"
+    ):
         MorphModel(host, ("mid",)).germinate_seed("conv_light", "s0", slot="mid")
 
 
@@ -410,7 +448,9 @@ def test_an_incubating_seed_leaves_the_hosts_gradients_as_they_are_bit_for_bit()
         torch.manual_seed(0)
         growth = GrowthConfig(incubation="straight_through")
         grown = MorphModel(
-            cnn_host(image_size=8, in_channels=1, num_classes=10), ("early", "mid", "late"), growth=growth
+            cnn_host(image_size=8, in_channels=1, num_classes=10),
+            ("early", "mid", "late"),
+            growth=growth,
         )
         if blueprint is not None:
             for slot in grown.slots:
@@ -424,7 +464,9 @@ def test_an_incubating_seed_leaves_the_hosts_gradients_as_they_are_bit_for_bit()
         assert all(torch.equal(ours, bare) for ours, bare in zip(others, gradients[0], strict=True))
 
 
-@pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED])
+@pytest.mark.parametrize(
+    "stage", [SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED]
+)
 def test_alpha_0_is_the_absent_seed_and_alpha_1_the_seed_alone(stage: SeedStage) -> None:
     torch.manual_seed(0)
     grown = MorphModel(cnn_host(image_size=8, in_channels=1, num_classes=10), ("mid",)).eval()

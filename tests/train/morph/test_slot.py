@@ -143,7 +143,11 @@ def test_step_epoch_culls_at_the_end_of_probation(contribution: float | None) ->
     slot, _ = raised()
     for i in range(7):
         assert epoch(slot, 50.0, contribution) == [], f"epoch {i + 1}"
-    assert moves(epoch(slot, 50.0, contribution))[0] == ("PROBATIONARY", "CULLED", "probation_timeout")
+    assert moves(epoch(slot, 50.0, contribution))[0] == (
+        "PROBATIONARY",
+        "CULLED",
+        "probation_timeout",
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1, 5])
@@ -219,7 +223,9 @@ def test_fossilize_does_not_count_a_contribution_measured_while_blending() -> No
     assert changes[0].before.contribution == 8.0
     assert slot.state.contribution is None
     before = snapshot(slot)
-    with pytest.raises(ValueError, match=r"slot 'mid': G5 refuses: 0 of 5 epochs on probation are over"):
+    with pytest.raises(
+        ValueError, match=r"slot 'mid': G5 refuses: 0 of 5 epochs on probation are over"
+    ):
         slot.fossilize()
     assert snapshot(slot) == before
 
@@ -346,7 +352,8 @@ def test_a_seed_waits_in_training_while_another_is_on_trial() -> None:
 
 @pytest.mark.parametrize("last", [(-10.0, -0.25), (1.0, 1.5), (1.0, float("nan"))])
 def test_one_epoch_of_the_window_can_decide_the_potential(last: tuple[float, float]) -> None:
-    """Means over five: (4 - 10) / 5 is below -1, (-1 + 1.5) / 5 is above .05, and NaN passes nothing."""
+    """Means over five: (4 - 10) / 5 is below -1, (-1 + 1.5) / 5 is above .05, and NaN passes
+    nothing."""
     slot = empty_slot()
     slot.germinate(AFFINE, "s0")
     for potential in [HELPS] * 4 + [last]:

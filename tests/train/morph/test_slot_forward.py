@@ -14,7 +14,9 @@ CNN_BLUEPRINTS = default_registry().names("cnn")
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-def test_forward_in_training_leaves_the_value_and_gives_the_seed_the_full_gradient(isolate: bool) -> None:
+def test_forward_in_training_leaves_the_value_and_gives_the_seed_the_full_gradient(
+    isolate: bool,
+) -> None:
     """y = x + (z - z) and dL/dz = dL/dy = g, so the gain gets sum(g x) and the shift sum(g)."""
     slot = slot_in(SeedStage.TRAINING, isolate_training=isolate, incubation="straight_through")
     x = features(0).requires_grad_()
@@ -33,7 +35,9 @@ def test_forward_in_training_leaves_the_value_and_gives_the_seed_the_full_gradie
 
 
 @pytest.mark.parametrize("blueprint", CNN_BLUEPRINTS)
-def test_forward_in_isolated_training_gives_the_host_the_gradients_of_the_bare_host(blueprint: str) -> None:
+def test_forward_in_isolated_training_gives_the_host_the_gradients_of_the_bare_host(
+    blueprint: str,
+) -> None:
     """Bit for bit, and not only at birth: the seed's parameters are moved first."""
 
     def host() -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -73,11 +77,15 @@ def test_forward_in_blending_is_the_lerp_and_shares_the_gradient(alpha: float) -
     y.backward(g)
     x64 = x.detach().double()
     g64 = g.double()
-    torch.testing.assert_close(y.double(), (1 - alpha) * x64 + alpha * (2 * x64 + 1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        y.double(), (1 - alpha) * x64 + alpha * (2 * x64 + 1), rtol=1e-6, atol=1e-6
+    )
     torch.testing.assert_close(x.grad.double(), (1 + alpha) * g64, rtol=1e-6, atol=1e-6)
     gain = affine(slot).gain.grad
     assert gain is not None
-    torch.testing.assert_close(gain.flatten().double(), alpha * (g64 * x64).sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gain.flatten().double(), alpha * (g64 * x64).sum((0, 2, 3)), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("stage", [SeedStage.PROBATIONARY, SeedStage.FOSSILIZED])
@@ -106,9 +114,13 @@ def test_forward_under_alpha_0_leaves_the_seed_out(stage: SeedStage) -> None:
     assert str(snapshot(slot)) == str(before)
 
 
-@pytest.mark.parametrize("stage", [SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED])
+@pytest.mark.parametrize(
+    "stage", [SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED]
+)
 @pytest.mark.parametrize("alpha", [0.125, 0.5, 1.0])
-def test_forward_under_another_alpha_holds_for_that_call_only(stage: SeedStage, alpha: float) -> None:
+def test_forward_under_another_alpha_holds_for_that_call_only(
+    stage: SeedStage, alpha: float
+) -> None:
     slot = slot_in(stage, alpha=0.75)
     x = features()
     own = slot(x).detach().clone()
@@ -128,7 +140,8 @@ def test_forward_keeps_the_dtype_of_its_input(stage: SeedStage) -> None:
 
 @pytest.mark.parametrize("blueprint", CNN_BLUEPRINTS)
 def test_forward_in_isolated_training_takes_channels_last_features(blueprint: str) -> None:
-    """Group norm's backward crashes on a detached channels-last input on the CPU: none must reach the seed.
+    """Group norm's backward crashes on a detached channels-last input on the CPU: none must reach
+    the seed.
 
     The gradients are those for the same features in the default layout.
     """
@@ -140,7 +153,9 @@ def test_forward_in_isolated_training_takes_channels_last_features(blueprint: st
         with torch.no_grad():
             for p in slot.parameters():
                 p.add_(0.1)
-        x = torch.randn(3, 16, 5, 2, generator=torch.Generator().manual_seed(1)).to(memory_format=layout)
+        x = torch.randn(3, 16, 5, 2, generator=torch.Generator().manual_seed(1)).to(
+            memory_format=layout
+        )
         x.requires_grad_()
         y = slot(x)
         assert torch.equal(y, x)
@@ -156,15 +171,22 @@ def test_forward_in_isolated_training_takes_channels_last_features(blueprint: st
 def test_forward_takes_channels_last_features_without_gradient(
     shape: tuple[int, ...], isolate: bool, stage: SeedStage
 ) -> None:
-    """Behind a frozen host, in every stage, also where a 1x1 map's strides leave the layout open: no crash."""
+    """Behind a frozen host, in every stage, also where a 1x1 map's strides leave the layout open:
+    no crash."""
     registry = default_registry()
-    slot = SeedSlot("mid", shape[1], GrowthConfig(isolate_training=isolate, incubation="straight_through"))
-    state = SlotState(slot="mid", stage=stage, blueprint="norm", blend="linear", alpha=0.5, accuracy=1.0)
+    slot = SeedSlot(
+        "mid", shape[1], GrowthConfig(isolate_training=isolate, incubation="straight_through")
+    )
+    state = SlotState(
+        slot="mid", stage=stage, blueprint="norm", blend="linear", alpha=0.5, accuracy=1.0
+    )
     slot.restore(state, registry.require("cnn", "norm"))
     with torch.no_grad():
         for p in slot.parameters():
             p.add_(0.5)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(
+        memory_format=torch.channels_last
+    )
     slot(x).sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in slot.parameters())
 

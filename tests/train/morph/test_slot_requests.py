@@ -41,7 +41,9 @@ LEGAL = {
     ("request_name", "stage"),
     [(name, stage) for name in REQUESTS for stage in SeedStage if (name, stage.name) not in LEGAL],
 )
-def test_requests_out_of_their_stage_are_refused_and_change_nothing(request_name: str, stage: SeedStage) -> None:
+def test_requests_out_of_their_stage_are_refused_and_change_nothing(
+    request_name: str, stage: SeedStage
+) -> None:
     slot = slot_in(stage, alpha=0.75, contribution=9.0)
     before = snapshot(slot)
     message = rf"slot 'mid' cannot go from {stage.name} to {TARGET[request_name]}; legal: "
@@ -52,9 +54,14 @@ def test_requests_out_of_their_stage_are_refused_and_change_nothing(request_name
 
 @pytest.mark.parametrize(
     ("contribution", "reason"),
-    [(None, "mean contribution was not measured"), (0.25, r"mean contribution 0\.25 is below 0\.5")],
+    [
+        (None, "mean contribution was not measured"),
+        (0.25, r"mean contribution 0\.25 is below 0\.5"),
+    ],
 )
-def test_fossilize_is_refused_by_its_gate_and_changes_nothing(contribution: float | None, reason: str) -> None:
+def test_fossilize_is_refused_by_its_gate_and_changes_nothing(
+    contribution: float | None, reason: str
+) -> None:
     slot = slot_in(SeedStage.PROBATIONARY, contribution=contribution, on_fossilize="freeze")
     before = snapshot(slot)
     with pytest.raises(ValueError, match=rf"slot 'mid': G5 refuses: {reason}"):
@@ -73,7 +80,9 @@ def test_germinate_refuses_an_unknown_blend_and_changes_nothing() -> None:
 def test_germinate_refuses_an_empty_id_and_changes_nothing() -> None:
     slot = slot_in(SeedStage.DORMANT)
     before = snapshot(slot)
-    with pytest.raises(ValueError, match="slot 'mid': a seed needs an id that is not empty, got ''"):
+    with pytest.raises(
+        ValueError, match="slot 'mid': a seed needs an id that is not empty, got ''"
+    ):
         slot.germinate(AFFINE, "")
     assert snapshot(slot) == before
 
@@ -148,7 +157,10 @@ class SlotMachine(RuleBasedStateMachine):
             stage = change.stage.name
         assert self.slot.state.stage.name == stage
 
-    @rule(blueprint=st.sampled_from([AFFINE, NOTHING]), blend=st.sampled_from(["linear", "sigmoid", "cubic"]))
+    @rule(
+        blueprint=st.sampled_from([AFFINE, NOTHING]),
+        blend=st.sampled_from(["linear", "sigmoid", "cubic"]),
+    )
     def germinate(self, blueprint: Blueprint, blend: str) -> None:
         self.seeds += 1
         if blend == "cubic":
@@ -157,7 +169,9 @@ class SlotMachine(RuleBasedStateMachine):
                 self.slot.germinate(blueprint, f"s{self.seeds}", blend)
             assert snapshot(self.slot) == before
         else:
-            self.request("germinate", lambda: self.slot.germinate(blueprint, f"s{self.seeds}", blend))
+            self.request(
+                "germinate", lambda: self.slot.germinate(blueprint, f"s{self.seeds}", blend)
+            )
 
     @rule()
     def cull(self) -> None:
@@ -211,7 +225,11 @@ class SlotMachine(RuleBasedStateMachine):
     @invariant()
     def a_seed_is_seated_exactly_where_a_blueprint_is_recorded(self) -> None:
         state = self.slot.state
-        assert (self.slot.seed is not None) == (state.blueprint is not None) == (state.seed_id is not None)
+        assert (
+            (self.slot.seed is not None)
+            == (state.blueprint is not None)
+            == (state.seed_id is not None)
+        )
         assert (self.slot.seed is not None) == (state.stage in SEATED)
 
     @invariant()

@@ -1,4 +1,5 @@
-"""The transformer host: causal, tied, near ln V at the start, and equal to the same thing written out in torch."""
+"""The transformer host: causal, tied, near ln V at the start, and equal to the same thing written
+out in torch."""
 
 import math
 
@@ -39,7 +40,9 @@ def test_no_logit_depends_on_a_later_token() -> None:
         changed[:, t] = (x[:, t] + 1) % 11
         after = host(changed)
         torch.testing.assert_close(after[:, :t], before[:, :t])
-        assert not torch.isclose(after[:, t:], before[:, t:]).all(dim=2).any(), "and every later one depends on it"
+        assert not torch.isclose(after[:, t:], before[:, t:]).all(dim=2).any(), (
+            "and every later one depends on it"
+        )
 
 
 @pytest.mark.parametrize("blueprint", default_registry().names("transformer"))
@@ -54,26 +57,34 @@ def test_a_model_with_seeds_stays_causal(blueprint: str) -> None:
     full = dict.fromkeys(("early", "mid", "late"), 1.0)
     before = model(x, full)
     after = model(changed, full)
-    assert not torch.allclose(before, model(x, dict.fromkeys(full, 0.0))), "the seeds must have a part in the output"
+    assert not torch.allclose(before, model(x, dict.fromkeys(full, 0.0))), (
+        "the seeds must have a part in the output"
+    )
     torch.testing.assert_close(after[:, :4], before[:, :4])
     assert not torch.allclose(after[:, 4:], before[:, 4:])
 
 
 @pytest.mark.parametrize(
-    ("depth", "slots"), [(1, ["early"]), (2, ["early", "mid"]), (3, ["early", "mid", "late"])], ids=str
+    ("depth", "slots"),
+    [(1, ["early"]), (2, ["early", "mid"]), (3, ["early", "mid", "late"])],
+    ids=str,
 )
 def test_parameters_are_those_counted_by_hand_each_once(depth: int, slots: list[str]) -> None:
     attention = 2 * 8 + (8 * 24 + 24) + (8 * 8 + 8)
     mlp = 2 * 8 + (8 * 32 + 32) + (32 * 8 + 8)
     host = small(depth)
-    assert sum(p.numel() for p in host.parameters()) == 11 * 8 + 7 * 8 + depth * (attention + mlp) + 2 * 8
+    assert (
+        sum(p.numel() for p in host.parameters())
+        == 11 * 8 + 7 * 8 + depth * (attention + mlp) + 2 * 8
+    )
     assert len({id(p) for p in host.parameters()}) == len(list(host.parameters()))
     assert host.slot_channels == dict.fromkeys(slots, 8)
     assert host.topology == "transformer"
 
 
 def test_slots_lie_after_each_third_of_the_depth() -> None:
-    """Of 7 blocks early ends after the third, mid after the fifth: found by silencing what follows."""
+    """Of 7 blocks early ends after the third, mid after the fifth: found by silencing what
+    follows."""
     host = small(7)
     blocks = [m for m in host.modules() if type(m).__name__ == "Block"]
     x = tokens(2, 7)
@@ -139,7 +150,9 @@ def test_one_block_equals_the_same_written_out_in_torch(heads: int | None) -> No
     hidden = torch.ones(5, 5).triu(1).bool()
     h = h + peer(normed, normed, normed, attn_mask=hidden, need_weights=False)[0]
     normed = f.layer_norm(h, (8,), p["gain2"], p["shift2"])
-    h = h + f.linear(f.gelu(f.linear(normed, p["wide"], p["wide_bias"])), p["narrow"], p["narrow_bias"])
+    h = h + f.linear(
+        f.gelu(f.linear(normed, p["wide"], p["wide_bias"])), p["narrow"], p["narrow_bias"]
+    )
     logits = f.layer_norm(h, (8,), p["gain3"], p["shift3"]) @ p["token"].T
     torch.testing.assert_close(host(x), logits)
 
@@ -155,7 +168,8 @@ def test_the_first_loss_is_near_that_of_guessing(vocab_size: int, depth: int) ->
 
 
 def test_initial_weights_are_those_of_gpt_2() -> None:
-    """N(0, 0.02), the 2 * depth projections into the residual stream by 1 / sqrt(2 * depth) less; biases 0."""
+    """N(0, 0.02), the 2 * depth projections into the residual stream by 1 / sqrt(2 * depth) less;
+    biases 0."""
     torch.manual_seed(4)
     host = transformer_host(vocab_size=256, context=64, width=128, depth=8)
     attention = {"0.branch.1.qkv": 0.02, "0.branch.2": 0.02 / 4}
@@ -164,7 +178,9 @@ def test_initial_weights_are_those_of_gpt_2() -> None:
     for part, std in expected.items():
         weights = [p for name, p in host.named_parameters() if name.endswith(f"{part}.weight")]
         assert len(weights) == (1 if part in ("token", "position") else 8), part
-        assert torch.cat([w.flatten() for w in weights]).std().item() == pytest.approx(std, rel=0.03), part
+        assert torch.cat([w.flatten() for w in weights]).std().item() == pytest.approx(
+            std, rel=0.03
+        ), part
     assert not any(p.any() for name, p in host.named_parameters() if name.endswith("bias"))
     gains = [m.weight for m in host.modules() if isinstance(m, nn.LayerNorm)]
     assert len(gains) == 17

@@ -1,4 +1,5 @@
-"""Checkpoints: what they hold, that a resumed run cannot be told from one that never stopped, what is refused."""
+"""Checkpoints: what they hold, that a resumed run cannot be told from one that never stopped, what
+is refused."""
 
 import errno
 import hashlib
@@ -49,7 +50,8 @@ def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stopped_after(epoch: int, whole: Path, directory: Path) -> Path:
-    """The run as a kill during the next epoch leaves it: its metrics go on, its checkpoints do not."""
+    """The run as a kill during the next epoch leaves it: its metrics go on, its checkpoints do
+    not."""
     shutil.copytree(whole, directory)
     for path in saved(directory / "checkpoints")[epoch:]:
         path.unlink()
@@ -65,7 +67,13 @@ def slot_stages(directory: Path, epoch: int) -> set[str]:
 # epoch: what the checkpoint finds in the slots
 @pytest.mark.parametrize(
     ("epoch", "stages"),
-    [(2, {"TRAINING"}), (6, {"BLENDING"}), (8, {"PROBATIONARY"}), (10, {"EMBARGOED"}), (20, {"FOSSILIZED"})],
+    [
+        (2, {"TRAINING"}),
+        (6, {"BLENDING"}),
+        (8, {"PROBATIONARY"}),
+        (10, {"EMBARGOED"}),
+        (20, {"FOSSILIZED"}),
+    ],
 )
 def test_a_resumed_run_reports_what_an_uninterrupted_one_does(
     epoch: int, stages: set[str], whole: Path, tmp_path: Path
@@ -74,14 +82,25 @@ def test_a_resumed_run_reports_what_an_uninterrupted_one_does(
     assert stages <= slot_stages(directory, epoch)
     assert resume(directory) == 0
     assert reported(directory) == reported(whole)
-    first, second = (torch.load(d / "network.pt", weights_only=True)["weights"] for d in (whole, directory))
+    first, second = (
+        torch.load(d / "network.pt", weights_only=True)["weights"] for d in (whole, directory)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--optim.kind", "adamw"), ("--task", "synthetic-lm"), ("--task", "digits")])
-def test_other_optimizers_and_tasks_resume_exactly(options: tuple[str, ...], tmp_path: Path) -> None:
-    assert start(tmp_path / "a" / "run", "--checkpoint.every", "1", "--checkpoint.keep", "99", *options) == 0
+@pytest.mark.parametrize(
+    "options", [("--optim.kind", "adamw"), ("--task", "synthetic-lm"), ("--task", "digits")]
+)
+def test_other_optimizers_and_tasks_resume_exactly(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert (
+        start(
+            tmp_path / "a" / "run", "--checkpoint.every", "1", "--checkpoint.keep", "99", *options
+        )
+        == 0
+    )
     for epoch in (1, 7, 13):
         directory = stopped_after(epoch, tmp_path / "a" / "run", tmp_path / str(epoch))
         assert resume(directory) == 0
@@ -90,34 +109,62 @@ def test_other_optimizers_and_tasks_resume_exactly(options: tuple[str, ...], tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "part", ["episode", "model", "optimizers", "tracker", "policy", "random", "streams", "trial", "kept"]
+    "part",
+    ["episode", "model", "optimizers", "tracker", "policy", "random", "streams", "trial", "kept"],
 )
-def test_every_part_has_its_share(part: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any one part the run ends differently or is refused, so the comparison above would show the loss."""
+def test_every_part_has_its_share(
+    part: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any one part the run ends differently or is refused, so the comparison above would
+    show the loss."""
     directory = stopped_after(9, whole, tmp_path / "run")
     inner = checkpoint.parts
-    monkeypatch.setattr(checkpoint, "parts", lambda *a: {k: v for k, v in inner(*a).items() if k != part})
+    monkeypatch.setattr(
+        checkpoint, "parts", lambda *a: {k: v for k, v in inner(*a).items() if k != part}
+    )
     assert resume(directory) == 2 or reported(directory) != reported(whole)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "onecycle"])
 def test_schedules_and_the_loss_scale_go_on_where_they_were(kind: str, tmp_path: Path) -> None:
-    """From a scale that overflows at first, with a seed that has a schedule of its own, and with other workers."""
-    options = ["--optim.schedule.kind", kind, "--train.amp.dtype", "float16", "--train.amp.init-scale", "1e9"]
+    """From a scale that overflows at first, with a seed that has a schedule of its own, and with
+    other workers."""
+    options = [
+        "--optim.schedule.kind",
+        kind,
+        "--train.amp.dtype",
+        "float16",
+        "--train.amp.init-scale",
+        "1e9",
+    ]
     options += ["--train.accumulate", "2", "--checkpoint.every", "1", "--checkpoint.keep", "99"]
     assert start(tmp_path / "whole", *options) == 0
     directory = stopped_after(6, tmp_path / "whole", tmp_path / "run")
     assert resume(directory, "--workers", "1") == 0
     assert reported(directory) == reported(tmp_path / "whole")
-    states = [load(d / "checkpoints" / "epoch-7.pt")["parts"] for d in (tmp_path / "whole", directory)]
+    states = [
+        load(d / "checkpoints" / "epoch-7.pt")["parts"] for d in (tmp_path / "whole", directory)
+    ]
     assert 0 < states[0]["step"]["scale"] == states[1]["step"]["scale"] < 1e9
     for group in ("host", "early"):
-        assert states[0]["optimizers"][group]["schedule"] == states[1]["optimizers"][group]["schedule"]
+        assert (
+            states[0]["optimizers"][group]["schedule"] == states[1]["optimizers"][group]["schedule"]
+        )
 
 
 def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) -> None:
     state = torch.load(whole / "checkpoints" / "epoch-6.pt", weights_only=True)
-    parts = {"episode", "model", "optimizers", "step", "tracker", "governor", "policy", "telemetry", "random"}
+    parts = {
+        "episode",
+        "model",
+        "optimizers",
+        "step",
+        "tracker",
+        "governor",
+        "policy",
+        "telemetry",
+        "random",
+    }
     parts |= {"streams", "trial", "kept"}
     assert set(state) == {"format", "run", "parts", "metrics"}
     assert set(state["parts"]) == parts
@@ -125,7 +172,8 @@ def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) 
     assert any(group.endswith(".gate") for group in state["parts"]["optimizers"])
     digest = (whole / "checkpoints" / "epoch-6.pt.sha256").read_text().split()
     data = (whole / "checkpoints" / "epoch-6.pt").read_bytes()
-    assert digest == [hashlib.sha256(data).hexdigest(), "epoch-6.pt"]  # as `sha256sum --check` reads it
+    # as `sha256sum --check` reads it
+    assert digest == [hashlib.sha256(data).hexdigest(), "epoch-6.pt"]
 
 
 def test_taking_checkpoints_changes_nothing(whole: Path, tmp_path: Path) -> None:
@@ -148,7 +196,9 @@ def test_every_few_epochs_and_the_newest_are_kept(whole: Path, tmp_path: Path) -
 class AtBatch:
     """Does something in the n-th training batch, and counts those that were finished."""
 
-    def __init__(self, number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         self.begun = self.finished = 0
         inner = TrainStep.__call__
 
@@ -162,7 +212,9 @@ class AtBatch:
         monkeypatch.setattr(TrainStep, "__call__", wrapped)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_lets_the_batch_finish_and_loses_no_epoch(
     number: signal.Signals, code: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +232,9 @@ def test_a_signal_lets_the_batch_finish_and_loses_no_epoch(
     assert reported(tmp_path / "run") == reported(whole)
 
 
-def test_the_same_signal_sent_twice_at_once_is_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_signal_sent_twice_at_once_is_one_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`timeout` signals its child and the child's group."""
 
     def twice() -> None:
@@ -213,9 +267,21 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(
     assert reported(tmp_path / "run") == reported(whole)
 
 
-def test_episodes_and_baselines_are_resumed_where_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_episodes_and_baselines_are_resumed_where_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped in the baseline of the first of two episodes, 2 epochs of 2 batches each."""
-    common = ["heuristic", "--task", "synthetic", "--max-epochs", "2", "--max-batches", "2", "--episodes", "2"]
+    common = [
+        "heuristic",
+        "--task",
+        "synthetic",
+        "--max-epochs",
+        "2",
+        "--max-batches",
+        "2",
+        "--episodes",
+        "2",
+    ]
     assert cli.main([*common, "--out", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
         AtBatch(4 + 3, lambda: signal.raise_signal(signal.SIGTERM), patch)
@@ -226,7 +292,9 @@ def test_episodes_and_baselines_are_resumed_where_they_stand(tmp_path: Path, mon
         assert reported(tmp_path / "run" / part) == reported(tmp_path / "whole" / part)
 
 
-def test_a_crash_leaves_the_last_finished_epoch(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_leaves_the_last_finished_epoch(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def crash() -> None:
         raise OSError("the storage of the data went away")
 
@@ -239,7 +307,9 @@ def test_a_crash_leaves_the_last_finished_epoch(whole: Path, tmp_path: Path, mon
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -309,7 +379,10 @@ def damages(data: bytes) -> Iterator[tuple[str, bytes]]:
     for place in sorted(draw.randrange(1, len(data)) for _ in range(5)):
         yield f"cut at {place}", data[:place]
     for place in sorted(draw.randrange(len(data)) for _ in range(20)):
-        yield f"bit in {place}", data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+        yield (
+            f"bit in {place}",
+            data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :],
+        )
     yield "foreign text", b"epoch,loss\n1,2.3\n"
     buffer = io.BytesIO()
     torch.save({"state": torch.zeros(3)}, buffer)
@@ -327,20 +400,27 @@ def test_damaged_and_foreign_checkpoints_are_refused(whole: Path, tmp_path: Path
     for name, damaged in damages(data):
         path.write_bytes(damaged)
         with pytest.raises(
-            ValueError, match=r"epoch-7.pt cannot be used: .*damaged or changed; remove it to go on from epoch-6"
+            ValueError,
+            match=r"epoch-7.pt cannot be used: .*damaged or changed; remove it to go on from "
+            r"epoch-6",
         ):
             pytest.fail(f"{name} was read: {load(path)}")
     path.write_bytes(data)
     assert load(path)["parts"]["episode"]["epoch"] == 7
 
 
-def test_what_is_not_a_checkpoint_is_refused_even_with_the_right_digest(whole: Path, tmp_path: Path) -> None:
-    """As if someone had made the digest to fit; bits flipped in tensors cannot be told then, so they are left out."""
+def test_what_is_not_a_checkpoint_is_refused_even_with_the_right_digest(
+    whole: Path, tmp_path: Path
+) -> None:
+    """As if someone had made the digest to fit; bits flipped in tensors cannot be told then, so
+    they are left out."""
     data = (whole / "checkpoints" / "epoch-7.pt").read_bytes()
     for name, damaged in damages(data):
         if not name.startswith("bit"):
             save(tmp_path / "epoch-1.pt", damaged)
-            with pytest.raises(ValueError, match=r"epoch-1.pt cannot be used: .*start the run anew"):
+            with pytest.raises(
+                ValueError, match=r"epoch-1.pt cannot be used: .*start the run anew"
+            ):
                 pytest.fail(f"{name} was read: {load(tmp_path / 'epoch-1.pt')}")
 
 
@@ -355,11 +435,17 @@ def test_a_gap_between_metrics_and_checkpoint_is_refused(
     if damage == "gone":
         metrics.unlink()
     else:
-        kept = {"cut to epoch 3": b"".join(lines[:4]), "cut within a line": b"".join(lines)[: size - 1]}
+        kept = {
+            "cut to epoch 3": b"".join(lines[:4]),
+            "cut within a line": b"".join(lines)[: size - 1],
+        }
         metrics.write_bytes(kept.get(damage, b'{"event": "run_started", "epoch": 0}\n'))
     before = contents(directory)
     assert resume(directory) == 2
-    assert f"and had {size} then, so its last lines are lost; remove it to go on" in capsys.readouterr().err
+    assert (
+        f"and had {size} then, so its last lines are lost; remove it to go on"
+        in capsys.readouterr().err
+    )
     assert contents(directory) == before
 
 
@@ -372,8 +458,11 @@ def test_metrics_cut_to_an_older_checkpoint_are_gone_on_from(whole: Path, tmp_pa
     assert reported(directory) == reported(whole)
 
 
-def test_metrics_are_on_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is synced, in its order: the metrics' own file before each checkpoint's digest and data."""
+def test_metrics_are_on_disk_before_a_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is synced, in its order: the metrics' own file before each checkpoint's digest and
+    data."""
     synced: list[str] = []
     inner = os.fsync
 
@@ -404,7 +493,9 @@ def test_a_malicious_checkpoint_runs_no_code(shape: str, tmp_path: Path) -> None
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_checkpoint_without_its_digest_or_of_another_version_is_refused(whole: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_digest_or_of_another_version_is_refused(
+    whole: Path, tmp_path: Path
+) -> None:
     data = (whole / "checkpoints" / "epoch-7.pt").read_bytes()
     (tmp_path / "epoch-7.pt").write_bytes(data)
     with pytest.raises(ValueError, match=r"epoch-7\.pt\.sha256"):
@@ -493,7 +584,9 @@ def test_a_run_whose_disk_fills_up_ends_with_a_clear_error_and_can_be_resumed(
     assert reported(tmp_path / "run") == reported(whole)
 
 
-def test_a_read_only_directory_is_named(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_read_only_directory_is_named(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     directory = tmp_path_factory.mktemp("read-only")
     save(directory / "epoch-6.pt", b"old")
     before = contents(directory)
@@ -507,7 +600,9 @@ def test_a_read_only_directory_is_named(whole: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_file(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: object) -> None:
         raise OSError(errno.EIO, "the disk is broken")
 
@@ -533,7 +628,10 @@ def test_a_state_that_could_not_be_read_back_is_refused_when_it_is_taken(tmp_pat
 def test_a_network_that_does_not_fit_is_refused(whole: Path) -> None:
     config = RunConfig(task="synthetic", max_epochs=20)
     state = load(saved(whole / "checkpoints")[-1])
-    for slots, message in ((("early",), "expected slots"), (("early", "mid", "late"), "does not fit")):
+    for slots, message in (
+        (("early",), "expected slots"),
+        (("early", "mid", "late"), "does not fit"),
+    ):
         episode = build_episode(config, slots=slots)
         same = {**state, "run": checkpoint._identity(episode)}
         same["parts"] = {**state["parts"], "model": {}}
@@ -599,7 +697,13 @@ def test_a_copy_does_not_follow_the_training() -> None:
 
 
 def test_cut_back_keeps_what_was_reported_up_to_an_epoch(tmp_path: Path) -> None:
-    events = [("run_started", 0), ("epoch", 1), ("seed_stage", 1), ("epoch", 2), ("run_finished", 2)]
+    events = [
+        ("run_started", 0),
+        ("epoch", 1),
+        ("seed_stage", 1),
+        ("epoch", 2),
+        ("run_finished", 2),
+    ]
     lines = [json.dumps({"event": event, "epoch": epoch}) for event, epoch in events]
     for epoch, kept in ((2, 4), (1, 3), (0, 0)):
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"event": "ep')

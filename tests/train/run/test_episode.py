@@ -1,4 +1,5 @@
-"""Whole runs: the order of an epoch, what grows, what is reported, and that a seed makes a run repeatable."""
+"""Whole runs: the order of an epoch, what grows, what is reported, and that a seed makes a run
+repeatable."""
 
 import math
 from dataclasses import replace
@@ -37,7 +38,8 @@ from esper_train.run import run as run_module
 from esper_train.run.build import build_episode
 from tests.helpers.scripted import EASY, Recorder, Script, germinate, run_under
 
-SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4, seed=2, keep="last")  # whose seeds contribute
+# whose seeds contribute
+SHORT = RunConfig(task="synthetic", max_epochs=6, max_batches=4, seed=2, keep="last")
 
 
 def scripted(config: RunConfig, policy: Script, **kwargs: object) -> tuple[object, Recorder]:
@@ -47,7 +49,8 @@ def scripted(config: RunConfig, policy: Script, **kwargs: object) -> tuple[objec
 
 
 def test_a_whole_life_epoch_by_epoch() -> None:
-    """Germinated after epoch 1, it trains from epoch 2 on (no idle epoch), blends after 3, and so on."""
+    """Germinated after epoch 1, it trains from epoch 2 on (no idle epoch), blends after 3, and so
+    on."""
     config = replace(SHORT, max_epochs=9, growth=EASY)
     policy = Script(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early"))
     result, recorder = scripted(config, policy)
@@ -98,8 +101,11 @@ def test_contribution_is_the_validation_accuracy_lost_without_the_seed() -> None
     assert slot["contribution"] == pytest.approx(whole - bare)
 
 
-def test_gradient_ratio_equals_plain_torch_on_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms taken by torch from the .grad fields the last step left behind, corrected for the sizes."""
+def test_gradient_ratio_equals_plain_torch_on_the_last_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Norms taken by torch from the .grad fields the last step left behind, corrected for the
+    sizes."""
     config = replace(SHORT, max_epochs=2, growth=EASY)
     episode = build_episode(config, slots=("mid",))
     ratios = []
@@ -111,7 +117,9 @@ def test_gradient_ratio_equals_plain_torch_on_the_last_batch(monkeypatch: pytest
         host = [p.grad for p in episode.model.get_host_parameters()]
         if seed:
             counts = [sum(g.numel() for g in grads) for grads in (seed, host)]
-            norms = [math.hypot(*(g.double().norm().item() for g in grads)) for grads in (seed, host)]
+            norms = [
+                math.hypot(*(g.double().norm().item() for g in grads)) for grads in (seed, host)
+            ]
             ratios.append((ratio, norms[0] / norms[1] * math.sqrt(counts[1] / counts[0])))
         return ratio
 
@@ -150,12 +158,18 @@ def test_one_epoch_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_optimizers_follow_the_seeds() -> None:
     config = replace(SHORT, max_epochs=4, growth=EASY)
     episode = build_episode(config, slots=("early", "mid"))
-    policy = Script(e1=germinate(), e2=germinate("mid"), e3=Decision(op=Op.CULL, slot="early", reason="test"))
+    policy = Script(
+        e1=germinate(), e2=germinate("mid"), e3=Decision(op=Op.CULL, slot="early", reason="test")
+    )
     run_under(episode, policy)
     parameters = episode.optimizers.parameters()
     assert set(parameters) == {"host", "mid"}
-    assert {id(p) for p in parameters["mid"]} == {id(p) for p in episode.model.get_seed_parameters("mid")}
-    assert {id(p) for p in parameters["host"]} == {id(p) for p in episode.model.get_host_parameters()}
+    assert {id(p) for p in parameters["mid"]} == {
+        id(p) for p in episode.model.get_seed_parameters("mid")
+    }
+    assert {id(p) for p in parameters["host"]} == {
+        id(p) for p in episode.model.get_host_parameters()
+    }
 
 
 @pytest.mark.parametrize("on_fossilize", ["keep", "freeze"])
@@ -168,7 +182,9 @@ def test_fossils_keep_training_or_are_frozen(on_fossilize: str) -> None:
         def decide(self, signals: Signals) -> Decision:
             seed = episode.model.slot("early").seed
             if seed is not None:
-                weights[signals.epoch] = torch.cat([p.detach().flatten().clone() for p in seed.parameters()])
+                weights[signals.epoch] = torch.cat(
+                    [p.detach().flatten().clone() for p in seed.parameters()]
+                )
             return super().decide(signals)
 
     run_under(episode, Watch(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early")))
@@ -179,7 +195,10 @@ def test_fossils_keep_training_or_are_frozen(on_fossilize: str) -> None:
 
 def test_seed_without_parameters_lives() -> None:
     registry = BlueprintRegistry(
-        [Blueprint("pass", "cnn", lambda channels: nn.Identity()), Blueprint("conv_light", "cnn", convolution)]
+        [
+            Blueprint("pass", "cnn", lambda channels: nn.Identity()),
+            Blueprint("conv_light", "cnn", convolution),
+        ]
     )
     config = replace(SHORT, max_epochs=8, growth=replace(EASY, incubation="straight_through"))
     _, recorder = scripted(config, Script(e1=germinate(blueprint="pass")), registry=registry)
@@ -201,7 +220,10 @@ def test_refused_request_is_reported_and_changes_nothing() -> None:
     assert [epochs[0]["reward"], epochs[0]["reward_parts"]] == [0.0, {}]
     assert result.action_counts == {"WAIT": 4, "GERMINATE": 0, "CULL": 1, "FOSSILIZE": 1}
     assert result.refused == ((1, "FOSSILIZE", refusals[0]), (3, "CULL", refusals[2]))
-    assert [(e.epoch, e.data["op"]) for e in recorder.of(EventType.REFUSED)] == [(1, "FOSSILIZE"), (3, "CULL")]
+    assert [(e.epoch, e.data["op"]) for e in recorder.of(EventType.REFUSED)] == [
+        (1, "FOSSILIZE"),
+        (3, "CULL"),
+    ]
 
 
 @pytest.mark.parametrize("level", ["minimal", "normal", "debug"])
@@ -215,7 +237,12 @@ def test_a_refusal_is_an_event_at_every_level_but_off(level: str) -> None:
 
 @pytest.mark.parametrize(
     "decision",
-    [germinate(blueprint="conv_lite"), germinate("nowhere"), germinate(blend="liner"), Decision(op=Op.CULL, slot="x")],
+    [
+        germinate(blueprint="conv_lite"),
+        germinate("nowhere"),
+        germinate(blend="liner"),
+        Decision(op=Op.CULL, slot="x"),
+    ],
 )
 def test_names_that_nobody_knows_raise_at_once(decision: Decision) -> None:
     with pytest.raises(ValueError, match="unknown"):
@@ -224,7 +251,8 @@ def test_names_that_nobody_knows_raise_at_once(decision: Decision) -> None:
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_a_run_gives_the_network_that_keep_names(keep: str) -> None:
-    """The best validation accuracy, and of equal ones the lowest loss, over the epochs without a trial."""
+    """The best validation accuracy, and of equal ones the lowest loss, over the epochs without a
+    trial."""
     recorder = Recorder()
     config = replace(SHORT, max_epochs=12, keep=keep, growth=EASY)  # type: ignore[arg-type]
     episode = build_episode(config, slots=("early",))
@@ -232,7 +260,9 @@ def test_a_run_gives_the_network_that_keep_names(keep: str) -> None:
     epochs = recorder.of(EventType.EPOCH)
     trial = range(4, 13)  # blending begins at the end of epoch 4, and no verdict comes
     offered = [e for e in epochs if e.epoch not in trial]
-    best = max(offered, key=lambda e: (e.data["validation"]["accuracy"], -e.data["validation"]["loss"])).epoch
+    best = max(
+        offered, key=lambda e: (e.data["validation"]["accuracy"], -e.data["validation"]["loss"])
+    ).epoch
     assert result.kept_epoch == (best if keep == "best" else 12)
     if keep == "best":
         inputs, targets = get_task("synthetic").load().validation
@@ -249,7 +279,9 @@ def test_same_seed_same_numbers_twice() -> None:
         torch.rand(7)  # the caller's own use of the generator has no part in it
         policy = Script(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early"))
         _, recorder = scripted(config, policy)
-        lines.append([Event(e.type, e.epoch, without_clock(e.data)).to_json() for e in recorder.events])
+        lines.append(
+            [Event(e.type, e.epoch, without_clock(e.data)).to_json() for e in recorder.events]
+        )
     assert lines[0] == lines[1]
     _, other = scripted(replace(config, seed=1), Script())
     assert other.of(EventType.EPOCH)[0].data["train"]["loss"] != pytest.approx(
@@ -272,7 +304,8 @@ def test_a_run_leaves_the_callers_random_state_alone() -> None:
 
 
 def test_fit_equals_a_heuristic_run_that_never_grows() -> None:
-    """The same loop: with a controller that waits, the learned weights are those of `fit`, bit for bit."""
+    """The same loop: with a controller that waits, the learned weights are those of `fit`, bit for
+    bit."""
     waiting, _ = scripted(SHORT, Script())
     plain = run_fit(SHORT)
     for a, b in zip(waiting.model.host.parameters(), plain.model.host.parameters(), strict=True):
@@ -295,7 +328,9 @@ def test_telemetry_level_does_not_change_training() -> None:
 
 def test_train_heuristic_runs_episodes_with_their_own_seeds() -> None:
     recorder = Recorder()
-    results = train_heuristic(replace(SHORT, max_epochs=1, episodes=2, seed=7), hub=TelemetryHub([recorder]))
+    results = train_heuristic(
+        replace(SHORT, max_epochs=1, episodes=2, seed=7), hub=TelemetryHub([recorder])
+    )
     assert len(results) == 2
     assert [e.data["seed"] for e in recorder.of(EventType.RUN_STARTED)] == [7, 1007]
 
@@ -320,7 +355,9 @@ def test_language_model_task_grows() -> None:
         ({"device": "meta"}, "'meta' is not there"),
     ],
 )
-def test_bad_requests_are_refused_before_anything_runs(change: dict[str, object], message: str) -> None:
+def test_bad_requests_are_refused_before_anything_runs(
+    change: dict[str, object], message: str
+) -> None:
     recorder = Recorder()
     with pytest.raises(ValueError, match=message):
         run_heuristic_episode(replace(SHORT, **change), hub=TelemetryHub([recorder]))  # type: ignore[arg-type]
@@ -356,7 +393,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_an_event() -> None:
     assert recorder.events[-1].data["status"] == "nonfinite"
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("boom"), "failed")])
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("boom"), "failed")]
+)
 def test_an_ended_run_says_how(error: BaseException, status: str) -> None:
     recorder = Recorder()
 

@@ -1,4 +1,5 @@
-"""Several seeds at once, their joint contribution, limits, and optimizers that keep in step through any life."""
+"""Several seeds at once, their joint contribution, limits, and optimizers that keep in step through
+any life."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,9 @@ def keep(slot: str) -> Decision:
     return Decision(op=Op.FOSSILIZE, slot=slot)
 
 
-def record(config: RunConfig, policy: Script | None = None, level: str = "normal", **telemetry: Any) -> Recorder:
+def record(
+    config: RunConfig, policy: Script | None = None, level: str = "normal", **telemetry: Any
+) -> Recorder:
     recorder = Recorder()
     hub = TelemetryHub([recorder], TelemetryConfig(level=level, **telemetry))  # type: ignore[arg-type]
     run_heuristic_episode(config, policy=policy, hub=hub)
@@ -42,7 +45,8 @@ def record(config: RunConfig, policy: Script | None = None, level: str = "normal
 
 
 def test_two_seeds_are_measured_each_and_together() -> None:
-    """The joint contribution again from outside: both slots ablated by hand on the final weights."""
+    """The joint contribution again from outside: both slots ablated by hand on the final
+    weights."""
     recorder = Recorder()
     episode = build_episode(replace(SHORT, max_epochs=10), slots=("early", "mid"))
     script = Script(e1=germinate("early"), e2=germinate("mid"), e8=keep("early"))
@@ -52,7 +56,8 @@ def test_two_seeds_are_measured_each_and_together() -> None:
     model = episode.model.eval()
 
     def accuracy(early: float = 1.0, mid: float = 1 / 3) -> float:
-        """By default at the alphas of the 10th epoch: one is kept, the other in the first of its three of blending."""
+        """By default at the alphas of the 10th epoch: one is kept, the other in the first of its
+        three of blending."""
         with torch.no_grad():
             logits = model(inputs, alpha={"early": early, "mid": mid})
         return (logits.argmax(1) == targets).double().mean().item() * 100
@@ -93,8 +98,12 @@ def test_max_seeds_refuses_another() -> None:
 
 
 def test_heuristic_seats_as_many_live_seeds_as_it_may() -> None:
-    policy = replace(SHORT.policy, max_live_seeds=2, plateau_threshold=1000.0, min_epochs=1, life_margin=-100)
-    recorder = record(replace(SHORT, policy=policy, max_epochs=6, growth=replace(EASY, training_timeout=50)))
+    policy = replace(
+        SHORT.policy, max_live_seeds=2, plateau_threshold=1000.0, min_epochs=1, life_margin=-100
+    )
+    recorder = record(
+        replace(SHORT, policy=policy, max_epochs=6, growth=replace(EASY, training_timeout=50))
+    )
     live = [
         sum(s["stage"] in ("TRAINING", "BLENDING", "PROBATIONARY") for s in e.data["slots"])
         for e in recorder.of(EventType.EPOCH)
@@ -112,8 +121,8 @@ def test_gated_run_trains_the_gate_and_drops_its_optimizer_at_alpha_one() -> Non
             return super().decide(signals)
 
     run_under(episode, Watch(e1=germinate("early", blend="gated")), mode="test")
-    # blending in epochs 5 to 7; at the end of the 7th, before the controller decides, the seed is on probation,
-    # and its gate is let go
+    # blending in epochs 5 to 7; at the end of the 7th, before the controller decides, the seed is
+    # on probation, and its gate is let go
     assert groups[2] == groups[6] == {"host", "early", "early.gate"}
     assert groups[7] == {"host", "early"}
 
@@ -124,26 +133,38 @@ def test_gated_run_trains_the_gate_and_drops_its_optimizer_at_alpha_one() -> Non
         ("off", False, set()),
         ("minimal", False, {"run_started", "seed_stage", "run_finished"}),
         ("normal", False, {"run_started", "seed_stage", "run_finished", "epoch", "seed_cost"}),
-        ("debug", False, {"run_started", "seed_stage", "run_finished", "epoch", "seed_cost", "layer_gradients"}),
+        (
+            "debug",
+            False,
+            {"run_started", "seed_stage", "run_finished", "epoch", "seed_cost", "layer_gradients"},
+        ),
         ("debug", True, {"run_started", "seed_stage", "run_finished"}),
     ],
 )
 def test_levels_write_what_they_say(level: str, lifecycle_only: bool, kinds: set[str]) -> None:
-    recorder = record(replace(SHORT, max_epochs=2), Script(e1=germinate("early")), level, lifecycle_only=lifecycle_only)
+    recorder = record(
+        replace(SHORT, max_epochs=2),
+        Script(e1=germinate("early")),
+        level,
+        lifecycle_only=lifecycle_only,
+    )
     assert {event.type.value for event in recorder.events} == kinds
 
 
 def test_layer_gradients_are_those_of_the_last_batch() -> None:
     recorder = Recorder()
     episode = build_episode(replace(SHORT, max_epochs=1), slots=("early",))
-    run_under(episode, Script(), TelemetryHub([recorder], TelemetryConfig(level="debug")), mode="test")
+    run_under(
+        episode, Script(), TelemetryHub([recorder], TelemetryConfig(level="debug")), mode="test"
+    )
     (event,) = recorder.of(EventType.LAYER_GRADIENTS)
     expected = {name: p.grad.double().norm().item() for name, p in episode.model.named_parameters()}  # type: ignore[union-attr]
     assert event.data["norms"] == pytest.approx(expected)
 
 
 def test_exploding_gradients_escalate_for_some_epochs() -> None:
-    """Every gradient explodes by a threshold of 0: with 2 epochs of escalation, from the first epoch on."""
+    """Every gradient explodes by a threshold of 0: with 2 epochs of escalation, from the first
+    epoch on."""
     train = replace(SHORT.train, grad=replace(SHORT.train.grad, exploding=0.0))
     quiet = replace(SHORT, max_epochs=3)
     loud = replace(quiet, train=train)
@@ -166,7 +187,9 @@ def test_escalation_ends_after_its_epochs() -> None:
 
 
 def test_as_audited_is_accuracy_counts_and_a_reward_an_epoch() -> None:
-    result = run_heuristic_episode(replace(SHORT, max_epochs=4), policy=Script(e1=germinate("early")))
+    result = run_heuristic_episode(
+        replace(SHORT, max_epochs=4), policy=Script(e1=germinate("early"))
+    )
     accuracy, counts, rewards = result.as_audited()
     assert accuracy == result.accuracy
     assert counts == {"WAIT": 3, "GERMINATE": 1, "CULL": 0, "FOSSILIZE": 0}
@@ -174,7 +197,8 @@ def test_as_audited_is_accuracy_counts_and_a_reward_an_epoch() -> None:
 
 
 class Lives(RuleBasedStateMachine):
-    """Random requests and epochs on a real episode: whatever happens, optimizers hold exactly the seated parameters."""
+    """Random requests and epochs on a real episode: whatever happens, optimizers hold exactly the
+    seated parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +227,11 @@ class Lives(RuleBasedStateMachine):
     def ask(self, op: Op, slot: str | None, blueprint: str | None, blend: str | None) -> None:
         self.request(Decision(op=op, slot=slot, blueprint=blueprint, blend=blend, reason="asked"))
 
-    @rule(accuracy=st.floats(0, 100), contribution=st.none() | st.floats(-5, 5), ratio=st.none() | st.floats(0, 10))
+    @rule(
+        accuracy=st.floats(0, 100),
+        contribution=st.none() | st.floats(-5, 5),
+        ratio=st.none() | st.floats(0, 10),
+    )
     def epoch(self, accuracy: float, contribution: float | None, ratio: float | None) -> None:
         for slot in self.episode.model.slots:
             measured = Measurement(

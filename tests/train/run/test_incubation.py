@@ -1,4 +1,5 @@
-"""A seed in TRAINING learns, and nothing else of the run differs from one without it: bit for bit."""
+"""A seed in TRAINING learns, and nothing else of the run differs from one without it: bit for
+bit."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ LONG = GrowthConfig(training_timeout=1000, blending_potential=1000.0)
 
 
 class Counting(nn.Module):
-    """A later module with state of every kind: running numbers, random numbers, and spectral norm."""
+    """A later module with state of every kind: running numbers, random numbers, and spectral
+    norm."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -93,15 +95,22 @@ IMAGES = get_task("synthetic")
 TASKS = {
     "batch norm": replace(IMAGES, build_host=plain_host),
     "every kind of state": replace(IMAGES, build_host=stateful_host),
-    "transformer": Task(name="sequences", task_type="lm", num_classes=16, load=sequences, build_host=sequence_host),
+    "transformer": Task(
+        name="sequences", task_type="lm", num_classes=16, load=sequences, build_host=sequence_host
+    ),
 }
 
 
 def noisy(channels: int) -> nn.Module:
-    """A seed that draws random numbers, at its birth and in training, and has running statistics."""
+    """A seed that draws random numbers, at its birth and in training, and has running
+    statistics."""
     last = nn.Conv2d(channels, channels, 1)
     return Residual(
-        nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, channels, 1), last
+        nn.Conv2d(channels, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Dropout(0.5),
+        nn.Conv2d(8, channels, 1),
+        last,
     )
 
 
@@ -161,7 +170,9 @@ def host_state(episode: Episode) -> dict[str, Any]:
     }
 
 
-def run(task: str, run_config: RunConfig, **by_epoch: Decision) -> tuple[Episode, list[Any], dict[str, Any]]:
+def run(
+    task: str, run_config: RunConfig, **by_epoch: Decision
+) -> tuple[Episode, list[Any], dict[str, Any]]:
     episode = prepared(task, run_config)
     with episode.random.active():
         measured = epochs(episode, 3, **by_epoch)
@@ -186,13 +197,21 @@ def test_a_run_with_seeds_in_training_is_the_run_without(task: str, setting: str
     """Numbers, weights, running statistics, momentum, loss scale, random numbers and modes."""
     _, bare, without = run(task, config(**SETTINGS[setting]))
     episode, grown, with_seeds = run(task, config(**SETTINGS[setting]), **TWO_SEEDS)
-    assert [slot.state.stage.name for slot in episode.model.slots] == ["TRAINING", "TRAINING", "DORMANT"]
+    assert [slot.state.stage.name for slot in episode.model.slots] == [
+        "TRAINING",
+        "TRAINING",
+        "DORMANT",
+    ]
     assert_same(with_seeds, without)
     assert grown == bare
     for slot in ("early", "mid"):
         seed = episode.model.slot(slot)
         assert len(seed.state.potentials) >= 1
-        moved = [p for p in episode.model.get_seed_parameters(slot) if p.grad is not None and p.grad.any()]
+        moved = [
+            p
+            for p in episode.model.get_seed_parameters(slot)
+            if p.grad is not None and p.grad.any()
+        ]
         assert moved, "the seed did not learn"
 
 
@@ -208,8 +227,11 @@ def test_compiled_too(task: str) -> None:
 
 
 def test_a_seed_learns_from_its_own_effect() -> None:
-    """The gradient is that of the loss at alpha 1, batch statistics and all, computed by hand in float64."""
-    episode = prepared("batch norm", config(optim=OptimConfig(seed_lr=0.5, momentum=0.0, weight_decay=0.0)))
+    """The gradient is that of the loss at alpha 1, batch statistics and all, computed by hand in
+    float64."""
+    episode = prepared(
+        "batch norm", config(optim=OptimConfig(seed_lr=0.5, momentum=0.0, weight_decay=0.0))
+    )
     with episode.random.active():
         epochs(episode, 3, e1=germinate("early", "conv_light"))
         model = episode.model.double()
@@ -257,7 +279,8 @@ class NoSteps:
 
 
 def test_its_own_step_falls_in_loss_as_gradient_descent_does() -> None:
-    """Trained for long enough on the batches it sees, a seed lowers the training loss it would have."""
+    """Trained for long enough on the batches it sees, a seed lowers the training loss it would
+    have."""
     episode = prepared("batch norm", config(optim=OptimConfig(host_lr=1e-4, seed_lr=0.03)))
     with episode.random.active():
         epochs(episode, 12, e1=germinate("mid", "conv_light"))
@@ -266,7 +289,8 @@ def test_its_own_step_falls_in_loss_as_gradient_descent_does() -> None:
 
 
 def test_an_overflow_of_the_seed_skips_its_own_step_alone() -> None:
-    """float16: the seed's scale falls and its weights stay, the host's scale and steps do not notice."""
+    """float16: the seed's scale falls and its weights stay, the host's scale and steps do not
+    notice."""
     run_config = config(amp=AmpConfig(dtype="float16", init_scale=2.0**10))
     _, bare, without = run("batch norm", run_config)
     episode = prepared("batch norm", run_config)
@@ -361,11 +385,15 @@ def ending(fails: bool) -> Iterator[None]:
 
 
 def test_straight_through_is_still_there_for_who_wants_it() -> None:
-    run_config = replace(config(), growth=replace(LONG, incubation="straight_through", training_min_epochs=100))
+    run_config = replace(
+        config(), growth=replace(LONG, incubation="straight_through", training_min_epochs=100)
+    )
     episode, _, _ = run("batch norm", run_config, e1=germinate("early", "conv_light"))
     assert episode.learners() == ()
     assert episode.model.slot("early").state.potentials == ()
-    assert any(p.grad is not None and p.grad.any() for p in episode.model.get_seed_parameters("early"))
+    assert any(
+        p.grad is not None and p.grad.any() for p in episode.model.get_seed_parameters("early")
+    )
 
 
 def multiply_adds(work: Callable[[], Any]) -> int:
@@ -390,8 +418,9 @@ def train_epoch(episode: Episode) -> None:
 
 @pytest.mark.parametrize("slot", ["early", "mid", "late"])
 def test_a_pass_costs_the_seed_and_what_lies_behind_its_slot(slot: str) -> None:
-    """The whole epoch by torch's counter, against the layers counted by hand: a 3x3 convolution from C to D
-    channels at S positions is 9 C D S multiply-adds, forward and for each of its two gradients."""
+    """The whole epoch by torch's counter, against the layers counted by hand: a 3x3 convolution
+    from C to D channels at S positions is 9 C D S multiply-adds, forward and for each of its two
+    gradients."""
     rows = 16
     convolutions = [(1, 4, 64), (4, 8, 16), (8, 16, 4)]
     layers = [9 * c * d * s * rows for c, d, s in convolutions]
@@ -401,7 +430,8 @@ def test_a_pass_costs_the_seed_and_what_lies_behind_its_slot(slot: str) -> None:
     channels, positions = [(4, 16), (8, 4), (16, 1)][place]
     seed = 9 * channels * channels * positions * rows + channels * channels * positions * rows
     behind = 2 * (sum(layers[place + 1 :]) + head)
-    learning = 3 * seed - 9 * channels * channels * positions * rows + behind  # nor of what enters the slot
+    # nor of what enters the slot
+    learning = 3 * seed - 9 * channels * channels * positions * rows + behind
 
     counted = []
     for seated in (False, True):

@@ -32,7 +32,10 @@ def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def holder(path: Path, *more: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(path), *more],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -57,7 +60,9 @@ def test_a_directory_in_use_is_refused_and_names_the_process(
 
 
 @pytest.mark.parametrize("part", [".", "baseline", "episode-2"])
-def test_each_directory_of_a_run_is_in_use(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_directory_of_a_run_is_in_use(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = ["--episodes", "2", "--no-baseline"] if part == "episode-2" else []
     arguments = ["heuristic", *QUICK, *more, "--out", str(tmp_path / "run")]
     assert cli.main(arguments) == 0
@@ -69,7 +74,10 @@ def test_each_directory_of_a_run_is_in_use(part: str, tmp_path: Path, capsys: py
 def test_a_killed_process_frees_its_directory_though_its_workers_live(tmp_path: Path) -> None:
     process = holder(tmp_path / "run", "with a worker")
     try:
-        with pytest.raises(BlockingIOError, match=f"in use by process {process.pid}"), claimed(tmp_path / "run"):
+        with (
+            pytest.raises(BlockingIOError, match=f"in use by process {process.pid}"),
+            claimed(tmp_path / "run"),
+        ):
             pass
         process.kill()
         process.wait()
@@ -93,7 +101,11 @@ def test_names_that_collide_get_a_number(tmp_path: Path) -> None:
         claimed(path, numbered=True) as second,
         claimed(path, numbered=True) as third,
     ):
-        assert [each.name for each in (first, second, third)] == [path.name, f"{path.name}-2", f"{path.name}-3"]
+        assert [each.name for each in (first, second, third)] == [
+            path.name,
+            f"{path.name}-2",
+            f"{path.name}-3",
+        ]
     assert list(tmp_path.iterdir()) == []
 
 

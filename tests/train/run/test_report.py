@@ -1,4 +1,5 @@
-"""The report says what the events say, in a page that is whole, stands alone and escapes all text."""
+"""The report says what the events say, in a page that is whole, stands alone and escapes all
+text."""
 
 from __future__ import annotations
 
@@ -106,7 +107,9 @@ def health(norm: float, tensors: int = 2, groups: dict[str, Any] | None = None) 
     }
 
 
-def started(task: str = "digits", *, mode: str = "heuristic", slots: tuple[str, ...] = ("early", "mid")) -> Event:
+def started(
+    task: str = "digits", *, mode: str = "heuristic", slots: tuple[str, ...] = ("early", "mid")
+) -> Event:
     data = {
         "mode": mode,
         "task": task,
@@ -129,10 +132,13 @@ def epoch_event(
     grad: bool = True,
 ) -> Event:
     groups = {"host": health(1.0)} | {s.slot: health(0.5) for s in slots if s.seed_id is not None}
-    validation = measures(2.5 / epoch if loss is None else loss, 50.0 + 4 * epoch if accuracy is None else accuracy)
+    validation = measures(
+        2.5 / epoch if loss is None else loss, 50.0 + 4 * epoch if accuracy is None else accuracy
+    )
     data = {
         "max_epochs": EPOCHS,
-        "train": measures(2.0 / epoch, 60.0 + 4 * epoch) | {"compiled": False, "compile_failure": None},
+        "train": measures(2.0 / epoch, 60.0 + 4 * epoch)
+        | {"compiled": False, "compile_failure": None},
         "validation": validation,
         "grad": health(1.2, groups=groups) if grad else None,
         "slots": [dataclasses.asdict(state) | {"stage": state.stage.name} for state in slots],
@@ -171,7 +177,11 @@ def seated(epoch: int, slot: str, seed: str, blueprint: str, parameters: int) ->
 
 
 def finished(
-    epoch: int = EPOCHS, *, status: str = "completed", test: float | None = 93.25, error: str | None = None
+    epoch: int = EPOCHS,
+    *,
+    status: str = "completed",
+    test: float | None = 93.25,
+    error: str | None = None,
 ) -> Event:
     data = {
         "status": status,
@@ -198,7 +208,8 @@ def write(directory: Path, *events: Event) -> Path:
 def grown(
     *, task: str = "digits", reason: str = "training_timeout", blueprint: str = "norm", gap: int = 0
 ) -> list[Event]:
-    """seed_0 lives in early from 1 to its fossilization at 5, seed_1 in mid from 2 to its cull at 6."""
+    """seed_0 lives in early from 1 to its fossilization at 5, seed_1 in mid from 2 to its cull at
+    6."""
     stage = SeedStage
     life = {2: stage.TRAINING, 3: stage.BLENDING, 4: stage.PROBATIONARY, 5: stage.PROBATIONARY}
     events = [started(task)]
@@ -217,7 +228,13 @@ def grown(
                 gradient_ratio=0.5,
             )
         if 2 < epoch <= 6:
-            mid = SlotState(slot="mid", stage=stage.TRAINING, seed_id="seed_1", blueprint=blueprint, seed_parameters=13)
+            mid = SlotState(
+                slot="mid",
+                stage=stage.TRAINING,
+                seed_id="seed_1",
+                blueprint=blueprint,
+                seed_parameters=13,
+            )
         elif epoch > 6:
             mid = SlotState(slot="mid", stage=stage.EMBARGOED)
         events.append(epoch_event(epoch, (early, mid), grad=epoch != gap))
@@ -229,7 +246,14 @@ def grown(
             events.append(move(5, early, stage.FOSSILIZED, "G5 passed"))
         if epoch == 6:
             events.append(move(6, mid, stage.CULLED, reason))
-            events.append(move(6, dataclasses.replace(mid, stage=stage.CULLED), stage.EMBARGOED, "closed for 5 epochs"))
+            events.append(
+                move(
+                    6,
+                    dataclasses.replace(mid, stage=stage.CULLED),
+                    stage.EMBARGOED,
+                    "closed for 5 epochs",
+                )
+            )
     return events
 
 
@@ -294,18 +318,34 @@ def test_heading_says_what_came_of_the_run(run: Path) -> None:
 
 
 def test_best_accuracy_is_not_the_last(tmp_path: Path) -> None:
-    write(tmp_path, started(), *(epoch_event(i, accuracy=a) for i, a in ((1, 40.0), (2, 66.5), (3, 61.25))))
+    write(
+        tmp_path,
+        started(),
+        *(epoch_event(i, accuracy=a) for i, a in ((1, 40.0), (2, 66.5), (3, 61.25))),
+    )
     assert page(tmp_path).row("best validation accuracy") == ["66.50%"]
     assert page(tmp_path).row("last validation accuracy") == ["61.25%"]
 
 
 def test_pictures_show_curves_slots_and_gradients(run: Path) -> None:
     curves, stages, gradients = page(run).pictures.values()
-    for word in ("train", "validation", "baseline's validation", "fossilized", "culled", "loss (nats)"):
+    for word in (
+        "train",
+        "validation",
+        "baseline's validation",
+        "fossilized",
+        "culled",
+        "loss (nats)",
+    ):
         assert word in curves
     for word in ("early", "mid", "TRAINING", "BLENDING", "PROBATIONARY", "FOSSILIZED", "EMBARGOED"):
         assert word in stages
-    for word in ("alpha", "seed / host gradient", "contribution (points)", "needed to fossilize: 1.75"):
+    for word in (
+        "alpha",
+        "seed / host gradient",
+        "contribution (points)",
+        "needed to fossilize: 1.75",
+    ):
         assert word in stages
     assert "GERMINATED" not in stages  # no epoch was trained in it
     for word in ("gradient norm", "health", "host", "total"):
@@ -347,7 +387,9 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     events = grown(task=HOSTILE, reason=HOSTILE, blueprint=HOSTILE)
     events.append(Event(EventType.LAYER_GRADIENTS, 3, {"norms": {HOSTILE: 1.0, "fine": None}}))
     events.append(Event(EventType.FINDING, 3, {"kind": HOSTILE, "message": HOSTILE}))
-    kept = dataclasses.replace(SlotState(slot="mid"), seed_id=HOSTILE, blueprint=HOSTILE, contribution=1.0)
+    kept = dataclasses.replace(
+        SlotState(slot="mid"), seed_id=HOSTILE, blueprint=HOSTILE, contribution=1.0
+    )
     events.append(move(EPOCHS, kept, SeedStage.FOSSILIZED, HOSTILE))
     shown = page(write(tmp_path, *events, finished(status=HOSTILE, error=HOSTILE)))
     assert shown.tags["script"] == 0
@@ -375,8 +417,14 @@ def test_group_without_tensors_was_not_measured(tmp_path: Path) -> None:
         first = epoch_event(1)
         groups = {"host": health(1.0), "early": health(0.0, tensors)}
         data = {**first.data, "grad": health(1.0, groups=groups), "slots": []}
-        events = [started(slots=("early",)), Event(EventType.EPOCH, 1, data), Event(EventType.EPOCH, 2, data)]
-        return page(write(tmp_path / str(tensors), *events)).pictures["Gradient norms and health over epochs"]
+        events = [
+            started(slots=("early",)),
+            Event(EventType.EPOCH, 1, data),
+            Event(EventType.EPOCH, 2, data),
+        ]
+        return page(write(tmp_path / str(tensors), *events)).pictures[
+            "Gradient norms and health over epochs"
+        ]
 
     assert "early" not in shown(0)
     assert "early" in shown(2)
@@ -431,11 +479,15 @@ def test_interrupted_run(tmp_path: Path) -> None:
 def test_run_that_ended_in_nan(tmp_path: Path) -> None:
     last = epoch_event(3, loss=math.nan)
     words = "64 rows of logits and 17 gradient entries were NaN or infinite"
-    counts = Event(EventType.NONFINITE, 3, {"logits": 64, "gradients": 17, "skipped": 0, "message": words})
+    counts = Event(
+        EventType.NONFINITE, 3, {"logits": 64, "gradients": 17, "skipped": 0, "message": words}
+    )
     end = finished(3, status="nonfinite", test=None, error="in epoch 3 the loss is not finite")
     shown = page(write(tmp_path, started(), epoch_event(1), epoch_event(2), last, counts, end))
     assert "What ended the run: in epoch 3 the loss is not finite." in shown.text
-    assert "In epoch 3: 64 rows of logits and 17 gradient entries were NaN or infinite." in shown.text
+    assert (
+        "In epoch 3: 64 rows of logits and 17 gradient entries were NaN or infinite." in shown.text
+    )
     assert shown.row("last validation loss") == ["not finite"]
 
 
@@ -444,7 +496,9 @@ def test_no_finite_number_at_all(tmp_path: Path) -> None:
     for i in (1, 2):
         event = epoch_event(i, grad=False)
         nothing = measures(math.nan, math.nan)
-        events.append(Event(EventType.EPOCH, i, {**event.data, "train": nothing, "validation": nothing}))
+        events.append(
+            Event(EventType.EPOCH, i, {**event.data, "train": nothing, "validation": nothing})
+        )
     shown = page(write(tmp_path, started(), *events))
     assert shown.pictures == {}
     assert "There is no finite number to draw." in shown.text
@@ -519,9 +573,14 @@ def test_events_of_a_real_run(tmp_path: Path) -> None:
 
 
 def test_gradients_by_layer(tmp_path: Path) -> None:
-    """A cell for each epoch and parameter, and a cross where the norm was not finite; a seed's layer came later."""
+    """A cell for each epoch and parameter, and a cross where the norm was not finite; a seed's
+    layer came later."""
     events = [started(), *(epoch_event(i) for i in range(1, 5))]
-    for epoch, norms in ((1, {"head": 1e-3}), (2, {"head": 0.0, "seed": 10.0}), (4, {"head": math.nan, "seed": 2.0})):
+    for epoch, norms in (
+        (1, {"head": 1e-3}),
+        (2, {"head": 0.0, "seed": 10.0}),
+        (4, {"head": math.nan, "seed": 2.0}),
+    ):
         events.append(Event(EventType.LAYER_GRADIENTS, epoch, {"norms": norms}))
     directory = write(tmp_path, *events)
     picture = page(directory).pictures["Gradient norm of each parameter over epochs"]
@@ -539,7 +598,9 @@ def test_rewards_are_drawn_by_parts(tmp_path: Path) -> None:
     events = [started()]
     for epoch in (1, 2, 3):
         event = epoch_event(epoch)
-        events.append(Event(EventType.EPOCH, epoch, {**event.data, "reward": 0.75, "reward_parts": parts}))
+        events.append(
+            Event(EventType.EPOCH, epoch, {**event.data, "reward": 0.75, "reward_parts": parts})
+        )
     picture = page(write(tmp_path, *events)).pictures["Rewards and their parts"]
     for word in ("reward", "attribution", "rent"):
         assert word in picture
@@ -559,9 +620,19 @@ def test_moves_that_a_rollback_undid_are_not_told(tmp_path: Path) -> None:
 def test_epochs_that_were_not_reported_are_gaps(tmp_path: Path) -> None:
     """At the level minimal only those after an anomaly are: the third is still the third."""
     slots = (SlotState(slot="early"), SlotState(slot="mid"))
-    shown = page(write(tmp_path, started(), *(epoch_event(i, slots) for i in (3, 4)), *seated(1, "early", "s", "n", 1)))
+    shown = page(
+        write(
+            tmp_path,
+            started(),
+            *(epoch_event(i, slots) for i in (3, 4)),
+            *seated(1, "early", "s", "n", 1),
+        )
+    )
     assert "4 of 8 epochs" in shown.text
-    assert "DORMANT" in shown.pictures["Stage, alpha, gradient ratio and contribution of each slot over epochs"]
+    assert (
+        "DORMANT"
+        in shown.pictures["Stage, alpha, gradient ratio and contribution of each slot over epochs"]
+    )
 
 
 def test_several_runs_are_compared(tmp_path: Path) -> None:

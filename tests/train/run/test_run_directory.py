@@ -68,7 +68,10 @@ def test_config_comes_back(run: tuple[Path, torch.nn.Module]) -> None:
 def test_a_claim_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
     for path in (tmp_path, tmp_path / "precious.txt"):
-        with pytest.raises(FileExistsError, match="choose another --out"), run_directory.claimed(path):
+        with (
+            pytest.raises(FileExistsError, match="choose another --out"),
+            run_directory.claimed(path),
+        ):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
@@ -79,7 +82,8 @@ def test_load_run_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"format": 99}, "expected format 2, got 99"), ({"weights": {}}, "does not fit")]
+    ("change", "message"),
+    [({"format": 99}, "expected format 2, got 99"), ({"weights": {}}, "does not fit")],
 )
 def test_load_run_refuses_another_format_or_network(
     run: tuple[Path, torch.nn.Module], tmp_path: Path, change: dict[str, object], message: str
@@ -130,20 +134,29 @@ def test_read_metrics_refuses_what_is_no_event(line: bytes, tmp_path: Path) -> N
 
 # of the 300 flips that the fault list speaks of, 110 loaded silently
 @pytest.mark.parametrize("name", ["network.pt", "config.json"])
-def test_no_flipped_bit_is_read(name: str, run: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+def test_no_flipped_bit_is_read(
+    name: str, run: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
     path = tmp_path / "copy"
     draw = random.Random(0)
     shutil.copytree(run[0], path)
     data = (path / name).read_bytes()
     for place in draw.sample(range(len(data)), 60):
-        (path / name).write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
-        with pytest.raises(ValueError, match=rf"{name} cannot be used: .*damaged or changed; .*remove {name}.sha256"):
+        (path / name).write_bytes(
+            data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+        )
+        with pytest.raises(
+            ValueError,
+            match=rf"{name} cannot be used: .*damaged or changed; .*remove {name}.sha256",
+        ):
             load_run(path)
     (path / name).write_bytes(data)
     load_run(path)
 
 
-def test_files_of_versions_without_digests_are_read(run: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+def test_files_of_versions_without_digests_are_read(
+    run: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
     shutil.copytree(run[0], tmp_path / "copy")
     for digest in (tmp_path / "copy").glob("*.sha256"):
         digest.unlink()
@@ -155,7 +168,8 @@ def test_files_of_versions_without_digests_are_read(run: tuple[Path, torch.nn.Mo
 def test_a_file_that_is_written_anew_is_never_left_with_the_digest_of_another(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before each call to the system that replacing it makes: the old one or the new one can be read."""
+    """Stopped before each call to the system that replacing it makes: the old one or the new one
+    can be read."""
     path = tmp_path / "network.pt"
     calls = 0
     run_directory.write_with_digest(path, b"old")
@@ -187,5 +201,7 @@ def test_a_file_that_is_written_anew_is_never_left_with_the_digest_of_another(
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\xff"])
 def test_a_config_that_is_none_is_refused_by_its_name(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"config\.json (is not JSON|holds no settings).*bring it back"):
+    with pytest.raises(
+        ValueError, match=r"config\.json (is not JSON|holds no settings).*bring it back"
+    ):
         run_directory.load_config(tmp_path)

@@ -1,4 +1,5 @@
-"""Learning-rate schedules in a run, its optimizers and its memory layout: torch's own values, each group its own."""
+"""Learning-rate schedules in a run, its optimizers and its memory layout: torch's own values, each
+group its own."""
 
 import copy
 import math
@@ -7,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from esper_train import Decision, HostConfig, OptimConfig, RunConfig, ScheduleConfig, Signals, TrainConfig
+from esper_train import (
+    Decision,
+    HostConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    Signals,
+    TrainConfig,
+)
 from esper_train.run.build import build_episode
 from tests.helpers.scripted import EASY, Script, germinate, run_under
 
@@ -56,7 +65,8 @@ def test_host_follows_the_formula_over_the_whole_run(each: str, accumulate: int)
 def test_a_seed_has_a_schedule_of_its_own_over_what_is_left() -> None:
     seen = rates(config_of("cosine"), e1=germinate())
     assert seen["host"] == pytest.approx([0.1 * cosine(t / 4, 0) for t in (1, 2, 3, 4)])
-    assert seen["early"] == pytest.approx([0.2 * cosine(t / 3, 0) for t in (1, 2, 3)])  # from epoch 2 on
+    # from epoch 2 on
+    assert seen["early"] == pytest.approx([0.2 * cosine(t / 3, 0) for t in (1, 2, 3)])
 
 
 def test_a_schedule_that_is_over_keeps_its_last_rate() -> None:
@@ -86,7 +96,8 @@ def test_state_of_the_schedule_is_saved_with_its_optimizer() -> None:
     assert lrs[0] == lrs[1] < 0.1
 
 
-@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")  # torch does not see through the copy
+# torch does not see through the copy
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")
 @pytest.mark.parametrize("kind", ["cosine", "onecycle"])
 def test_a_kept_copy_goes_on_as_the_original_did(kind: str) -> None:
     """As a rollback does: the copy's schedules change the copy's optimizers."""
@@ -120,9 +131,12 @@ def test_float16_run_trains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "asked", "used"), [(3, None, False), (16, None, True), (16, False, False), (3, True, True)]
+    ("width", "asked", "used"),
+    [(3, None, False), (16, None, True), (16, False, False), (3, True, True)],
 )
-def test_channels_last_where_it_pays_or_where_asked_for(width: int, asked: bool | None, used: bool) -> None:
+def test_channels_last_where_it_pays_or_where_asked_for(
+    width: int, asked: bool | None, used: bool
+) -> None:
     config = replace(SHORT, host=HostConfig(width=width), channels_last=asked)
     weight = build_episode(config, slots=()).model.host.segments["mid"].state_dict()["0.0.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last) is used

@@ -1,4 +1,5 @@
-"""Runs with worker processes that are stopped as shells, schedulers and memory killers do it, and then resumed."""
+"""Runs with worker processes that are stopped as shells, schedulers and memory killers do it, and
+then resumed."""
 
 import os
 import random
@@ -76,7 +77,9 @@ def stop(process: subprocess.Popen[str], kind: str, draw: random.Random) -> int:
     if kind == "kill worker":
         os.kill(draw.choice(children(process)), signal.SIGKILL)
         return 2
-    number = {"term": signal.SIGTERM, "int": signal.SIGINT, "hup": signal.SIGHUP}.get(kind[:3].strip(), signal.SIGTERM)
+    number = {"term": signal.SIGTERM, "int": signal.SIGINT, "hup": signal.SIGHUP}.get(
+        kind[:3].strip(), signal.SIGTERM
+    )
     if kind.endswith("main"):
         process.send_signal(number)
     else:
@@ -87,7 +90,8 @@ def stop(process: subprocess.Popen[str], kind: str, draw: random.Random) -> int:
 
 
 def stop_and_resume(kind: str, seed: int, whole: Path, directory: Path) -> None:
-    """Stop a run at a seeded moment; look at what it left; go on and compare with the run that nobody stopped."""
+    """Stop a run at a seeded moment; look at what it left; go on and compare with the run that
+    nobody stopped."""
     draw = random.Random(f"{kind} {seed}")
     moment = draw.randrange(2, 10)
     with launch(directory) as process:
@@ -106,17 +110,24 @@ def stop_and_resume(kind: str, seed: int, whole: Path, directory: Path) -> None:
     assert len(stderr.splitlines()) == 1
     assert not list(directory.rglob("*.new"))
     last = read_metrics(directory)[-1]
-    assert (last["event"], last["status"]) == ("run_finished", "failed" if expected == 2 else "interrupted")
+    assert (last["event"], last["status"]) == (
+        "run_finished",
+        "failed" if expected == 2 else "interrupted",
+    )
     whole_epochs = sum(event["event"] == "epoch" for event in read_metrics(directory))
     newest = saved(directory / "checkpoints")[-1]
     assert load(newest)["parts"]["episode"]["epoch"] == whole_epochs
     assert resume(directory, "--workers", "0") == 0
     assert reported(directory) == reported(whole)
-    ours, theirs = (torch.load(d / "network.pt", weights_only=True)["weights"] for d in (directory, whole))
+    ours, theirs = (
+        torch.load(d / "network.pt", weights_only=True)["weights"] for d in (directory, whole)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers by /proc, which is Linux's")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds workers by /proc, which is Linux's"
+)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,11 +136,15 @@ def test_a_run_with_workers_is_stopped_without_loss(kind: str, whole: Path, tmp_
         stop_and_resume(kind, seed, whole, tmp_path / str(seed) / "run")
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers by /proc, which is Linux's")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds workers by /proc, which is Linux's"
+)
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_with_workers_is_stopped_without_loss_ten_times(kind: str, whole: Path, tmp_path: Path) -> None:
+def test_a_run_with_workers_is_stopped_without_loss_ten_times(
+    kind: str, whole: Path, tmp_path: Path
+) -> None:
     for seed in range(2, 12):
         stop_and_resume(kind, seed, whole, tmp_path / str(seed) / "run")
 
@@ -147,7 +162,9 @@ def child_handler() -> Iterator[None]:
     signal.signal(signal.SIGCHLD, before)
 
 
-def test_a_dead_worker_is_noticed_where_a_batch_is_waited_for_and_nowhere_else(child_handler: None) -> None:
+def test_a_dead_worker_is_noticed_where_a_batch_is_waited_for_and_nowhere_else(
+    child_handler: None,
+) -> None:
     others = active_children()
     batches = loader()
     assert [batch[0].tolist() for batch in batches] == [[[0, 1]], [[2, 3], [4, 5]]]
@@ -155,7 +172,9 @@ def test_a_dead_worker_is_noticed_where_a_batch_is_waited_for_and_nowhere_else(c
     victim.kill()
     connection.wait([victim.sentinel], timeout=60)
     time.sleep(0.01)  # the handler runs here, as it would while a checkpoint is written
-    with pytest.raises(ChildProcessError, match=r"a process that prepares batches died .*; if memory ran out"):
+    with pytest.raises(
+        ChildProcessError, match=r"a process that prepares batches died .*; if memory ran out"
+    ):
         list(batches)
 
 

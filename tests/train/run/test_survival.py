@@ -22,7 +22,14 @@ MAIN = "import sys; from esper_train.cli import main; sys.exit(main())"
 def command(directory: Path) -> list[str]:
     """Begins the run, or goes on with it, as whoever starts it again would."""
     begun = (directory / "config.json").exists()
-    options = ["--config", config_file(directory.parent), "--checkpoint.every", "2", "--out", str(directory)]
+    options = [
+        "--config",
+        config_file(directory.parent),
+        "--checkpoint.every",
+        "2",
+        "--out",
+        str(directory),
+    ]
     how = ["--resume", str(directory)] if begun else options
     if not begun and directory.exists():
         shutil.rmtree(directory)  # killed before it had written anything
@@ -32,16 +39,22 @@ def command(directory: Path) -> list[str]:
 def launch(directory: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(directory), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        command(directory),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Each attempt is killed at some moment after it began to report; when one ends first, another run begins.
+    """Each attempt is killed at some moment after it began to report; when one ends first, another
+    run begins.
 
-    Nothing depends on the moments: wherever a kill falls, what is on disk can be read and gone on from.
+    Nothing depends on the moments: wherever a kill falls, what is on disk can be read and gone on
+    from.
     """
     draw = random.Random(0)
     started = time.monotonic()
@@ -56,7 +69,9 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
         seen = (directory / "metrics.jsonl").stat().st_mtime_ns if before else 0
         with launch(directory) as process:
             while process.poll() is None:
-                if (directory / "metrics.jsonl").exists() and (directory / "metrics.jsonl").stat().st_mtime_ns > seen:
+                if (directory / "metrics.jsonl").exists() and (
+                    directory / "metrics.jsonl"
+                ).stat().st_mtime_ns > seen:
                     break
                 time.sleep(0.01)
             try:
@@ -83,7 +98,8 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
 
 @pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
-    """Both are raised within one batch; the process is ended by the second, before the batch is over."""
+    """Both are raised within one batch; the process is ended by the second, before the batch is
+    over."""
     code = """
 import signal, sys, time
 from esper_train import TrainStep, cli
@@ -101,7 +117,9 @@ TrainStep.__call__ = twice
 sys.exit(cli.main(sys.argv[1:]))
 """
     arguments = command(tmp_path / "run")[3:]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == -15
     assert "the batch went on" not in done.stdout
     assert read_metrics(tmp_path / "run")[-1]["event"] == "epoch"
@@ -158,7 +176,10 @@ def test_killed_at_each_step_of_a_save_no_checkpoint_is_lost_or_half_there(tmp_p
     save(directory / "epoch-1.pt", (tmp_path / "made.pt").read_bytes())
     kept = ["epoch-1.pt", "epoch-1.pt.sha256"]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_SAVING, str(directory)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", KILLED_WHILE_SAVING, str(directory)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == ["9"] * (len(lines) - 1) + ["0"]

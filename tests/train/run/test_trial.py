@@ -31,14 +31,18 @@ from esper_train.run.epoch import Epoch
 from tests.helpers.scripted import EASY, Recorder, Script, germinate
 from tests.helpers.taped import assert_same
 
-GROWTH = replace(EASY, blending_epochs=3, harm=3.0, harm_patience=3, undo_wait=2, undo_wait_ceiling=5)
+GROWTH = replace(
+    EASY, blending_epochs=3, harm=3.0, harm_patience=3, undo_wait=2, undo_wait_ceiling=5
+)
 SCHEDULED = OptimConfig(host_lr=0.05, schedule=ScheduleConfig(kind="cosine"))
-CONFIG = RunConfig(task="synthetic", max_epochs=30, max_batches=4, batch_size=32, growth=GROWTH, optim=SCHEDULED)
+CONFIG = RunConfig(
+    task="synthetic", max_epochs=30, max_batches=4, batch_size=32, growth=GROWTH, optim=SCHEDULED
+)
 
 
 class TurnsBad(nn.Module):
-    """Honest for the first calls in which it can learn from the network as a whole: alive and harmless in
-    TRAINING. Once blending has begun it adds what no network can live with."""
+    """Honest for the first calls in which it can learn from the network as a whole: alive and
+    harmless in TRAINING. Once blending has begun it adds what no network can live with."""
 
     def __init__(self, channels: int, value: float, after: int) -> None:
         super().__init__()
@@ -56,7 +60,8 @@ class TurnsBad(nn.Module):
 
 
 def planted(value: float, after: int = 13) -> BlueprintRegistry:
-    """In 4 batches per epoch, a seed that germinates after epoch 1 has learned for 12 when blending begins."""
+    """In 4 batches per epoch, a seed that germinates after epoch 1 has learned for 12 when blending
+    begins."""
     registry = default_registry()
     registry.register(Blueprint("bad", "cnn", lambda channels: TurnsBad(channels, value, after)))
     return registry
@@ -100,9 +105,13 @@ def watched(episode: Episode) -> Recorder:
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop", "rollback"])
 @pytest.mark.parametrize(("value", "epochs"), [(HARMFUL, 3), (NAN, 1)], ids=["harmful", "nan"])
-def test_a_planted_seed_never_survives_and_leaves_the_network_as_it_was(value: float, epochs: int, policy: Any) -> None:
+def test_a_planted_seed_never_survives_and_leaves_the_network_as_it_was(
+    value: float, epochs: int, policy: Any
+) -> None:
     """It passes G2, blending begins after epoch 4, and at once it turns."""
-    config = replace(CONFIG, train=TrainConfig(on_bad_numbers=policy), governor=GovernorConfig(snapshot_epochs=1))
+    config = replace(
+        CONFIG, train=TrainConfig(on_bad_numbers=policy), governor=GovernorConfig(snapshot_epochs=1)
+    )
     episode = prepared(config, value)
     recorder = watched(episode)
     if policy == "skip" and value != HARMFUL:
@@ -116,16 +125,21 @@ def test_a_planted_seed_never_survives_and_leaves_the_network_as_it_was(value: f
     for part in ("host", "momentum"):
         assert_same(states[end][part], states[4][part])
     if value == HARMFUL:  # of NaN, every policy but "warn" has its own idea
-        assert not torch.equal(states[end - 1]["host"]["head.2.weight"], states[4]["host"]["head.2.weight"])
+        assert not torch.equal(
+            states[end - 1]["host"]["head.2.weight"], states[4]["host"]["head.2.weight"]
+        )
     assert all(bool(value.isfinite().all()) for value in states[end + 1]["host"].values())
     assert episode.trial.slot is None
     assert (episode.trial.undone, episode.trial.epochs) == (1, epochs)
     if episode.good is not None:
-        assert SeedStage.BLENDING.name not in [slot["stage"] for slot in episode.good["episode"]["slots"]]
+        assert SeedStage.BLENDING.name not in [
+            slot["stage"] for slot in episode.good["episode"]["slots"]
+        ]
 
 
 def test_schedules_scale_order_and_epochs_go_on() -> None:
-    """Only the network goes back: learning rates and the order of the data are those of a run that never grew."""
+    """Only the network goes back: learning rates and the order of the data are those of a run that
+    never grew."""
     episode = prepared()
     bare = prepared()
     go(episode, Script(e1=germinate("early", "bad")), 7)
@@ -134,7 +148,9 @@ def test_schedules_scale_order_and_epochs_go_on() -> None:
     assert episode.epoch == 7
     rates = [e.optimizers.present()[0].param_groups[0]["lr"] for e in (episode, bare)]
     assert rates[0] == rates[1] < SCHEDULED.host_lr
-    schedules = [e.optimizers.state_dict()["host"]["schedule"]["last_epoch"] for e in (episode, bare)]
+    schedules = [
+        e.optimizers.state_dict()["host"]["schedule"]["last_epoch"] for e in (episode, bare)
+    ]
     assert schedules[0] == schedules[1]
     orders = [e.random.state_dict()["order"] for e in (episode, bare)]
     assert torch.equal(orders[0], orders[1])
@@ -142,7 +158,9 @@ def test_schedules_scale_order_and_epochs_go_on() -> None:
 
 def test_a_cull_by_the_controller_is_undone_too() -> None:
     episode = prepared(after=10**9)
-    script = Script(e1=germinate("early", "bad"), e6=Decision(op=Op.CULL, slot="early", reason="asked"))
+    script = Script(
+        e1=germinate("early", "bad"), e6=Decision(op=Op.CULL, slot="early", reason="asked")
+    )
     states = go(episode, script, 6)
     assert_same(states[6]["host"], states[4]["host"])
     assert_same(states[6]["momentum"], states[4]["momentum"])
@@ -151,7 +169,9 @@ def test_a_cull_by_the_controller_is_undone_too() -> None:
 
 def test_a_cull_in_training_undoes_nothing() -> None:
     episode = prepared(after=10**9)
-    script = Script(e1=germinate("early", "bad"), e3=Decision(op=Op.CULL, slot="early", reason="asked"))
+    script = Script(
+        e1=germinate("early", "bad"), e3=Decision(op=Op.CULL, slot="early", reason="asked")
+    )
     states = go(episode, script, 5)
     bare = go(prepared(), Script(), 5)
     assert_same(states, bare)
@@ -160,14 +180,20 @@ def test_a_cull_in_training_undoes_nothing() -> None:
 
 def test_another_seed_that_was_there_goes_back_and_a_later_one_stays() -> None:
     episode = build_episode(CONFIG, slots=("early", "mid", "late"), registry=planted(HARMFUL))
-    growth_of = {"e1": germinate("early", "bad"), "e2": germinate("mid", "conv_light"), "e5": germinate("late", "norm")}
+    growth_of = {
+        "e1": germinate("early", "bad"),
+        "e2": germinate("mid", "conv_light"),
+        "e5": germinate("late", "norm"),
+    }
     go(episode, Script(**growth_of), 4)
     seed = episode.model.slot("mid").seed
     assert seed is not None
     before = copied(seed.state_dict())
     go(episode, Script(**growth_of), 6)
     late = episode.model.slot("late").seed
-    assert episode.model.slot("mid").state.stage is SeedStage.TRAINING, "one seed at a time is on trial"
+    assert episode.model.slot("mid").state.stage is SeedStage.TRAINING, (
+        "one seed at a time is on trial"
+    )
     go(episode, Script(**growth_of), 7)
     assert episode.trial.undone == 1
     assert_same(seed.state_dict(), before)
@@ -189,7 +215,11 @@ def test_waits_double_up_to_a_ceiling_and_refuse_germination() -> None:
     born = [epoch for epoch, _, stage in recorder.stages() if stage == "GERMINATED"]
     for event, next_birth in zip(undone, born[1:], strict=False):
         assert next_birth == event.epoch + event.data["wait"]
-    refused = [event for event in recorder.of(EventType.REFUSED) if "after an undoing" in event.data["reason"]]
+    refused = [
+        event
+        for event in recorder.of(EventType.REFUSED)
+        if "after an undoing" in event.data["reason"]
+    ]
     assert refused
     epochs = {event.epoch: event.data for event in recorder.of(EventType.EPOCH)}
     assert all(epochs[event.epoch]["reward"] == 0.0 for event in refused)
@@ -199,14 +229,20 @@ def test_waits_double_up_to_a_ceiling_and_refuse_germination() -> None:
 def test_a_seed_that_is_kept_brings_the_wait_back() -> None:
     episode = prepared(after=10**9)
     episode.trial._next_wait = 5
-    go(episode, Script(e1=germinate("early", "conv_light"), e8=Decision(op=Op.FOSSILIZE, slot="early")), 8)
+    go(
+        episode,
+        Script(e1=germinate("early", "conv_light"), e8=Decision(op=Op.FOSSILIZE, slot="early")),
+        8,
+    )
     assert episode.model.fossils == 1
     assert episode.trial._next_wait == GROWTH.undo_wait
     assert episode.trial.slot is None
 
 
 @pytest.mark.parametrize("killed_after", [4, 5, 6])
-def test_a_run_killed_while_a_seed_is_on_trial_still_undoes(killed_after: int, tmp_path: Path) -> None:
+def test_a_run_killed_while_a_seed_is_on_trial_still_undoes(
+    killed_after: int, tmp_path: Path
+) -> None:
     """The state is in the checkpoint: a fresh process ends bit for bit as the whole run does."""
     script = {"e1": germinate("early", "bad")}
     whole = prepared()

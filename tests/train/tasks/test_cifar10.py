@@ -1,4 +1,5 @@
-"""CIFAR-10: both file layouts read alike, bad files refused by name, images augmented one by one."""
+"""CIFAR-10: both file layouts read alike, bad files refused by name, images augmented one by
+one."""
 
 import os
 import pickle
@@ -37,7 +38,9 @@ def batches() -> Batches:
 def write_binary(folder: Path, batches: Batches) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (pixels, labels) in batches.items():
-        records = [bytes([label]) + row.tobytes() for row, label in zip(pixels, labels, strict=True)]
+        records = [
+            bytes([label]) + row.tobytes() for row, label in zip(pixels, labels, strict=True)
+        ]
         (folder / f"{name}.bin").write_bytes(b"".join(records))
     return folder
 
@@ -62,7 +65,9 @@ def same(a: Splits, b: Splits) -> bool:
 # reading
 
 
-def test_the_last_tenth_of_training_is_validation_and_the_test_batch_is_test(tmp_path: Path, batches: Batches) -> None:
+def test_the_last_tenth_of_training_is_validation_and_the_test_batch_is_test(
+    tmp_path: Path, batches: Batches
+) -> None:
     splits = load(write_binary(tmp_path, batches))
     pixels = np.concatenate([batches[name][0] for name in NAMES[:-1]]).reshape(-1, 3, 32, 32)
     labels = [label for name in NAMES[:-1] for label in batches[name][1]]
@@ -77,8 +82,11 @@ def test_the_last_tenth_of_training_is_validation_and_the_test_batch_is_test(tmp
         assert part[1].tolist() == targets
 
 
-def test_a_record_is_a_label_and_the_red_green_and_blue_rows_of_an_image(tmp_path: Path, batches: Batches) -> None:
-    """A record made by hand: pixel 1 of row 0 is red, pixel 0 of row 1 green, the last one of all blue."""
+def test_a_record_is_a_label_and_the_red_green_and_blue_rows_of_an_image(
+    tmp_path: Path, batches: Batches
+) -> None:
+    """A record made by hand: pixel 1 of row 0 is red, pixel 0 of row 1 green, the last one of all
+    blue."""
     record = bytearray(3073)
     record[0] = 7
     record[1 + 1] = record[1 + 1024 + 32] = record[3072] = 255
@@ -90,13 +98,16 @@ def test_a_record_is_a_label_and_the_red_green_and_blue_rows_of_an_image(tmp_pat
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
-def test_both_layouts_of_the_same_images_agree(tmp_path: Path, batches: Batches, protocol: int) -> None:
+def test_both_layouts_of_the_same_images_agree(
+    tmp_path: Path, batches: Batches, protocol: int
+) -> None:
     binary = load(write_binary(tmp_path / "binary", batches))
     assert same(load(write_python(tmp_path / "python", batches, protocol)), binary)
 
 
 def test_the_files_of_python_2_and_old_numpy_are_read(tmp_path: Path, batches: Batches) -> None:
-    """What Python 2 wrote names numpy.core, and has byte strings where Python 3 has text and encoded bytes."""
+    """What Python 2 wrote names numpy.core, and has byte strings where Python 3 has text and
+    encoded bytes."""
     binary = load(write_binary(tmp_path / "binary", batches))
     folder = write_python(tmp_path / "python", batches)
     for name, (pixels, labels) in batches.items():
@@ -112,14 +123,19 @@ def test_the_files_of_python_2_and_old_numpy_are_read(tmp_path: Path, batches: B
     assert same(load(folder), binary)
 
 
-def test_an_array_kept_column_by_column_is_read_row_by_row(tmp_path: Path, batches: Batches) -> None:
+def test_an_array_kept_column_by_column_is_read_row_by_row(
+    tmp_path: Path, batches: Batches
+) -> None:
     binary = load(write_binary(tmp_path / "binary", batches))
-    by_column = {name: (np.asfortranarray(pixels), labels) for name, (pixels, labels) in batches.items()}
+    by_column = {
+        name: (np.asfortranarray(pixels), labels) for name, (pixels, labels) in batches.items()
+    }
     assert same(load(write_python(tmp_path / "python", by_column)), binary)
 
 
 @pytest.mark.parametrize(
-    ("write", "folder"), [(write_binary, "cifar-10-batches-bin"), (write_python, "cifar-10-batches-py")]
+    ("write", "folder"),
+    [(write_binary, "cifar-10-batches-bin"), (write_python, "cifar-10-batches-py")],
 )
 def test_the_folder_the_files_are_packed_in_may_be_left_out(
     tmp_path: Path, batches: Batches, write: Callable[[Path, Batches], Path], folder: str
@@ -141,7 +157,13 @@ def test_the_record_tells_other_data_apart(tmp_path: Path, batches: Batches) -> 
 def test_without_the_files_the_error_names_both_layouts_and_the_option(data: str | None) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         cifar10(TaskConfig(data=data)).load()
-    for word in (str(data), "data_batch_1.bin", "without .bin", "cifar-10-batches-py", "--data DIR"):
+    for word in (
+        str(data),
+        "data_batch_1.bin",
+        "without .bin",
+        "cifar-10-batches-py",
+        "--data DIR",
+    ):
         assert word in str(caught.value)
 
 
@@ -191,7 +213,9 @@ PIXELS = np.zeros((2, 3072), dtype=np.uint8)
     ],
     ids=lambda batch: f"{list(batch)[:2]}"[:20],
 )
-def test_a_pickle_that_is_no_batch_is_refused_by_name(tmp_path: Path, batches: Batches, batch: object) -> None:
+def test_a_pickle_that_is_no_batch_is_refused_by_name(
+    tmp_path: Path, batches: Batches, batch: object
+) -> None:
     path = write_python(tmp_path, batches) / "test_batch"
     path.write_bytes(pickle.dumps(batch, 2))
     with pytest.raises(ValueError, match="test_batch is damaged"):
@@ -228,10 +252,13 @@ def test_a_pickle_that_would_run_code_is_refused_by_its_name_and_runs_none(
     assert not list(tmp_path.glob("trace*"))
 
 
-def test_no_array_is_made_of_addresses_that_a_pickle_gives(tmp_path: Path, batches: Batches) -> None:
+def test_no_array_is_made_of_addresses_that_a_pickle_gives(
+    tmp_path: Path, batches: Batches
+) -> None:
     """numpy itself takes eight bytes for a pointer to an object here, and would follow it."""
     attack = (
-        b"(S'data'\ncnumpy\nndarray\n((I1\ntcnumpy\ndtype\n(S'O'\ntRS'\\x01\\x02\\x03\\x04\\x05\\x06\\x07\\x08'\ntR"
+        b"(S'data'\ncnumpy\nndarray\n"
+        b"((I1\ntcnumpy\ndtype\n(S'O'\ntRS'\\x01\\x02\\x03\\x04\\x05\\x06\\x07\\x08'\ntR"
     )
     (write_python(tmp_path, batches) / "data_batch_1").write_bytes(attack + b"S'labels'\n(I1\nld.")
     with pytest.raises(ValueError, match="data_batch_1 is damaged"):
@@ -256,20 +283,28 @@ def shifted(image: Tensor, top: int, left: int, flip: bool) -> Tensor:
 
 
 def test_crop_and_flip_moves_each_image_by_its_own_numbers() -> None:
-    images = torch.randint(1, 256, (6, 3, 5, 7), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = torch.randint(1, 256, (6, 3, 5, 7), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     top = torch.tensor([4, 0, 8, 3, 4, 7])
     left = torch.tensor([4, 8, 0, 4, 6, 1])
     flip = torch.tensor([False, False, True, True, True, False])
-    expected = [shifted(*case) for case in zip(images, top.tolist(), left.tolist(), flip.tolist(), strict=True)]
+    expected = [
+        shifted(*case)
+        for case in zip(images, top.tolist(), left.tolist(), flip.tolist(), strict=True)
+    ]
     assert torch.equal(crop_and_flip(images, top, left, flip), torch.stack(expected))
 
 
 def test_crop_and_flip_by_hand() -> None:
-    """One pixel down and two to the right is read 1 row and 2 columns further on; mirrored afterwards."""
+    """One pixel down and two to the right is read 1 row and 2 columns further on; mirrored
+    afterwards."""
     image = torch.tensor([[[[1, 2, 3], [4, 5, 6]]]], dtype=torch.uint8)
 
     def moved(top: int, left: int, flip: bool) -> list[list[int]]:
-        return crop_and_flip(image, torch.tensor([top]), torch.tensor([left]), torch.tensor([flip]))[0, 0].tolist()
+        return crop_and_flip(
+            image, torch.tensor([top]), torch.tensor([left]), torch.tensor([flip])
+        )[0, 0].tolist()
 
     assert moved(4, 4, False) == [[1, 2, 3], [4, 5, 6]]
     assert moved(4, 4, True) == [[3, 2, 1], [6, 5, 4]]
@@ -290,17 +325,28 @@ def test_augment_only_normalises_outside_training() -> None:
     expected = [
         [-0.4914 / 0.2470, -0.4822 / 0.2435, -0.4465 / 0.2616],
         [0.5086 / 0.2470, 0.5178 / 0.2435, 0.5535 / 0.2616],
-        [(126 / 255 - 0.4914) / 0.2470, (126 / 255 - 0.4822) / 0.2435, (126 / 255 - 0.4465) / 0.2616],
+        [
+            (126 / 255 - 0.4914) / 0.2470,
+            (126 / 255 - 0.4822) / 0.2435,
+            (126 / 255 - 0.4465) / 0.2616,
+        ],
     ]
-    assert torch.allclose(result, torch.tensor(expected)[..., None, None].expand(3, 3, 32, 32), atol=1e-6)
+    assert torch.allclose(
+        result, torch.tensor(expected)[..., None, None].expand(3, 3, 32, 32), atol=1e-6
+    )
 
 
 def test_augment_in_training_crops_flips_and_normalises_each_image_for_itself() -> None:
-    """Every result is one of the 162 crops of its image, none is favoured, and both halves are mirrored alike."""
+    """Every result is one of the 162 crops of its image, none is favoured, and both halves are
+    mirrored alike."""
     count = 2000
-    image = torch.randint(1, 256, (3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    image = torch.randint(1, 256, (3, 32, 32), generator=torch.Generator().manual_seed(1)).to(
+        torch.uint8
+    )
     cases = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
-    crops = crop_and_flip(image.expand(162, -1, -1, -1), cases[:, 0], cases[:, 1], cases[:, 2].bool())
+    crops = crop_and_flip(
+        image.expand(162, -1, -1, -1), cases[:, 0], cases[:, 1], cases[:, 2].bool()
+    )
     augment = Augment()
     known = augment.eval()(crops).flatten(1)
     torch.manual_seed(3)
@@ -310,7 +356,9 @@ def test_augment_in_training_crops_flips_and_normalises_each_image_for_itself() 
     for column, values in ((0, 9), (1, 9), (2, 2)):
         shares = cases[nearest, column].bincount(minlength=values) / count
         # four standard deviations of a share of 1/9 or 1/2
-        assert (shares - 1 / values).abs().max() < 4 * (1 / values * (1 - 1 / values) / count) ** 0.5
+        assert (shares - 1 / values).abs().max() < 4 * (
+            1 / values * (1 - 1 / values) / count
+        ) ** 0.5
 
 
 def test_augment_follows_torchs_random_state() -> None:
@@ -329,14 +377,27 @@ def test_augment_follows_torchs_random_state() -> None:
 def test_host_takes_uint8_images_and_the_size_of_the_config() -> None:
     host = cifar10(TaskConfig()).build_host(HostConfig())
     assert host.slot_channels == {"early": 8, "mid": 16, "late": 32}
-    # convolutions 3->8->16->32 of 3x3 without bias, batch norms, a head with bias: as the audited host has it
-    assert sum(p.numel() for p in host.parameters()) == 9 * (3 * 8 + 8 * 16 + 16 * 32) + 2 * 56 + 32 * 10 + 10 == 6418
+    # convolutions 3->8->16->32 of 3x3 without bias, batch norms, a head with bias: as the audited
+    # host has it
+    assert (
+        sum(p.numel() for p in host.parameters())
+        == 9 * (3 * 8 + 8 * 16 + 16 * 32) + 2 * 56 + 32 * 10 + 10
+        == 6418
+    )
     assert host(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 10)
-    assert cifar10(TaskConfig()).build_host(HostConfig(width=4, depth=2)).slot_channels == {"early": 4, "mid": 8}
+    assert cifar10(TaskConfig()).build_host(HostConfig(width=4, depth=2)).slot_channels == {
+        "early": 4,
+        "mid": 8,
+    }
 
 
 def test_a_run_trains_on_the_files_and_is_repeatable(tmp_path: Path, batches: Batches) -> None:
-    config = RunConfig(data=str(write_python(tmp_path, batches)), max_epochs=1, batch_size=9, host=HostConfig(width=2))
+    config = RunConfig(
+        data=str(write_python(tmp_path, batches)),
+        max_epochs=1,
+        batch_size=9,
+        host=HostConfig(width=2),
+    )
     first, second = (run_fit(config, task=cifar10(config)) for _ in range(2))
     assert first.test is not None
     assert second.test is not None

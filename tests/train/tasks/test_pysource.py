@@ -1,4 +1,5 @@
-"""The standard library as text: which files, in which part, and how they become windows of tokens."""
+"""The standard library as text: which files, in which part, and how they become windows of
+tokens."""
 
 import hashlib
 import importlib.util
@@ -14,7 +15,14 @@ from esper_train.config import preset
 from esper_train.morph.config import HostConfig
 from esper_train.tasks import Splits, load_splits
 from esper_train.tasks.config import TaskConfig
-from esper_train.tasks.pysource import load_sources, load_tokenizer, part_of, pysource, read_sources, windows
+from esper_train.tasks.pysource import (
+    load_sources,
+    load_tokenizer,
+    part_of,
+    pysource,
+    read_sources,
+    windows,
+)
 
 needs_tokenizers = pytest.mark.skipif(
     importlib.util.find_spec("tokenizers") is None, reason="needs the package tokenizers"
@@ -25,7 +33,10 @@ WORDS = ("import", "return", "self", "value", "None", "for", "in", "range")
 
 def source(number: int) -> bytes:
     """About 2,000 bytes of made-up code, another for each number."""
-    lines = [f"    {WORDS[(number + i) % 8]} = {WORDS[(number * i) % 8]}({number}, {i})  # é" for i in range(60)]
+    lines = [
+        f"    {WORDS[(number + i) % 8]} = {WORDS[(number * i) % 8]}({number}, {i})  # é"
+        for i in range(60)
+    ]
     return f"def name_{number}():\n".encode() + "\n".join(lines).encode()
 
 
@@ -40,14 +51,28 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def same(a: Splits, b: Splits) -> bool:
-    return all(torch.equal(x, y) for name in PARTS for x, y in zip(getattr(a, name), getattr(b, name), strict=True))
+    return all(
+        torch.equal(x, y)
+        for name in PARTS
+        for x, y in zip(getattr(a, name), getattr(b, name), strict=True)
+    )
 
 
 # which files
 
 
-def test_read_sources_takes_python_files_in_order_and_leaves_tests_and_foreign_code_out(tmp_path: Path) -> None:
-    kept = ["a.py", "json/tool.py", "json/testing.py", "latest/b.py", "config.py", "test.py", "z.py"]
+def test_read_sources_takes_python_files_in_order_and_leaves_tests_and_foreign_code_out(
+    tmp_path: Path,
+) -> None:
+    kept = [
+        "a.py",
+        "json/tool.py",
+        "json/testing.py",
+        "latest/b.py",
+        "config.py",
+        "test.py",
+        "z.py",
+    ]
     left_out = [
         "site-packages/numpy/core.py",
         "dist-packages/six.py",
@@ -71,18 +96,30 @@ def test_read_sources_takes_python_files_in_order_and_leaves_tests_and_foreign_c
 
 
 def test_part_of_a_file_follows_from_its_name_alone_about_90_5_5() -> None:
-    """The golden ones hold for every release and machine; the shares within 4 standard deviations."""
-    golden = {"os.py": 1, "tarfile.py": 1, "ast.py": 2, "inspect.py": 2, "typing.py": 0, "json/encoder.py": 0}
+    """The golden ones hold for every release and machine; the shares within 4 standard
+    deviations."""
+    golden = {
+        "os.py": 1,
+        "tarfile.py": 1,
+        "ast.py": 2,
+        "inspect.py": 2,
+        "typing.py": 0,
+        "json/encoder.py": 0,
+    }
     assert {name: part_of(name) for name in golden} == golden
     parts = [part_of(f"package/module_{i}.py") for i in range(10_000)]
     for part, share in enumerate((0.9, 0.05, 0.05)):
-        assert parts.count(part) / 10_000 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 10_000))
+        assert parts.count(part) / 10_000 == pytest.approx(
+            share, abs=4 * math.sqrt(share * (1 - share) / 10_000)
+        )
 
 
 def test_record_says_what_the_data_were(corpus: Path, tmp_path: Path) -> None:
     files = {p.relative_to(corpus).as_posix(): p.read_bytes() for p in corpus.rglob("*.py")}
     record = load_sources(corpus, 256, tmp_path).record
-    framed = b"".join(b"%s\0%d\0%s" % (name.encode(), len(files[name]), files[name]) for name in sorted(files))
+    framed = b"".join(
+        b"%s\0%d\0%s" % (name.encode(), len(files[name]), files[name]) for name in sorted(files)
+    )
     assert record == {
         "files": 40,
         "bytes": sum(map(len, files.values())),
@@ -103,11 +140,15 @@ def test_record_changes_with_a_name_and_with_a_byte(corpus: Path, tmp_path: Path
     assert len(seen) == 3
 
 
-def test_too_few_sources_are_refused_with_the_count_of_each_part(corpus: Path, tmp_path: Path) -> None:
+def test_too_few_sources_are_refused_with_the_count_of_each_part(
+    corpus: Path, tmp_path: Path
+) -> None:
     for path in corpus.rglob("*.py"):
         if part_of(path.relative_to(corpus).as_posix()) == 1:
             path.unlink()
-    with pytest.raises(ValueError, match=r"expected Python sources under .*lib to train.*got \[35, 0, 2\] files"):
+    with pytest.raises(
+        ValueError, match=r"expected Python sources under .*lib to train.*got \[35, 0, 2\] files"
+    ):
         load_sources(corpus, 256, tmp_path)
     with pytest.raises(ValueError, match=r"got \[0, 0, 0\] files"):
         load_sources(tmp_path / "nowhere", 256, tmp_path)
@@ -135,15 +176,21 @@ def test_windows_draws_so_many_without_repeats_and_always_the_same() -> None:
     assert windows(tokens[:64], 30)[0].shape == (0, 64)
 
 
-def test_bytes_are_the_files_own_in_their_part_with_a_zero_after_each(corpus: Path, tmp_path: Path) -> None:
+def test_bytes_are_the_files_own_in_their_part_with_a_zero_after_each(
+    corpus: Path, tmp_path: Path
+) -> None:
     splits = load_sources(corpus, 256, tmp_path)
     for part, name in enumerate(PARTS):
         files = [p.relative_to(corpus).as_posix() for p in corpus.rglob("*.py")]
-        text = b"".join((corpus / f).read_bytes() + b"\0" for f in sorted(files) if part_of(f) == part)
+        text = b"".join(
+            (corpus / f).read_bytes() + b"\0" for f in sorted(files) if part_of(f) == part
+        )
         inputs, targets = getattr(splits, name)
         rows = torch.cat([inputs, targets[:, -1:]], dim=1).tolist()
         # every window of these parts is taken, for they have fewer than the limit
-        assert sorted(map(bytes, rows)) == sorted(text[i : i + 65] for i in range(0, len(text) - 64, 65))
+        assert sorted(map(bytes, rows)) == sorted(
+            text[i : i + 65] for i in range(0, len(text) - 64, 65)
+        )
     assert list(tmp_path.iterdir()) == [corpus], "bytes need no cache"
 
 
@@ -151,8 +198,12 @@ def test_bytes_are_the_files_own_in_their_part_with_a_zero_after_each(corpus: Pa
 
 
 @needs_tokenizers
-def test_byte_pairs_decode_to_the_text_whatever_it_is_and_are_fewer(corpus: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer([text.decode() for text in read_sources(corpus).values()], 300, tmp_path)
+def test_byte_pairs_decode_to_the_text_whatever_it_is_and_are_fewer(
+    corpus: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(
+        [text.decode() for text in read_sources(corpus).values()], 300, tmp_path
+    )
     assert tokenizer.get_vocab_size() == 300
     everything = "".join(map(chr, range(256))) + "\n\tété 数\0"
     for text in (source(3).decode(), everything):
@@ -172,10 +223,14 @@ def test_byte_pairs_are_learned_from_the_training_files_only(corpus: Path, tmp_p
 
 
 @needs_tokenizers
-def test_byte_pair_windows_hold_text_of_their_own_part_in_whole(corpus: Path, tmp_path: Path) -> None:
+def test_byte_pair_windows_hold_text_of_their_own_part_in_whole(
+    corpus: Path, tmp_path: Path
+) -> None:
     splits = load_sources(corpus, 280, tmp_path)
     files = read_sources(corpus).items()
-    texts = [[text.decode() + "\0" for name, text in files if part_of(name) == part] for part in range(3)]
+    texts = [
+        [text.decode() + "\0" for name, text in files if part_of(name) == part] for part in range(3)
+    ]
     tokenizer = load_tokenizer(texts[0], 280, tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 1, "the same tokenizer"
     for part, name in enumerate(PARTS):
@@ -188,7 +243,9 @@ def test_byte_pair_windows_hold_text_of_their_own_part_in_whole(corpus: Path, tm
 
 
 @needs_tokenizers
-def test_text_that_is_not_utf_8_is_replaced_for_byte_pairs_and_kept_in_bytes(corpus: Path, tmp_path: Path) -> None:
+def test_text_that_is_not_utf_8_is_replaced_for_byte_pairs_and_kept_in_bytes(
+    corpus: Path, tmp_path: Path
+) -> None:
     (corpus / "package" / "m0.py").write_bytes(b"\xff " * 5000)
     assert part_of("package/m0.py") == 0
     assert (load_sources(corpus, 256, tmp_path).train[0] == 0xFF).sum() > 64
@@ -216,7 +273,9 @@ def test_a_tokenizer_is_kept_and_taken_up_again(corpus: Path, tmp_path: Path) ->
 
 @needs_tokenizers
 @pytest.mark.parametrize("damage", [b"", b"{}", b"not json", None])
-def test_a_damaged_tokenizer_is_trained_anew(damage: bytes | None, corpus: Path, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_trained_anew(
+    damage: bytes | None, corpus: Path, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     first = load_sources(corpus, 280, cache)
     (kept,) = cache.iterdir()
@@ -231,7 +290,9 @@ def test_a_damaged_tokenizer_is_trained_anew(damage: bytes | None, corpus: Path,
 @needs_tokenizers
 def test_a_directory_that_cannot_be_written_is_refused(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"cannot write a tokenizer to .*file.*give another directory"):
+    with pytest.raises(
+        ValueError, match=r"cannot write a tokenizer to .*file.*give another directory"
+    ):
         load_sources(corpus, 280, tmp_path / "file")
 
 
@@ -249,14 +310,18 @@ def test_byte_pairs_without_the_package_say_what_to_install(
 def test_the_tokenizer_is_kept_in_data_or_else_in_the_users_cache(
     way: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(corpus) if name == "stdlib" else None)
+    monkeypatch.setattr(
+        "sysconfig.get_path", lambda name: str(corpus) if name == "stdlib" else None
+    )
     monkeypatch.setenv("HOME", str(tmp_path / "HOME"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if way == "XDG_CACHE_HOME":
         monkeypatch.setenv(way, str(tmp_path / way))
     data = str(tmp_path / "data") if way == "data" else None
     pysource(TaskConfig(vocab=280, data=data)).load()
-    place = {"data": "data", "XDG_CACHE_HOME": "XDG_CACHE_HOME/esper", "HOME": "HOME/.cache/esper"}[way]
+    place = {"data": "data", "XDG_CACHE_HOME": "XDG_CACHE_HOME/esper", "HOME": "HOME/.cache/esper"}[
+        way
+    ]
     assert [p.parent for p in tmp_path.rglob("bpe-*.json")] == [tmp_path / place]
 
 
@@ -265,7 +330,9 @@ def test_the_tokenizer_is_kept_in_data_or_else_in_the_users_cache(
 
 @pytest.mark.parametrize("vocab", [255, 2, 0, -1])
 def test_a_vocab_below_256_is_refused(vocab: int) -> None:
-    with pytest.raises(ValueError, match=rf"vocab of 256 \(bytes\) or more \(byte pairs\), got {vocab}"):
+    with pytest.raises(
+        ValueError, match=rf"vocab of 256 \(bytes\) or more \(byte pairs\), got {vocab}"
+    ):
         pysource(TaskConfig(vocab=vocab))
 
 

@@ -1,4 +1,5 @@
-"""Tasks: real data as scikit-learn has it, made-up data that is the same each time, and checks of both."""
+"""Tasks: real data as scikit-learn has it, made-up data that is the same each time, and checks of
+both."""
 
 import sys
 from collections.abc import Callable
@@ -24,7 +25,11 @@ def parts(splits: Splits) -> list[Split]:
 
 
 def same(a: Splits, b: Splits) -> bool:
-    return all(torch.equal(s, t) for x, y in zip(parts(a), parts(b), strict=True) for s, t in zip(x, y, strict=True))
+    return all(
+        torch.equal(s, t)
+        for x, y in zip(parts(a), parts(b), strict=True)
+        for s, t in zip(x, y, strict=True)
+    )
 
 
 # what every task must hold; cifar10 needs files, which test_cifar10.py makes
@@ -49,7 +54,8 @@ def test_load_splits_accepts_every_task_of_the_package(name: str) -> None:
     for inputs, targets in parts(task.load()):
         assert targets.dtype is torch.int64
         classes = targets.unique()
-        assert len(classes) == task.num_classes or (name == "pysource" and len(classes) > 90)  # not every byte occurs
+        # not every byte occurs
+        assert len(classes) == task.num_classes or (name == "pysource" and len(classes) > 90)
         assert int(classes[0]) >= 0
         assert int(classes[-1]) < task.num_classes
         assert inputs.dtype is (torch.int64 if task.task_type == "lm" else torch.float32)
@@ -66,8 +72,15 @@ def test_build_host_maps_the_tasks_inputs_to_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_build_host_takes_width_and_depth_from_the_config(name: str) -> None:
-    assert get_task(name).build_host(HostConfig()).slot_channels == {"early": 3, "mid": 6, "late": 12}
-    assert get_task(name).build_host(HostConfig(width=5, depth=2)).slot_channels == {"early": 5, "mid": 10}
+    assert get_task(name).build_host(HostConfig()).slot_channels == {
+        "early": 3,
+        "mid": 6,
+        "late": 12,
+    }
+    assert get_task(name).build_host(HostConfig(width=5, depth=2)).slot_channels == {
+        "early": 5,
+        "mid": 10,
+    }
 
 
 def test_build_host_of_the_sequence_task_takes_width_and_depth_from_the_config() -> None:
@@ -75,7 +88,8 @@ def test_build_host_of_the_sequence_task_takes_width_and_depth_from_the_config()
     assert build(HostConfig()).slot_channels == {"early": 16, "mid": 16, "late": 16}
     host = build(HostConfig(width=7, depth=2))
     assert host.slot_channels == {"early": 7, "mid": 7}
-    # 32 tokens and 16 positions; a block has two norms, four square maps of attention, and two of the mlp; a last norm
+    # 32 tokens and 16 positions; a block has two norms, four square maps of attention, and two of
+    # the mlp; a last norm
     block = 2 * 14 + 4 * (7 * 7 + 7) + (7 * 28 + 28) + (28 * 7 + 7)
     assert sum(p.numel() for p in host.parameters()) == (32 + 16) * 7 + 2 * block + 14
 
@@ -83,17 +97,23 @@ def test_build_host_of_the_sequence_task_takes_width_and_depth_from_the_config()
 def test_build_host_draws_from_torchs_global_random_state() -> None:
     def weights(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return torch.cat([p.flatten() for p in get_task("digits").build_host(HostConfig()).parameters()])
+        return torch.cat(
+            [p.flatten() for p in get_task("digits").build_host(HostConfig()).parameters()]
+        )
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("digit", "digits"), ("synthetic_lm", "synthetic-lm")])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("digit", "digits"), ("synthetic_lm", "synthetic-lm")]
+)
 def test_get_task_refuses_an_unknown_name_and_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match="unknown task") as caught:
         get_task(name)
-    assert str(caught.value) == (f"unknown task '{name}'; perhaps '{nearest}'? Known: {', '.join(TASKS)}")
+    assert str(caught.value) == (
+        f"unknown task '{name}'; perhaps '{nearest}'? Known: {', '.join(TASKS)}"
+    )
 
 
 # digits
@@ -108,7 +128,8 @@ def test_digits_has_60_20_20_percent_of_the_images() -> None:
 
 
 def test_digits_holds_every_image_of_scikit_learn_once_with_its_target() -> None:
-    """Brightness runs from 0 to 16 in whole steps, so the darkest and brightest pixel undo the scaling."""
+    """Brightness runs from 0 to 16 in whole steps, so the darkest and brightest pixel undo the
+    scaling."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -134,10 +155,14 @@ def test_digits_is_normalised_by_its_training_part() -> None:
 
 
 @pytest.mark.parametrize("module", ["sklearn", "sklearn.datasets"])
-def test_digits_without_scikit_learn_raises_and_makes_no_data_up(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_without_scikit_learn_raises_and_makes_no_data_up(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"task 'digits' needs scikit-learn: pip install 'esper-.*\[train\]'"):
+    with pytest.raises(
+        ImportError, match=r"task 'digits' needs scikit-learn: pip install 'esper-.*\[train\]'"
+    ):
         load_splits(get_task("digits"))
 
 
@@ -155,7 +180,8 @@ def test_digits_refuses_a_collection_of_another_size(monkeypatch: pytest.MonkeyP
 
 
 def test_synthetic_images_scatter_around_one_pattern_a_class() -> None:
-    """With noise of deviation 1.5, class means of ~100 images lie within 1.5 / 10 a pixel of the pattern."""
+    """With noise of deviation 1.5, class means of ~100 images lie within 1.5 / 10 a pixel of the
+    pattern."""
     splits = get_task("synthetic").load()
     assert [len(targets) for _, targets in parts(splits)] == [1024, 256, 256]
     inputs, targets = splits.train
@@ -177,11 +203,14 @@ def test_synthetic_lm_targets_are_the_next_tokens() -> None:
 
 
 def test_synthetic_lm_next_token_follows_from_the_last() -> None:
-    """Counting the pairs of the training part predicts held-out tokens far above the chance of 1 / 32."""
+    """Counting the pairs of the training part predicts held-out tokens far above the chance of 1 /
+    32."""
     splits = get_task("synthetic-lm").load()
     counts = torch.zeros(32, 32)
     inputs, targets = splits.train
-    counts.index_put_((inputs.flatten(), targets.flatten()), torch.ones(inputs.numel()), accumulate=True)
+    counts.index_put_(
+        (inputs.flatten(), targets.flatten()), torch.ones(inputs.numel()), accumulate=True
+    )
     held_out, truth = splits.test
     assert (counts.argmax(1)[held_out] == truth).float().mean().item() > 0.3
 
@@ -197,7 +226,13 @@ def own_task(**changes: Split) -> Task:
     def no_host(config: HostConfig) -> Host:
         raise AssertionError("data are checked before a host is built")
 
-    return Task(name="own", task_type="classification", num_classes=3, load=lambda: splits, build_host=no_host)
+    return Task(
+        name="own",
+        task_type="classification",
+        num_classes=3,
+        load=lambda: splits,
+        build_host=no_host,
+    )
 
 
 def test_load_splits_passes_good_data_through_unchanged() -> None:
@@ -212,11 +247,26 @@ def test_load_splits_takes_whole_number_inputs_and_sequence_targets() -> None:
 
 TARGETS = torch.tensor([0, 1, 2])
 BAD: dict[str, tuple[Callable[[], Split], str]] = {
-    "more inputs": (lambda: (torch.ones(4, 2), TARGETS), r"as many inputs as targets, at least one, got 4 and 3"),
-    "more targets": (lambda: (torch.ones(2, 2), TARGETS), r"as many inputs as targets, at least one, got 2 and 3"),
-    "empty": (lambda: (torch.ones(0, 2), TARGETS[:0]), r"as many inputs as targets, at least one, got 0 and 0"),
-    "NaN": (lambda: (torch.tensor([1.0, torch.nan, 0.0]), TARGETS), r"the inputs have NaN or infinite values"),
-    "inf": (lambda: (torch.tensor([1.0, 0.0, -torch.inf]), TARGETS), r"the inputs have NaN or infinite values"),
+    "more inputs": (
+        lambda: (torch.ones(4, 2), TARGETS),
+        r"as many inputs as targets, at least one, got 4 and 3",
+    ),
+    "more targets": (
+        lambda: (torch.ones(2, 2), TARGETS),
+        r"as many inputs as targets, at least one, got 2 and 3",
+    ),
+    "empty": (
+        lambda: (torch.ones(0, 2), TARGETS[:0]),
+        r"as many inputs as targets, at least one, got 0 and 0",
+    ),
+    "NaN": (
+        lambda: (torch.tensor([1.0, torch.nan, 0.0]), TARGETS),
+        r"the inputs have NaN or infinite values",
+    ),
+    "inf": (
+        lambda: (torch.tensor([1.0, 0.0, -torch.inf]), TARGETS),
+        r"the inputs have NaN or infinite values",
+    ),
     "class too large": (
         lambda: (torch.ones(3), TARGETS + 1),
         r"expected targets in \[0, 3\), or -100 to be ignored, got 1 others, the first 3",
@@ -301,13 +351,23 @@ def test_load_splits_takes_targets_that_are_to_be_ignored() -> None:
 
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_loader_gives_the_same_batches_for_any_number_of_workers(shuffle_seed: int | None, workers: int) -> None:
+def test_loader_gives_the_same_batches_for_any_number_of_workers(
+    shuffle_seed: int | None, workers: int
+) -> None:
     """Two epochs of it, the first cut short, and torch's global random state is not drawn from."""
-    orders = [None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed) for _ in range(2)]
-    loaders = [Loader(numbered(23), 5, shuffle=o, workers=w) for o, w in zip(orders, (0, workers), strict=True)]
+    orders = [
+        None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+        for _ in range(2)
+    ]
+    loaders = [
+        Loader(numbered(23), 5, shuffle=o, workers=w)
+        for o, w in zip(orders, (0, workers), strict=True)
+    ]
     before = torch.get_rng_state()
     for count in (2, 5):
-        alone, parallel = ([(x.clone(), y.clone()) for x, y in islice(loader, count)] for loader in loaders)
+        alone, parallel = (
+            [(x.clone(), y.clone()) for x, y in islice(loader, count)] for loader in loaders
+        )
         assert len(alone) == len(parallel) == count
         for a, b in zip(alone, parallel, strict=True):
             assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

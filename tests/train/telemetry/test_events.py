@@ -29,9 +29,12 @@ class Level(IntEnum):
 
 
 def test_to_json_is_one_flat_record_with_kind_and_epoch() -> None:
-    event = Event(EventType.EPOCH, 7, {"loss": 0.5, "slots": [{"slot": "early", "alpha": 0.25}], "none": None})
+    event = Event(
+        EventType.EPOCH, 7, {"loss": 0.5, "slots": [{"slot": "early", "alpha": 0.25}], "none": None}
+    )
     assert event.to_json() == (
-        '{"event": "epoch", "epoch": 7, "loss": 0.5, "slots": [{"slot": "early", "alpha": 0.25}], "none": null}'
+        '{"event": "epoch", "epoch": 7, "loss": 0.5, "slots": [{"slot": "early", "alpha": 0.25}], '
+        '"none": null}'
     )
 
 
@@ -58,7 +61,9 @@ def test_to_json_writes_enums_and_keys_that_are_not_text() -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -94,7 +99,9 @@ def test_event_types_are_the_words_in_the_files() -> None:
     ]
 
 
-def test_to_json_holds_every_event_of_a_run(run_events: list[Event], broken_events: list[Event]) -> None:
+def test_to_json_holds_every_event_of_a_run(
+    run_events: list[Event], broken_events: list[Event]
+) -> None:
     for event in [*run_events, *broken_events]:
         read = strict(event.to_json())
         assert read["event"] == event.type.value
@@ -103,7 +110,9 @@ def test_to_json_holds_every_event_of_a_run(run_events: list[Event], broken_even
     assert strict(broken_events[-1].to_json())["status"] == "nonfinite"
 
 
-def test_jsonl_sink_has_each_event_on_disk_when_write_returns(run_events: list[Event], tmp_path: Path) -> None:
+def test_jsonl_sink_has_each_event_on_disk_when_write_returns(
+    run_events: list[Event], tmp_path: Path
+) -> None:
     """Read through another handle and without close: a killed run loses nothing it reported."""
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
@@ -153,10 +162,14 @@ FINISHED = {
                     "max_epochs": 75,
                     "train": {"loss": 1.23456, "accuracy": 61.5},
                     "validation": {"loss": 0.5, "accuracy": 8.25},
-                    "slots": [{"slot": "early", "stage": "TRAINING"}, {"slot": "mid", "stage": "DORMANT"}],
+                    "slots": [
+                        {"slot": "early", "stage": "TRAINING"},
+                        {"slot": "mid", "stage": "DORMANT"},
+                    ],
                 },
             ),
-            "epoch   7/75  train loss 1.2346 acc 61.50%  validation loss 0.5000 acc  8.25%  early:training mid:dormant",
+            "epoch   7/75  train loss 1.2346 acc 61.50%  validation loss 0.5000 acc  8.25%  "
+            "early:training mid:dormant",
         ),
         (
             Event(
@@ -184,12 +197,22 @@ FINISHED = {
                 EventType.SEED_STAGE,
                 7,
                 STAGE
-                | {"contribution": None, "seed_id": None, "from": "EMBARGOED", "stage": "DORMANT", "reason": "over"},
+                | {
+                    "contribution": None,
+                    "seed_id": None,
+                    "from": "EMBARGOED",
+                    "stage": "DORMANT",
+                    "reason": "over",
+                },
             ),
             "  early: slot EMBARGOED -> DORMANT (over)",
         ),
         (
-            Event(EventType.NONFINITE, 3, {"logits": 12, "gradients": 5, "skipped": 0, "message": "12 rows"}),
+            Event(
+                EventType.NONFINITE,
+                3,
+                {"logits": 12, "gradients": 5, "skipped": 0, "message": "12 rows"},
+            ),
             "  epoch 3: 12 rows",
         ),
         (Event(EventType.SNAPSHOT, 5, {"device": "cpu"}), "  the state after epoch 5 is kept"),
@@ -198,7 +221,11 @@ FINISHED = {
             "completed: 1 fossilized, 1396 parameters, test accuracy 73.05%, 0.7 s",
         ),
         (
-            Event(EventType.RUN_FINISHED, 3, FINISHED | {"status": "failed", "error": "disk full", "test": None}),
+            Event(
+                EventType.RUN_FINISHED,
+                3,
+                FINISHED | {"status": "failed", "error": "disk full", "test": None},
+            ),
             "failed (disk full): 1 fossilized, 1396 parameters, 0.7 s",
         ),
     ],
@@ -208,17 +235,23 @@ def test_describe_says_an_event_in_one_line(event: Event, line: str) -> None:
 
 
 LINES = {
-    EventType.RUN_STARTED: r"heuristic: task synthetic, seed 42, \d+ epochs on cpu \(\w+\), 1009 parameters",
-    EventType.EPOCH: r"epoch +\d+/\d+  train loss (\d+\.\d{4}|nan|inf) acc +\d+\.\d\d%  validation loss .*  "
+    EventType.RUN_STARTED: r"heuristic: task synthetic, seed 42, \d+ epochs on cpu \(\w+\), 1009 "
+    r"parameters",
+    EventType.EPOCH: r"epoch +\d+/\d+  train loss (\d+\.\d{4}|nan|inf) acc +\d+\.\d\d%  validation "
+    r"loss .*  "
     r"early:[a-z]+ mid:[a-z]+ late:[a-z]+",
     EventType.SEED_STAGE: r"  (early|mid): (seed_[01]|slot) [A-Z]+ -> [A-Z]+ \(.+\)",
-    EventType.NONFINITE: r"  epoch \d+: \d+ rows of logits and \d+ gradient entries were NaN or infinite(, \d .*)?",
-    EventType.BAD_TARGETS: r"  epoch 2: 1 rows were left out because their target is outside the classes",
+    EventType.NONFINITE: r"  epoch \d+: \d+ rows of logits and \d+ gradient entries were NaN or "
+    r"infinite(, \d .*)?",
+    EventType.BAD_TARGETS: r"  epoch 2: 1 rows were left out because their target is outside the "
+    r"classes",
     EventType.FINDING: r"  epoch \d+: the loss is not finite: training .*, validation .*",
     EventType.SNAPSHOT: r"  the state after epoch \d+ is kept",
     EventType.ROLLBACK: r"  epoch \d+: rolled back to the state after epoch \d+ \(1 of 3 times\).*",
-    EventType.LAYER_GRADIENTS: r"  largest gradient of \d+ parameters: host\.[\w.]+ (nan|inf|[\d.e+-]+)",
-    EventType.RUN_FINISHED: r"(completed|nonfinite \(.*\)): [01] fossilized, \d+ parameters, .*\d s",
+    EventType.LAYER_GRADIENTS: r"  largest gradient of \d+ parameters: host\.[\w.]+ "
+    r"(nan|inf|[\d.e+-]+)",
+    EventType.RUN_FINISHED: r"(completed|nonfinite \(.*\)): [01] fossilized, \d+ parameters, .*\d "
+    r"s",
 }
 
 
@@ -232,10 +265,20 @@ def test_every_kind_of_event_is_emitted_and_described(
 
 
 def test_run_events_tell_the_life_that_the_controller_asked_for(run_events: list[Event]) -> None:
-    """The script seats early at the end of epoch 1, mid at 2, culls mid at 3; the embargo lasts 2 epochs."""
-    assert [event.epoch for event in run_events if event.type is EventType.EPOCH] == list(range(1, 13))
-    assert (run_events[0].type, run_events[-1].type) == (EventType.RUN_STARTED, EventType.RUN_FINISHED)
-    moves = [(e.epoch, e.data["slot"], e.data["stage"]) for e in run_events if e.type is EventType.SEED_STAGE]
+    """The script seats early at the end of epoch 1, mid at 2, culls mid at 3; the embargo lasts 2
+    epochs."""
+    assert [event.epoch for event in run_events if event.type is EventType.EPOCH] == list(
+        range(1, 13)
+    )
+    assert (run_events[0].type, run_events[-1].type) == (
+        EventType.RUN_STARTED,
+        EventType.RUN_FINISHED,
+    )
+    moves = [
+        (e.epoch, e.data["slot"], e.data["stage"])
+        for e in run_events
+        if e.type is EventType.SEED_STAGE
+    ]
     assert [move for move in moves if move[1] == "mid"] == [
         (2, "mid", "GERMINATED"),
         (2, "mid", "TRAINING"),
@@ -255,7 +298,9 @@ def test_run_events_tell_the_life_that_the_controller_asked_for(run_events: list
     assert refused[4] == "slot 'late' cannot go from DORMANT to FOSSILIZED; legal: GERMINATED"
 
 
-def test_console_sink_prints_a_line_an_event_and_leaves_the_stream_open(run_events: list[Event]) -> None:
+def test_console_sink_prints_a_line_an_event_and_leaves_the_stream_open(
+    run_events: list[Event],
+) -> None:
     stream = io.StringIO()
     sink = ConsoleSink(stream)
     for event in run_events:
@@ -265,13 +310,16 @@ def test_console_sink_prints_a_line_an_event_and_leaves_the_stream_open(run_even
     assert stream.getvalue() == "".join(describe(event) + "\n" for event in run_events)
 
 
-def test_console_sink_prints_to_standard_output_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_sink_prints_to_standard_output_by_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     ConsoleSink().write(Event(EventType.SNAPSHOT, 3, {}))
     assert capsys.readouterr().out == "  the state after epoch 3 is kept\n"
 
 
 def test_a_killed_run_keeps_every_event_it_reported(tmp_path: Path) -> None:
-    """The process kills itself, as no handler could see, right after its third epoch was reported."""
+    """The process kills itself, as no handler could see, right after its third epoch was
+    reported."""
     path = tmp_path / "metrics.jsonl"
     code = f"""
 import os, signal
@@ -285,7 +333,9 @@ class Killer(JsonlSink):
 
 run_fit(RunConfig(task="synthetic", max_batches=2), hub=TelemetryHub([Killer({str(path)!r})]))
 """
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     read = [strict(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [(line["event"], line["epoch"]) for line in read] == [

@@ -1,4 +1,5 @@
-"""The hub: every event to every sink, what a level takes, and that none of it changes the training."""
+"""The hub: every event to every sink, what a level takes, and that none of it changes the
+training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,9 @@ def test_emit_reports_an_event_that_json_cannot_hold_and_goes_on(
     jsonl.close()
     assert len(recorder.events) == 2
     assert "JsonlSink failed and is left out: " in capsys.readouterr().err
-    assert [strict(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert [
+        strict(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1]
 
 
 def test_emit_lets_an_interrupt_through() -> None:
@@ -139,13 +142,16 @@ def test_close_goes_on_past_a_sink_that_fails(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("lifecycle_only", [False, True])
 @pytest.mark.parametrize("level", ["off", "minimal", "normal", "debug"])
 def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None:
-    """Germination, a cull, exploding gradients and the escalation after them: the weights are those of silence."""
+    """Germination, a cull, exploding gradients and the escalation after them: the weights are those
+    of silence."""
     growth = replace(EASY, training_min_epochs=1, blending_epochs=2, embargo_epochs=2)
     train = TrainConfig(grad=GradConfig(exploding=0.5))
     config = RunConfig(task="synthetic", max_epochs=5, max_batches=4, growth=growth, train=train)
     recorder = Recorder()
     telemetry = TelemetryConfig(level=level, lifecycle_only=lifecycle_only, escalation_epochs=2)
-    watched = run_heuristic_episode(config, policy=a_life_and_a_cull(), hub=TelemetryHub([recorder], telemetry))
+    watched = run_heuristic_episode(
+        config, policy=a_life_and_a_cull(), hub=TelemetryHub([recorder], telemetry)
+    )
     silent = run_heuristic_episode(config, policy=a_life_and_a_cull())
     for name, value in silent.model.state_dict().items():
         assert torch.equal(value, watched.model.state_dict()[name]), name
@@ -157,7 +163,9 @@ def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None
 
 
 def test_a_level_takes_its_kinds_until_it_is_escalated() -> None:
-    taken = {"minimal": set(EventType) - {EventType.EPOCH, EventType.SNAPSHOT, EventType.LAYER_GRADIENTS}}
+    taken = {
+        "minimal": set(EventType) - {EventType.EPOCH, EventType.SNAPSHOT, EventType.LAYER_GRADIENTS}
+    }
     taken |= {"off": set(), "normal": taken["minimal"] | {EventType.EPOCH}, "debug": set(EventType)}
     for level, kinds in taken.items():
         hub = TelemetryHub([Recorder()], TelemetryConfig(level=level, escalation_epochs=2))  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""TensorBoard and Weights & Biases get the run's numbers: stand-ins for both packages record what they are given."""
+"""TensorBoard and Weights & Biases get the run's numbers: stand-ins for both packages record what
+they are given."""
 
 import sys
 from pathlib import Path
@@ -7,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from esper_train import EventType, RunConfig, TelemetryConfig, TelemetryHub, cli, run_heuristic_episode
+from esper_train import (
+    EventType,
+    RunConfig,
+    TelemetryConfig,
+    TelemetryHub,
+    cli,
+    run_heuristic_episode,
+)
 from esper_train.telemetry.loggers import logger_makers, numbers
 from tests.helpers.scripted import EASY, Recorder, Script, germinate
 
@@ -42,7 +50,9 @@ class Config(dict[str, Any]):
     """The real one refuses another value for a key, unless told that it may change."""
 
     def update(self, values: dict[str, Any], allow_val_change: bool = False) -> None:  # type: ignore[override]
-        assert allow_val_change or all(self.get(key, value) == value for key, value in values.items())
+        assert allow_val_change or all(
+            self.get(key, value) == value for key, value in values.items()
+        )
         super().update(values)
 
 
@@ -61,7 +71,8 @@ class Wandb:
         return self
 
     def log(self, data: dict[str, Any], step: int) -> None:
-        assert not self.history or step >= self.history[-1][0]  # the real one drops steps that go back
+        # the real one drops steps that go back
+        assert not self.history or step >= self.history[-1][0]
         self.history.append((step, data))
 
     def finish(self) -> None:
@@ -79,7 +90,9 @@ def logged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Board, Wand
 
     wandb = Wandb()
     recorder = Recorder()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer)
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     telemetry = TelemetryConfig(level="debug", tensorboard=True, wandb=True)
     (tmp_path / "run").mkdir()
@@ -91,7 +104,9 @@ def logged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Board, Wand
     return boards[0], wandb, recorder
 
 
-def test_tensorboard_gets_curves_and_words(logged: tuple[Board, Wandb, Recorder], tmp_path: Path) -> None:
+def test_tensorboard_gets_curves_and_words(
+    logged: tuple[Board, Wandb, Recorder], tmp_path: Path
+) -> None:
     board, _, recorder = logged
     assert board.directory == str(tmp_path / "run" / "tensorboard")
     for event in recorder.of(EventType.EPOCH):
@@ -103,7 +118,13 @@ def test_tensorboard_gets_curves_and_words(logged: tuple[Board, Wandb, Recorder]
         }
         for tag, value in expected.items():
             assert (tag, value, event.epoch) in board.scalars
-    assert {step for tag, _, step in board.scalars if tag == "norms/host.head.2.bias"} == {1, 2, 3, 4, 5}
+    assert {step for tag, _, step in board.scalars if tag == "norms/host.head.2.bias"} == {
+        1,
+        2,
+        3,
+        4,
+        5,
+    }
     assert [tag for tag, _, _ in board.texts] == [
         "run_started",
         "seed_stage/early/GERMINATED",
@@ -114,22 +135,32 @@ def test_tensorboard_gets_curves_and_words(logged: tuple[Board, Wandb, Recorder]
     assert (board.unflushed, board.closed) == (0, True)
 
 
-def test_wandb_gets_config_history_and_summary(logged: tuple[Board, Wandb, Recorder], tmp_path: Path) -> None:
+def test_wandb_gets_config_history_and_summary(
+    logged: tuple[Board, Wandb, Recorder], tmp_path: Path
+) -> None:
     _, wandb, recorder = logged
     number = (tmp_path / "run" / "wandb" / "run-id.txt").read_text()
     where = {"project": "esper", "mode": "offline", "name": "run", "dir": str(tmp_path / "run")}
     assert wandb.given == where | {"id": number, "resume": "allow"}
     assert wandb.config["task"] == "synthetic"
     losses = [(step, data["train/loss"]) for step, data in wandb.history if "train/loss" in data]
-    assert losses == [(event.epoch, event.data["train"]["loss"]) for event in recorder.of(EventType.EPOCH)]
+    assert losses == [
+        (event.epoch, event.data["train"]["loss"]) for event in recorder.of(EventType.EPOCH)
+    ]
     epochs: dict[int, dict[str, Any]] = {}
     for step, data in wandb.history:
-        assert not epochs.get(step, {}).keys() & data.keys()  # the real one would keep the later value alone
+        # the real one would keep the later value alone
+        assert not epochs.get(step, {}).keys() & data.keys()
         epochs.setdefault(step, {}).update(data)
-    assert epochs[1]["seed_stage/early/GERMINATED"].startswith("early: seed_0 DORMANT -> GERMINATED")
+    assert epochs[1]["seed_stage/early/GERMINATED"].startswith(
+        "early: seed_0 DORMANT -> GERMINATED"
+    )
     assert epochs[1]["seed_stage/early/TRAINING"].startswith("early: seed_0 GERMINATED -> TRAINING")
     assert wandb.summary["status"] == "completed"
-    assert wandb.summary["test/accuracy"] == recorder.of(EventType.RUN_FINISHED)[0].data["test"]["accuracy"]
+    assert (
+        wandb.summary["test/accuracy"]
+        == recorder.of(EventType.RUN_FINISHED)[0].data["test"]["accuracy"]
+    )
     assert wandb.finished
 
 
@@ -137,12 +168,16 @@ def test_wandb_gets_config_history_and_summary(logged: tuple[Board, Wandb, Recor
 def test_a_resumed_run_hides_in_tensorboard_what_it_reports_again(
     done: int | None, purged: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board)
+    )
     (make,) = logger_makers(TelemetryConfig(tensorboard=True))
     assert make(tmp_path, done)._writer.purge_step == purged  # type: ignore[attr-defined]
 
 
-def test_a_resumed_run_is_the_same_run_in_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_same_run_in_wandb(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     numbers_given = []
     for done in (None, 4, 9, 0):
         wandb = Wandb()
@@ -154,7 +189,9 @@ def test_a_resumed_run_is_the_same_run_in_wandb(monkeypatch: pytest.MonkeyPatch,
     assert first == second == third != begun_anew
 
 
-def test_a_resumed_command_says_how_far_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_resumed_command_says_how_far_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     boards: list[Board] = []
 
     def writer(directory: str, purge_step: int | None) -> Board:
@@ -162,8 +199,18 @@ def test_a_resumed_command_says_how_far_it_was(monkeypatch: pytest.MonkeyPatch, 
         return boards[-1]
 
     monkeypatch.setattr(cli, "write_report", lambda directory: directory)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
-    run = ["--task", "synthetic", "--max-epochs", "2", "--max-batches", "2", "--telemetry.tensorboard"]
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer)
+    )
+    run = [
+        "--task",
+        "synthetic",
+        "--max-epochs",
+        "2",
+        "--max-batches",
+        "2",
+        "--telemetry.tensorboard",
+    ]
     assert cli.main(["fit", *run, "--out", str(tmp_path / "run")]) == 0
     assert cli.main(["fit", "--resume", str(tmp_path / "run"), "--max-epochs", "4"]) == 0
     assert [board.purge_step for board in boards] == [None, 3]
@@ -172,7 +219,11 @@ def test_a_resumed_command_says_how_far_it_was(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_numbers_are_found_by_their_path_and_nothing_else_is() -> None:
-    data = {"a": 1, "b": {"c": 2.5, "d": None, "e": True, "f": "x"}, "slots": [{"slot": "mid", "alpha": 0.5}, 7]}
+    data = {
+        "a": 1,
+        "b": {"c": 2.5, "d": None, "e": True, "f": "x"},
+        "slots": [{"slot": "mid", "alpha": 0.5}, 7],
+    }
     assert numbers(data) == {"a": 1, "b/c": 2.5, "slots/mid/alpha": 0.5}
 
 

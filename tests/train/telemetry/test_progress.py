@@ -40,7 +40,9 @@ def test_progress_sink_shows_other_events_as_lines_and_the_last_epoch_as_a_bar(
     assert "mid:dormant late:dormant" in bar
 
 
-def test_progress_sink_shows_markup_in_names_as_it_is(terminal: tuple[ProgressSink, io.StringIO]) -> None:
+def test_progress_sink_shows_markup_in_names_as_it_is(
+    terminal: tuple[ProgressSink, io.StringIO],
+) -> None:
     sink, stream = terminal
     sink.write(Event(EventType.RUN_STARTED, 0, STARTED | {"task": "[red]mine[/red]"}))
     sink.write(Event(EventType.SEED_STAGE, 1, STAGE | {"reason": "[/nonsense]"}))
@@ -76,7 +78,12 @@ def test_progress_sink_shows_the_number_of_an_epoch_once(run_events: list[Event]
     stream = io.StringIO()
     sink = ProgressSink(Console(file=stream, width=200, force_terminal=False))
     for event in run_events[
-        : 1 + next(i for i, event in enumerate(run_events) if event.epoch == 7 and event.type is EventType.EPOCH)
+        : 1
+        + next(
+            i
+            for i, event in enumerate(run_events)
+            if event.epoch == 7 and event.type is EventType.EPOCH
+        )
     ]:
         sink.write(event)
     sink.close()

@@ -21,7 +21,10 @@ def classifier() -> nn.Module:
 def batches(sizes: tuple[int, ...] = (8, 3, 6, 8, 2)) -> list[tuple[Tensor, Tensor]]:
     """Every third target is ignored, and one batch has nothing else."""
     generator = torch.Generator().manual_seed(1)
-    made = [(torch.randn(n, 6, generator=generator), torch.randint(5, (n,), generator=generator)) for n in sizes]
+    made = [
+        (torch.randn(n, 6, generator=generator), torch.randint(5, (n,), generator=generator))
+        for n in sizes
+    ]
     for _, targets in made:
         targets[::3] = -100
     made[2][1][:] = -100
@@ -50,9 +53,13 @@ def test_a_step_of_several_batches_is_that_of_one_of_all_their_rows(
             targets.clamp_(min=0)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (ours, plain)]
     config = TrainConfig(accumulate=accumulate)
-    result = train_one_epoch(ours, data, optimizers[0], config, task_type="classification", criterion=criterion)
+    result = train_one_epoch(
+        ours, data, optimizers[0], config, task_type="classification", criterion=criterion
+    )
     for i in range(0, len(data), accumulate):
-        inputs, targets = (torch.cat(parts) for parts in zip(*data[i : i + accumulate], strict=True))
+        inputs, targets = (
+            torch.cat(parts) for parts in zip(*data[i : i + accumulate], strict=True)
+        )
         optimizers[1].zero_grad()
         (criterion or nn.CrossEntropyLoss())(plain(inputs), targets).backward()
         optimizers[1].step()
@@ -72,7 +79,9 @@ def test_targets_of_fewer_bits_weigh_as_much(dtype: torch.dtype) -> None:
         model = nn.Linear(6, 200)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         converted = [(x, y.to(kind)) for x, y in data]
-        train_one_epoch(model, converted, optimizer, TrainConfig(accumulate=2), task_type="classification")
+        train_one_epoch(
+            model, converted, optimizer, TrainConfig(accumulate=2), task_type="classification"
+        )
         ends.append(model.weight.detach())
     torch.testing.assert_close(ends[1], ends[0])
 
@@ -116,7 +125,9 @@ def test_groups_of_batches_sync_once_an_epoch() -> None:
     model = classifier()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with SyncCounter() as counter:
-        train_one_epoch(model, batches(), optimizer, TrainConfig(accumulate=2), task_type="classification")
+        train_one_epoch(
+            model, batches(), optimizer, TrainConfig(accumulate=2), task_type="classification"
+        )
     assert counter.count == 1
 
 

@@ -1,4 +1,5 @@
-"""Mixed precision: the loss scaler against torch's own, steps skipped on the device, no host sync in the loop."""
+"""Mixed precision: the loss scaler against torch's own, steps skipped on the device, no host sync
+in the loop."""
 
 import copy
 from itertools import pairwise
@@ -10,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper_kernels.testing import SyncCounter
-from esper_train import AmpConfig, GradConfig, TrainConfig, build_train_step, evaluate, train_one_epoch
+from esper_train import (
+    AmpConfig,
+    GradConfig,
+    TrainConfig,
+    build_train_step,
+    evaluate,
+    train_one_epoch,
+)
 from esper_train.train.amp import LossScaler
 
 FLOAT16 = AmpConfig(dtype="float16", init_scale=2.0**20, growth_interval=4)
@@ -29,11 +37,15 @@ def classifier() -> nn.Module:
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(8, 6, generator=generator), torch.randint(5, (8,), generator=generator)) for _ in range(count)]
+    return [
+        (torch.randn(8, 6, generator=generator), torch.randint(5, (8,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 def with_momentum_of_zero(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """What torch's fused SGD should begin with: its own buffer is uninitialised when the first step is skipped."""
+    """What torch's fused SGD should begin with: its own buffer is uninitialised when the first step
+    is skipped."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if group.get("momentum"):
@@ -43,7 +55,8 @@ def with_momentum_of_zero(optimizer: torch.optim.Optimizer) -> torch.optim.Optim
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_float16_follows_torchs_grad_scaler(name: str) -> None:
-    """From a scale that overflows: both halve it, skip those steps, and double it after four good ones."""
+    """From a scale that overflows: both halve it, skip those steps, and double it after four good
+    ones."""
     ours = classifier()
     plain = classifier()
     config = TrainConfig(amp=FLOAT16)
@@ -54,7 +67,9 @@ def test_float16_follows_torchs_grad_scaler(name: str) -> None:
     assert step.scaler is not None
     scales = []
     for inputs, targets in batches(14):
-        train_one_epoch(ours, [(inputs, targets)], mine, config, task_type="classification", step=step)
+        train_one_epoch(
+            ours, [(inputs, targets)], mine, config, task_type="classification", step=step
+        )
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
             logits = plain(inputs)
@@ -77,7 +92,9 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(name: str) -> None:
     step = build_train_step("classification", config)
     before = copy.deepcopy(model.state_dict())
     with SyncCounter() as counter:
-        result = train_one_epoch(model, batches(1), optimizer, config, task_type="classification", step=step)
+        result = train_one_epoch(
+            model, batches(1), optimizer, config, task_type="classification", step=step
+        )
     assert counter.count == 1
     assert step.scaler is not None
     assert step.scaler.scale.item() == FLOAT16.init_scale / 2
@@ -126,7 +143,9 @@ def test_a_criterion_of_the_callers_own_is_scaled_too() -> None:
     models = [classifier(), classifier()]
     for model, criterion in zip(models, (None, mean_log_loss), strict=True):
         optimizer = OPTIMIZERS["momentum"](model.parameters())
-        train_one_epoch(model, data, optimizer, config, task_type="classification", criterion=criterion)
+        train_one_epoch(
+            model, data, optimizer, config, task_type="classification", criterion=criterion
+        )
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
@@ -142,9 +161,15 @@ def test_a_criterion_of_the_callers_own_is_scaled_too() -> None:
 def test_float16_refuses_an_optimizer_that_cannot_skip(optimizer: Any) -> None:
     model = classifier()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"fused=True and without dampening, got (SGD|AdamW); .* no float16"):
+    with pytest.raises(
+        ValueError, match=r"fused=True and without dampening, got (SGD|AdamW); .* no float16"
+    ):
         train_one_epoch(
-            model, batches(1), optimizer(model.parameters()), TrainConfig(amp=FLOAT16), task_type="classification"
+            model,
+            batches(1),
+            optimizer(model.parameters()),
+            TrainConfig(amp=FLOAT16),
+            task_type="classification",
         )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -176,4 +201,5 @@ def test_scaler_goes_on_where_its_state_left_off() -> None:
     for scaler in runs:
         for _ in range(2):
             scaler.update(found.fill_(0.0))
-    assert [scaler.scale.item() for scaler in runs] == [2.0**20, 2.0**20]  # halved, then four good steps
+    # halved, then four good steps
+    assert [scaler.scale.item() for scaler in runs] == [2.0**20, 2.0**20]

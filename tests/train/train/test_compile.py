@@ -1,4 +1,5 @@
-"""A compiled run that grows: one program a structure and use, none for a changed number, nothing shared."""
+"""A compiled run that grows: one program a structure and use, none for a changed number, nothing
+shared."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,7 +40,8 @@ def sequences() -> list[tuple[Tensor, Tensor]]:
     """Features [N, 3, 4] and targets [N, 3]; the last batch is shorter."""
     generator = torch.Generator().manual_seed(2)
     return [
-        (torch.randn(n, 3, 4, generator=generator), torch.randint(5, (n, 3), generator=generator)) for n in (8, 8, 5)
+        (torch.randn(n, 3, 4, generator=generator), torch.randint(5, (n, 3), generator=generator))
+        for n in (8, 8, 5)
     ]
 
 
@@ -52,7 +54,9 @@ class Life:
         self.config = compiled_config(self.counting, fullgraph=True)
         self.step = build_train_step("lm", self.config)
         segments = {name: nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for name in ("early", "mid")}
-        self.model = MorphModel(Host("transformer", segments, nn.Linear(4, 5), dict.fromkeys(segments, 4)), segments)
+        self.model = MorphModel(
+            Host("transformer", segments, nn.Linear(4, 5), dict.fromkeys(segments, 4)), segments
+        )
         self.variants: dict[str, dict[str, float]] = {}
 
     def epoch(self) -> int:
@@ -61,8 +65,12 @@ class Life:
         shared: dict[str, Any] = {"task_type": "lm", "step": self.step}
         with torch._dynamo.config.patch(error_on_recompile=True):
             train_one_epoch(self.model, sequences(), optimizer, self.config, **shared)
-            measured = evaluate(self.model, sequences(), self.config, variants=self.variants, **shared)
-        plain = evaluate(self.model, sequences(), TrainConfig(), task_type="lm", variants=self.variants)
+            measured = evaluate(
+                self.model, sequences(), self.config, variants=self.variants, **shared
+            )
+        plain = evaluate(
+            self.model, sequences(), TrainConfig(), task_type="lm", variants=self.variants
+        )
         assert measured.loss == pytest.approx(plain.loss, rel=1e-5)
         for name, variant in plain.variants.items():
             assert measured.variants[name].loss == pytest.approx(variant.loss, rel=1e-5)
@@ -72,7 +80,8 @@ class Life:
 
 
 def test_a_growing_host_compiles_once_a_structure_and_never_for_a_number() -> None:
-    """One program to train, one to measure, one for each variant; dynamo's own recompilations are made an error."""
+    """One program to train, one to measure, one for each variant; dynamo's own recompilations are
+    made an error."""
     life = Life()
     slot = life.model.slot("early")
     assert [life.epoch(), life.epoch()] == [2, 0]
@@ -98,7 +107,8 @@ def test_a_growing_host_compiles_once_a_structure_and_never_for_a_number() -> No
 
 
 def test_more_structures_than_torch_compiles_a_function_for() -> None:
-    """torch goes on eagerly, and says nothing in the result, after 8 programs of a function; here after 2."""
+    """torch goes on eagerly, and says nothing in the result, after 8 programs of a function; here
+    after 2."""
     life = Life()
     with torch._dynamo.config.patch(recompile_limit=2):
         for i in range(4):
@@ -132,7 +142,9 @@ class Breaks(nn.Module):
 def test_error_on_graph_break_says_where(on_failure: str) -> None:
     batch = sequences()[0]
     build_train_step("lm", compiled_config(Counting()))(Breaks(), *batch, Meter("cpu"))  # passes
-    step = build_train_step("lm", compiled_config(Counting(), error_on_graph_break=True, on_failure=on_failure))
+    step = build_train_step(
+        "lm", compiled_config(Counting(), error_on_graph_break=True, on_failure=on_failure)
+    )
     if on_failure == "raise":
         with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
             step(Breaks(), *batch, Meter("cpu"))
@@ -159,7 +171,8 @@ def weights(config: TrainConfig) -> Tensor:
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("other", ["compiled", "amp", "eager kernels"])
 def test_two_configs_in_one_process_do_not_influence_each_other(other: str, first: bool) -> None:
-    """In either order, the first run and its repetition after the other end with the same weights, bit for bit."""
+    """In either order, the first run and its repetition after the other end with the same weights,
+    bit for bit."""
     order = (other, "plain", other) if first else ("plain", other, "plain")
     ends = [weights(CONFIGS[name]) for name in order]
     assert torch.equal(ends[0], ends[2])

@@ -1,4 +1,5 @@
-"""After a CUDA graph capture that failed, the process goes on, or the error says that it has to be restarted."""
+"""After a CUDA graph capture that failed, the process goes on, or the error says that it has to be
+restarted."""
 
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from esper_train.train.capture import CudaGraphs
 
 ROOT = Path(__file__).parents[3]
 
-# A step that reads on the host cannot be captured; then other captured steps, with dropout, train in the same process.
+# A step that reads on the host cannot be captured; then other captured steps, with dropout, train
+# in the same process.
 FAILS_THEN_TRAINS = """
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,8 @@ def test_a_process_works_after_a_failed_capture_or_says_that_it_does_not() -> No
 
 
 class Device:
-    """Stands in for torch.cuda: captures end well or not, and the generator stays in a capture that did not."""
+    """Stands in for torch.cuda: captures end well or not, and the generator stays in a capture that
+    did not."""
 
     def __init__(self, recovers: bool) -> None:
         self.recovers = recovers
@@ -79,7 +82,9 @@ class Device:
 
 
 @pytest.mark.parametrize("recovers", [True, False])
-def test_a_capture_that_succeeds_ends_the_one_that_failed(recovers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_succeeds_ends_the_one_that_failed(
+    recovers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = Device(recovers)
     for name in ("graph", "get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, getattr(device, name))

@@ -35,7 +35,10 @@ def classifier() -> nn.Module:
 
 def batches(sizes: tuple[int, ...] = (8, 8, 3), seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, 2, 3, generator=generator), torch.randint(5, (n,), generator=generator)) for n in sizes]
+    return [
+        (torch.randn(n, 2, 3, generator=generator), torch.randint(5, (n,), generator=generator))
+        for n in sizes
+    ]
 
 
 class LanguageModel(nn.Module):
@@ -74,10 +77,16 @@ def test_train_one_epoch_trains_and_measures_as_plain_torch_does() -> None:
         correct += int((logits.argmax(1) == targets).sum())
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-    assert result.loss == pytest.approx(sum(loss * n for loss, n in losses) / 19, rel=1e-6)  # a row's mean
+    # a row's mean
+    assert result.loss == pytest.approx(sum(loss * n for loss, n in losses) / 19, rel=1e-6)
     assert result.mean_batch_loss == pytest.approx(sum(loss for loss, _ in losses) / 3, rel=1e-6)
     assert result.accuracy == pytest.approx(100 * correct / 19)
-    assert (result.correct, result.valid, result.batches, result.nonfinite) == ({1: correct}, 19, 3, 0)
+    assert (result.correct, result.valid, result.batches, result.nonfinite) == (
+        {1: correct},
+        19,
+        3,
+        0,
+    )
     assert not result.compiled
     assert result.backend == "cpp"
 
@@ -104,7 +113,8 @@ def test_digits_are_learned_alike_by_the_compiled_kernels_and_by_torch() -> None
 
 
 def test_short_last_batch_is_weighted_by_its_rows() -> None:
-    """8 rows of loss ln 5 each, then 2 rows the model is sure and wrong about: the mean is over 10 rows."""
+    """8 rows of loss ln 5 each, then 2 rows the model is sure and wrong about: the mean is over 10
+    rows."""
     model = nn.Linear(1, 5)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
@@ -135,7 +145,9 @@ def test_language_model_training_equals_plain_torch() -> None:
     tokens = torch.randint(7, (4, 6), generator=torch.Generator().manual_seed(3))
     ours = LanguageModel()
     plain = LanguageModel()
-    result = train_one_epoch(ours, [(tokens[:, :-1], tokens[:, 1:])], sgd(ours), CONFIG, task_type="lm")
+    result = train_one_epoch(
+        ours, [(tokens[:, :-1], tokens[:, 1:])], sgd(ours), CONFIG, task_type="lm"
+    )
     optimizer = sgd(plain)
     F.cross_entropy(plain(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
     optimizer.step()
@@ -150,14 +162,22 @@ def test_train_one_epoch_syncs_once_however_many_batches(count: int, every: int)
     model = classifier()
     config = TrainConfig(grad=GradConfig(every=every, clip_norm=1.0))
     with SyncCounter() as counter:
-        train_one_epoch(model, batches((4,) * count), sgd(model), config, task_type="classification")
+        train_one_epoch(
+            model, batches((4,) * count), sgd(model), config, task_type="classification"
+        )
     assert counter.count == 1
 
 
 def test_evaluate_syncs_once_with_variants_too() -> None:
     model = grown_model()
     with SyncCounter() as counter:
-        evaluate(model, images(3), CONFIG, task_type="classification", variants={"a": {"early": 0.0}, "b": {}})
+        evaluate(
+            model,
+            images(3),
+            CONFIG,
+            task_type="classification",
+            variants={"a": {"early": 0.0}, "b": {}},
+        )
     assert counter.count == 1
 
 
@@ -173,7 +193,10 @@ def test_the_sync_counter_sees_a_sync() -> None:
 def images(count: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     return [
-        (torch.randn(16, 1, 8, 8, generator=generator), torch.randint(10, (16,), generator=generator))
+        (
+            torch.randn(16, 1, 8, 8, generator=generator),
+            torch.randint(10, (16,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -192,11 +215,18 @@ def grown_model() -> MorphModel:
 
 
 def test_evaluate_variants_measure_the_network_without_the_seed() -> None:
-    """The variant with alpha 0 equals a host that never had a seed; the model itself is as before."""
+    """The variant with alpha 0 equals a host that never had a seed; the model itself is as
+    before."""
     model = grown_model()
     data = images(2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = evaluate(model, data, CONFIG, task_type="classification", variants={"early": {"early": 0.0}, "same": {}})
+    result = evaluate(
+        model,
+        data,
+        CONFIG,
+        task_type="classification",
+        variants={"early": {"early": 0.0}, "same": {}},
+    )
     bare = evaluate(model.host, data, CONFIG, task_type="classification")
     assert result.variants["early"].loss == bare.loss
     assert result.variants["same"].loss == result.loss
@@ -223,8 +253,15 @@ def test_evaluate_leaves_no_gradient() -> None:
 
 def test_max_batches_limits_and_zero_is_an_error() -> None:
     model = classifier()
-    assert train_one_epoch(model, batches(), sgd(model), CONFIG, task_type="classification", max_batches=2).batches == 2
-    assert evaluate(model, batches(), CONFIG, task_type="classification", max_batches=7).batches == 3
+    assert (
+        train_one_epoch(
+            model, batches(), sgd(model), CONFIG, task_type="classification", max_batches=2
+        ).batches
+        == 2
+    )
+    assert (
+        evaluate(model, batches(), CONFIG, task_type="classification", max_batches=7).batches == 3
+    )
     with pytest.raises(ValueError, match=r"max_batches must be at least 1.*got 0"):
         evaluate(model, batches(), CONFIG, task_type="classification", max_batches=0)
 
@@ -234,7 +271,10 @@ def test_max_batches_draws_no_further_batch() -> None:
         yield from batches((4, 4))
         raise AssertionError("a third batch was drawn")
 
-    assert evaluate(classifier(), source(), CONFIG, task_type="classification", max_batches=2).batches == 2
+    assert (
+        evaluate(classifier(), source(), CONFIG, task_type="classification", max_batches=2).batches
+        == 2
+    )
 
 
 @pytest.mark.parametrize("call", [train_one_epoch, evaluate])
@@ -269,14 +309,17 @@ def test_nonfinite_logits_are_counted() -> None:
 
 
 def test_grad_is_the_last_measured_batch_by_group() -> None:
-    """With every=2 of 4 batches, the third is measured last; norms from plain torch on the same weights."""
+    """With every=2 of 4 batches, the third is measured last; norms from plain torch on the same
+    weights."""
     ours = classifier()
     plain = classifier()
     first = ours[1]
     second = ours[3]
     registry = OptimizerRegistry(host=sgd(first), early=sgd(second))
     data = batches((4, 4, 4, 4))
-    result = train_one_epoch(ours, data, registry, TrainConfig(grad=GradConfig(every=2)), task_type="classification")
+    result = train_one_epoch(
+        ours, data, registry, TrainConfig(grad=GradConfig(every=2)), task_type="classification"
+    )
     optimizer = sgd(plain)
     for inputs, targets in data[:3]:
         optimizer.zero_grad()
@@ -284,8 +327,12 @@ def test_grad_is_the_last_measured_batch_by_group() -> None:
         norms = [p.grad.double().norm().item() for p in plain.parameters() if p.grad is not None]
         optimizer.step()
     assert result.grad is not None
-    assert result.grad.groups["host"].gradient_norm == pytest.approx(math.hypot(*norms[:2]), rel=1e-5)
-    assert result.grad.groups["early"].gradient_norm == pytest.approx(math.hypot(*norms[2:]), rel=1e-5)
+    assert result.grad.groups["host"].gradient_norm == pytest.approx(
+        math.hypot(*norms[:2]), rel=1e-5
+    )
+    assert result.grad.groups["early"].gradient_norm == pytest.approx(
+        math.hypot(*norms[2:]), rel=1e-5
+    )
     assert result.grad.gradient_norm == pytest.approx(math.hypot(*norms), rel=1e-5)
     assert result.grad.groups["host"].elements == 6 * 8 + 8
 
@@ -293,7 +340,10 @@ def test_grad_is_the_last_measured_batch_by_group() -> None:
 def test_grad_is_none_when_never_measured() -> None:
     model = classifier()
     config = TrainConfig(grad=GradConfig(every=0))
-    assert train_one_epoch(model, batches(), sgd(model), config, task_type="classification").grad is None
+    assert (
+        train_one_epoch(model, batches(), sgd(model), config, task_type="classification").grad
+        is None
+    )
 
 
 def test_nonfinite_gradients_are_summed_over_the_epoch() -> None:
@@ -338,7 +388,13 @@ def test_clipping_uses_the_total_norm_over_groups() -> None:
     plain = classifier()
     registry = OptimizerRegistry(host=sgd(ours[1]), early=sgd(ours[3]))
     data = batches((8, 8))
-    train_one_epoch(ours, data, registry, TrainConfig(grad=GradConfig(clip_norm=0.05)), task_type="classification")
+    train_one_epoch(
+        ours,
+        data,
+        registry,
+        TrainConfig(grad=GradConfig(clip_norm=0.05)),
+        task_type="classification",
+    )
     optimizer = sgd(plain)
     for inputs, targets in data:
         optimizer.zero_grad()
@@ -353,6 +409,8 @@ def test_topk_counts() -> None:
     model = classifier()
     data = batches()
     result = evaluate(model, data, TrainConfig(topk=(3,)), task_type="classification")
-    expected = sum(int((model(x).topk(3, dim=1).indices == y[:, None]).any(1).sum()) for x, y in data)
+    expected = sum(
+        int((model(x).topk(3, dim=1).indices == y[:, None]).any(1).sum()) for x, y in data
+    )
     assert result.correct[3] == expected
     assert set(result.correct) == {1, 3}

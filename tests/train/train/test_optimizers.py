@@ -48,7 +48,9 @@ def test_attach_and_detach_keep_the_momentum_of_the_other_groups() -> None:
         registry.step()
         reference.step()
         assert torch.equal(host, alone)
-        assert torch.equal(host_sgd.state[host]["momentum_buffer"], reference.state[alone]["momentum_buffer"])
+        assert torch.equal(
+            host_sgd.state[host]["momentum_buffer"], reference.state[alone]["momentum_buffer"]
+        )
 
 
 def test_detach_stops_the_steps_of_that_group_only() -> None:
@@ -164,7 +166,9 @@ def test_load_state_dict_refuses_the_state_of_other_groups(groups: list[str]) ->
     registry.step()
     before = copy.deepcopy(registry.state_dict())
     donor = OptimizerRegistry(**{group: sgd(parameter(2, 3)) for group in groups})
-    with pytest.raises(ValueError, match=r"state for the groups \['host', 'mid'\], got \[") as caught:
+    with pytest.raises(
+        ValueError, match=r"state for the groups \['host', 'mid'\], got \["
+    ) as caught:
         registry.load_state_dict(donor.state_dict())
     assert str(groups) in str(caught.value)
     assert_same(registry.state_dict(), before)

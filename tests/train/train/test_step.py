@@ -34,10 +34,14 @@ def linear() -> nn.Linear:
     ],
     ids=str,
 )
-def test_cross_entropy_criterion_gives_torchs_gradient(criterion: nn.CrossEntropyLoss | None) -> None:
+def test_cross_entropy_criterion_gives_torchs_gradient(
+    criterion: nn.CrossEntropyLoss | None,
+) -> None:
     ours = linear()
     plain = linear()
-    targets = TARGETS if criterion is None or criterion.ignore_index == -100 else TARGETS.clamp(min=0)
+    targets = (
+        TARGETS if criterion is None or criterion.ignore_index == -100 else TARGETS.clamp(min=0)
+    )
     step = build_train_step("classification", TrainConfig(), criterion)
     step(ours, INPUTS, targets, Meter("cpu"))
     (criterion or nn.CrossEntropyLoss())(plain(INPUTS), targets).backward()
@@ -54,7 +58,12 @@ def test_any_other_criterion_runs_eagerly_and_says_so() -> None:
     targets = TARGETS.clamp(min=0)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
     result = train_one_epoch(
-        ours, [(INPUTS, targets)], optimizer, TrainConfig(), task_type="classification", criterion=focal
+        ours,
+        [(INPUTS, targets)],
+        optimizer,
+        TrainConfig(),
+        task_type="classification",
+        criterion=focal,
     )
     loss = focal(plain(INPUTS), targets)
     loss.backward()
@@ -62,7 +71,9 @@ def test_any_other_criterion_runs_eagerly_and_says_so() -> None:
     assert result.loss == pytest.approx(loss.item(), rel=1e-6)
     assert result.correct[1] == int((plain(INPUTS).argmax(1) == targets).sum())
     assert result.backend == "eager criterion"
-    again = evaluate(ours, [(INPUTS, targets)], TrainConfig(), task_type="classification", criterion=focal)
+    again = evaluate(
+        ours, [(INPUTS, targets)], TrainConfig(), task_type="classification", criterion=focal
+    )
     assert again.loss == pytest.approx(loss.item(), rel=1e-6)
 
 
@@ -103,7 +114,8 @@ class SavesItsOutput(torch.autograd.Function):
 
 
 class Made(nn.Module):
-    """Logits [N, ..., 3] as `make` makes them of inputs [N, 4], a weight [4, 3] and an offset [6, 3]."""
+    """Logits [N, ..., 3] as `make` makes them of inputs [N, 4], a weight [4, 3] and an offset [6,
+    3]."""
 
     def __init__(self, make: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -144,7 +156,8 @@ class Made(nn.Module):
 def test_memory_of_the_gradient_never_changes_what_is_learned(
     where: str, make: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> None:
-    """Over the logits, in memory kept for the next batch, or fresh; gradients add up over two batches."""
+    """Over the logits, in memory kept for the next batch, or fresh; gradients add up over two
+    batches."""
     ours = Made(make)
     plain = Made(make)
     dims = make(INPUTS, ours.weight, ours.offset).dim()
@@ -212,7 +225,8 @@ def test_logits_that_somebody_keeps_are_not_written_over(
 
 
 def test_a_gradient_hook_that_reads_the_logits_sees_logits() -> None:
-    """A hook that masks the gradient by the size of the logits trains the same network as plain torch."""
+    """A hook that masks the gradient by the size of the logits trains the same network as plain
+    torch."""
 
     def mask(out: Tensor, kept: list[Tensor]) -> None:
         values = out.detach()
@@ -316,7 +330,9 @@ def test_compile_failure_falls_back_with_the_reason_in_the_result() -> None:
     model = linear()
     plain = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    result = train_one_epoch(model, [(INPUTS, TARGETS)], optimizer, config, task_type="classification")
+    result = train_one_epoch(
+        model, [(INPUTS, TARGETS)], optimizer, config, task_type="classification"
+    )
     assert not result.compiled
     assert "this compiler is broken" in (result.compile_failure or "")
     F.cross_entropy(plain(INPUTS), TARGETS).backward()
@@ -340,7 +356,9 @@ def test_inductor_trains_the_same_weights() -> None:
         (plain, TrainConfig()),
     ):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        train_one_epoch(model, [(INPUTS, TARGETS)] * 3, optimizer, config, task_type="classification")
+        train_one_epoch(
+            model, [(INPUTS, TARGETS)] * 3, optimizer, config, task_type="classification"
+        )
     torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
 
 

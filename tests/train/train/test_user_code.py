@@ -84,7 +84,9 @@ def hooked() -> nn.CrossEntropyLoss:
 
 
 @pytest.mark.parametrize(
-    "criterion", [Focal(), Renamed(), patched(), hooked()], ids=["focal", "renamed", "patched", "hooked"]
+    "criterion",
+    [Focal(), Renamed(), patched(), hooked()],
+    ids=["focal", "renamed", "patched", "hooked"],
 )
 def test_a_criterion_that_is_not_exactly_cross_entropy_runs_as_it_is(criterion: nn.Module) -> None:
     ours = linear()
@@ -98,7 +100,9 @@ def test_a_criterion_that_is_not_exactly_cross_entropy_runs_as_it_is(criterion: 
 
 @pytest.mark.parametrize("policy", ["stop", "warn", "skip"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16, torch.bool])
-def test_targets_of_another_dtype_are_refused_under_every_policy(policy: str, dtype: torch.dtype) -> None:
+def test_targets_of_another_dtype_are_refused_under_every_policy(
+    policy: str, dtype: torch.dtype
+) -> None:
     config = from_dict(TrainConfig, {"on_bad_numbers": policy})
     model = linear()
     before = copy.deepcopy(model.state_dict())
@@ -244,7 +248,9 @@ def test_only_a_run_can_roll_back() -> None:
 @pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0])])
 @pytest.mark.parametrize("bad", [[], [0, 3], [6, 7, 8, 9, 10, 11], [1, 11]])
 @pytest.mark.parametrize("shape", ["rows", "tokens"])
-def test_accumulated_gradients_are_those_of_all_valid_rows(weight: Tensor | None, bad: list[int], shape: str) -> None:
+def test_accumulated_gradients_are_those_of_all_valid_rows(
+    weight: Tensor | None, bad: list[int], shape: str
+) -> None:
     """Rows with a target outside the classes count for nothing, as ignored ones do."""
     inputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
     targets = torch.randint(0, 3, (12,), generator=torch.Generator().manual_seed(2))
@@ -285,12 +291,17 @@ class Subtracts(nn.Module):
 
 @pytest.mark.parametrize("shuffled", [True, False])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_model_that_writes_over_its_input_leaves_the_data_alone(shuffled: bool, workers: int) -> None:
+def test_a_model_that_writes_over_its_input_leaves_the_data_alone(
+    shuffled: bool, workers: int
+) -> None:
     inputs = INPUTS.clone()
     targets = TARGETS.clone()
     shuffle = torch.Generator().manual_seed(0) if shuffled else None
     loader = Loader((inputs, targets), 4, shuffle=shuffle, workers=workers)
-    losses = [evaluate(Subtracts(), loader, TrainConfig(), task_type="classification").loss for _ in range(2)]
+    losses = [
+        evaluate(Subtracts(), loader, TrainConfig(), task_type="classification").loss
+        for _ in range(2)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert torch.equal(inputs, INPUTS)
     assert losses[0] == pytest.approx(F.cross_entropy(Subtracts()(INPUTS.clone()), TARGETS).item())
@@ -324,7 +335,12 @@ def test_the_backend_that_served_is_named() -> None:
     model = linear().double()
     result = train(model, [(INPUTS.double(), TARGETS)])
     assert result.backend == "eager"
-    assert evaluate(model, [(INPUTS.double(), TARGETS)], TrainConfig(), task_type="classification").backend == "eager"
+    assert (
+        evaluate(
+            model, [(INPUTS.double(), TARGETS)], TrainConfig(), task_type="classification"
+        ).backend
+        == "eager"
+    )
 
 
 def without_backward(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
@@ -343,7 +359,9 @@ def without_backward(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> objec
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_failing_compiler_of_the_backward_pass_is_a_failure_like_any_other(accumulate: int) -> None:
+def test_a_failing_compiler_of_the_backward_pass_is_a_failure_like_any_other(
+    accumulate: int,
+) -> None:
     torch._dynamo.reset()
     batches = [(INPUTS, TARGETS), (INPUTS + 1, TARGETS), (INPUTS[:5], TARGETS[:5])]
     config = TrainConfig(
@@ -357,7 +375,11 @@ def test_a_failing_compiler_of_the_backward_pass_is_a_failure_like_any_other(acc
     expected = train(plain, batches, TrainConfig(accumulate=accumulate))
     assert "no backward here" in (result.compile_failure or "")
     assert not result.compiled
-    assert (result.loss, result.correct, result.valid) == (expected.loss, expected.correct, expected.valid)
+    assert (result.loss, result.correct, result.valid) == (
+        expected.loss,
+        expected.correct,
+        expected.valid,
+    )
     for name, value in plain.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
     with pytest.raises(RuntimeError, match="no backward here"):
@@ -404,7 +426,9 @@ def test_defaults_of_the_process_change_nothing(amp: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["digits", "synthetic", "synthetic-lm"])
-def test_tasks_give_the_same_data_under_other_defaults(name: str, request: pytest.FixtureRequest) -> None:
+def test_tasks_give_the_same_data_under_other_defaults(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     expected = load_splits(get_task(name)).train
     request.getfixturevalue("other_defaults")
     with plain_defaults():
@@ -455,7 +479,10 @@ def test_a_schedule_follows_the_length_of_a_resumed_run(kind: str, each: str, lo
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradConfig(vanishing=math.nan), r"train\.grad\.vanishing must be a number, got nan"),
+        (
+            lambda: GradConfig(vanishing=math.nan),
+            r"train\.grad\.vanishing must be a number, got nan",
+        ),
         (lambda: HeuristicConfig(plateau_threshold=math.nan), "plateau_threshold must be a number"),
         (lambda: GovernorConfig(sensitivity=math.nan), "sensitivity must be a number"),
         (lambda: OptimConfig(host_lr=math.nan), "host_lr must be positive and finite"),
@@ -469,7 +496,10 @@ def test_nan_is_no_setting(make: Callable[[], object], message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RunConfig(optim={"host_lr": 0.1}), "optim takes OptimConfig, got {'host_lr': 0.1}"),
+        (
+            lambda: RunConfig(optim={"host_lr": 0.1}),
+            "optim takes OptimConfig, got {'host_lr': 0.1}",
+        ),
         (lambda: RunConfig(max_epochs="60"), "max_epochs takes int, got '60'"),
         (lambda: RunConfig(batch_size=8.0), r"batch_size takes int, got 8\.0"),
         (lambda: RunConfig(max_epochs=True), "max_epochs takes int, got True"),
@@ -481,6 +511,8 @@ def test_nan_is_no_setting(make: Callable[[], object], message: str) -> None:
         (lambda: OptimConfig(host_lr="0.1"), "host_lr takes float, got '0.1'"),
     ],
 )
-def test_settings_of_another_type_are_refused_when_they_are_made(make: Callable[[], object], message: str) -> None:
+def test_settings_of_another_type_are_refused_when_they_are_made(
+    make: Callable[[], object], message: str
+) -> None:
     with pytest.raises(TypeError, match=message):
         make()

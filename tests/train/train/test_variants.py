@@ -1,4 +1,5 @@
-"""`evaluate` with ablated slots: nothing in front of the first of them is computed again, and no number changes."""
+"""`evaluate` with ablated slots: nothing in front of the first of them is computed again, and no
+number changes."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from esper_kernels import Meter
-from esper_train import Host, MorphModel, SeedStage, TrainConfig, cnn_host, evaluate, transformer_host
+from esper_train import (
+    Host,
+    MorphModel,
+    SeedStage,
+    TrainConfig,
+    cnn_host,
+    evaluate,
+    transformer_host,
+)
 from esper_train.train.step import build_train_step
 
 CONFIG = TrainConfig()
@@ -72,7 +81,8 @@ def test_variants_are_those_of_whole_passes_bit_for_bit(topology: str) -> None:
     model = model_of(topology)
     task_type = "lm" if topology == "transformer" else "classification"
     shared, whole = (
-        evaluate(m, images(topology), CONFIG, task_type=task_type, variants=VARIANTS) for m in (model, Plain(model))
+        evaluate(m, images(topology), CONFIG, task_type=task_type, variants=VARIANTS)
+        for m in (model, Plain(model))
     )
     assert replace(shared, seconds=0.0) == replace(whole, seconds=0.0)
     losses = [shared.loss, *(shared.variants[name].loss for name in VARIANTS if name != "same")]
@@ -87,7 +97,8 @@ def test_each_variant_begins_at_its_first_slot() -> None:
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
     variants = {name: VARIANTS[name] for name in ("late", "early", "mid", "joint")}
     evaluate(model, images()[:1], CONFIG, task_type="classification", variants=variants)
-    # early: its own pass. mid: also with early ablated. late: also with early, with mid, and with both of joint
+    # early: its own pass. mid: also with early ablated. late: also with early, with mid, and with
+    # both of joint
     assert calls == {"early": 1, "mid": 2, "late": 4, "head": 5}
 
 
@@ -97,11 +108,13 @@ def test_a_segment_that_changes_its_input_in_place_spoils_no_variant(inference: 
     model.host.segments["late"] = nn.Sequential(nn.ReLU(inplace=True), model.host.segments["late"])
     with torch.no_grad():
         for parameter in model.slot("mid").parameters():
-            parameter.zero_()  # this seed's slot gives its input on, which the next segment then changes
+            # this seed's slot gives its input on, which the next segment then changes
+            parameter.zero_()
     variants = {"mid": {"mid": 0.0}, "late": {"late": 0.0}}
     with torch.inference_mode(inference):
         shared, whole = (
-            evaluate(m, images(), CONFIG, task_type="classification", variants=variants) for m in (model, Plain(model))
+            evaluate(m, images(), CONFIG, task_type="classification", variants=variants)
+            for m in (model, Plain(model))
         )
     assert replace(shared, seconds=0.0) == replace(whole, seconds=0.0)
 
@@ -112,7 +125,9 @@ def test_what_enters_the_slots_of_a_host_that_works_in_place_is_not_kept() -> No
     x = images()[0][0]
     with torch.no_grad():
         assert list(model.forward_keeping(x)[1]) == list(SLOTS)
-        model.host.segments["late"] = nn.Sequential(nn.ReLU(inplace=True), model.host.segments["late"])
+        model.host.segments["late"] = nn.Sequential(
+            nn.ReLU(inplace=True), model.host.segments["late"]
+        )
         logits, entered = model.forward_keeping(x)
     assert entered == {}
     torch.testing.assert_close(logits, model(x))
@@ -121,7 +136,9 @@ def test_what_enters_the_slots_of_a_host_that_works_in_place_is_not_kept() -> No
 @pytest.mark.parametrize("alpha", [{"late": 0.0, "mdi": 0.0}, {"mdi": 0.0}])
 def test_a_misspelt_slot_is_refused(alpha: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"unknown slot 'mdi'; perhaps 'mid'"):
-        evaluate(model_of("cnn"), images(), CONFIG, task_type="classification", variants={"x": alpha})
+        evaluate(
+            model_of("cnn"), images(), CONFIG, task_type="classification", variants={"x": alpha}
+        )
 
 
 def test_start_at_an_unknown_slot_is_refused() -> None:
