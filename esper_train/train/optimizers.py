@@ -83,9 +83,8 @@ class OptimizerRegistry:
                 )
             if isinstance(optimizer, SGD):
                 _start_momentum(optimizer)
-            # type: ignore[attr-defined]
-            optimizer.grad_scale = grad_scale
-            optimizer.found_inf = skip
+            optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
