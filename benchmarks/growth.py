@@ -13,6 +13,7 @@ import argparse
 import math
 from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
+from typing import Any
 
 from benchmarks import record
 from esper_train import run_fit, run_heuristic_episode
@@ -55,8 +56,9 @@ def measure(task: str, epochs: int, seed: int) -> Pair:
     )
 
 
-def table(pairs: list[Pair]) -> str:
+def table(figures: list[dict[str, Any]]) -> str:
     """Markdown: one row per length of run, with the mean gain and its standard error."""
+    pairs = [Pair(**row) for row in figures]
     lines = [
         "| epochs | seeds | grown, % | fit, % | gain, points | below by more than 1 / 2 | kept | "
         "undone |",
@@ -89,17 +91,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, nargs="+", default=[75, 150, 300, 600])
     options = parser.parse_args()
-    pairs: list[Pair] = []
+    figures: list[dict[str, Any]] = []
     for epochs in options.epochs:
         for seed in range(options.seeds):
-            pairs.append(measure(options.task, epochs, seed))
-            path = record.write(f"growth-{options.task}", [asdict(pair) for pair in pairs])
-            last = pairs[-1]
+            last = measure(options.task, epochs, seed)
+            figures.append(asdict(last))
+            path = record.write(f"growth-{options.task}", figures)
             print(
                 f"{epochs} epochs, seed {seed}: grown {last.grown:.2f}, fit {last.fit:.2f}",
                 flush=True,
             )
-    print(f"\n{table(pairs)}\n\n{path}")
+    print(f"\n{table(figures)}\n\n{path}")
 
 
 if __name__ == "__main__":

@@ -376,7 +376,11 @@ def test_nonfinite_gradients_are_summed_over_the_epoch() -> None:
     model = Model()
     optimizer = Still(model.parameters(), lr=0.1)
     result = train_one_epoch(
-        model, batches(), optimizer, replace(CONFIG, on_bad_numbers="warn"), task_type="classification"
+        model,
+        batches(),
+        optimizer,
+        replace(CONFIG, on_bad_numbers="warn"),
+        task_type="classification",
     )
     assert result.grad is not None
     assert result.grad.nan_count == 6 * 5 + 5
