@@ -24,7 +24,6 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gradient statistics": ("cpu", cpu.grad_table),
     "epoch": ("epoch", epoch.table),
     "growth on digits": ("growth-digits", growth.table),
-    "growth on pysource": ("growth-pysource", growth.table),
 }
 """The results and the function that make each table."""
 BARS = {"eager PyTorch": ("eager", "#9aa5b1"), "torch.compile": ("compile", "#5b7c99")}
