@@ -1,7 +1,7 @@
 """The GPU kernels beside eager torch, torch.compile, other libraries' kernels and a copy.
 
-    python -m benchmarks gpu                                  # everything, on a machine with a CUDA
-    device python -m benchmarks gpu bf16:8192x128256 grads:fp32:160x160000
+    python -m benchmarks gpu    # everything, on a machine with a CUDA device
+    python -m benchmarks gpu bf16:8192x128256 grads:fp32:160x160000
 
 One step on logits [N, V] is loss, correct count, accumulation and logits gradient. It has to read
 and write N * V numbers once; GB/s counts these, and the share is that of the bandwidth of a large

@@ -1,7 +1,7 @@
 """Does growing pay? Test accuracy of grown networks and of their hosts, at several lengths of run.
 
-    python -m benchmarks growth                                      # digits, 10 seeds, 75 to 600
-    epochs python -m benchmarks growth --task pysource --seeds 3 --epochs 60
+    python -m benchmarks growth    # digits, 10 seeds, 75 to 600 epochs
+    python -m benchmarks growth --task pysource --seeds 3 --epochs 60
 
 grown: `esper-train heuristic`; fit: the same host, epochs and data without slots. Both give the
 network that `keep` names. The figures of a run are printed and written as soon as it ends.

@@ -1,9 +1,7 @@
-"""The first half hour on a GPU, in three parts of at most ten minutes that can be called one by
-one.
+"""The first half hour on a GPU, in three parts of at most ten minutes.
 
-    make gpu-prepare                                  # before, where a compiler and a package index
-    are python -m benchmarks gpu_session correct          # or speed, or why; several run one after
-    another
+    make gpu-prepare    # before, where a compiler and a package index are
+    python -m benchmarks gpu_session correct    # or speed, or why; several run one after another
 
 No environment is needed but torch's: packages that `make gpu-prepare` left in build/gpu are found
 there. Writes PART.json after every step and PART.log while it runs, into $OUT where that is set,

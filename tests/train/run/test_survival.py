@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esper_train.run.checkpoint import load, save, saved
+from esper_train.run.checkpoint import FORMAT, load, save, saved
 from esper_train.run.directory import read_metrics
 from tests.helpers.growing_run import config_file, reported
 
@@ -169,7 +169,7 @@ while True:
 
 def test_killed_at_each_step_of_a_save_no_checkpoint_is_lost_or_half_there(tmp_path: Path) -> None:
     """A process of its own kills a child before each call to the system that a save makes."""
-    state = {"format": 1, "run": {}, "parts": {"weights": torch.zeros(3)}}
+    state = {"format": FORMAT, "run": {}, "parts": {"weights": torch.zeros(3)}}
     torch.save(state, tmp_path / "made.pt")
     directory = tmp_path / "checkpoints"
     directory.mkdir()

@@ -94,6 +94,9 @@ def test_event_types_are_the_words_in_the_files() -> None:
         "finding",
         "snapshot",
         "rollback",
+        "refused",
+        "undone",
+        "seed_cost",
         "layer_gradients",
         "run_finished",
     ]
@@ -248,6 +251,9 @@ LINES = {
     EventType.FINDING: r"  epoch \d+: the loss is not finite: training .*, validation .*",
     EventType.SNAPSHOT: r"  the state after epoch \d+ is kept",
     EventType.ROLLBACK: r"  epoch \d+: rolled back to the state after epoch \d+ \(1 of 3 times\).*",
+    EventType.REFUSED: r"  epoch 4: FOSSILIZE was refused: slot 'late' .*legal: GERMINATED",
+    EventType.SEED_COST: r"  (early|mid): \w+ costs \d\.\d\d times the multiply-adds of a "
+    r"step while it trains(, more than the host)?",
     EventType.LAYER_GRADIENTS: r"  largest gradient of \d+ parameters: host\.[\w.]+ "
     r"(nan|inf|[\d.e+-]+)",
     EventType.RUN_FINISHED: r"(completed|nonfinite \(.*\)): [01] fossilized, \d+ parameters, .*\d "
@@ -259,7 +265,8 @@ def test_every_kind_of_event_is_emitted_and_described(
     run_events: list[Event], broken_events: list[Event], troubled_events: list[Event]
 ) -> None:
     events = [*run_events, *broken_events, *troubled_events]
-    assert {event.type for event in events} == set(EventType)
+    # an undone seed needs a trial that fails: see run/test_trial.py
+    assert {event.type for event in events} == set(EventType) - {EventType.UNDONE}
     for event in events:
         assert re.fullmatch(LINES[event.type], describe(event)), describe(event)
 
@@ -282,8 +289,7 @@ def test_run_events_tell_the_life_that_the_controller_asked_for(run_events: list
     assert [move for move in moves if move[1] == "mid"] == [
         (2, "mid", "GERMINATED"),
         (2, "mid", "TRAINING"),
-        (3, "mid", "BLENDING"),  # the slot moves before the controller decides
-        (3, "mid", "CULLED"),
+        (3, "mid", "CULLED"),  # it could not blend: early is on trial, and one seed at a time is
         (3, "mid", "EMBARGOED"),
         (5, "mid", "DORMANT"),
     ]

@@ -156,17 +156,20 @@ def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None
     for name, value in silent.model.state_dict().items():
         assert torch.equal(value, watched.model.state_dict()[name]), name
     kinds = {event.type for event in recorder.events}
-    lives = {EventType.RUN_STARTED, EventType.SEED_STAGE, EventType.RUN_FINISHED}
+    ends = {EventType.RUN_STARTED, EventType.RUN_FINISHED}
+    lives = ends | {EventType.SEED_STAGE, EventType.REFUSED}
     # exploding gradients escalate every level but off
-    everything = lives | {EventType.EPOCH, EventType.LAYER_GRADIENTS}
+    everything = lives | {EventType.EPOCH, EventType.SEED_COST, EventType.LAYER_GRADIENTS}
     assert kinds == (lives if lifecycle_only else set() if level == "off" else everything)
 
 
 def test_a_level_takes_its_kinds_until_it_is_escalated() -> None:
     taken = {
-        "minimal": set(EventType) - {EventType.EPOCH, EventType.SNAPSHOT, EventType.LAYER_GRADIENTS}
+        "off": set(),
+        "normal": set(EventType) - {EventType.SNAPSHOT, EventType.LAYER_GRADIENTS},
+        "debug": set(EventType),
     }
-    taken |= {"off": set(), "normal": taken["minimal"] | {EventType.EPOCH}, "debug": set(EventType)}
+    taken["minimal"] = taken["normal"] - {EventType.EPOCH, EventType.SEED_COST}
     for level, kinds in taken.items():
         hub = TelemetryHub([Recorder()], TelemetryConfig(level=level, escalation_epochs=2))  # type: ignore[arg-type]
         assert {kind for kind in EventType if hub.collects(kind)} == kinds

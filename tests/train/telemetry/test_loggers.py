@@ -129,6 +129,7 @@ def test_tensorboard_gets_curves_and_words(
         "run_started",
         "seed_stage/early/GERMINATED",
         "seed_stage/early/TRAINING",
+        "seed_cost/early",
         "seed_stage/early/BLENDING",
         "run_finished",
     ]
