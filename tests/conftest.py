@@ -1,6 +1,8 @@
-"""For every test: repeatable examples, and Triton's interpreter where there is no GPU."""
+"""For every test: repeatable examples, signals that are answered, and Triton's interpreter where
+there is no GPU."""
 
 import os
+import signal
 
 import torch
 from hypothesis import settings
@@ -12,3 +14,9 @@ settings.load_profile("repeatable")
 # Triton reads this once, when it is first imported, so it is set before any test module is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What nohup and a shell's background jobs leave ignored, processes of tests would inherit.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

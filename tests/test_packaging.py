@@ -314,7 +314,8 @@ WITHOUT_TORCH = (
 def test_build_without_torch_says_what_to_do(tmp_path: Path) -> None:
     blocked = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build']; "
     done = run(
-        [sys.executable, "-c", blocked + "runpy.run_path('setup.py')"], sources(tmp_path / "esper")
+        [sys.executable, "-c", blocked + "runpy.run_path('setup.py', run_name='__main__')"],
+        sources(tmp_path / "esper"),
     )
     assert done.returncode == 1
     assert done.stderr.strip() == WITHOUT_TORCH

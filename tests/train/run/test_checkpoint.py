@@ -117,12 +117,18 @@ def test_every_part_has_its_share(
 ) -> None:
     """Without any one part the run ends differently or is refused, so the comparison above would
     show the loss."""
-    directory = stopped_after(9, whole, tmp_path / "run")
+    # the best network only matters once it is an earlier one
+    directory = stopped_after(19 if part == "kept" else 9, whole, tmp_path / "run")
     inner = checkpoint.parts
     monkeypatch.setattr(
         checkpoint, "parts", lambda *a: {k: v for k, v in inner(*a).items() if k != part}
     )
-    assert resume(directory) == 2 or reported(directory) != reported(whole)
+    try:
+        status = resume(directory)
+    except AssertionError:  # a trial that nobody knows of cannot be undone
+        assert part == "trial"
+        return
+    assert status == 2 or reported(directory) != reported(whole)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "onecycle"])
