@@ -176,8 +176,8 @@ def _on_an_h200(name: str, function: Callable[..., Any], *arguments: Any) -> lis
 
 
 def _autograd(logits: torch.Tensor, targets: torch.Tensor, options: Options, meter: Meter) -> None:
-    loss, kept = cross_entropy.forward(logits, targets, options, meter, keep=True)
-    cross_entropy.forward(logits, targets, options, meter, keep=False)
+    loss, kept = cross_entropy.forward(logits, targets, options, meter, for_backward=True)
+    cross_entropy.forward(logits, targets, options, meter, for_backward=False)
     cross_entropy.backward(torch.ones_like(loss), logits, targets, kept, options)
 
 

@@ -175,7 +175,7 @@ def test_bad_targets_are_left_out_as_in_the_reference(normalizer: float | None) 
             continue
         options = Options(None, -100, 0.1, 0.0, None, reduction, normalizer)
         for meters in ((None, None), (Meter(DEVICE), Meter(DEVICE))):
-            loss, *kept = triton.forward(logits, targets, options, meters[0], keep=True)
+            loss, *kept = triton.forward(logits, targets, options, meters[0], for_backward=True)
             expected, *state = reference.forward(logits, targets, options, meters[1])
             torch.testing.assert_close(loss, expected, equal_nan=True)
             ones = torch.ones_like(loss)
@@ -269,7 +269,7 @@ def launch(rows, classes=10, smoothing=0.1, ignored=0, at=0, **options):
     given = Options(None, -100, smoothing, 0.0, None, "mean", options.get("normalizer"))
     logits, meter = torch.zeros(rows, classes), Meter("cpu")
     triton.step(logits, targets, given, meter, options.get("scale", 1.0), None)
-    _, kept = triton.forward(logits, targets, given, meter, keep=True)
+    _, kept = triton.forward(logits, targets, given, meter, for_backward=True)
     triton.backward(torch.ones(()), logits, targets, kept, given)
     return len(keys)
 
