@@ -31,6 +31,7 @@ class RunConfig(Settings):
     """One run of `esper-train`, whole."""
 
     task: str = "digits"
+    """Name of a task, or MODULE:NAME for one of your own."""
     data: str | None = None
     """Directory of the task's data, where it needs one."""
     vocab: int = 256

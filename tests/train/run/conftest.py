@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from esper_train import cli
+from esper_train.run import job
 from tests.helpers.growing_run import start
 
 
@@ -19,4 +19,4 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report would take longer than the runs."""
-    monkeypatch.setattr(cli, "write_report", lambda directory: directory)
+    monkeypatch.setattr(job, "write_report", lambda directory: directory)

@@ -16,7 +16,7 @@ from esper_train.morph.config import GrowthConfig
 from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.run import directory as run_directory
 from esper_train.run.report import write_report
-from esper_train.run.run import run_heuristic_episode
+from esper_train.run.start import run_heuristic_episode
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.sinks import JsonlSink
