@@ -128,7 +128,7 @@ def _guess_loss(config: RunConfig, task: Task) -> float:
 
 def _steps(config: RunConfig, length: int | None) -> int:
     """Optimizer steps per epoch, for schedules that advance with each."""
-    known = [count for count in (length, config.max_batches) if count is not None]
+    known = list(filter(None, (length, config.max_batches)))
     if known:
         return math.ceil(min(known) / config.train.accumulate)
     schedule = config.optim.schedule

@@ -34,10 +34,15 @@ UNDONE = ("model", "optimizers", "tracker")
 
 
 class SourceStates:
-    """The states of the sources of a run's splits, as one."""
+    """What is to be known of the sources of a run's splits to resume it."""
 
     def __init__(self, **sources: Source) -> None:
         self._sources = sources
+
+    def inexact(self) -> dict[str, str]:
+        """Split to why a resumed run may get other batches of it."""
+        reasons = {name: source.inexact for name, source in self._sources.items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: source.state_dict() for name, source in self._sources.items()}

@@ -34,6 +34,8 @@ class EventType(StrEnum):
     """Multiply-adds of a seed that begins to train, beside those of the host."""
     LAYER_GRADIENTS = "layer_gradients"
     """Gradient norm of each parameter in the epoch's last batch."""
+    INEXACT_RESUME = "inexact_resume"
+    """A loader cannot promise that a resumed run gets the same batches."""
     RUN_FINISHED = "run_finished"
 
 
