@@ -6,7 +6,7 @@ esper-train heuristic --task examples.own_task:task --out runs/own
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, default_collate, random_split
+from torch.utils.data import DataLoader, TensorDataset, default_collate, random_split
 
 from esper_train import Host, HostConfig, Splits, Task
 
@@ -18,10 +18,10 @@ def shifted(samples):
 
 def load() -> Splits:
     images, targets = map(torch.tensor, load_digits(return_X_y=True))
-    samples = list(zip(images.float().view(-1, 1, 8, 8) / 16, targets, strict=True))
-    train, *others = random_split(samples, [0.6, 0.2, 0.2], torch.Generator().manual_seed(0))
-    loader = DataLoader(train, batch_size=64, shuffle=True, collate_fn=shifted)
-    return Splits(train=loader, validation=others[0], test=others[1])
+    data = TensorDataset(images.float().view(-1, 1, 8, 8) / 16, targets)
+    parts = random_split(data, [0.6, 0.2, 0.2], torch.Generator().manual_seed(0))
+    train = DataLoader(parts[0], batch_size=64, shuffle=True, collate_fn=shifted)
+    return Splits(train=train, validation=parts[1], test=parts[2])
 
 
 def block(inputs: int, outputs: int) -> nn.Module:
