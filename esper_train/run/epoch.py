@@ -30,7 +30,8 @@ from esper_train.run.episode import Episode
 from esper_train.run.records import epoch_event, refused_event, stage_event, trouble_events
 from esper_train.telemetry.event import Event, EventType
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
-from esper_train.train.loop import EpochResult, EvalResult, evaluate, train_one_epoch
+from esper_train.train.loop import evaluate, train_one_epoch
+from esper_train.train.results import EpochResult, EvalResult
 
 JOINT = "+"
 """The variant without any of the seeds measured in an epoch; no slot has this name."""
