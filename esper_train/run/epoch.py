@@ -73,9 +73,10 @@ class Epoch:
             return None
         self._measured = _observe_slots(episode, train, validation)
         signals = episode.tracker.update(_observation(episode, number, train, validation))
+        patience = episode.config.governor.patience
         for slot in episode.model.slots:
             may_blend = episode.trial.slot is None
-            for change in slot.step_epoch(may_blend):
+            for change in slot.step_epoch(patience, may_blend=may_blend):
                 self._follow(change)
         self._signals = replace(
             signals, slots=_states(episode.model), germination_wait=episode.trial.wait
