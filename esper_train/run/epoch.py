@@ -116,8 +116,7 @@ class Epoch:
         if self._finding is not None:
             self._answer(self._finding)
         else:
-            validation = self._validation
-            episode.kept.offer(episode.model, number, validation.accuracy, validation.loss)
+            episode.kept.offer(episode.model, number, self._validation.loss)
             due = number % episode.config.governor.snapshot_epochs == 0
             if not episode.governor.suspicious and (due or self._verdict):
                 keep_good(episode, number)
