@@ -53,8 +53,8 @@ class GovernorConfig(Settings, table="governor."):
     multiplier: PositiveOrZero = 3.0
     """... and above so many times that mean."""
     patience: Count = 3
-    """Suspicious epochs in a row that make a finding; a loss that is not finite makes one at
-    once."""
+    """Suspicious epochs in a row that make a finding, or harmful ones that end a seed's trial
+    (`growth.harm`); a loss that is not finite makes a finding at once."""
     snapshot_epochs: Count = 5
     """With rollback, keep a checked state every so many epochs."""
     snapshot_device: str = "cpu"

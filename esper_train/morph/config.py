@@ -60,9 +60,7 @@ class GrowthConfig(Settings, table="growth."):
     """Epochs after which a seed on probation is culled."""
     harm: PositiveOrZero = 3.0
     """A seed with alpha above 0 is culled where accuracy stays this far below its mean before
-    blending, ..."""
-    harm_patience: Count = 3
-    """... for so many epochs in a row."""
+    blending for `governor.patience` epochs in a row."""
     embargo_epochs: CountOrZero = 5
     """Epochs for which the slot of a culled seed stays closed."""
     undo_wait: CountOrZero = 5
