@@ -30,8 +30,9 @@ from esper_train.train.config import (
     TrainConfig,
 )
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
-from esper_train.train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
+from esper_train.train.loop import evaluate, train_one_epoch
 from esper_train.train.optimizers import OptimizerRegistry
+from esper_train.train.results import EpochResult, EvalResult, Measures
 from esper_train.train.step import TrainStep, build_train_step
 
 __all__ = [

@@ -162,12 +162,16 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
                 f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a "
                 "new run"
             )
-    try:
-        for name, part in parts(episode).items():
-            if name in state["parts"] or name not in ADDED:
-                part.load_state_dict(state["parts"][name])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the checkpoint does not fit the run that was built: {error}") from error
+    for name, part in parts(episode).items():
+        if name in ADDED and name not in state["parts"]:
+            continue
+        try:
+            part.load_state_dict(state["parts"][name])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"the checkpoint does not fit the run that was built: {name}: {error}"
+            ) from error
+    episode.trial.check(episode.model)
     left = episode.config.max_epochs - episode.epoch
     if left < 0:
         raise ValueError(

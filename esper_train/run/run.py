@@ -23,7 +23,8 @@ from esper_train.tasks import Task
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
-from esper_train.train.loop import EvalResult, Measures, evaluate
+from esper_train.train.loop import evaluate
+from esper_train.train.results import EvalResult, Measures
 
 
 @dataclass(frozen=True, kw_only=True)
