@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from esper_kernels import GradHealth, MeterResult
+from esper_kernels import GradHealth, Meter, MeterResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,19 @@ class EvalResult(Measures):
         """Percentage points of accuracy that the variant lacks; None where it was not measured."""
         without = self.variants.get(variant)
         return None if without is None else self.accuracy - without.accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEnd:
+    """What `on_step` is called with after each optimizer step."""
+
+    number: int
+    """Of the step within the epoch, from 1."""
+    meter: Meter = field(repr=False, compare=False)
+
+    def measures(self) -> Measures:
+        """Loss and counts of the epoch so far: a host sync."""
+        return Measures(**measures_of(self.meter.compute(strict=False)))
 
 
 def went_bad(epoch: EpochResult, *, scaled: bool) -> bool:
