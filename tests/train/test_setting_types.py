@@ -21,10 +21,13 @@ from esper_train import (
     [
         (
             lambda: GradConfig(vanishing=math.nan),
-            r"train\.grad\.vanishing must be a number, got nan",
+            r"train\.grad\.vanishing must be at least 0 and finite, got nan",
         ),
-        (lambda: HeuristicConfig(plateau_threshold=math.nan), "plateau_threshold must be a number"),
-        (lambda: GovernorConfig(sensitivity=math.nan), "sensitivity must be a number"),
+        (
+            lambda: HeuristicConfig(plateau_threshold=math.nan),
+            "plateau_threshold must be a finite number, got nan",
+        ),
+        (lambda: GovernorConfig(sensitivity=math.nan), "sensitivity must be at least 0"),
         (lambda: OptimConfig(host_lr=math.nan), "host_lr must be positive and finite"),
     ],
 )
