@@ -49,9 +49,9 @@ def drawn(
         yield inputs, targets
     if empty:
         raise ValueError(
-            "expected at least one batch, but the loader gave no batch; the data set may be smaller "
-            "than a batch with drop_last=True, or the loader an iterator that is used up: pass "
-            "what can be iterated anew, such as a DataLoader or a list"
+            "expected at least one batch, but the loader gave no batch; the data set may be "
+            "smaller than a batch with drop_last=True, or the loader an iterator that is used up: "
+            "pass what can be iterated anew, such as a DataLoader or a list"
         )
 
 
