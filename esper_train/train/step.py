@@ -97,24 +97,12 @@ class TrainStep:
         forward: Forward = model
         if learners:
             forward = model.forward_feeding  # type: ignore[assignment]
-        entered = self._learn(
-            model, forward, inputs, {}, targets, meter, divisor, self.scaler, None
-        )
+        entered = self._learn(model, forward, inputs, {}, targets, meter, divisor)
         for learner in learners:
             start = learner.start
-            arguments = {"alpha": {start: 1.0}, "start": start}
+            at_one = {"alpha": {start: 1.0}, "start": start}
             with self.span("learners"), learner.scope():
-                self._learn(
-                    model,
-                    model,
-                    entered[start],
-                    arguments,
-                    targets,
-                    None,
-                    divisor,
-                    learner.scaler,
-                    learner.parameters,
-                )
+                self._learn(model, model, entered[start], at_one, targets, None, divisor, learner)
 
     def _learn(
         self,
@@ -125,15 +113,18 @@ class TrainStep:
         targets: Any,
         meter: Meter | None,
         divisor: Divisor | None,
-        scaler: LossScaler | None,
-        parameters: Sequence[Tensor] | None,
+        learner: Learner | None = None,
     ) -> Mapping[str, Tensor]:
-        """Forward, loss and backward; only `parameters` receive gradients, where given.
+        """Forward, loss and backward; a learner's parameters alone receive gradients, where one is
+        given.
 
         Returns what a `forward` other than the model itself, `forward_feeding`, kept for learners.
         """
         entered: Mapping[str, Tensor] = {}
         loss = self.loss
+        scaler = self.scaler if learner is None else learner.scaler
+        scale = None if scaler is None else scaler.scale
+        parameters = None if learner is None else learner.parameters
         with self.span("forward"):
             logits = self._run(model, forward, inputs, arguments)
             if forward is not model:
@@ -148,7 +139,6 @@ class TrainStep:
                 "that need no gradient; unfreeze a parameter, and let the model not detach its "
                 "output"
             )
-        scale = None if scaler is None else scaler.scale
         if not loss.is_fused(logits, targets):
             self._learn_by_criterion(logits, targets, meter, divisor, scale, parameters)
             return entered
@@ -233,9 +223,9 @@ class TrainStep:
             begin = {} if start is None else {"start": start}
             features = cloned(inputs) if start is None else entered[start]
             with scope():
-                output = self._run(model, model, features, {"alpha": alpha, **begin})
-                self._measure(logits_of(output), targets, meter)
-                del output
+                logits = logits_of(self._run(model, model, features, {"alpha": alpha, **begin}))
+                self._measure(logits, targets, meter)
+                del logits
         return right
 
     def _measure(self, logits: Tensor, targets: Any, meter: Meter) -> None:
@@ -282,18 +272,16 @@ class TrainStep:
         Of the config, only the settings that a step itself obeys have to be the same. None stands
         for what the step has.
         """
-        pairs: list[tuple[str, object, object]] = [("task_type", task_type, self.loss.task_type)]
-        for name in ("kernel", "compile", "amp", "on_bad_numbers"):
-            pairs.append((f"config.{name}", getattr(config, name), getattr(self._config, name)))
-        for name, given, own in (
+        pairs: list[tuple[str, object, object]] = [
+            ("task_type", task_type, self.loss.task_type),
             ("criterion", criterion, self.loss.criterion),
             ("forward", forward, self.forward),
             ("batch", batch, self.batch),
-        ):
-            if given is not None:
-                pairs.append((name, given, own))
+        ]
+        for name in ("kernel", "compile", "amp", "on_bad_numbers"):
+            pairs.append((f"config.{name}", getattr(config, name), getattr(self._config, name)))
         for name, asked, built in pairs:
-            if asked is not built and asked != built:
+            if asked is not None and asked is not built and asked != built:
                 raise ValueError(
                     f"step was built with {name}={built!r}, got {name}={asked!r}; pass the same "
                     "one, or leave step out to have one built"

@@ -1,6 +1,5 @@
 """Models, batches and losses as users have them train in the loop as in a plain loop."""
 
-import math
 from itertools import islice
 from typing import Any
 
@@ -73,11 +72,7 @@ def test_evaluate_measures_as_a_plain_loop_does(name: str) -> None:
     with torch.no_grad():
         losses = [problem.loss(model, batch).item() for batch in problem.batches]
     weights = [problem.rows(batch) for batch in problem.batches]
-    expected = (
-        math.sumprod(losses, weights)
-        if hasattr(math, "sumprod")
-        else sum(a * b for a, b in zip(losses, weights, strict=True))
-    )
+    expected = sum(loss * weight for loss, weight in zip(losses, weights, strict=True))
     result = evaluate(
         model, problem.batches, TrainConfig(), task_type=problem.task_type, **problem.options
     )
