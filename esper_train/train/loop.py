@@ -148,7 +148,7 @@ def _train(
         run(group, step.scaler is not None or (every > 0 and number % every == 0))
         optimizers.advance("step")
         if on_step is not None:
-            on_step(StepEnd(number=number + 1, meter=steps.meter))
+            on_step(StepEnd(number=number + 1, counts=step.loss.counts, meter=steps.meter))
     if capture:
         capture.end()
     optimizers.advance("epoch")
@@ -167,7 +167,7 @@ def _epoch_result(
     grad, skipped = units.pop(NETWORK)
     capture = step.capture if config.capture else None
     return EpochResult(
-        **measures_of(result),
+        **measures_of(result, step.loss.counts),
         grad=grad,
         skipped=skipped,
         learners={
@@ -238,13 +238,14 @@ def evaluate(
             module.training = training
     rows = torch.cat(right).long()
     result, *others, predicted = compute_all(*meters, rows, strict=config.on_bad_numbers == "stop")
+    counts = step.loss.counts
     return EvalResult(
-        **measures_of(result),
+        **measures_of(result, counts),
         right=torch.tensor(predicted, dtype=torch.bool),
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         variants={
-            name: Measures(**measures_of(other))
+            name: Measures(**measures_of(other, counts))
             for name, other in zip(overrides, others, strict=True)
         },
     )
