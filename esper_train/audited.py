@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper_kernels import GradHealth, GradStats, Meter, cross_entropy, grad_stats
 from esper_train.base.names import require_known
-from esper_train.train.loss import LOGITS_DIMS, Criterion, criterion_options
+from esper_train.train.loss import Criterion, criterion_options
 
 
 def collect_seed_gradients_async(
@@ -94,7 +94,7 @@ def compute_task_loss_with_metrics(
     criterion: `nn.CrossEntropyLoss` or None runs as the fused op; any other gets rows [M, V] and
     targets [M]. Raises `ValueError` for an unknown task type.
     """
-    require_known("task type", task_type, LOGITS_DIMS)
+    require_known("task type", task_type, ("classification", "lm"))
     meter = Meter(outputs.device)
     options = criterion_options(criterion)
     if criterion is None or options is not None:

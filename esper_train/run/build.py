@@ -46,6 +46,11 @@ def build_episode(
         splits = load_splits(task)
     order = torch.Generator().manual_seed(config.seed)
     step = build_train_step(task.task_type, config.train, task.criterion)
+    if slots and not step.loss.counts:
+        raise ValueError(
+            f"seeds are judged by accuracy, which task {task.name!r} of type {task.task_type!r} "
+            "has not; train its host alone, with run_fit or --mode fit"
+        )
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
     if config.train.capture:
         step.capture = Capture(CudaGraphs(device))

@@ -29,10 +29,10 @@ from esper_train.train.results import EvalResult, Measures
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeResult:
-    """What came of a run. Accuracies in percent."""
+    """What came of a run."""
 
     accuracy: float
-    """Validation accuracy after the last epoch."""
+    """Validation accuracy after the last epoch, a fraction (0..1); NaN for a regression."""
     kept_epoch: int
     """The epoch whose network this is, by `config.keep`."""
     test: Measures
@@ -54,8 +54,9 @@ class EpisodeResult:
     model: MorphModel
 
     def as_audited(self) -> tuple[float, dict[str, int], list[float]]:
-        """What the audited `run_heuristic_episode` returned: accuracy, action counts, rewards."""
-        return self.accuracy, self.action_counts, list(self.rewards)
+        """What the audited `run_heuristic_episode` returned: accuracy in percent, action counts,
+        rewards."""
+        return 100.0 * self.accuracy, self.action_counts, list(self.rewards)
 
 
 def episode_configs(config: RunConfig) -> list[RunConfig]:
@@ -155,7 +156,7 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
 
 def _result(episode: Episode, test: EvalResult, seconds: float) -> EpisodeResult:
     return EpisodeResult(
-        accuracy=episode.accuracy,
+        accuracy=episode.accuracy / 100.0,
         kept_epoch=kept_epoch(episode),
         test=test,
         parameters=sum(p.numel() for p in episode.model.parameters()),

@@ -46,11 +46,17 @@ class ConsoleSink:
 def describe_epoch(data: Mapping[str, Any]) -> str:
     """What an epoch came to, without its number."""
     train, val = (
-        f"loss {part['loss']:.4f} acc {part['accuracy']:5.2f}%"
+        f"loss {part['loss']:.4f}{_percent(part, ' acc ', '5.2f')}"
         for part in (data["train"], data["validation"])
     )
     slots = " ".join(f"{s['slot']}:{s['stage'].lower()}" for s in data["slots"])
     return f"train {train}  validation {val}  {slots}".rstrip()
+
+
+def _percent(part: Mapping[str, Any] | None, name: str, form: str) -> str:
+    """The accuracy among some measures, after its name; empty where there is none."""
+    accuracy = None if part is None else part["accuracy"]
+    return "" if accuracy is None else f"{name}{accuracy:{form}}%"
 
 
 def describe(event: Event) -> str:
@@ -87,9 +93,7 @@ def describe(event: Event) -> str:
             work = f"{data['ratio']:.2f} times the multiply-adds of a step while it trains"
             return f"  {data['slot']}: {data['blueprint']} costs {work}{more}"
         case EventType.RUN_FINISHED:
-            accuracy = (
-                "" if data["test"] is None else f", test accuracy {data['test']['accuracy']:.2f}%"
-            )
+            accuracy = _percent(data["test"], ", test accuracy ", ".2f")
             counts = f"{data['fossils']} fossilized, {data['parameters']} parameters"
             why = f" ({data['error']})" if data["error"] else ""
             return f"{data['status']}{why}: {counts}{accuracy}, {data['seconds']:.1f} s"

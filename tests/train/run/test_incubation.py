@@ -154,7 +154,7 @@ def epochs(episode: Episode, number: int, **by_epoch: Decision) -> list[Any]:
         episode.epoch = i
         train = epoch._train
         health = None if train.grad is None else train.grad.groups["host"]
-        losses = train.loss, train.accuracy, signals.val_loss, signals.val_accuracy
+        losses = train.loss, train.points, signals.val_loss, signals.val_accuracy
         measured.append((losses, health, train.skipped))
     return measured
 
