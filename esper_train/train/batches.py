@@ -32,7 +32,7 @@ def drawn(
     if limit is not None and limit < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {limit}")
     source = iter(islice(loader, limit))
-    read = read_batch if read is None else partial(_read_by, read)
+    read = read_batch if read is None else partial(read_by, read)
     end = object()
     empty = True
     while True:
@@ -82,7 +82,7 @@ def read_batch(batch: object) -> Batch:
     )
 
 
-def _read_by(read: ReadBatch, batch: object) -> Batch:
+def read_by(read: ReadBatch, batch: object) -> Batch:
     """What the caller's own function makes of a batch."""
     found: object = read(batch)
     if not isinstance(found, tuple) or len(found) != 2:

@@ -18,6 +18,7 @@ from esper_train import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
+    Splits,
     Task,
     TelemetryHub,
     cli,
@@ -33,6 +34,7 @@ from tests.helpers.growing_run import reported
 from tests.helpers.scripted import EASY, Recorder, Script, germinate
 
 SLOTS = ("early", "mid")
+SPLITS = ("train", "validation", "test")
 CONFIG = RunConfig(max_epochs=4, batch_size=8, slots=SLOTS, growth=EASY, keep="last")
 LEFT = {
     "config.json",
@@ -329,6 +331,73 @@ def test_a_loader_that_cannot_promise_is_reported() -> None:
     assert warning.data["split"] == "train"
     assert "a resumed run may get other train batches" in warning.data["message"]
     assert "list has no state_dict" in warning.data["message"]
+
+
+def named(splits: Splits) -> Splits:
+    """The same batches as dicts with names of their own."""
+
+    def batches(split: Any) -> list[dict[str, Tensor]]:
+        parts = (part.split(8) for part in split)
+        return [{"row": x, "kind": t} for x, t in zip(*parts, strict=True)]
+
+    return Splits(**{name: batches(getattr(splits, name)) for name in SPLITS})
+
+
+def test_any_batch_is_read_by_the_tasks_own_function() -> None:
+    """Equal to a run on the same batches as pairs."""
+    config = replace(CONFIG, evaluation_batch=8)
+    pairs = replace(own.load_table(), train=list(own_batches(own.load_table().train)))
+    plain = run_fit(config, task=replace(own.table, load=lambda: pairs))
+    task = replace(
+        own.table,
+        load=lambda: named(own.load_table()),
+        batch=lambda batch: (batch["row"], batch["kind"]),
+    )
+    result = run_fit(config, task=task)
+    assert result.test.loss == plain.test.loss
+    assert result.accuracy == plain.accuracy
+    grown = run_heuristic_episode(config, task=task, policy=Script(e1=germinate("early", "norm")))
+    assert grown.action_counts["GERMINATE"] == 1
+    with pytest.raises(TypeError, match="takes its inputs as one tensor, got a dict with 'row'"):
+        run_fit(config, task=replace(task, batch=lambda batch: (batch, batch["kind"])))
+
+
+def own_batches(split: Any) -> Any:
+    inputs, targets = split
+    return zip(inputs.split(8), targets.split(8), strict=True)
+
+
+def test_a_forward_of_ones_own_trains_the_host_alone() -> None:
+    def halved(model: nn.Module, inputs: Tensor) -> Tensor:
+        return model(inputs / 2)
+
+    task = replace(own.table, forward=halved)
+    with pytest.raises(ValueError, match="write it into the host's segments, or train the host al"):
+        run_heuristic_episode(CONFIG, task=task)
+    splits = own.load_table()
+    halves = {n: (getattr(splits, n)[0] / 2, getattr(splits, n)[1]) for n in SPLITS}
+    expected = run_fit(CONFIG, task=replace(own.table, load=lambda: Splits(**halves)))
+    assert run_fit(CONFIG, task=task).test.loss == expected.test.loss
+
+
+def test_a_regression_trains_its_host_alone() -> None:
+    def load() -> Splits:
+        inputs, _ = own.table_data()
+        data = inputs, inputs[:, :3].sum(1, keepdim=True).expand(-1, 3).contiguous()
+        return Splits(train=data, validation=data, test=data)
+
+    task = replace(
+        own.table,
+        task_type="regression",
+        num_classes=None,
+        load=load,
+        criterion=nn.MSELoss(),
+    )
+    config = replace(CONFIG, max_epochs=20, optim=OptimConfig(host_lr=0.05), keep="best")
+    result = run_fit(config, task=task)
+    assert result.test.loss < 1.0 < float(load().train[1].var())  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"judged by accuracy.*run_fit"):
+        run_heuristic_episode(CONFIG, task=task)
 
 
 # hosts of one's own

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from esper_train.base.state import RandomState
-from esper_train.train.sources import AugmentedSource, LoaderSource, Source, make_source
+from esper_train.train.sources import LoaderSource, ReadSource, Source, make_source
 
 CPU = torch.device("cpu")
 ROWS = 11
@@ -220,7 +220,7 @@ def test_augmentation_draws_from_the_runs_numbers() -> None:
         return inputs + torch.rand_like(inputs), targets
 
     def drawn() -> list[Any]:
-        source = AugmentedSource(make_source(data, 4), noisy, CPU)
+        source = ReadSource(make_source(data, 4), CPU, augment=noisy)
         assert (source.length(), source.inexact, source.state_dict()) == (2, None, {})
         assert torch.equal(source.example()[0], torch.ones(4, 2))
         with RandomState(0, CPU).active():
@@ -230,3 +230,14 @@ def test_augmentation_draws_from_the_runs_numbers() -> None:
     assert equal(first, drawn())
     assert not torch.equal(first[0][0], torch.ones(4, 2))
     assert torch.equal(data[0], torch.ones(6, 2))
+
+
+def test_batches_are_read_by_the_callers_function() -> None:
+    batches = [{"pixels": torch.ones(2, 3), "extra": 1, "kind": torch.tensor([0, 1])}]
+    source = ReadSource(LoaderSource(batches), CPU, read=lambda b: (b["pixels"], b["kind"]))
+    ((inputs, targets),) = source
+    assert torch.equal(inputs, torch.ones(2, 3))
+    assert targets.tolist() == [0, 1]
+    wrong = ReadSource(LoaderSource(batches), CPU, read=lambda b: b["pixels"])
+    with pytest.raises(TypeError, match=r"expected \(inputs, targets\) from batch="):
+        list(wrong)
