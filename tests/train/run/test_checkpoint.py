@@ -67,7 +67,7 @@ def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) 
         "telemetry",
         "random",
     }
-    parts |= {"streams", "trial", "kept"}
+    parts |= {"streams", "trial", "kept", "sources"}
     assert set(state) == {"format", "run", "parts", "metrics"}
     assert set(state["parts"]) == parts
     assert {"python", "numpy", "torch", "order"} <= set(state["parts"]["random"])
