@@ -49,7 +49,7 @@ def build_episode(
     if slots and not step.loss.counts:
         raise ValueError(
             f"seeds are judged by accuracy, which task {task.name!r} of type {task.task_type!r} "
-            "has not; train its host alone, with run_fit or --mode fit"
+            "has not; train its host alone, with run_fit, or `esper-train fit`"
         )
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
     if config.train.capture:

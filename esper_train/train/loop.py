@@ -152,6 +152,9 @@ def _train(
     if capture:
         capture.end()
     optimizers.advance("epoch")
+    # replays repeat what was captured in an earlier epoch, without the step's Python code
+    steps.saw_soft_targets |= step.loss.saw_soft_targets
+    step.loss.saw_soft_targets = steps.saw_soft_targets
     return steps
 
 

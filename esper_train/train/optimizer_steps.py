@@ -40,6 +40,7 @@ class OptimizerSteps:
         self._step = step
         self._learners = learners
         self.meter = Meter(device, topk=config.topk)
+        self.saw_soft_targets = False
         groups = optimizers.parameters()
         self._parameters = [p for members in groups.values() for p in members]
         units: dict[str, Unit] = {}
