@@ -91,9 +91,9 @@ class OptimizerSteps:
         for inputs, targets in group:
             step(self._model, inputs, targets, self.meter, divisor, self._learners)
         if measure:
-            with step.span("statistics"):
+            with step.spans.statistics:
                 for unit in units:
                     unit.measure()
-        with step.span("optimizer"):
+        with step.spans.optimizer:
             for unit in units:
                 unit.step(optimizers, measure)
