@@ -2,7 +2,6 @@
 grouped."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_train.train.spans import Span
+
 Batch = tuple[Any, Any]
 """Inputs and targets: tensors, or dicts, tuples and lists of tensors."""
 Batches = Iterable[Any]
 ReadBatch = Callable[[Any], Batch]
 """From what a loader gives to inputs and targets."""
-Span = Callable[[str], AbstractContextManager[Any]]
 TARGET_KEYS = ("labels", "targets", "label", "target")
 """Where a batch that is a dict has its targets: the first of these that it has."""
 
@@ -28,7 +28,7 @@ def drawn(
     read: ReadBatch | None = None,
 ) -> Iterator[Batch]:
     """The loader's batches, at most `limit`, read and moved to `device`; None leaves them where
-    they are."""
+    they are. `span` is entered around each."""
     if limit is not None and limit < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {limit}")
     source = iter(islice(loader, limit))
@@ -36,7 +36,7 @@ def drawn(
     end = object()
     empty = True
     while True:
-        with span("data"):
+        with span:
             batch = next(source, end)
             if batch is end:
                 break

@@ -142,7 +142,7 @@ def _train(
     if not model.training:
         model.train()
     step.loss.saw_soft_targets = False
-    batches = drawn(loader, None if capture else device, max_batches, step.span, step.batch)
+    batches = drawn(loader, None if capture else device, max_batches, step.spans.data, step.batch)
     every = config.grad.every
     for number, group in enumerate(grouped(batches, config.accumulate)):
         run(group, step.scaler is not None or (every > 0 and number % every == 0))
@@ -152,6 +152,9 @@ def _train(
     if capture:
         capture.end()
     optimizers.advance("epoch")
+    # replays repeat what was captured in an earlier epoch, without the step's Python code
+    steps.saw_soft_targets |= step.loss.saw_soft_targets
+    step.loss.saw_soft_targets = steps.saw_soft_targets
     return steps
 
 
@@ -228,8 +231,8 @@ def evaluate(
     try:
         # inference mode would hide what the model changes in place
         with torch.inference_mode(False), torch.no_grad():
-            for inputs, targets in drawn(loader, device, max_batches, step.span, step.batch):
-                with step.span("evaluation"):
+            for inputs, targets in drawn(loader, device, max_batches, step.spans.data, step.batch):
+                with step.spans.evaluation:
                     right.append(
                         step.measure(model, inputs, targets, meters, alphas, entered).flatten()
                     )
@@ -259,10 +262,27 @@ def _step(
     forward: ForwardOf | None,
     batch: ReadBatch | None,
 ) -> TrainStep:
-    """The caller's step, which must have been built from the same settings, or a new one."""
+    """The caller's step, or a new one.
+
+    `ValueError` where the caller's was built for something else. Of the config, only the settings
+    that a step itself obeys have to be the same, and None stands for what the step has.
+    """
     if step is None:
         return build_train_step(task_type, config, criterion, forward=forward, batch=batch)
-    step.require_match(task_type, config, criterion, forward, batch)
+    pairs: list[tuple[str, object, object]] = [
+        ("task_type", task_type, step.loss.task_type),
+        ("criterion", criterion, step.loss.criterion),
+        ("forward", forward, step.forward),
+        ("batch", batch, step.batch),
+    ]
+    for name in ("kernel", "compile", "amp", "on_bad_numbers"):
+        pairs.append((f"config.{name}", getattr(config, name), getattr(step.config, name)))
+    for name, asked, built in pairs:
+        if asked is not None and asked is not built and asked != built:
+            raise ValueError(
+                f"step was built with {name}={built!r}, got {name}={asked!r}; pass the same one, "
+                "or leave step out to have one built"
+            )
     return step
 
 

@@ -122,7 +122,10 @@ class Loss:
         self._dims = task.dims
         self._shape = task.shape
         self._class_dim = -1 if task.class_dim is None else task.class_dim
-        self._masks = config.on_bad_numbers != "stop" and self.own is None
+        self.is_dense = task.class_dim == 1
+        """Whether the classes are second in the model's logits, not last."""
+        self.masks = config.on_bad_numbers != "stop" and self.own is None
+        """Whether `within` has something to do."""
 
     def check(self, logits: Tensor, targets: object) -> None:
         """`ValueError` for logits that are not of the shape of the task type, `TypeError` for
@@ -148,13 +151,7 @@ class Loss:
     def classes_last(self, logits: Tensor) -> Tensor:
         """The logits [..., V] as the fused op takes them: for dense logits, a copy, unless they
         are in this order already (`torch.channels_last`)."""
-        if self._class_dim == -1:
-            return logits
-        return logits.movedim(1, -1).contiguous()
-
-    def as_logits(self, gradient: Tensor) -> Tensor:
-        """A gradient [..., V] in the layout of the model's logits."""
-        return gradient if self._class_dim == -1 else gradient.movedim(-1, 1)
+        return logits.movedim(1, -1).contiguous() if self.is_dense else logits
 
     def compute(self, logits: Tensor, targets: Any) -> Tensor:
         """The batch's loss where the fused op does not serve it, as its criterion reduces it."""
@@ -221,7 +218,7 @@ class Loss:
     def within(self, targets: Tensor, classes: int, meter: Meter | None) -> Tensor:
         """The targets, those outside the classes ignored and counted: the op does so itself on
         other devices, but raises on the CPU."""
-        if not self._masks or not targets.is_cpu or targets.dtype not in TARGET_DTYPES:
+        if not self.masks or not targets.is_cpu or targets.dtype not in TARGET_DTYPES:
             return targets  # the op raises for targets of another dtype
         ignored = self.options.get("ignore_index", IGNORED)
         bad = ((targets < 0) | (targets >= classes)) & (targets != ignored)

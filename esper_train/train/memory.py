@@ -5,6 +5,7 @@ again wherever nobody else can see it.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,7 +60,12 @@ def held_only_here(tensor: Tensor) -> bool:
 
     Autograd's saved tensors, views, `detach()`, arrays of numpy and exports by DLPack all count.
     """
-    return _users(tensor) == _users(torch.empty(1, device="cpu"))
+    return _users(tensor) == _one_user()
+
+
+@cache
+def _one_user() -> int:
+    return _users(torch.empty(1, device="cpu"))
 
 
 def _users(tensor: Tensor) -> int:

@@ -76,8 +76,9 @@ class OptimizerRegistry:
 
     def step(self, groups: Collection[str] | None = None) -> None:
         """One step of every optimizer, or of those of some groups."""
-        for optimizer in self.present(groups):
-            optimizer.step()
+        for group, optimizer in self._optimizers.items():
+            if optimizer is not None and (groups is None or group in groups):
+                optimizer.step()
 
     def step_unless(
         self, skip: Tensor, grad_scale: Tensor | None = None, groups: Collection[str] | None = None

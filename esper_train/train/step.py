@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy_step, select_backend
 from esper_train.train.amp import LossScaler
-from esper_train.train.batches import ReadBatch, Span, cloned
+from esper_train.train.batches import ReadBatch, cloned
 from esper_train.train.capture import Capture
 from esper_train.train.compiled import Compiler
 from esper_train.train.config import TrainConfig
@@ -25,13 +25,9 @@ from esper_train.train.forward import Forward, ForwardOf, call, device_of, logit
 from esper_train.train.learner import Learner
 from esper_train.train.loss import Criterion, Divisor, Loss
 from esper_train.train.memory import GradientMemory
+from esper_train.train.spans import no_spans
 
 Scope = Callable[[], AbstractContextManager[None]]
-_NOTHING = nullcontext()
-
-
-def _no_span(name: str) -> AbstractContextManager[Any]:
-    return _NOTHING
 
 
 class TrainStep:
@@ -52,14 +48,14 @@ class TrainStep:
         self.loss = loss
         self.forward = forward
         self.batch = batch
-        self._config = config
+        self.config = config
         self._autocast = getattr(torch, config.amp.dtype) if config.amp.dtype else None
         self._memory = GradientMemory()
         self._compiler = Compiler(config.compile) if config.compile.enabled else None
         self._logits_dtype: torch.dtype | None = None
         self.scaler = LossScaler(config.amp) if config.amp.dtype == "float16" else None
-        self.span: Span = _no_span
-        """Entered around each part of the work, by its name; a profiler puts its own here."""
+        self.spans = no_spans()
+        """Entered around each part of the work; a profiler puts its own here."""
         self.capture: Capture | None = None
         """The graphs of whole steps, where the config asks for them; the loop makes it for a run
         that did not."""
@@ -101,7 +97,7 @@ class TrainStep:
         for learner in learners:
             start = learner.start
             at_one = {"alpha": {start: 1.0}, "start": start}
-            with self.span("learners"), learner.scope():
+            with self.spans.learners, learner.scope():
                 self._learn(model, model, entered[start], at_one, targets, None, divisor, learner)
 
     def _learn(
@@ -125,7 +121,7 @@ class TrainStep:
         scaler = self.scaler if learner is None else learner.scaler
         scale = None if scaler is None else scaler.scale
         parameters = None if learner is None else learner.parameters
-        with self.span("forward"):
+        with self.spans.forward:
             logits = self._run(model, forward, inputs, arguments)
             if forward is not model:
                 logits, entered = logits
@@ -134,33 +130,35 @@ class TrainStep:
             loss.check(logits, targets)
             self._logits_dtype = logits.dtype
         if not logits.requires_grad:
-            raise ValueError(
-                "expected logits that depend on parameters with requires_grad=True, got logits "
-                "that need no gradient; unfreeze a parameter, and let the model not detach its "
-                "output"
-            )
-        if not loss.is_fused(logits, targets):
+            raise _without_gradient()
+        # of a fused batch nothing more is asked
+        fused = loss.own is None and not targets.is_floating_point()
+        if not fused and not loss.is_fused(logits, targets):
             self._learn_by_criterion(logits, targets, meter, divisor, scale, parameters)
             return entered
-        with self.span("loss"):
+        with self.spans.loss:
             root = get_gradient_edge(logits)
-            values = loss.classes_last(logits.detach())
+            values = logits.detach()
+            if loss.is_dense:
+                values = loss.classes_last(values)
             del logits  # whoever still holds this memory now is not this step
             classes = values.shape[-1]
             destination = self._memory.destination(values)
             grad = cross_entropy_step(
                 values,
-                loss.within(targets, classes, meter),
+                loss.within(targets, classes, meter) if loss.masks else targets,
                 meter,
                 normalizer=None if divisor is None else divisor(classes),
                 grad_scale=scale,
                 out=destination.out,
                 inplace=destination.inplace,
-                config=self._config.kernel,
+                config=self.config.kernel,
                 **loss.options,
             )
-        with self.span("backward"):
-            torch.autograd.backward(root, loss.as_logits(grad), inputs=parameters)
+        with self.spans.backward:
+            if loss.is_dense:
+                grad = grad.movedim(-1, 1)
+            torch.autograd.backward(root, grad, inputs=parameters)
         return entered
 
     def _learn_by_criterion(
@@ -173,7 +171,7 @@ class TrainStep:
         parameters: Sequence[Tensor] | None,
     ) -> None:
         """Loss and backward where the fused op does not serve the batch."""
-        with self.span("loss"):
+        with self.spans.loss:
             with self._precision(logits.device):
                 loss = self.loss.compute(logits, targets)
             if meter is not None:
@@ -182,7 +180,7 @@ class TrainStep:
                 loss = loss * scale
             if divisor is not None:
                 loss = loss * (self.loss.share(logits) / divisor(self.loss.classes(logits)))
-        with self.span("backward"):
+        with self.spans.backward:
             loss.backward(inputs=parameters)
 
     def measure(
@@ -220,10 +218,10 @@ class TrainStep:
             alphas, scopes or [nullcontext] * len(alphas), meters[1:], strict=True
         ):
             start = next((slot for slot in entered if slot in alpha), None)
-            begin = {} if start is None else {"start": start}
+            arguments = {"alpha": alpha} if start is None else {"alpha": alpha, "start": start}
             features = cloned(inputs) if start is None else entered[start]
             with scope():
-                logits = logits_of(self._run(model, model, features, {"alpha": alpha, **begin}))
+                logits = logits_of(self._run(model, model, features, arguments))
                 self._measure(logits, targets, meter)
                 del logits
         return right
@@ -257,35 +255,9 @@ class TrainStep:
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Autocast where the config asks for it."""
-        return _NOTHING if self._autocast is None else torch.autocast(device.type, self._autocast)
-
-    def require_match(
-        self,
-        task_type: str,
-        config: TrainConfig,
-        criterion: Criterion | None,
-        forward: ForwardOf | None,
-        batch: ReadBatch | None,
-    ) -> None:
-        """Raise `ValueError` where a caller asks for something that this was not built for.
-
-        Of the config, only the settings that a step itself obeys have to be the same. None stands
-        for what the step has.
-        """
-        pairs: list[tuple[str, object, object]] = [
-            ("task_type", task_type, self.loss.task_type),
-            ("criterion", criterion, self.loss.criterion),
-            ("forward", forward, self.forward),
-            ("batch", batch, self.batch),
-        ]
-        for name in ("kernel", "compile", "amp", "on_bad_numbers"):
-            pairs.append((f"config.{name}", getattr(config, name), getattr(self._config, name)))
-        for name, asked, built in pairs:
-            if asked is not None and asked is not built and asked != built:
-                raise ValueError(
-                    f"step was built with {name}={built!r}, got {name}={asked!r}; pass the same "
-                    "one, or leave step out to have one built"
-                )
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, self._autocast)
 
     def backend(self, device: torch.device) -> str:
         """Name of the kernel backend that serves the logits on `device`; `ValueError` where none
@@ -299,7 +271,7 @@ class TrainStep:
         if self.loss.saw_soft_targets:
             return "eager (soft targets)"
         dtype = self._logits_dtype or self._autocast or torch.float32
-        return select_backend("cross_entropy", device.type, dtype, self._config.kernel).name
+        return select_backend("cross_entropy", device.type, dtype, self.config.kernel).name
 
     @property
     def compile_failure(self) -> str | None:
@@ -319,6 +291,13 @@ class TrainStep:
         """Take over what `state_dict` gave."""
         if self.scaler is not None and state_dict:  # a resumed run may change its precision
             self.scaler.load_state_dict(state_dict)
+
+
+def _without_gradient() -> ValueError:
+    return ValueError(
+        "expected logits that depend on parameters with requires_grad=True, got logits that need "
+        "no gradient; unfreeze a parameter, and let the model not detach its output"
+    )
 
 
 def build_train_step(
