@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from esper_train.base.names import require_known
@@ -136,3 +136,25 @@ def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
         expected = " or ".join(t.__name__ for t in accepted)
         raise TypeError(f"config key {path!r} takes {expected}, got {value!r}")
     return value
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """Where several configs, as nested plain values, are not the same.
+
+    Returns the path of each such setting, as "optim.host_lr", with its value in each config: None
+    where a config does not have it.
+    """
+    flat = [_flattened(each) for each in settings]
+    paths = dict.fromkeys(path for each in flat for path in each)
+    values = {path: tuple(each.get(path) for each in flat) for path in paths}
+    return {path: found for path, found in values.items() if any(v != found[0] for v in found)}
+
+
+def _flattened(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flattened(value, f"{where}{key}.")
+        else:  # JSON has lists where a config has tuples
+            flat[where + key] = tuple(value) if isinstance(value, list) else value
+    return flat

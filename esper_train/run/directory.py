@@ -264,6 +264,20 @@ def _read_whole(path: Path) -> bytes:
         raise ValueError(f"{path} cannot be used: {error}; {advice}") from error
 
 
+def runs_in(path: Path) -> list[Path]:
+    """The run directories that a path names: itself, or those in it, including single episodes.
+
+    Baselines belong to their runs and are left out. Raises `ValueError` if there is no run.
+    """
+    if (path / METRICS).is_file():
+        return [path]
+    found = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{METRICS}")]
+    runs = sorted(run for run in found if not (run.parent / METRICS).is_file())
+    if not runs:
+        raise ValueError(f"no run in {path}: neither it nor a folder in it has a {METRICS}")
+    return runs
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The events of a run directory; a last line cut short by a kill is left out."""
     events = []

@@ -321,13 +321,14 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--host.width", "5"), "host was {'width': None"),
+        (("--host.width", "5"), "host.width was None and is 5; a resumed run"),
         (("--slots", "early", "mid"), "slots was ('early', 'mid', 'late') and is ('early', 'mid')"),
         (("--task", "digits"), "task was synthetic and is digits"),
-        (("--optim.host-lr", "0.5"), "optim was"),
+        (("--optim.host-lr", "0.5"), "optim.host_lr was 0.01 and is 0.5; a resumed run"),
         (("--seed", "7"), "seed was 1 and is 7"),
+        (("--seed", "7", "--host.depth", "2"), "seed was 1 and is 7, host.depth was None and is 2"),
         (("--max-epochs", "4"), "20 epochs are done"),
-        (("--out", "elsewhere"), "leave --out out"),
+        (("--out", "elsewhere"), "leave out --out"),
     ],
 )
 def test_another_run_is_refused_and_nothing_changes(
@@ -352,7 +353,7 @@ def test_other_data_is_refused() -> None:
     episode = build_episode(RunConfig(task="synthetic"), slots=())
     state = {"run": checkpoint._identity(episode)}
     episode.data_record = {"sha256": "of other data"}
-    with pytest.raises(ValueError, match=r"data_record was .* and is .*of other data"):
+    with pytest.raises(ValueError, match=r"data_record.sha256 was None and is of other data;"):
         restore(state, episode)
 
 
