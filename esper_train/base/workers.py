@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from esper_train.base.stop import SIGNALS
@@ -30,7 +31,13 @@ class WorkerLoader:
     """
 
     def __init__(
-        self, data: Dataset[Any], order: Iterable[Any], workers: int, **options: Any
+        self,
+        data: Dataset[Any],
+        order: Iterable[Any],
+        workers: int,
+        *,
+        pin_memory: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         self._answered = [each for each in SIGNALS if callable(signal.getsignal(each))]
         self._loader = DataLoader(
@@ -40,7 +47,8 @@ class WorkerLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=partial(_ignore, self._answered),
-            **options,
+            pin_memory=pin_memory,
+            generator=generator,
         )
         self._processes: list[BaseProcess] = []
 

@@ -3,7 +3,6 @@ call it."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from esper_train.run.episode import Episode
 from esper_train.run.trial import Trial
 from esper_train.tasks import Task, get_task, load_splits
 from esper_train.train.capture import Capture, CudaGraphs
-from esper_train.train.data import Loader
+from esper_train.train.data import Loader, Split
 from esper_train.train.optimizers import OptimizerRegistry
 from esper_train.train.step import build_train_step
 
@@ -44,11 +43,14 @@ def build_episode(
     if _channels_last(config, host, device):
         host.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = build_train_step(task.task_type, config.train)
-    where: dict[str, Any] = {"device": device, "workers": config.workers}
     step.backend(device)  # refuses here, not at the first batch, what cannot serve
     if config.train.capture:
         step.capture = Capture(CudaGraphs(device))
-    train = Loader(splits.train, config.batch_size, shuffle=order, **where)
+
+    def loader(split: Split, batch_size: int, shuffle: torch.Generator | None = None) -> Loader:
+        return Loader(split, batch_size, shuffle=shuffle, device=device, workers=config.workers)
+
+    train = loader(splits.train, config.batch_size, shuffle=order)
     batches = min(len(train), config.max_batches or len(train))
     episode = Episode(
         config=config,
@@ -61,8 +63,8 @@ def build_episode(
         step=step,
         device=next(host.parameters()).device,
         train=train,
-        validation=Loader(splits.validation, config.evaluation_batch, **where),
-        test=Loader(splits.test, config.evaluation_batch, **where),
+        validation=loader(splits.validation, config.evaluation_batch),
+        test=loader(splits.test, config.evaluation_batch),
         example=splits.train[0][: config.batch_size].to(device),
         steps=math.ceil(batches / config.train.accumulate),
         data_record=splits.record,

@@ -3,7 +3,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch.profiler import profile, record_function
 
@@ -28,15 +27,25 @@ def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) ->
     """
     config = replace(config, train=replace(config.train, capture=False))
     episode = build_episode(config, slots=slots)
-    shared: dict[str, Any] = {
-        "task_type": episode.task.task_type,
-        "max_batches": BATCHES,
-        "step": episode.step,
-    }
 
     def epoch() -> None:
-        train_one_epoch(episode.model, episode.train, episode.optimizers, config.train, **shared)
-        evaluate(episode.model, episode.validation, config.train, **shared)
+        train_one_epoch(
+            episode.model,
+            episode.train,
+            episode.optimizers,
+            config.train,
+            task_type=episode.task.task_type,
+            max_batches=BATCHES,
+            step=episode.step,
+        )
+        evaluate(
+            episode.model,
+            episode.validation,
+            config.train,
+            task_type=episode.task.task_type,
+            max_batches=BATCHES,
+            step=episode.step,
+        )
 
     with RandomState(config.seed, episode.device).active():
         epoch()  # what is made or compiled once

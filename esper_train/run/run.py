@@ -181,10 +181,14 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
         if checkpoints is not None:
             checkpoints.write()
     assert ending.test is not None
+    return _result(episode, ending.test, ending.seconds)
+
+
+def _result(episode: Episode, test: EvalResult, seconds: float) -> EpisodeResult:
     return EpisodeResult(
         accuracy=episode.accuracy,
         kept_epoch=kept_epoch(episode),
-        test=ending.test,
+        test=test,
         parameters=sum(p.numel() for p in episode.model.parameters()),
         fossils=episode.model.fossils,
         contributions=tuple(episode.contributions),
@@ -193,7 +197,7 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
         refused=tuple(episode.refused),
         undone=episode.trial.undone,
         undone_epochs=episode.trial.epochs,
-        seconds=ending.seconds,
+        seconds=seconds,
         model=episode.model,
     )
 

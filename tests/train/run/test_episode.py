@@ -33,7 +33,7 @@ from esper_train import (
 )
 from esper_train.base.device import resolve_device
 from esper_train.morph.blueprints import convolution
-from esper_train.run import epoch as episode_module
+from esper_train.run import measure
 from esper_train.run import run as run_module
 from esper_train.run.build import build_episode
 from tests.helpers.scripted import EASY, Recorder, Script, germinate, run_under
@@ -109,7 +109,7 @@ def test_gradient_ratio_equals_plain_torch_on_the_last_batch(
     config = replace(SHORT, max_epochs=2, growth=EASY)
     episode = build_episode(config, slots=("mid",))
     ratios = []
-    inner = episode_module.gradient_ratio
+    inner = measure.gradient_ratio
 
     def spy(grad: object, seed_grad: object) -> float | None:
         ratio = inner(grad, seed_grad)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ def test_gradient_ratio_equals_plain_torch_on_the_last_batch(
             ratios.append((ratio, norms[0] / norms[1] * math.sqrt(counts[1] / counts[0])))
         return ratio
 
-    monkeypatch.setattr(episode_module, "gradient_ratio", spy)
+    monkeypatch.setattr(measure, "gradient_ratio", spy)
     run_under(episode, Script(e1=germinate("mid")))
     assert len(ratios) == 1
     assert ratios[0][0] == pytest.approx(ratios[0][1], rel=1e-5)
@@ -143,8 +143,8 @@ def test_one_epoch_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    note(episode_module, "train_one_epoch", "train")
-    note(episode_module, "evaluate", "evaluate")
+    note(measure, "train_one_epoch", "train")
+    note(measure, "evaluate", "evaluate")
     note(run_module, "evaluate", "test")
     note(episode.tracker, "update", "tracker")
     note(episode.model.slot("early"), "step_epoch", "slots step")
