@@ -36,6 +36,7 @@ from esper_train.run.directory import (
 from esper_train.run.episode import Episode
 from esper_train.run.profile import write_profile
 from esper_train.run.report import write_comparison, write_report
+from esper_train.run.report.history import read_history
 from esper_train.run.run import episode_configs, prepare, run_episode, run_started
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.loggers import logger_makers
@@ -178,8 +179,9 @@ def _info(arguments: Sequence[str]) -> None:
         description="Show versions, and which kernel backend serves what, and why.",
     )
     parser.add_argument("--json", action="store_true", help="print them as JSON")
+    as_json = parser.parse_args(arguments).json
     found = kernel_info()
-    print(json.dumps(asdict(found), indent=2) if parser.parse_args(arguments).json else found)
+    print(json.dumps(asdict(found), indent=2) if as_json else found)
 
 
 def _report(arguments: Sequence[str]) -> None:
@@ -202,7 +204,9 @@ def _report(arguments: Sequence[str]) -> None:
     runs = [run for directory in given.directories for run in runs_in(directory)]
     if runs == given.directories[:1]:
         if given.out is not None:
-            raise ValueError("--out names a page that compares several runs; one run was given")
+            raise ValueError("--out names a page that compares several runs, and there is only one")
+        if read_history(runs[0]) is None:
+            raise ValueError(f"nothing to report: {runs[0] / METRICS} holds no run yet")
         page = write_report(runs[0])
     else:
         page = write_comparison(runs, given.out or Path("comparison.html"))

@@ -52,8 +52,11 @@ class Settings:
             value = getattr(self, name)
             where = f"{self._table}{name}"
             if typing.get_origin(hint) is Literal:
-                choices = ", ".join(c or "left out" for c in typing.get_args(hint))
-                require(value in typing.get_args(hint), f"{where} must be one of {choices}", value)
+                choices = typing.get_args(hint)
+                words = ", ".join(choice or "left out" for choice in choices)
+                require(value in choices, f"{where} must be one of {words}", value)
+                # a member of a StrEnum equals its string, but files hold strings
+                object.__setattr__(self, name, choices[choices.index(value)])
                 continue
             limits: tuple[Limit, ...] = ()
             if typing.get_origin(hint) is Annotated:

@@ -242,8 +242,16 @@ def load_run(
 
 
 def load_config(path: Path) -> RunConfig:
-    """The config of a run directory; `FileNotFoundError` if it is none, `ValueError` if it was
-    damaged or changed."""
+    """The config of a run directory. Raises as `read_config` and `from_dict` do."""
+    return from_dict(RunConfig, read_config(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a run directory as plain values.
+
+    Raises `FileNotFoundError` if it is no run directory, `ValueError` if the config was damaged or
+    changed.
+    """
     _require_file(path, CONFIG)
     try:
         values = json.loads(_read_whole(path / CONFIG))
@@ -253,7 +261,7 @@ def load_config(path: Path) -> RunConfig:
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path / CONFIG} holds no settings; bring it back, or start a new run")
-    return from_dict(RunConfig, values)
+    return values
 
 
 def _read_whole(path: Path) -> bytes:

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_train import RunConfig
 from esper_train.control.policy import Op
 from esper_train.control.rewards import (
     REWARDS,
     ContributionReward,
+    RewardMode,
     SeedInfo,
     compute_contribution_reward,
 )
@@ -503,3 +505,11 @@ def test_a_better_epoch_never_earns_less(name: str) -> None:
     )
     state = replace(STATE, contribution=None)
     assert earned(name, Op.WAIT, state, better, HOST) > earned(name, Op.WAIT, state, worse, HOST)
+
+
+def test_reward_modes_are_the_rewards_that_a_config_can_name() -> None:
+    assert set(RewardMode) == REWARDS.keys()
+    for mode in RewardMode:
+        named = RunConfig(reward=mode).reward  # type: ignore[arg-type]
+        assert named == mode
+        assert type(named) is str  # a checkpoint and a file hold no enum
