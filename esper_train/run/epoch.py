@@ -68,9 +68,10 @@ class Epoch:
             return None
         self._measured = observe_slots(episode, train, validation)
         signals = episode.tracker.update(observation(episode, number, train, validation))
+        patience = episode.config.governor.patience
         for slot in episode.model.slots:
             may_blend = episode.trial.slot is None
-            for change in slot.step_epoch(may_blend):
+            for change in slot.step_epoch(patience, may_blend=may_blend):
                 self._follow(change)
         self._signals = replace(
             signals, slots=slot_states(episode.model), germination_wait=episode.trial.wait
@@ -110,8 +111,7 @@ class Epoch:
         if self._finding is not None:
             self._answer(self._finding)
         else:
-            validation = self._validation
-            episode.kept.offer(episode.model, number, validation.accuracy, validation.loss)
+            episode.kept.offer(episode.model, number, self._validation.loss)
             due = number % episode.config.governor.snapshot_epochs == 0
             if not episode.governor.suspicious and (due or self._verdict):
                 keep_good(episode, number)

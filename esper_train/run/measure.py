@@ -11,7 +11,8 @@ from esper_train.morph.gates import gradient_ratio
 from esper_train.morph.lifecycle import TRIAL, Measurement, SeedStage, SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.run.episode import Episode
-from esper_train.train.loop import EpochResult, EvalResult, evaluate, train_one_epoch
+from esper_train.train.loop import evaluate, train_one_epoch
+from esper_train.train.results import EpochResult, EvalResult
 
 JOINT = "+"
 """The variant without any of the seeds measured in an epoch; no slot has this name."""
