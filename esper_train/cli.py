@@ -155,7 +155,7 @@ def _require_packages(command: str, *packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(
-            f"esper-train {command} needs {', '.join(missing)}: pip install 'esper-kernels[train]'"
+            f"{command} needs {', '.join(missing)}: pip install 'esper-kernels[train]'"
         )
 
 
