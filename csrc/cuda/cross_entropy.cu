@@ -4,6 +4,8 @@
 // Few classes: a group of lanes per row, with the row in registers. More classes: one block per row, or a
 // cluster of blocks that each hold a part of the row in shared memory, so that the row is read once. Rows
 // that do not fit are read twice, the second time backwards, to find the end of the first read in the cache.
+//
+// Long file: the two kernels, their plan and their launch share these types, which nothing else uses.
 #include <algorithm>
 #include <stdexcept>
 #include <string>

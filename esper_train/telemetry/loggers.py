@@ -116,12 +116,11 @@ def numbers(data: Mapping[str, Any], where: str = "") -> dict[str, float]:
     """Every number in the data of an event, by its path; items of a list go by their slot."""
     found: dict[str, float] = {}
     for key, value in data.items():
-        if isinstance(value, (list, tuple)):
-            value = {
-                item["slot"]: item for item in value if isinstance(item, Mapping) and "slot" in item
-            }
         if isinstance(value, Mapping):
             found |= numbers(value, f"{where}{key}/")
+        elif isinstance(value, (list, tuple)):
+            items = [item for item in value if isinstance(item, Mapping) and "slot" in item]
+            found |= numbers({item["slot"]: item for item in items}, f"{where}{key}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found[f"{where}{key}"] = value
     return found

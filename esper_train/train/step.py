@@ -247,8 +247,10 @@ class TrainStep:
         Of the config, only the settings that a step itself obeys have to be the same.
         """
         pairs: list[tuple[str, object, object]] = [("task_type", task_type, self.loss.task_type)]
-        for name in ("kernel", "compile", "amp", "on_bad_numbers"):
-            pairs.append((f"config.{name}", getattr(config, name), getattr(self._config, name)))
+        pairs += [
+            (f"config.{name}", getattr(config, name), getattr(self._config, name))
+            for name in ("kernel", "compile", "amp", "on_bad_numbers")
+        ]
         if criterion is not None:
             pairs.append(("criterion", criterion, self.loss.criterion))
         for name, asked, built in pairs:

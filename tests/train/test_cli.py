@@ -2,34 +2,19 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
 
-import esper_kernels
-from esper_train import GrowthConfig, RunConfig, cli, load_run
+from esper_train import GrowthConfig, cli, load_run
 from esper_train.run.directory import read_metrics
-
-QUICK = ["--task", "synthetic", "--max-epochs", "3", "--max-batches", "2"]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Exit code and what was printed, for a call that cannot work."""
-    try:
-        code = cli.main(list(arguments))
-    except SystemExit as stop:  # the option parser's way to leave
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.out + printed.err
-    return code, " ".join((printed.err + printed.out).replace("│", " ").split())
+from tests.helpers.command import QUICK, fails
 
 
 def test_heuristic_leaves_a_whole_run_directory(
@@ -236,112 +221,6 @@ def test_a_diverging_run_ends_with_its_own_code_and_a_report(
     assert "nonfinite" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_report_rewrites_a_page_and_compares_several(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        assert cli.main(["fit", *QUICK, "--out", name]) == 0
-    Path("a/report.html").unlink()
-    assert cli.main(["report", "a"]) == 0
-    assert "synthetic, fit" in Path("a/report.html").read_text()
-    assert cli.main(["report", "a", "b"]) == 0
-    assert "Comparison of 2 runs" in Path("comparison.html").read_text()
-    assert cli.main(["report", "a", "b", "--out", "other.html"]) == 0
-    assert "report: other.html" in capsys.readouterr().out
-    code, text = fails(capsys, "report", "a", "nowhere")
-    assert (code, "no run in nowhere" in text) == (2, True)
-    assert fails(capsys, "report")[0] == 2
-
-
-def test_report_of_a_folder_compares_its_runs_and_their_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, options in (("one", ["--seed", "3"]), ("two", ["--optim.host-lr", "0.5"])):
-        arguments = ["heuristic", *QUICK, *options, "--slots", "early", "--out", f"runs/{name}"]
-        assert cli.main(arguments) == 0
-    arguments = ["fit", *QUICK, "--episodes", "2", "--out", "runs/several"]
-    assert cli.main(arguments) == 0
-    assert cli.main(["report", "runs"]) == 0
-    assert not Path("runs/report.html").exists()
-    page = Path("comparison.html").read_text()
-    table = page[page.index("Settings that differ") : page.index("<svg")]
-    rows = [re.findall("<t[hd]>([^<]*)</t[hd]>", line) for line in table.splitlines()]
-    runs = ["one", "several/episode-1", "several/episode-2", "two"]  # baselines are not among them
-    assert [row for row in rows if row] == [
-        ["", *(f"runs/{name}" for name in runs)],
-        ["mode", "heuristic", "fit", "fit", "heuristic"],
-        ["slots", "early", *["early, mid, late"] * 2, "early"],
-        ["seed", "3", "42", "1042", "42"],
-        ["optim.host_lr", "0.01", "0.01", "0.01", "0.5"],
-    ]
-    Path("runs/two/config.json").unlink()
-    assert cli.main(["report", "runs/one", "runs/two"]) == 0
-    assert "The settings of runs/two are not known." in Path("comparison.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["empty"], "no run in empty"),
-        (["nowhere"], "no run in nowhere"),
-        (["begun"], "nothing to report: begun/metrics.jsonl holds no run yet"),
-        (["begun", "--out", "page.html"], "--out names a page that compares several runs"),
-    ],
-)
-def test_a_report_of_nothing_is_refused(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
-    Path("begun").mkdir()
-    Path("begun/metrics.jsonl").touch()
-    code, text = fails(capsys, "report", *arguments)
-    assert code == 2
-    assert message in text
-    assert not list(tmp_path.rglob("*.html"))
-
-
-@pytest.mark.parametrize(
-    ("command", "packages"),
-    [("heuristic", ["tyro", "rich", "matplotlib"]), ("fit", ["tyro"]), ("report", ["matplotlib"])],
-)
-def test_missing_packages_name_the_extra(
-    command: str,
-    packages: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for package in packages:
-        monkeypatch.setitem(sys.modules, package, None)
-    code, text = fails(capsys, command, ".")
-    assert code == 2
-    needed = ", ".join(packages)
-    assert f"{command} needs {needed}: pip install 'esper-kernels[train]'" in text
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_needs_no_extra_to_say_what_it_is() -> None:
-    """As after `pip install .`, beside torch alone."""
-    code = (
-        "import sys; sys.modules |= dict.fromkeys(('tyro', 'rich', 'matplotlib', 'sklearn'));"
-        "from esper_train.cli import main;"
-        "sys.exit(main(['--help']) + main(['--version']) + main(['info']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"esper-train {esper_kernels.__version__}" in done.stdout
-    assert "pip install 'esper-kernels[train]'" in done.stdout
-    assert torch.__version__ in done.stdout
-
-
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_a_missing_logger_is_refused_before_anything_is_made(
     package: str,
@@ -359,44 +238,6 @@ def test_a_missing_logger_is_refused_before_anything_is_made(
         f"telemetry.{package} needs the package {package}: pip install 'esper-kernels[log]'" in text
     )
     assert list(tmp_path.iterdir()) == []
-
-
-def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info"]) == 0
-    printed = capsys.readouterr().out
-    assert torch.__version__ in printed
-    assert "cross_entropy" in printed
-    assert "eager" in printed
-
-
-def test_info_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["torch"] == torch.__version__
-    choices = {(c["op"], c["device_type"], c["dtype"]): c["backend"] for c in found["choices"]}
-    for choice in esper_kernels.info().choices:
-        assert choices[choice.op, choice.device_type, choice.dtype] == choice.backend
-
-
-def test_the_documents_name_the_options_that_are_no_settings() -> None:
-    """Every other option is a key of the TOML file."""
-    text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
-    (sentence,) = re.findall(r"Each is also a key[^.]*, except ([^:]*):", text)
-    own = {f.name for f in fields(cli._Options)} - {f.name for f in fields(RunConfig)}
-    assert set(re.findall("`--([a-z]+)`", sentence)) == own
-
-
-def test_help_says_what_a_command_does(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, words in (("heuristic", "Grow a network"), ("fit", "without slots")):
-        with pytest.raises(SystemExit, match="0"):
-            cli.main([command, "--help"])
-        assert words in capsys.readouterr().out.splitlines()[2]
-
-
-def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 0
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ("heuristic", "fit", "info"))
 
 
 def test_ctrl_c_leaves_a_readable_directory_and_130(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Configuration from TOML and JSON: what is read, what is refused and with which words."""
+"""Configuration from TOML and JSON: what is read, what is refused and with which words.
+
+Long file: one table of values after the other.
+"""
 
 import json
 import math

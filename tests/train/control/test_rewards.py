@@ -1,4 +1,7 @@
-"""Rewards: the audited system's numbers, and what must hold for any numbers."""
+"""Rewards: the audited system's numbers, and what must hold for any numbers.
+
+Long file: one golden number after the other, on shared seeds.
+"""
 
 import math
 from dataclasses import replace
@@ -47,7 +50,7 @@ def reward(
         "host_params": HOST,
         "acc_at_germination": start,
     } | more
-    return compute_contribution_reward(action, contribution, 60.0, seed, epoch, 25, **arguments)  # type: ignore
+    return compute_contribution_reward(action, contribution, 60.0, seed, epoch, 25, **arguments)  # type: ignore[arg-type, return-value]
 
 
 def parts(
