@@ -1,9 +1,11 @@
 // Cross entropy over rows: loss, counts, accumulation and gradient in one launch. The fields of CrossEntropy
 // are described in ../call.h.
 //
-// Few classes: a group of lanes a row, the row in registers. More: a block a row, or a cluster of blocks,
-// each with a part of the row in its shared memory, so that it is read once. Rows that do not fit are read
-// twice, from both ends, so that the second read finds the latest part in the cache.
+// Few classes: a group of lanes per row, with the row in registers. More classes: one block per row, or a
+// cluster of blocks that each hold a part of the row in shared memory, so that the row is read once. Rows
+// that do not fit are read twice, the second time backwards, to find the end of the first read in the cache.
+//
+// Long file: the two kernels, their plan and their launch share these types, which nothing else uses.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -19,9 +21,9 @@ constexpr int kFewBlocks = 6,
               kManyBlocks = 2;  // at least, on a multiprocessor; kFewBlocks / 2 of 1024 classes
 constexpr int kFewClasses = 1024;
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
-constexpr int kLargestCluster = 8;     // that every chip with clusters takes
-constexpr int kCountHere = 128 << 10;  // bytes of targets that every block looks through by itself
-constexpr int kCountBlocks = 64;       // that count larger ones first
+constexpr int kLargestCluster = 8;     // the largest that every chip with clusters supports
+constexpr int kCountHere = 128 << 10;  // bytes of targets up to which every block counts all of them
+constexpr int kCountBlocks = 64;       // blocks that count the targets first if there are more
 constexpr int kRowCounts = kBadTargets + 1;          // kValid to kBadTargets, of MeterCount
 constexpr int kMostCounts = kRowCounts + kMostTopk;  // then correct@k
 
@@ -54,8 +56,8 @@ struct Row {
   __device__ float reference() const { return x - x == 0 ? x : 0; }
 };
 
-// What a group of threads has seen of a row. The target is left out of the sum: where it has nearly all of
-// the softmax, 1 - softmax would otherwise be rounding errors.
+// What a group of threads has seen of a row. The sum leaves the target out: if the target has nearly all of
+// the softmax, 1 - softmax would otherwise be nothing but rounding errors.
 struct State {
   float top;     // the largest x, the target's included
   float others;  // sum of exp(x - top)
@@ -157,7 +159,7 @@ __device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i) {
   return row;
 }
 
-// Of a row before its logits are read; of one that the backward finds, after.
+// The state of a row before its logits are read or, in backward, after.
 __device__ State state_of(const LossRows& p, const Row& row) {
   if (p.backward) return {p.saved_max[row.i], p.saved_sum[row.i], 0, 0};
   return {row.x == row.x ? row.x : -INFINITY, 0, 0, 0};
@@ -389,7 +391,7 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
       for_vectors(in, begin, end, !p.backward, write);
     }
   }
-  if (parts > 1) cluster().sync();  // nobody leaves while its shared memory may be read
+  if (parts > 1) cluster().sync();  // another block may still read this one's shared memory
   if (part == 0) finish(b, tally, team, teams, shared);
 }
 
@@ -403,7 +405,7 @@ struct Plan {
 Plan plan_of(const LossRows& p, const Device& device) {
   Plan plan{{0, kManyThreads, kSharedBytes}};
   Grid& grid = plan.grid;
-  int64_t teams = p.rows, room;  // what works on rows; how many a multiprocessor holds
+  int64_t teams = p.rows, room;  // groups that work on rows; how many fit on a multiprocessor
   if (p.classes <= kFewClasses) {
     for (plan.lanes = 1; plan.lanes < kWarp && plan.lanes * 8 < p.classes;) plan.lanes *= 2;
     grid.threads = kFewThreads;

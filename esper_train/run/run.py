@@ -6,7 +6,7 @@ training is the same run with no slots and a controller that never acts.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from esper_train.base.names import require_known
 from esper_train.config import SEED_STEP, RunConfig
@@ -51,7 +51,7 @@ class EpisodeResult:
     undone_epochs: int
     """Epochs that those took, which are training cost too."""
     seconds: float
-    model: MorphModel
+    model: MorphModel = field(repr=False)
 
     def as_audited(self) -> tuple[float, dict[str, int], list[float]]:
         """What the audited `run_heuristic_episode` returned: accuracy in percent, action counts,

@@ -275,8 +275,10 @@ def _step(
         ("forward", forward, step.forward),
         ("batch", batch, step.batch),
     ]
-    for name in ("kernel", "compile", "amp", "on_bad_numbers"):
-        pairs.append((f"config.{name}", getattr(config, name), getattr(step.config, name)))
+    pairs += [
+        (f"config.{name}", getattr(config, name), getattr(step.config, name))
+        for name in ("kernel", "compile", "amp", "on_bad_numbers")
+    ]
     for name, asked, built in pairs:
         if asked is not None and asked is not built and asked != built:
             raise ValueError(

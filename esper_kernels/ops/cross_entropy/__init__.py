@@ -4,6 +4,8 @@ Each asks `select_backend` for a backend and calls its module; `reference` is th
 `checks` has the checks. `cross_entropy` goes through an `autograd.Function`, eagerly and under
 `torch.compile` alike; the other two make no autograd node. On the CPU, bad targets raise IndexError
 before anything is written (inside a compiled graph it may be a RuntimeError).
+
+Long functions: each public function hands on every option by name.
 """
 
 from typing import Any, TypeVar

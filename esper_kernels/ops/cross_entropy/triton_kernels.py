@@ -3,6 +3,9 @@
 An argument that is None is a constant to the compiler, and what belongs to it is left out. Numbers
 come by value or, where they are tensors of the device, by pointer; nothing that may change from
 batch to batch is compiled in.
+
+Long file, long functions: `batch` is one program that works on a whole batch, and its parts share
+their variables; Triton passes no structs between functions.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

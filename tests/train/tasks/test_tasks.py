@@ -1,5 +1,8 @@
 """Tasks: real data as scikit-learn has it, made-up data that is the same each time, and checks of
-both."""
+both.
+
+Long file: the same checks for one task after the other.
+"""
 
 import sys
 from collections.abc import Callable
