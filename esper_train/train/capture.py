@@ -176,7 +176,8 @@ class Capture:
         if form != self._form:
             self._run_eagerly(moved(group, self._device), measure, OTHER_SHAPE)
             return
-        for static, part in zip(tensors(self._batches), tensors(group), strict=True):
+        copies = zip(tensors(self._batches), tensors(group), strict=True)
+        for static, part in copies:
             static.copy_(part, non_blocking=True)
         if self._warm[measure] < WARM_UP:
             self._warm[measure] += 1

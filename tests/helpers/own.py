@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from esper_train import Blueprint, Host, HostConfig, Splits, Task
+from esper_train import Blueprint, Host, HostConfig, RunConfig, Splits, Task
 from esper_train.morph.blueprints import Residual
+from tests.helpers.scripted import EASY
 
 CLASSES = 3
 COLUMNS = 6
 NOT_A_TASK = "words"
+SLOTS = ("early", "mid")
+CONFIG = RunConfig(max_epochs=4, batch_size=8, slots=SLOTS, growth=EASY, keep="last")
+"""Settings of a short run of the table."""
 
 
 class Block(nn.Module):
