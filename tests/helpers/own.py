@@ -90,6 +90,23 @@ def load_shuffled() -> Splits:
     return replace(splits, train=loader)
 
 
+class NoisyRows(TensorDataset):
+    """Samples with noise of their own."""
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        x, t = super().__getitem__(row)
+        return x + 0.1 * torch.randn(x.shape), t
+
+
+def load_sampled() -> Splits:
+    splits = load_table()
+    return replace(splits, train=NoisyRows(*splits.train))  # type: ignore[misc]
+
+
+def add_noise(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return inputs + 0.1 * torch.randn_like(inputs), targets
+
+
 def _doubled(channels: int) -> nn.Module:
     return Residual(nn.Linear(channels, 2 * channels), nn.Tanh(), nn.Linear(2 * channels, channels))
 
@@ -102,5 +119,7 @@ table = Task(
     build_host=perceptron,
     blueprints=(Blueprint("doubled", "features", _doubled),),
 )
+sampled = replace(table, name="sampled-table", load=load_sampled)
+augmented = replace(table, name="augmented-table", augment=add_noise)
 shuffled = replace(table, name="shuffled-table", load=load_shuffled)
 images = replace(table, name="images", load=load_images, build_host=residual_host, blueprints=())

@@ -16,7 +16,8 @@ from esper_train.run import checkpoint
 from esper_train.run.build import build_episode
 from esper_train.run.checkpoint import Checkpoints, load, restore, saved
 from esper_train.run.config import CheckpointConfig
-from esper_train.run.directory import cut_back
+from esper_train.run.directory import cut_back, load_config
+from esper_train.run.run import prepare
 from tests.helpers.growing_run import reported, resume, start
 from tests.helpers.scripted import run_under
 from tests.helpers.stopped import stopped_after
@@ -76,6 +77,17 @@ def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) 
     data = (whole / "checkpoints" / "epoch-6.pt").read_bytes()
     # as `sha256sum --check` reads it
     assert digest == [hashlib.sha256(data).hexdigest(), "epoch-6.pt"]
+
+
+def test_a_checkpoint_from_before_data_had_a_state_is_read(whole: Path) -> None:
+    state = load(whole / "checkpoints" / "epoch-6.pt")
+    del state["parts"]["sources"]
+    episode = prepare(load_config(whole), "heuristic")
+    restore(state, episode)
+    assert episode.epoch == 6
+    del state["parts"]["tracker"]
+    with pytest.raises(ValueError, match="does not fit the run that was built: 'tracker'"):
+        restore(state, episode)
 
 
 def test_taking_checkpoints_changes_nothing(whole: Path, tmp_path: Path) -> None:

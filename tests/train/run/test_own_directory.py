@@ -76,10 +76,12 @@ def test_the_directory_changes_nothing_of_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("task", [own.table, own.shuffled], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task", [own.table, own.sampled, own.augmented, own.shuffled], ids=lambda task: task.name
+)
 def test_a_resumed_run_ends_as_one_that_never_stopped(task: Task, tmp_path: Path) -> None:
-    """Stopped in the third epoch; the shuffling loader with noise is torch's own, so its batches go
-    on where they were."""
+    """Stopped in the third epoch. Noise comes from samples, from `augment`, or from torch's own
+    loader, whose batches go on where they were."""
     whole = tmp_path / "whole"
     part = tmp_path / "part"
     run_heuristic_episode(CONFIG, task=task, out=whole, baseline=False)
@@ -141,7 +143,10 @@ def test_the_command_takes_a_task_by_its_place(tmp_path: Path) -> None:
     ("place", "words"),
     [
         ("no_such_module_anywhere:task", "there is no module 'no_such_module_anywhere'"),
-        ("tests.helpers.own:nothing", "has no 'nothing'; tasks in it: table, shuffled, images"),
+        (
+            "tests.helpers.own:nothing",
+            "has no 'nothing'; tasks in it: table, sampled, augm",
+        ),
         ("tests.helpers.own:NOT_A_TASK", "expected a Task, got str"),
         (":task", "there is no module ''"),
         ("tests.helpers.own:", "has no ''"),
