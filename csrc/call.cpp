@@ -176,6 +176,7 @@ void check(const LossCall& call) {
   require_number("normalizer", call.numbers.normalizer, 0, HUGE_VAL);
   require_number("grad_scale", call.numbers.grad_scale, -HUGE_VAL, HUGE_VAL);
   require(call.sums.has_value() == call.counts.has_value(), "both accumulators of a meter or none");
+  if (call.ticket) memory_of<int32_t>("a meter's ticket", *call.ticket, kInt32, 1);
   if (call.sums) {
     memory_of<double>("a meter's sums", *call.sums, kFloat64, kNumSums);
     memory_of<int64_t>("a meter's counts", *call.counts, kInt64, kFirstCorrect + call.topk.size());

@@ -85,7 +85,8 @@ struct LossCall {
   int64_t ignore_index = -100;
   LossNumbers numbers;
   int64_t reduction = kMean;
-  std::optional<Array> sums, counts;  // a Meter's, float64 and int64
+  // A Meter's, float64, int64 and int32 [1]; kernels on a GPU use the ticket, 0 between launches.
+  std::optional<Array> sums, counts, ticket;
   std::vector<int64_t> topk = {};
   std::optional<Array> loss;   // float32 [], or [N] for kNone
   std::optional<Array> saved;  // float32 [2 N + 1]: maxima, sums, denominator; written forward, read backward
