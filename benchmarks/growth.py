@@ -4,19 +4,21 @@
     python -m benchmarks growth --task pysource --seeds 3 --epochs 60
 
 grown: `esper-train heuristic`; fit: the same host, epochs and data without slots. Both give the
-network that `keep` names. The figures of a run are printed and written as soon as it ends.
+network that `keep` names. The figures of a run are printed and written as soon as it ends, and
+those that the same commit has written before are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import Any
 
 from benchmarks import record
-from esper_train import run_fit, run_heuristic_episode
+from esper_train import Event, EventType, TelemetryHub, run_fit, run_heuristic_episode
 from esper_train.config import preset
 
 
@@ -32,6 +34,8 @@ class Pair:
     fossils: int
     undone: int
     undone_epochs: int
+    harm: int
+    """Longest time in epochs; see `longest_harm`."""
 
     @property
     def gain(self) -> float:
@@ -39,10 +43,46 @@ class Pair:
         return self.grown - self.fit
 
 
+class Watch:
+    """A sink that keeps what `longest_harm` needs."""
+
+    def __init__(self) -> None:
+        self.accuracies: list[float] = []
+        self.blended: list[int] = []
+
+    def write(self, event: Event) -> None:
+        if event.type is EventType.EPOCH:
+            self.accuracies.append(event.data["validation"]["accuracy"])
+        elif event.type is EventType.SEED_STAGE and event.data["stage"] == "BLENDING":
+            self.blended.append(event.epoch)
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def longest_harm(
+    accuracies: Sequence[float], blended: Sequence[int], *, window: int, points: float
+) -> int:
+    """For how many epochs in a row, at most, was accuracy more than `points` below its mean of the
+    `window` epochs before blending began?
+
+    `accuracies` has one of each epoch, and `blended` the epochs after which blending began.
+    """
+    longest = 0
+    for began in blended:
+        least = fmean(accuracies[max(0, began - window) : began]) - points
+        lasted = 0
+        for accuracy in accuracies[began:]:
+            lasted = lasted + 1 if accuracy < least else 0
+            longest = max(longest, lasted)
+    return longest
+
+
 def measure(task: str, epochs: int, seed: int) -> Pair:
     """Train both networks."""
     config = replace(preset(task), seed=seed, max_epochs=epochs)
-    grown = run_heuristic_episode(config)
+    watch = Watch()
+    grown = run_heuristic_episode(config, hub=TelemetryHub([watch]))
     fit = run_fit(config)
     return Pair(
         epochs=epochs,
@@ -53,7 +93,23 @@ def measure(task: str, epochs: int, seed: int) -> Pair:
         fossils=grown.fossils,
         undone=grown.undone,
         undone_epochs=grown.undone_epochs,
+        harm=longest_harm(
+            watch.accuracies,
+            watch.blended,
+            window=config.growth.window,
+            points=config.growth.harm,
+        ),
     )
+
+
+def measured_before(name: str) -> list[dict[str, Any]]:
+    """The figures that this commit has written; none where they are of another."""
+    if not (record.RESULTS / f"{name}.json").exists():
+        return []
+    found = record.read(name)
+    same = found["environment"]["commit"] == record.environment()["commit"]
+    figures: list[dict[str, Any]] = found["figures"] if same else []
+    return figures
 
 
 def table(figures: list[dict[str, Any]]) -> str:
@@ -61,8 +117,8 @@ def table(figures: list[dict[str, Any]]) -> str:
     pairs = [Pair(**row) for row in figures]
     lines = [
         "| epochs | seeds | grown, % | fit, % | gain, points | below by more than 1 / 2 | kept | "
-        "undone |",
-        "|---|---|---|---|---|---|---|---|",
+        "undone | harm, epochs |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for epochs in dict.fromkeys(pair.epochs for pair in pairs):
         rows = [pair for pair in pairs if pair.epochs == epochs]
@@ -77,6 +133,7 @@ def table(figures: list[dict[str, Any]]) -> str:
             f"{sum(gain < -1 for gain in gains)} / {sum(gain < -2 for gain in gains)}",
             str(sum(row.fossils for row in rows)),
             str(sum(row.undone for row in rows)),
+            str(max(row.harm for row in rows)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -91,17 +148,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, nargs="+", default=[75, 150, 300, 600])
     options = parser.parse_args()
-    figures: list[dict[str, Any]] = []
+    name = f"growth-{options.task}"
+    figures = measured_before(name)
+    done = {(row["epochs"], row["seed"]) for row in figures}
     for epochs in options.epochs:
         for seed in range(options.seeds):
+            if (epochs, seed) in done:
+                continue
             last = measure(options.task, epochs, seed)
             figures.append(asdict(last))
-            path = record.write(f"growth-{options.task}", figures)
+            record.write(name, figures)
             print(
                 f"{epochs} epochs, seed {seed}: grown {last.grown:.2f}, fit {last.fit:.2f}",
                 flush=True,
             )
-    print(f"\n{table(figures)}\n\n{path}")
+    print(f"\n{table(figures)}\n\n{record.RESULTS / name}.json")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def environment() -> dict[str, Any]:
         **{library: _version(library) for library in LIBRARIES},
         "esper": esper_kernels.__version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+        ),
     }
 
 

@@ -31,9 +31,10 @@ class RunConfig(Settings):
     """One run of `esper-train`, whole."""
 
     task: str = "digits"
+    """Name of a task, or MODULE:NAME for one of your own."""
     data: str | None = None
     """Directory of the task's data, where it needs one."""
-    vocab: int = 256
+    vocab: Count = 256
     """Size of a language task's vocabulary: 256 is bytes, more is a trained byte-pair encoding."""
     device: str = "cpu"
     slots: tuple[str, ...] = ("early", "mid", "late")
@@ -56,8 +57,8 @@ class RunConfig(Settings):
     seed: int = 42
     """Where the random numbers begin; the generators of torch take 64 bits."""
     keep: Literal["best", "last"] = "best"
-    """Which network a run gives: that of the epoch with the best validation accuracy (of several,
-    the one with the lowest loss) in which no seed's effect was open, or that of the last epoch."""
+    """Which network a run gives: that of the epoch with the lowest validation loss in which no
+    seed's effect was open, or that of the last epoch."""
     reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
     """How decisions are rewarded; see `control/rewards.py`."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -153,12 +153,13 @@ class SeedSlot(nn.Module):
             epochs_alive=state.epochs_alive + 1 if seated else 0,
         )
 
-    def step_epoch(self, may_blend: bool = True) -> list[StageChange]:
+    def step_epoch(self, patience: int, *, may_blend: bool = True) -> list[StageChange]:
         """Make the moves that need no controller: gates passed, blending advanced, time over.
-        Called once per epoch; `may_blend` is false while another seed is on trial."""
+        Called once per epoch; `may_blend` is false while another seed is on trial, and `patience`
+        is the number of harmful epochs in a row after which a seed is culled."""
         state = self.state
         growth = self.growth
-        if state.harmed >= growth.harm_patience:
+        if state.harmed >= patience:
             below = f"{growth.harm:g} points below its mean before blending"
             return self.cull(f"accuracy was {below} for {state.harmed} epochs")
         match state.stage:

@@ -29,6 +29,8 @@ from esper_train.run.episode import Episode
 
 FORMAT = 2
 """Version of the layout of a checkpoint."""
+ADDED = ("sources",)
+"""Parts that older checkpoints do not have, because they had no state then."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
 """Config keys that may change where a run is resumed."""
 
@@ -46,6 +48,7 @@ def parts(episode: Episode) -> dict[str, Stateful]:
         "policy": episode.policy,
         "telemetry": episode.hub,
         "random": episode.random,
+        "sources": episode.sources,
         "streams": episode.model.streams,
         "trial": episode.trial,
         "kept": episode.kept,
@@ -159,11 +162,16 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
                 f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a "
                 "new run"
             )
-    try:
-        for name, part in parts(episode).items():
+    for name, part in parts(episode).items():
+        if name in ADDED and name not in state["parts"]:
+            continue
+        try:
             part.load_state_dict(state["parts"][name])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"the checkpoint does not fit the run that was built: {error}") from error
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"the checkpoint does not fit the run that was built: {name}: {error}"
+            ) from error
+    episode.trial.check(episode.model)
     left = episode.config.max_epochs - episode.epoch
     if left < 0:
         raise ValueError(

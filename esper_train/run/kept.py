@@ -11,25 +11,26 @@ from esper_train.morph.model import MorphModel
 
 
 class Kept(PlainState):
-    """The best network so far, by validation accuracy and, of equal ones, by loss."""
+    """The network with the lowest validation loss so far.
 
-    STATE = ("epoch", "accuracy", "loss")
+    Not by accuracy, which moves in steps of a row: the best of many epochs is then the luckiest.
+    """
+
+    STATE = ("epoch", "loss")
 
     def __init__(self) -> None:
         self.epoch = 0
         """The epoch after which it was like this; 0 where there is none yet."""
-        self.accuracy = -math.inf
         self.loss = math.inf
         self._network: dict[str, Any] | None = None
 
-    def offer(self, model: MorphModel, epoch: int, accuracy: float, loss: float) -> None:
+    def offer(self, model: MorphModel, epoch: int, loss: float) -> None:
         """Keep a copy on the CPU if it is the best, unless the fate of a seed with a part in it is
-        open."""
+        open. A loss of NaN is never the best."""
         if any(slot.state.stage in TRIAL for slot in model.slots):
             return
-        if (accuracy, -loss) > (self.accuracy, -self.loss):
+        if loss < self.loss:
             self.epoch = epoch
-            self.accuracy = accuracy
             self.loss = loss
             network = {"slots": model.topology(), "weights": model.state_dict()}
             self._network = copied(network, "cpu")

@@ -13,6 +13,7 @@ from torch import Tensor
 from esper_train.base.state import PlainState, copied
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.gates import paired_error
+from esper_train.morph.lifecycle import TRIAL
 from esper_train.morph.model import MorphModel
 from esper_train.train.optimizers import OptimizerRegistry
 
@@ -110,6 +111,36 @@ class Trial(PlainState):
     def tick(self) -> None:
         """An epoch begins."""
         self.wait = max(0, self.wait - 1)
+
+    def check(self, model: MorphModel) -> None:
+        """Raise `ValueError` unless this is the trial of `model` and could undo its seed."""
+        blending = [slot.state.slot for slot in model.slots if slot.state.stage in TRIAL]
+        if blending != ([] if self.slot is None else [self.slot]):
+            raise ValueError(
+                f"trial: expected that of the seeds in slots {blending}, which blend in or are on "
+                f"probation, got that of slot {self.slot!r}; go on from another checkpoint"
+            )
+        if self.slot is None:
+            return
+        before = self._before
+        if before is None or not {"seeds", "model", "optimizers"} <= before.keys():
+            raise ValueError(
+                f"trial: the state from before the seed in slot {self.slot!r} is missing, so it "
+                "could not be undone; go on from another checkpoint"
+            )
+        if self._right is None or self._right.dtype != torch.bool:
+            raise ValueError(
+                "trial: expected a bool for each validation row, by which accuracies are compared, "
+                "got none; go on from another checkpoint"
+            )
+        weights = before["model"]
+        for name, value in model.host.state_dict(prefix="host.").items():
+            found = weights[name].shape if name in weights else None
+            if found != value.shape:
+                raise ValueError(
+                    f"trial: expected a {name} of shape {tuple(value.shape)} in the state from "
+                    f"before, got {found}; go on from another checkpoint"
+                )
 
     def _end(self) -> None:
         self.slot = self._before = self._right = None

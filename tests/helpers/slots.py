@@ -128,11 +128,12 @@ def epoch(
     ratio: float | None = 1.0,
     potential: tuple[float, float] | None = HELPS,
     may_blend: bool = True,
+    patience: int = 3,
 ) -> list[StageChange]:
     """What a run does with a slot at the end of an epoch."""
     learns = slot.state.stage is SeedStage.TRAINING
     observe(slot, accuracy, contribution, ratio, potential if learns else None)
-    return slot.step_epoch(may_blend)
+    return slot.step_epoch(patience, may_blend=may_blend)
 
 
 # (stage, alpha) after each epoch; the sigmoid at 1/5, 2/5, 3/5, 4/5 is 0.0266, 0.2315, 0.7685,

@@ -77,7 +77,7 @@ def cross_entropy(
     backend = _choose(logits, targets, meter, config)
 
     def run() -> Tensor:
-        run_options = _traceable(options, logits, backend)
+        run_options = _traceable(options, logits)
         if logits.requires_grad and torch.is_grad_enabled():
             loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *run_options)
             return loss
@@ -148,7 +148,7 @@ def cross_entropy_step(
     def run() -> Tensor:
         if out is not None and not compiling and not _is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
-        run_options = _traceable(options, logits, backend)
+        run_options = _traceable(options, logits)
         scale = _as_tensor(grad_scale, logits) if compiling else grad_scale
         values = logits.detach() if logits.requires_grad else logits
         return _MODULES[backend].step(values, targets, run_options, meter, scale, written)
@@ -243,7 +243,7 @@ def _is_separate(out: Tensor, logits: Tensor) -> bool:
     return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
 
 
-def _traceable(options: Options, logits: Tensor, backend: str) -> Options:
+def _traceable(options: Options, logits: Tensor) -> Options:
     if not torch.compiler.is_compiling():
         if isinstance(options.softcap, Tensor):
             raise ValueError("softcap must be a number")
@@ -251,8 +251,7 @@ def _traceable(options: Options, logits: Tensor, backend: str) -> Options:
     return options._replace(
         label_smoothing=_as_tensor(options.label_smoothing, logits),
         z_loss=_as_tensor(options.z_loss, logits),
-        # Triton's kernels are compiled for a softcap by value: there another one recompiles.
-        softcap=options.softcap if backend == "triton" else _as_tensor(options.softcap, logits),
+        softcap=_as_tensor(options.softcap, logits),
         normalizer=_as_tensor(options.normalizer, logits),
     )
 

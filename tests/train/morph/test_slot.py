@@ -155,11 +155,11 @@ def test_step_epoch_opens_the_slot_after_the_embargo(length: int) -> None:
     slot = slot_in(SeedStage.BLENDING, embargo_epochs=length)
     slot.cull("requested")
     for _ in range(length):
-        assert slot.step_epoch() == []
+        assert slot.step_epoch(patience=3) == []
         with pytest.raises(ValueError, match="EMBARGOED"):
             slot.germinate(AFFINE, "s1")
         observe(slot, 60.0)
-    assert moves(slot.step_epoch()) == [("EMBARGOED", "DORMANT", "embargo over")]
+    assert moves(slot.step_epoch(patience=3)) == [("EMBARGOED", "DORMANT", "embargo over")]
     slot.germinate(AFFINE, "s1")
     assert slot.state.seed_id == "s1"
 
@@ -335,11 +335,11 @@ def test_a_seed_that_always_waits_is_culled() -> None:
 
 
 def test_harm_for_some_epochs_in_a_row_culls_a_seed_on_trial() -> None:
-    slot = on_trial(harm=3.0, harm_patience=2)
+    slot = on_trial(harm=3.0)
     for accuracy in (56.75, 57.0, 56.75):
-        assert epoch(slot, accuracy) == []
+        assert epoch(slot, accuracy, patience=2) == []
     reason = "accuracy was 3 points below its mean before blending for 2 epochs"
-    assert moves(epoch(slot, 50.0))[0] == ("BLENDING", "CULLED", reason)
+    assert moves(epoch(slot, 50.0, patience=2))[0] == ("BLENDING", "CULLED", reason)
 
 
 def test_a_seed_waits_in_training_while_another_is_on_trial() -> None:

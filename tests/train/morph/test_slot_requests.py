@@ -191,7 +191,7 @@ class SlotMachine(RuleBasedStateMachine):
         observe(self.slot, self.accuracy, contribution, ratio, (rise, -1.0))
         assert self.slot.state.accuracy == self.accuracy
         stage = self.slot.state.stage.name
-        changes = self.slot.step_epoch()
+        changes = self.slot.step_epoch(patience=3)
         assert "FOSSILIZED" not in [c.stage.name for c in changes], "only a controller fossilizes"
         self.follow(changes, stage)
 

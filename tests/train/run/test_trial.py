@@ -1,5 +1,6 @@
 """A seed that fails after blending began leaves the network as it was, bit for bit."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,7 @@ from esper_train.run.epoch import Epoch
 from tests.helpers.scripted import EASY, Recorder, Script, germinate
 from tests.helpers.taped import assert_same
 
-GROWTH = replace(
-    EASY, blending_epochs=3, harm=3.0, harm_patience=3, undo_wait=2, undo_wait_ceiling=5
-)
+GROWTH = replace(EASY, blending_epochs=3, harm=3.0, undo_wait=2, undo_wait_ceiling=5)
 SCHEDULED = OptimConfig(host_lr=0.05, schedule=ScheduleConfig(kind="cosine"))
 CONFIG = RunConfig(
     task="synthetic", max_epochs=30, max_batches=4, batch_size=32, growth=GROWTH, optim=SCHEDULED
@@ -237,6 +236,55 @@ def test_a_seed_that_is_kept_brings_the_wait_back() -> None:
     assert episode.model.fossils == 1
     assert episode.trial._next_wait == GROWTH.undo_wait
     assert episode.trial.slot is None
+
+
+def on_trial(directory: Path) -> dict[str, Any]:
+    """A checkpoint that was taken while a seed is on trial, and a copy of all it says."""
+    episode = prepared()
+    checkpoints = Checkpoints(directory, CONFIG.checkpoint)
+    with episode.random.active():
+        go(episode, Script(e1=germinate("early", "bad")), 4)
+        checkpoints.take(episode)
+    checkpoints.write()
+    return load(saved(directory)[-1])
+
+
+def without_the_first_weight(trial: dict[str, Any]) -> None:
+    weights = trial["before"]["model"]
+    del weights[next(name for name in weights if name.startswith("host."))]
+
+
+def with_a_wrong_shape(trial: dict[str, Any]) -> None:
+    trial["before"]["model"]["host.head.2.weight"] = torch.zeros(2, 3)
+
+
+BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no trial": lambda trial: trial.update(slot=None, before=None, right=None),
+    "another slot": lambda trial: trial.update(slot="mid"),
+    "no state": lambda trial: trial.update(before=None),
+    "no seeds": lambda trial: trial["before"].pop("seeds"),
+    "no momentum": lambda trial: trial["before"].pop("optimizers"),
+    "no rows": lambda trial: trial.update(right=None),
+    "no key": lambda trial: trial.pop("before"),
+    "no weight": without_the_first_weight,
+    "a wrong shape": with_a_wrong_shape,
+}
+
+
+@pytest.mark.parametrize("broken", list(BROKEN))
+def test_a_checkpoint_that_could_not_undo_its_seed_is_refused(broken: str, tmp_path: Path) -> None:
+    state = on_trial(tmp_path)
+    restore(state, prepared())
+    BROKEN[broken](state["parts"]["trial"])
+    with pytest.raises(ValueError, match="trial: "):
+        restore(state, prepared())
+
+
+def test_a_checkpoint_without_its_trial_is_refused(tmp_path: Path) -> None:
+    state = on_trial(tmp_path)
+    del state["parts"]["trial"]
+    with pytest.raises(ValueError, match="trial"):
+        restore(state, prepared())
 
 
 @pytest.mark.parametrize("killed_after", [4, 5, 6])
