@@ -130,7 +130,9 @@ ESPER_ANYWHERE inline bool is_valid(const LossRows& p, int64_t target) {
 
 // Where the statistics of T tensors go; the fields of esper_kernels.GradStats.
 struct GradStatsArrays {
-  Array norms, max_abs, zeros, nans, infs, total_norm, found_inf;
+  Array magnitudes;  // float64 [2, T]: norms, max_abs
+  Array counts;      // int64 [3, T]: zeros, nans, infs
+  Array total_norm, found_inf;
 };
 struct GradStatsOut {
   double *norms, *max_abs;

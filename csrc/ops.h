@@ -67,17 +67,15 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
 }
 
 template <class Device>
-void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t instruction_set, Tensor norms,
-                   Tensor max_abs, Tensor zeros, Tensor nans, Tensor infs, Tensor total_norm,
-                   Tensor found_inf) {
-  Device device(norms, instruction_set);
-  Arrays arrays{norms};
+void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t instruction_set,
+                   Tensor magnitudes, Tensor counts, Tensor total_norm, Tensor found_inf) {
+  Device device(magnitudes, instruction_set);
+  Arrays arrays{magnitudes};
   std::vector<Array> gradients;
   gradients.reserve(tensors.size());
   for (const Tensor& x : tensors) gradients.push_back(arrays.of(x));
-  const GradStatsOut out =
-      check(gradients, {arrays.of(norms), arrays.of(max_abs), arrays.of(zeros), arrays.of(nans),
-                        arrays.of(infs), arrays.of(total_norm), arrays.of(found_inf)});
+  const GradStatsOut out = check(
+      gradients, {arrays.of(magnitudes), arrays.of(counts), arrays.of(total_norm), arrays.of(found_inf)});
   const Number scale = arrays.number(1, inv_scale);
   for (size_t i = 0; i < tensors.size(); ++i) arrays.make_usable(tensors[i], false, &gradients[i]);
   device.grad_stats(gradients, scale, out);
