@@ -22,7 +22,7 @@ from esper_kernels import (
 from esper_kernels.info.check import check
 from esper_kernels.testing import cross_entropy_samples, grad_samples
 
-DTYPES = [torch.float64, torch.bfloat16]
+DTYPES = [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 
 
 @contextmanager
