@@ -7,6 +7,9 @@
 namespace esper::cuda {
 namespace {  // part of cross_entropy.cu
 
+// As in reference.py: gradients are 0 in the same places on every backend.
+constexpr float kLowestExponent = -86;
+constexpr float kSmallest = 1.17549435e-38f;
 constexpr int kFewThreads = 128, kManyThreads = 256;
 constexpr int kFewBlocks = 6,
               kManyBlocks = 2;  // at least, on a multiprocessor; kFewBlocks / 2 of 1024 classes
@@ -198,10 +201,11 @@ struct Gradient {
   __device__ float at(const LossRows& p, const Scalars& s, int c, float logit) const {
     if (zero) return 0;
     const float x = capped<kCap>(logit, s.softcap);
-    float g = of_softmax * __expf(x - top);
+    float g = of_softmax * (x - top <= kLowestExponent ? 0 : __expf(x - top));
     if (everywhere != 0) g -= everywhere * (p.weight ? p.weight[c] : 1);
     if (c == target) g = at_target;
-    return kCap ? g * (1 - (x / s.softcap) * (x / s.softcap)) : g;
+    if (kCap) g *= 1 - (x / s.softcap) * (x / s.softcap);
+    return fabsf(g) < kSmallest ? 0 : g;
   }
 };
 

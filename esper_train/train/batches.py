@@ -17,10 +17,17 @@ Span = Callable[[str], AbstractContextManager[Any]]
 def drawn(
     loader: Batches, device: torch.device | None, limit: int | None, span: Span
 ) -> Iterator[Batch]:
-    """The loader's batches, at most `limit`, on `device`; None leaves them where they are."""
+    """The loader's batches, at most `limit`, on `device`; None leaves them where they are.
+
+    A model or a criterion may write over its batch, so it gets a copy, unless the loader says by
+    `gives_copies` that its batches share no memory with its data.
+    """
+    if limit is not None and type(limit) is not int:
+        raise TypeError(f"max_batches must be an int, or None for all batches, got {limit!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {limit}")
     source = iter(islice(loader, limit))
+    copy = not getattr(loader, "gives_copies", False)
     end = object()
     empty = True
     while True:
@@ -30,8 +37,8 @@ def drawn(
                 break
             inputs, targets = _pair(batch)
             if device is not None:
-                inputs = inputs.to(device, non_blocking=True)
-                targets = targets.to(device, non_blocking=True)
+                inputs = inputs.to(device, non_blocking=True, copy=copy)
+                targets = targets.to(device, non_blocking=True, copy=copy)
         empty = False
         yield inputs, targets
     if empty:

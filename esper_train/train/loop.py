@@ -69,15 +69,18 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: with the policy "stop", the loss is NaN or infinite; the error's
             `result` is the `EpochResult`.
-        TypeError: something that is no pair (inputs, targets) of tensors came from the loader.
+        TypeError: an argument of another type; something that is no pair (inputs, targets) of
+            tensors came from the loader, or no tensor from the model.
         ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of
         another shape.
         IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the
             end of the epoch on other devices.
     """
     started = time.perf_counter()
+    _require(config, TrainConfig, "config")
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
+    _require(optimizers, OptimizerRegistry, "optimizers")
     if config.on_bad_numbers == "rollback" and not governed:
         raise ValueError(
             "train.on_bad_numbers 'rollback' needs a run, which keeps states to return to; use "
@@ -188,6 +191,7 @@ def evaluate(
     `scopes` has what is entered around the passes of some variants. Otherwise as `train_one_epoch`.
     """
     started = time.perf_counter()
+    _require(config, TrainConfig, "config")
     step = _step(step, task_type, config, criterion)
     device = _device(model)
     overrides = variants or {}
@@ -220,6 +224,11 @@ def evaluate(
             for name, other in zip(overrides, others, strict=True)
         },
     )
+
+
+def _require(value: object, kind: type, name: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r:.80}")
 
 
 def _step(

@@ -91,7 +91,13 @@ class Loss:
         self._masks = config.on_bad_numbers != "stop" and self.own is None
 
     def check(self, logits: Tensor) -> None:
-        """`ValueError` for logits that are not of the shape of the task type."""
+        """`ValueError` for logits that are not of the shape of the task type, `TypeError` for what
+        are none."""
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"task type {self.task_type!r} expects logits {self._shape}, one tensor, got a "
+                f"{type(logits).__name__} from the model; wrap it in a module that returns them"
+            )
         if logits.dim() != self._dims:
             raise ValueError(
                 f"task type {self.task_type!r} expects logits {self._shape}, got "

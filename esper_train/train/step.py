@@ -177,6 +177,11 @@ class TrainStep:
         """Loss and backward of a criterion of the caller's own."""
         with self.span("loss"):
             loss = criterion(logits, targets)
+            if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+                raise TypeError(
+                    "expected a criterion that returns the mean loss over the batch, a 0-d tensor "
+                    f"that depends on the logits, got {loss!r:.80}"
+                )
             if meter is not None:
                 record_loss(loss.detach(), logits.detach(), targets, meter)
             for factor in (scale, None if divide_by is None else 1 / divide_by):

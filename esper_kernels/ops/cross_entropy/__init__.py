@@ -61,7 +61,7 @@ def cross_entropy(
     written; NotImplementedError inside torch.func transforms, torch.jit.trace and forward-mode
     differentiation.
     """
-    instruction_set = "auto" if config is None else config.instruction_set
+    instruction_set = getattr(config, "instruction_set", "auto")  # of None too
     options = Options(
         weight,
         ignore_index,
@@ -114,7 +114,7 @@ def cross_entropy_step(
 
     Returns the gradient [..., V] in the logits' dtype.
     """
-    instruction_set = "auto" if config is None else config.instruction_set
+    instruction_set = getattr(config, "instruction_set", "auto")  # of None too
     options = Options(
         weight,
         ignore_index,
@@ -160,6 +160,9 @@ def cross_entropy_step(
             checks.check_writable("logits with inplace=True", logits)
         elif out is not None:
             checks.check_out(out, logits)
+        if written is not None:
+            read = {**options._asdict(), "targets": targets, "grad_scale": grad_scale}
+            checks.check_apart(written, read)
 
     grad = checks.serve(backend, run, find_fault)
     if written is not None and not compiling:
@@ -180,6 +183,8 @@ def record_loss(
     """
     options = Options(None, ignore_index, 0.0, 0.0, None, "mean", None)
     checks.refuse_transforms("record_loss", logits)
+    if meter is None:
+        raise TypeError("meter must be a Meter, got None")
     backend = _choose(logits, targets, meter, None)
     _find_fault(backend, logits, targets, meter, options)
     if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() != 0:
@@ -195,7 +200,7 @@ def record_loss(
 def _classes_last(x: Tensor, class_dim: int) -> Tensor:
     if class_dim == -1:
         return x
-    if not isinstance(class_dim, int):
+    if type(class_dim) is not int:
         raise TypeError(f"class_dim must be an int, got {class_dim!r}")
     checks.check_dense("logits", x)
     if not -x.dim() <= class_dim < x.dim():
@@ -273,6 +278,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        checks.refuse_transforms("the gradient of cross_entropy", grad_output)
         tensors = ctx.saved_tensors
         first_option = len(tensors) - len(ctx.places)
         logits, targets, *saved = tensors[:first_option]

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
+LOWEST_EXPONENT = tl.constexpr(-86.0)  # as in `reference`
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
 LANES = tl.constexpr(256)  # results of other programs that the last program reads at a time
 
 
@@ -34,6 +36,11 @@ def _tanh(x):
     s = tl.exp(-2.0 * size)
     large = (1.0 - s) / (1.0 + s)
     return tl.where(size < 0.625, p * z * x + x, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _exp(x):
+    return tl.where(x <= LOWEST_EXPONENT, 0.0, tl.exp(x))
 
 
 @triton.jit
@@ -118,7 +125,7 @@ def _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, 
         grad -= everywhere[:, None] * _class_weights(weight, c, V)
     if softcap is not None:
         grad *= 1.0 - (x / softcap) * (x / softcap)
-    return tl.where(live[:, None], grad, 0.0)
+    return tl.where(live[:, None] & ~(tl.abs(grad) < SMALLEST), grad, 0.0)
 
 
 @triton.jit(
@@ -209,7 +216,7 @@ def batch(
                 rank = tl.sum(((stored > target_logit[:, None]) | earlier).to(tl.int32), 1)
             if saved_in is None:
                 row_max = tl.max(x, 1)
-            p = tl.exp(x - row_max[:, None])
+            p = _exp(x - row_max[:, None])
             if saved_in is None:
                 row_sum = tl.sum(p, 1)
             if label_smoothing is not None:
@@ -301,7 +308,7 @@ def batch(
                 for block in tl.range(0, tl.cdiv(V, BLOCK), num_stages=STAGES):
                     at = (tl.cdiv(V, BLOCK) - 1 - block) * BLOCK + c
                     _, x = _read(x_row, at, live[:, None] & (at < V), softcap, "evict_first")
-                    p = tl.exp(x - row_max[:, None])
+                    p = _exp(x - row_max[:, None])
                     g = _gradient(
                         p,
                         x,
