@@ -3,7 +3,7 @@
     python -m benchmarks compiled_steps    # writes results/compiled-steps.json
 
 The same small networks, with inputs of 2 and 3 dimensions, are called in turn: first all through
-one compiled function, then each through its own, made as `TrainStep` makes it. torch stores the
+one compiled function, then each through its own, made as `Compiler` makes it. torch stores the
 programs of a function in a list, tries them one after another, and falls back to eager after 8.
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from benchmarks import record
-from esper_train import CompileConfig, TrainConfig, build_train_step
+from esper_train import CompileConfig
+from esper_train.train.compiled import Compiler
 
 MOST = 10  # torch stops compiling a function after 8 programs
 
@@ -47,14 +48,14 @@ def measure(shared: bool) -> list[dict[str, Any]]:
     """A row for each number of networks: the time per call, and how many programs were compiled."""
     torch._dynamo.reset()
     counters.clear()
-    config = TrainConfig(compile=CompileConfig(enabled=True, dynamic=False))
-    step = build_train_step("classification", config)
-    one = step._compile()
+    config = CompileConfig(enabled=True, dynamic=False)
+    compiler = Compiler(config)
+    one = compiler.program()
     calls: list[Callable[[], object]] = []
     rows: list[dict[str, Any]] = []
     for number in range(MOST):
         model, inputs = network(number)
-        program = one if shared else step._compile()
+        program = one if shared else compiler.program()
         calls.append(partial(program, model, inputs, {}))
         calls[-1]()
         rows.append(

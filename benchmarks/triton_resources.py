@@ -146,7 +146,9 @@ def _single_options(classes: int, plain: Options) -> Iterator[Variant]:
         "softcap": plain._replace(softcap=30.0),
         "sum": plain._replace(reduction="sum"),
         "normalizer": plain._replace(normalizer=3.0),
-        "tensors": plain._replace(label_smoothing=number, z_loss=number, normalizer=number),
+        "tensors": plain._replace(
+            label_smoothing=number, z_loss=number, softcap=number, normalizer=number
+        ),
     }
     for name, chosen in options.items():
         title = f"cross_entropy, {classes} classes, {name}"

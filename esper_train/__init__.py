@@ -14,12 +14,8 @@ from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.morph.transformer import transformer_host
 from esper_train.run.directory import load_run
-from esper_train.run.run import (
-    EpisodeResult,
-    run_fit,
-    run_heuristic_episode,
-    train_heuristic,
-)
+from esper_train.run.run import EpisodeResult
+from esper_train.run.start import run_fit, run_heuristic_episode, train_heuristic
 from esper_train.tasks import Splits, Task, get_task
 from esper_train.telemetry.config import TelemetryConfig
 from esper_train.telemetry.event import Event, EventType
@@ -34,8 +30,9 @@ from esper_train.train.config import (
     TrainConfig,
 )
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
-from esper_train.train.loop import EpochResult, EvalResult, Measures, evaluate, train_one_epoch
+from esper_train.train.loop import evaluate, train_one_epoch
 from esper_train.train.optimizers import OptimizerRegistry
+from esper_train.train.results import EpochResult, EvalResult, Measures
 from esper_train.train.step import TrainStep, build_train_step
 
 __all__ = [

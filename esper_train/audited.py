@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper_kernels import GradHealth, GradStats, Meter, cross_entropy, grad_stats
 from esper_train.base.names import require_known
-from esper_train.train.step import LOGITS_DIMS, Criterion, criterion_options
+from esper_train.train.loss import LOGITS_DIMS, Criterion, criterion_options
 
 
 def collect_seed_gradients_async(

@@ -20,25 +20,12 @@ from esper_kernels import info as kernel_info
 from esper_train.base.console import lasting_output
 from esper_train.base.stop import Stopped, StopRequest
 from esper_train.config import RunConfig, load_toml, preset
-from esper_train.run.checkpoint import Checkpoints, load, restore, saved
-from esper_train.run.directory import (
-    BASELINE,
-    CHECKPOINTS,
-    METRICS,
-    claimed,
-    create,
-    cut_back,
-    load_config,
-    save_network,
-)
-from esper_train.run.episode import Episode
-from esper_train.run.profile import write_profile
+from esper_train.run.directory import load_config
+from esper_train.run.job import Job, run_job
 from esper_train.run.report import write_comparison, write_report
-from esper_train.run.run import episode_configs, prepare, run_episode, run_started
-from esper_train.telemetry.hub import TelemetryHub
-from esper_train.telemetry.loggers import logger_makers
+from esper_train.tasks import import_task, is_place
 from esper_train.telemetry.progress import ProgressSink
-from esper_train.telemetry.sinks import ConsoleSink, JsonlSink
+from esper_train.telemetry.sinks import ConsoleSink, Sink
 from esper_train.train.errors import BadNumbersError
 
 USAGE = """usage: esper-train {heuristic,fit,report,info} [options]
@@ -163,68 +150,24 @@ def _report(arguments: Sequence[str]) -> None:
     print(f"report: {page}")
 
 
-def _run(run: RunConfig, mode: str, stop: StopRequest, options: _Options) -> None:
-    """Every episode, each in a directory of its own where there are several."""
-    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{mode}-{run.task}"
-    out = Path(options.resume or options.out or name)
-    resume = options.resume is not None
-    with claimed(out, resume=resume, numbered=not (options.resume or options.out)) as out:
-        if run.episodes == 1:
-            _run_in(out, run, mode, stop, options)
-            return
-        for number, config in enumerate(episode_configs(run), start=1):
-            directory = out / f"episode-{number}"
-            with claimed(directory, resume=resume):
-                _run_in(directory, config, mode, stop, options, whole=run)
+def _run(config: RunConfig, mode: str, stop: StopRequest, options: _Options) -> None:
+    task = import_task(config.task) if is_place(config.task) else None
+    name = task.name if task else config.task
+    out = options.resume or options.out
+    job = Job(
+        mode=mode,
+        task=task,
+        resume=options.resume is not None,
+        baseline=options.baseline,
+        profile=options.profile,
+        say=print,
+        display=_display,
+        stop=stop,
+    )
+    new = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{mode}-{name}"
+    run_job(config, job, Path(out or new), numbered=out is None)
 
 
-def _run_in(
-    directory: Path,
-    config: RunConfig,
-    mode: str,
-    stop: StopRequest,
-    options: _Options,
-    whole: RunConfig | None = None,
-) -> None:
-    """One run in its directory, and its baseline. `whole` is what the directory of several is to be
-    resumed with."""
-    growing = mode == "heuristic"
-    loggers = logger_makers(config.telemetry)
-    episode = prepare(config, mode, hub=TelemetryHub((), config.telemetry))
-    episode.stop = stop
-    checkpoints = saved(directory / CHECKPOINTS) if options.resume else []
-    if checkpoints:
-        restore(load(checkpoints[-1], directory / METRICS), episode)
-    # up to here whatever cannot work was refused, and nothing was written
-    if whole is not None:
-        create(directory.parent, whole)
-    create(directory, config)
-    if options.profile:
-        print(write_profile(config, config.slots if growing else (), directory))
-    for make in loggers:
-        episode.hub.add(make(directory, episode.epoch if options.resume else None))
-    try:
-        _run_episode(episode, directory)
-        del episode  # its worker processes end here
-        if growing and options.baseline:
-            with claimed(directory / BASELINE, resume=options.resume is not None):
-                _run_in(directory / BASELINE, config, "fit", stop, options)
-    finally:
-        print(f"report: {write_report(directory)}")
-
-
-def _run_episode(episode: Episode, directory: Path) -> None:
-    """One run, from its start or from where it was restored. The network is written however it
-    ends."""
-    cut_back(directory, episode.epoch)
-    display = ProgressSink() if sys.stdout.isatty() else ConsoleSink()
-    episode.hub.add(JsonlSink(directory / METRICS))
-    episode.hub.add(display)
-    if episode.epoch:
-        print(f"going on after epoch {episode.epoch}")
-        display.write(run_started(episode))
-    try:
-        run_episode(episode, Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint))
-    finally:
-        episode.hub.close()
-        save_network(directory, episode.model)
+def _display() -> Sink:
+    """What shows events: a progress bar on a terminal, lines elsewhere."""
+    return ProgressSink() if sys.stdout.isatty() else ConsoleSink()

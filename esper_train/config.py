@@ -31,9 +31,10 @@ class RunConfig(Settings):
     """One run of `esper-train`, whole."""
 
     task: str = "digits"
+    """Name of a task, or MODULE:NAME for one of your own."""
     data: str | None = None
     """Directory of the task's data, where it needs one."""
-    vocab: int = 256
+    vocab: Count = 256
     """Size of a language task's vocabulary: 256 is bytes, more is a trained byte-pair encoding."""
     device: str = "cpu"
     slots: tuple[str, ...] = ("early", "mid", "late")

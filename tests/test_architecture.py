@@ -45,7 +45,7 @@ TRAIN_ARROWS = {
         "train.config",
     },
     "run": {"base", "config", "control", "morph", "tasks", "telemetry", "train"},
-    "audited": {"base", "train.step"},
+    "audited": {"base", "train.loss"},
     "cli": {"base", "config", "control", "run", "tasks", "telemetry", "train.errors"},
 }
 

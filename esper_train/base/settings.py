@@ -25,17 +25,24 @@ CountOrNone = Annotated[
     int | None, Limit("at least 1 or left out", lambda value: value is None or value >= 1)
 ]
 CountOrZero = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
+CountOrZeroOrNone = Annotated[
+    int | None, Limit("at least 0 or left out", lambda value: value is None or value >= 0)
+]
 Positive = Annotated[float, Limit("positive and finite", lambda value: 0 < value < math.inf)]
 PositiveOrNone = Annotated[
-    float | None, Limit("positive or left out", lambda value: value is None or value > 0)
+    float | None,
+    Limit("positive and finite, or left out", lambda value: value is None or 0 < value < math.inf),
+]
+PositiveOrZero = Annotated[
+    float, Limit("at least 0 and finite", lambda value: 0 <= value < math.inf)
 ]
 Share = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
 Decay = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
 
 
 class Settings:
-    """Base of the config classes. Raises `ValueError` for a value outside its field's choices or
-    `Limit`.
+    """Base of the config classes. Raises `TypeError` for a value of another type than its field's,
+    and `ValueError` for one outside its choices or `Limit`, or that is not finite.
 
     `table` is the name of the table that has the fields in a TOML file.
     """
@@ -49,28 +56,36 @@ class Settings:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             if typing.get_origin(hint) is ClassVar:
                 continue
-            value = getattr(self, name)
-            where = f"{self._table}{name}"
-            if typing.get_origin(hint) is Literal:
-                choices = ", ".join(c or "left out" for c in typing.get_args(hint))
-                require(value in typing.get_args(hint), f"{where} must be one of {choices}", value)
-                continue
-            limits: tuple[Limit, ...] = ()
-            if typing.get_origin(hint) is Annotated:
-                limits = hint.__metadata__
-                hint = typing.get_args(hint)[0]
-            if not _fits(value, hint):
-                raise TypeError(f"{where} takes {_named(hint)}, got {value!r}")
-            for limit in limits:
-                require(limit.holds(value), f"{where} must be {limit.words}", value)
-            require(value == value, f"{where} must be a number", value)  # NaN alone differs
+            _check(f"{self._table}{name}", getattr(self, name), hint)
+
+
+def _check(where: str, value: Any, hint: Any) -> None:
+    """Raise an error that names the setting `where` if `value` is none of its values."""
+    if typing.get_origin(hint) is Literal:
+        choices = ", ".join(c or "left out" for c in typing.get_args(hint))
+        require(value in typing.get_args(hint), f"{where} must be one of {choices}", value)
+        return
+    limits: tuple[Limit, ...] = getattr(hint, "__metadata__", ())
+    hint = _plain(hint)
+    if not _fits(value, hint):
+        raise TypeError(f"{where} takes {_named(hint)}, got {value!r}")
+    for limit in limits:
+        require(limit.holds(value), f"{where} must be {limit.words}", value)
+    if isinstance(value, float):
+        require(math.isfinite(value), f"{where} must be a finite number", value)
+    if isinstance(value, int):  # what is made of it holds 64 bits
+        fits = -(2**63) <= value < 2**63
+        require(fits, f"{where} must be at least -2**63 and below 2**63", value)
+    if typing.get_origin(hint) is tuple:
+        for i, part in enumerate(value):
+            _check(f"{where}[{i}]", part, typing.get_args(hint)[0])
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of the annotated type; an int serves as a float, a bool as neither."""
     origin = typing.get_origin(hint)
     if origin is tuple:
-        item = typing.get_args(hint)[0]
+        item = _plain(typing.get_args(hint)[0])
         return isinstance(value, tuple) and all(_fits(part, item) for part in value)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
@@ -83,8 +98,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _plain(hint: Any) -> Any:
+    """The type without its limits."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
 def _named(hint: Any) -> str:
     """The annotated type in words."""
+    hint = _plain(hint)
     origin = typing.get_origin(hint)
     if origin is tuple:
         return f"a tuple of {_named(typing.get_args(hint)[0])}"
@@ -130,7 +151,7 @@ def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
     if typing.get_origin(hint) is Literal:
         return value  # the dataclass checks the choices itself
     accepted = typing.get_args(hint) or (hint,)
-    if float in accepted and type(value) is int:
+    if float in accepted and type(value) is int and -(2**63) <= value < 2**63:
         return float(value)
     if type(value) not in accepted:
         expected = " or ".join(t.__name__ for t in accepted)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
@@ -94,6 +95,21 @@ class RandomState:
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         self._order.set_state(state_dict["order"])
         self._restored = state_dict
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, python's, numpy's and torch's generators on the CPU start from `seed`; outside they
+    are as if nothing had drawn from them. Those of other devices are left alone."""
+    callers = _get(CPU)
+    try:
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if numpy := _numpy():
+            numpy.random.seed(seed % 2**32)
+        yield
+    finally:
+        _set(callers, CPU)
 
 
 class RandomStreams:

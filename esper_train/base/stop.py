@@ -23,6 +23,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._signal: int | None = None
         self._asked = 0.0
+        self.listening = False
 
     def before(self, batch: Any) -> Any:
         """The batch itself, or `Stopped`: here one batch is finished and the next not begun."""
@@ -33,10 +34,12 @@ class StopRequest:
     def __enter__(self) -> Self:
         # under nohup, the loss of the terminal is to be ignored
         ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+        self.listening = True
         self._handlers = {n: signal.signal(n, self._ask) for n in SIGNALS if n not in ignored}
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.listening = False
         for each, handler in self._handlers.items():
             signal.signal(each, handler)
 

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from esper_train.base.stop import SIGNALS
@@ -21,27 +22,24 @@ GRACE = 1.0
 """Seconds that a dying process may take to be seen as dead once its connections are closed."""
 
 
-class WorkerLoader:
-    """A `DataLoader` whose workers outlive the signals that its own process answers.
+def answered_signals() -> list[signal.Signals]:
+    """The signals that this process answers with code of its own."""
+    return [each for each in SIGNALS if callable(signal.getsignal(each))]
+
+
+class GuardedLoader:
+    """The batches of a loader whose workers outlive the signals that its own process answers.
 
     Slurm, systemd, `timeout` and terminals send a signal to every process of a run. The run
     finishes its batch and saves its state, and needs its workers for that; they go when it goes. A
     worker that died is a `ChildProcessError`, raised where a batch is waited for and nowhere else.
     """
 
-    def __init__(
-        self, data: Dataset[Any], order: Iterable[Any], workers: int, **options: Any
-    ) -> None:
-        self._answered = [each for each in SIGNALS if callable(signal.getsignal(each))]
-        self._loader = DataLoader(
-            data,
-            batch_size=None,
-            sampler=order,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=partial(_ignore, self._answered),
-            **options,
-        )
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._answered = answered_signals()
+        self._loader = loader
+        self._workers: int = getattr(loader, "num_workers", 0)
+        self._lasting: bool = getattr(loader, "persistent_workers", False)
         self._processes: list[BaseProcess] = []
 
     def __iter__(self) -> Iterator[Any]:
@@ -55,9 +53,9 @@ class WorkerLoader:
             yield batch
 
     def _begin(self) -> Iterator[Any]:
-        """An iterator over an epoch. The first call starts the workers, shielded until they ignore
-        signals."""
-        if self._processes or self._loader.num_workers == 0:
+        """An iterator over an epoch. Workers are started with the signals held back, which a
+        process inherits."""
+        if self._workers == 0 or (self._lasting and self._processes):
             return iter(self._loader)
         others = active_children()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._answered)
@@ -83,6 +81,32 @@ class WorkerLoader:
         """Whether a worker is dead, or is found dead in a moment: its connections close before it
         is gone."""
         return bool(connection.wait([each.sentinel for each in self._processes], timeout=GRACE))
+
+
+class WorkerLoader(GuardedLoader):
+    """What `order` yields, looked up in `data`: in this process, or by workers that last over the
+    epochs."""
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        order: Iterable[Any],
+        workers: int,
+        *,
+        pin_memory: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        loader = DataLoader(
+            data,
+            batch_size=None,
+            sampler=order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=partial(_ignore, answered_signals()),
+            pin_memory=pin_memory,
+            generator=generator,
+        )
+        super().__init__(loader)
 
 
 class _Watch:

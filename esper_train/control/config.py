@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from esper_train.base.settings import Count, Decay, Settings, require
+from esper_train.base.settings import Count, CountOrZero, Decay, PositiveOrZero, Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,11 +11,11 @@ class HeuristicConfig(Settings, table="policy."):
 
     plateau_threshold: float = 0.5
     """Percentage points by which validation accuracy must beat its last best to end a plateau."""
-    plateau_epochs: int = 3
+    plateau_epochs: CountOrZero = 3
     """Length of a plateau after which a seed is germinated."""
     max_live_seeds: Count = 1
     """Seeds whose fate is open at most at a time."""
-    min_epochs: int = 5
+    min_epochs: CountOrZero = 5
     """No germination before this epoch."""
     life_margin: int = 7
     """No germination when fewer epochs than a whole seed life plus this many are left."""
@@ -23,11 +23,11 @@ class HeuristicConfig(Settings, table="policy."):
     """Rotation of blueprints, first choice first; empty takes the registry's order for the host's
     topology."""
     blend: str = "sigmoid"
-    cull_penalty: float = 2.0
+    cull_penalty: PositiveOrZero = 2.0
     """Added to a blueprint's penalty when a seed made from it is culled."""
     penalty_decay: Decay = 0.9
     """Factor a penalty keeps each epoch; slow enough that a penalty outlives the slot's embargo."""
-    penalty_limit: float = 1.0
+    penalty_limit: PositiveOrZero = 1.0
     """A blueprint with at least this penalty is passed over while another is below it."""
 
     def __post_init__(self) -> None:
@@ -47,10 +47,10 @@ class GovernorConfig(Settings, table="governor."):
     """Good epochs that a loss is compared with, at most."""
     min_history: Count = 5
     """Good epochs needed for a comparison."""
-    sensitivity: float = 6.0
+    sensitivity: PositiveOrZero = 6.0
     """Divergence: worse than guessing, above the mean of the window by so many standard deviations,
     ..."""
-    multiplier: float = 3.0
+    multiplier: PositiveOrZero = 3.0
     """... and above so many times that mean."""
     patience: Count = 3
     """Suspicious epochs in a row that make a finding, or harmful ones that end a seed's trial
@@ -61,7 +61,7 @@ class GovernorConfig(Settings, table="governor."):
     """Where it is kept."""
     max_rollbacks: Count = 3
     """The finding after so many rollbacks ends the run."""
-    rollback_penalty: float = 10.0
+    rollback_penalty: PositiveOrZero = 10.0
     """Taken from the reward of an epoch that is rolled back."""
 
     def __post_init__(self) -> None:

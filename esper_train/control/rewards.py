@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from esper_train.base.settings import Settings
 from esper_train.control.policy import Op
 from esper_train.control.signals import Signals
 from esper_train.morph.lifecycle import SeedStage, SlotState
@@ -56,7 +57,7 @@ class SeedInfo(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContributionReward:
+class ContributionReward(Settings):
     """Weights and limits of the contribution reward."""
 
     proxy: float = 0.3  # of a rise in accuracy, while no contribution is measured

@@ -4,7 +4,7 @@ A module made from a blueprint starts as the identity, so that adding a seed cha
 able to learn: some parameter has a non-zero gradient. Both are checked when it is registered.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -15,11 +15,21 @@ from torch import Tensor, nn
 from esper_train.base.device import plain_defaults
 from esper_train.base.names import require_known
 
-Topology = Literal["cnn", "transformer"]
+Topology = Literal["cnn", "transformer", "features"]
 PROBE_CHANNELS = 8
 LORA_RANK = 8
-# Shapes of the random features that a new blueprint is checked with: [N, C, H, W] and [N, T, C].
-PROBE_SHAPES = {"cnn": (2, PROBE_CHANNELS, 4, 4), "transformer": (2, 5, PROBE_CHANNELS)}
+FEATURES: Mapping[str, tuple[str, int]] = {
+    "cnn": ("[N, C, H, W]", 1),
+    "transformer": ("[N, T, C]", 2),
+    "features": ("[N, C]", 1),
+}
+"""Topology to the shape of its features, and the dimension of their channels."""
+PROBE_SHAPES: Mapping[str, tuple[int, ...]] = {
+    "cnn": (2, PROBE_CHANNELS, 4, 4),
+    "transformer": (2, 5, PROBE_CHANNELS),
+    "features": (2, PROBE_CHANNELS),
+}
+"""Topology to the shape of the random features that a new blueprint is checked with."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,14 @@ class BlueprintRegistry:
             raise ValueError(
                 f"blueprint {blueprint.name!r} is already registered for {blueprint.topology}"
             )
-        _check_birth(blueprint)
+        try:
+            _check_birth(blueprint)
+        except (RuntimeError, TypeError, IndexError, AttributeError, AssertionError) as error:
+            shape = list(PROBE_SHAPES[blueprint.topology])
+            raise ValueError(
+                f"blueprint {blueprint.name!r} fails on features of shape {shape}, that is "
+                f"{FEATURES[blueprint.topology][0]}: {type(error).__name__}: {error}"
+            ) from error
         self._blueprints[key] = blueprint
 
     def names(self, topology: str) -> tuple[str, ...]:
@@ -169,6 +186,24 @@ def lora(channels: int) -> nn.Module:
     )
 
 
+def bottleneck(channels: int) -> nn.Module:
+    """Pre-norm linear branch through a quarter of the width, for features [N, C]."""
+    narrow = max(1, channels // 4)
+    return Residual(
+        nn.LayerNorm(channels), nn.Linear(channels, narrow), nn.ReLU(), nn.Linear(narrow, channels)
+    )
+
+
+def gated(channels: int) -> nn.Module:
+    """Pre-norm branch with a gated linear unit (Dauphin et al., 2017), for features [N, C]."""
+    return Residual(
+        nn.LayerNorm(channels),
+        nn.Linear(channels, 2 * channels),
+        nn.GLU(),
+        nn.Linear(channels, channels),
+    )
+
+
 def default_registry() -> BlueprintRegistry:
     """The blueprints of the package, in the order in which controllers try them."""
     return BlueprintRegistry(
@@ -184,6 +219,9 @@ def default_registry() -> BlueprintRegistry:
             Blueprint("attention", "transformer", attention),
             Blueprint("lora", "transformer", lora),
             Blueprint("norm", "transformer", lambda channels: GatedNorm(nn.LayerNorm(channels))),
+            Blueprint("bottleneck", "features", bottleneck),
+            Blueprint("gated", "features", gated),
+            Blueprint("norm", "features", lambda channels: GatedNorm(nn.LayerNorm(channels))),
         ]
     )
 

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from esper_train.base.settings import Count, CountOrNone, CountOrZero, Settings, Share, require
+from esper_train.base.settings import (
+    Count,
+    CountOrNone,
+    CountOrZero,
+    CountOrZeroOrNone,
+    PositiveOrZero,
+    Settings,
+    Share,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,7 @@ class GrowthConfig(Settings, table="growth."):
     """A seed that has not reached BLENDING after this many epochs is culled."""
     blending_epochs: Count = 5
     """Epochs over which alpha rises from 0 to 1, where it never has to wait."""
-    blending_cost: float = 1.0
+    blending_cost: PositiveOrZero = 1.0
     """Alpha waits while accuracy is this far below its mean of the window before blending."""
     blending_timeout: Count = 20
     """A seed that is still in BLENDING after this many epochs is culled."""
@@ -44,12 +53,12 @@ class GrowthConfig(Settings, table="growth."):
     """G3: share of the seed in the slot's output."""
     fossilize_contribution: float = 0.5
     """G5: mean of validation accuracy with the seed minus accuracy without it."""
-    fossilize_errors: float = 1.0
+    fossilize_errors: PositiveOrZero = 1.0
     """G5: the mean accuracy of the window may be below that of the window before blending by so
     many standard errors of the paired difference."""
     probation_timeout: Count = 8
     """Epochs after which a seed on probation is culled."""
-    harm: float = 3.0
+    harm: PositiveOrZero = 3.0
     """A seed with alpha above 0 is culled where accuracy stays this far below its mean before
     blending for `governor.patience` epochs in a row."""
     embargo_epochs: CountOrZero = 5
@@ -59,7 +68,7 @@ class GrowthConfig(Settings, table="growth."):
     doubles the wait, ..."""
     undo_wait_ceiling: CountOrZero = 80
     """... up to this; a seed that is kept brings it back to `undo_wait`."""
-    max_seeds: int | None = None
+    max_seeds: CountOrZeroOrNone = None
     """Seeds seated at most at a time, fossilized ones included; None allows one in each slot."""
     fossil_check_epochs: Count = 5
     """A fossilized seed's contribution is measured again every so many epochs."""

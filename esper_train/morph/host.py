@@ -3,10 +3,13 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from esper_train.morph.blueprints import Topology
+from esper_train.base.names import require_known
+from esper_train.morph.blueprints import FEATURES, PROBE_SHAPES, Topology
 
 SLOT_NAMES = ("early", "mid", "late")
 
@@ -15,8 +18,8 @@ class Host(nn.Module):
     """A network in segments, with room for a seed after each of them.
 
     Args:
-        topology: "cnn" for features [N, C, H, W], "transformer" for [N, T, C]; selects the
-        blueprints.
+        topology: "cnn" for features [N, C, H, W], "transformer" for [N, T, C], "features" for
+        [N, C]; selects the blueprints.
         segments: by slot name, the module whose output the slot gets, in order of execution.
         head: maps the features of the last segment to logits.
         slot_channels: by slot name, the number of channels C of the features there.
@@ -44,6 +47,51 @@ class Host(nn.Module):
         for segment in self.segments.values():
             x = segment(x)
         return self.head(x)
+
+
+def check_host(host: Host, inputs: Any) -> Any:
+    """Send a batch through every segment, in evaluation mode, and return the logits.
+
+    Raises `ValueError` where the features are not those that the host's topology and
+    `slot_channels` promise, or where a segment fails.
+    """
+    require_known("topology", host.topology, FEATURES)
+    shape, dim = FEATURES[host.topology]
+    modes = [(module, module.training) for module in host.modules()]
+    host.eval()
+    x = inputs
+    try:
+        with torch.no_grad():
+            for name, segment in host.segments.items():
+                x = _through(segment, x, f"segment {name!r}")
+                if not isinstance(x, Tensor) or x.dim() != len(PROBE_SHAPES[host.topology]):
+                    raise ValueError(
+                        f"topology {host.topology!r} has features {shape}, but segment {name!r} "
+                        f"gives {_described(x)}; choose another topology, or cut the host elsewhere"
+                    )
+                if x.shape[dim] != host.slot_channels[name]:
+                    raise ValueError(
+                        f"slot_channels says {host.slot_channels[name]} channels for segment "
+                        f"{name!r}, but it gives {x.shape[dim]}: features {list(x.shape)}, that is "
+                        f"{shape}; correct slot_channels"
+                    )
+            return _through(host.head, x, "the head")
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _through(module: nn.Module, x: Any, name: str) -> Any:
+    try:
+        return module(x)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{name} of the host fails on {_described(x)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _described(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def cut(blocks: Sequence[nn.Module]) -> dict[str, nn.Sequential]:

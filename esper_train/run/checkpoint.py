@@ -29,6 +29,8 @@ from esper_train.run.episode import Episode
 
 FORMAT = 2
 """Version of the layout of a checkpoint."""
+ADDED = ("sources",)
+"""Parts that older checkpoints do not have, because they had no state then."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
 """Config keys that may change where a run is resumed."""
 
@@ -46,6 +48,7 @@ def parts(episode: Episode) -> dict[str, Stateful]:
         "policy": episode.policy,
         "telemetry": episode.hub,
         "random": episode.random,
+        "sources": episode.sources,
         "streams": episode.model.streams,
         "trial": episode.trial,
         "kept": episode.kept,
@@ -160,6 +163,8 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
                 "new run"
             )
     for name, part in parts(episode).items():
+        if name in ADDED and name not in state["parts"]:
+            continue
         try:
             part.load_state_dict(state["parts"][name])
         except (RuntimeError, KeyError) as error:

@@ -23,7 +23,7 @@ from esper_train.base.settings import from_dict
 from esper_train.config import RunConfig
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
-from esper_train.tasks import Task, get_task
+from esper_train.tasks import Task, is_place, registry_of, task_of_run
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -216,21 +216,23 @@ def load_run(
 ) -> nn.Module:
     """The trained network of a run directory, on the CPU and in eval mode.
 
-    `task` and `registry` are needed where the run used ones of your own. Raises `FileNotFoundError`
-    where there is no network, `ValueError` where it was damaged, is of another format or does not
-    fit the run's config.
+    `task` and `registry` are needed where the run used ones of your own; nothing here imports the
+    module of a task. Raises `FileNotFoundError` where there is no network, `ValueError` where it
+    was damaged, is of another format or does not fit the run's config, and for a task of another
+    name.
     """
     path = Path(path)
     config = load_config(path)
+    own = task_of_run(config.task, config.task_config(), task)
     _require_file(path, NETWORK)
     data = _read_whole(path / NETWORK)
     saved: Mapping[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
     with plain_defaults():
-        host = (task or get_task(config.task, config.task_config())).build_host(config.host)
+        host = own.build_host(config.host)
     slots = [values["slot"] for values in saved["slots"]]
-    model = MorphModel(host, slots, growth=config.growth, registry=registry)
+    model = MorphModel(host, slots, growth=config.growth, registry=registry_of(own, registry))
     model.rebuild(saved["slots"])
     try:
         model.load_state_dict(saved["weights"])
@@ -253,7 +255,13 @@ def load_config(path: Path) -> RunConfig:
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path / CONFIG} holds no settings; bring it back, or start a new run")
-    return from_dict(RunConfig, values)
+    config = from_dict(RunConfig, values)
+    if is_place(config.task):  # nothing in a run directory has a module imported
+        raise ValueError(
+            f"{path / CONFIG} names the task {config.task!r}, which is no name of a task; bring it "
+            "back, or start a new run"
+        )
+    return config
 
 
 def _read_whole(path: Path) -> bytes:

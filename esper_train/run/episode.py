@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from esper_train.base.device import resolve_device
 from esper_train.base.state import PlainState, RandomState, copied, no_random_numbers
@@ -24,13 +24,27 @@ from esper_train.run.trial import Trial
 from esper_train.tasks import Task
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.amp import LossScaler
-from esper_train.train.data import Loader
 from esper_train.train.learner import Learner
 from esper_train.train.optimizers import OptimizerRegistry, make_optimizer, make_schedule
+from esper_train.train.sources import Source
 from esper_train.train.step import TrainStep
 
 UNDONE = ("model", "optimizers", "tracker")
 """Parts of an episode that a rollback brings back."""
+
+
+class SourceStates:
+    """The states of the sources of a run's splits, as one."""
+
+    def __init__(self, **sources: Source) -> None:
+        self._sources = sources
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: source.state_dict() for name, source in self._sources.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        for name, state in state_dict.items():
+            self._sources[name].load_state_dict(state)
 
 
 @dataclass(kw_only=True)
@@ -55,10 +69,10 @@ class Episode(PlainState):
     governor: Governor
     step: TrainStep
     device: torch.device
-    train: Loader
-    validation: Loader
-    test: Loader
-    example: Tensor  # inputs of a batch, on the device
+    train: Source
+    validation: Source
+    test: Source
+    example: Any  # inputs of a batch, on the device
     steps: int  # of an epoch
     data_record: Mapping[str, Any]
     random: RandomState
@@ -78,6 +92,9 @@ class Episode(PlainState):
     contributions: list[float] = field(default_factory=list)  # of each fossil when it was kept
     scalers: dict[str, LossScaler] = field(default_factory=dict)  # of seeds that learn in float16
     good: Mapping[str, Any] | None = None  # a snapshot to return to, in no checkpoint
+
+    def __post_init__(self) -> None:
+        self.sources = SourceStates(train=self.train, validation=self.validation, test=self.test)
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come, and what grew; weights, momentum and the rest have their own
@@ -155,6 +172,19 @@ class Episode(PlainState):
         for group in state["groups"]:  # in their order, which is that of the gradient statistics
             self.attach_optimizer(group)
 
+    def _make_optimizer(
+        self, parameters: list[nn.Parameter], lr: float, group: str
+    ) -> torch.optim.Optimizer:
+        if self.task.make_optimizer is None:
+            return make_optimizer(parameters, lr, self.config.optim)
+        optimizer = self.task.make_optimizer(parameters, lr, group)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"task {self.task.name!r}: expected make_optimizer to return a torch Optimizer for "
+                f"group {group!r}, got {type(optimizer).__name__}"
+            )
+        return optimizer
+
     def attach_optimizer(self, group: str, epoch: int = 0) -> None:
         """Give the host, the seed of a slot (group "SLOT") or its gate ("SLOT.gate") an optimizer
         of its own, with a schedule over what is left of the run after `epoch`."""
@@ -166,7 +196,8 @@ class Episode(PlainState):
         if not parameters:
             self.optimizers.attach(group, None)
             return
-        optimizer = make_optimizer(parameters, optim.host_lr if host else optim.seed_lr, optim)
+        lr = optim.host_lr if host else optim.seed_lr
+        optimizer = self._make_optimizer(parameters, lr, group)
         left = max(1, self.config.max_epochs - epoch) * (
             self.steps if optim.schedule.each == "step" else 1
         )

@@ -3,37 +3,32 @@
 `run` goes through both for every epoch; whoever steps a run by hand does the same.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
 from esper_kernels import compute_all, grad_stats
 from esper_train.base.device import resolve_device
 from esper_train.control.governor import Finding, weights_are_finite
 from esper_train.control.policy import Decision, Op
-from esper_train.control.rewards import REWARDS
-from esper_train.control.signals import Observation, Signals
-from esper_train.morph.gates import gradient_ratio
+from esper_train.control.signals import Signals
 from esper_train.morph.lifecycle import (
-    LIVE,
     TRIAL,
-    Measurement,
-    RefusedError,
     SeedStage,
     SlotState,
     StageChange,
 )
-from esper_train.morph.model import MorphModel
 from esper_train.run.cost import seed_cost
 from esper_train.run.episode import Episode
+from esper_train.run.execute import execute, follow_optimizers, reward_parts
+from esper_train.run.measure import (
+    joint_contribution,
+    observation,
+    observe_slots,
+    slot_states,
+    train_and_evaluate,
+)
 from esper_train.run.records import epoch_event, refused_event, stage_event, trouble_events
 from esper_train.telemetry.event import Event, EventType
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
-from esper_train.train.loop import EpochResult, EvalResult, evaluate, train_one_epoch
-
-JOINT = "+"
-"""The variant without any of the seeds measured in an epoch; no slot has this name."""
 
 
 class Epoch:
@@ -55,7 +50,7 @@ class Epoch:
         episode = self._episode
         number = self._number
         episode.trial.tick()
-        self._train, self._validation = _train_and_evaluate(episode, number)
+        self._train, self._validation = train_and_evaluate(episode, number)
         train = self._train
         validation = self._validation
         episode.accuracy = validation.accuracy
@@ -71,15 +66,15 @@ class Epoch:
             self._leave_undecided(self._finding)
             self._answer(self._finding)
             return None
-        self._measured = _observe_slots(episode, train, validation)
-        signals = episode.tracker.update(_observation(episode, number, train, validation))
+        self._measured = observe_slots(episode, train, validation)
+        signals = episode.tracker.update(observation(episode, number, train, validation))
         patience = episode.config.governor.patience
         for slot in episode.model.slots:
             may_blend = episode.trial.slot is None
             for change in slot.step_epoch(patience, may_blend=may_blend):
                 self._follow(change)
         self._signals = replace(
-            signals, slots=_states(episode.model), germination_wait=episode.trial.wait
+            signals, slots=slot_states(episode.model), germination_wait=episode.trial.wait
         )
         return self._signals
 
@@ -91,8 +86,8 @@ class Epoch:
         """
         episode = self._episode
         number = self._number
-        parts = _reward(episode, self._signals, decision)
-        made, refused = _execute(episode, decision)
+        parts = reward_parts(episode, self._signals, decision)
+        made, refused = execute(episode, decision)
         for change in made:
             self._follow(change)
         if refused is not None:
@@ -108,7 +103,7 @@ class Epoch:
             max_epochs=episode.config.max_epochs,
             reward_parts=parts,
             refused=refused,
-            joint=_joint(self._validation),
+            joint=joint_contribution(self._validation),
         )
         self._report(line, self._finding)
         reward: float = line.data["reward"]
@@ -129,7 +124,7 @@ class Epoch:
         decision = Decision(op=Op.WAIT, reason="the epoch is undone")
         line = epoch_event(
             number,
-            _states(episode.model),
+            slot_states(episode.model),
             self._train,
             self._validation,
             decision,
@@ -242,11 +237,11 @@ class Epoch:
             )
             raise kind(f"in epoch {number} {finding.message}{after}; {advice}")
         governor.rolled_back()
-        gone = _states(episode.model)
+        gone = slot_states(episode.model)
         to_epoch = episode.good["epoch"]
         episode.go_back(episode.good)
         del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
-        states = _states(episode.model)
+        states = slot_states(episode.model)
         pairs = zip(gone, states, strict=True)
         moved = [(a, b) for a, b in pairs if (a.stage, a.seed_id) != (b.stage, b.seed_id)]
         undone = "".join(f", {a.slot} from {a.stage.name} to {b.stage.name}" for a, b in moved)
@@ -269,158 +264,3 @@ def keep_good(episode: Episode, epoch: int) -> None:
         device = episode.config.governor.snapshot_device
         episode.hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": device}))
         episode.good = {"epoch": epoch, **episode.snapshot()}
-
-
-def _train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
-    """The epoch's batches, then validation: as the network is, without each seed that has a part in
-    it, and with each seed that learns beside it."""
-    config = episode.config
-    model = episode.model
-    train = train_one_epoch(
-        model,
-        map(episode.stop.before, episode.train),
-        episode.optimizers,
-        config.train,
-        task_type=episode.task.task_type,
-        max_batches=config.max_batches,
-        step=episode.step,
-        learners=episode.learners(),
-        governed=True,
-    )
-    check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
-    ablated = [
-        state.slot
-        for state in _states(model)
-        if state.alpha > 0 and (state.stage is not SeedStage.FOSSILIZED or check_fossils)
-    ]
-    variants = {slot: {slot: 0.0} for slot in ablated}
-    if len(ablated) > 1:
-        variants[JOINT] = dict.fromkeys(ablated, 0.0)
-    scopes: dict[str, Callable[[], AbstractContextManager[None]]] = {}
-    for name in model.learning:
-        variants[name] = {name: 1.0}
-        scopes[name] = model.incubation(name).entered
-    validation = evaluate(
-        model,
-        map(episode.stop.before, episode.validation),
-        config.train,
-        task_type=episode.task.task_type,
-        variants=variants,
-        scopes=scopes,
-        step=episode.step,
-    )
-    return train, validation
-
-
-def _observe_slots(
-    episode: Episode, train: EpochResult, validation: EvalResult
-) -> tuple[SlotState, ...]:
-    """Tell every slot what was measured; the states before the slots move."""
-    for slot in episode.model.slots:
-        name = slot.state.slot
-        stage = slot.state.stage
-        learner = train.learners.get(name)
-        groups = {} if train.grad is None else train.grad.groups
-        seed = learner.grad if learner is not None else groups.get(name)
-        other = validation.variants.get(name)
-        learns = slot.statistics is not None
-        measured = Measurement(
-            accuracy=validation.accuracy,
-            contribution=None if learns else validation.contribution(name),
-            gradient_ratio=gradient_ratio(train.grad, seed),
-            tolerance=episode.trial.tolerance(validation.right, validation.valid)
-            if stage in TRIAL
-            else None,
-        )
-        if learns and other is not None:
-            measured = replace(
-                measured,
-                potential=other.accuracy - validation.accuracy,
-                potential_loss=other.loss - validation.loss,
-            )
-        slot.observe(measured)
-    return _states(episode.model)
-
-
-def _observation(
-    episode: Episode, number: int, train: EpochResult, validation: EvalResult
-) -> Observation:
-    return Observation(
-        epoch=number,
-        max_epochs=episode.config.max_epochs,
-        train_loss=train.loss,
-        train_accuracy=train.accuracy,
-        val_loss=validation.loss,
-        val_accuracy=validation.accuracy,
-        guess_loss=episode.governor.guess,
-        slots=_states(episode.model),
-    )
-
-
-def _joint(validation: EvalResult) -> dict[str, Any] | None:
-    """What the seeds measured in this epoch contribute together, where there were several."""
-    if JOINT not in validation.variants:
-        return None
-    slots = [name for name in validation.variants if name != JOINT]
-    return {"slots": slots, "contribution": validation.contribution(JOINT)}
-
-
-def _reward(episode: Episode, signals: Signals, decision: Decision) -> dict[str, float]:
-    """What a decision earns by parts, before it is executed: on the slot it names, or that of the
-    first live seed."""
-    named = [
-        s
-        for s in signals.slots
-        if s.slot == decision.slot or (decision.slot is None and s.stage in LIVE)
-    ]
-    state = named[0] if named else SlotState(slot="none")
-    host_parameters = sum(p.numel() for p in episode.model.get_host_parameters())
-    return REWARDS[episode.config.reward](decision.op, state, signals, host_parameters)
-
-
-def _execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], str | None]:
-    """Do what the controller asked; what slots and gates refuse comes back as the reason in
-    words."""
-    model = episode.model
-    slot = decision.slot or ""
-    try:
-        if decision.op is Op.GERMINATE:
-            blueprint = decision.blueprint or ""
-            seed_id = f"seed_{episode.seeds_germinated}"
-            model.registry.require(model.host.topology, blueprint)
-            if episode.trial.wait > 0:
-                raise RefusedError(
-                    f"no seed germinates for {episode.trial.wait} epochs, after an undoing"
-                )
-            made = model.germinate_seed(
-                blueprint, seed_id, slot=slot, blend=decision.blend or "sigmoid"
-            )
-            episode.seeds_germinated += 1
-            return made, None
-        if decision.op is Op.CULL:
-            return model.cull_seed(slot=slot, reason=decision.reason), None
-        if decision.op is Op.FOSSILIZE:
-            return model.fossilize_seed(slot=slot), None
-    except RefusedError as refusal:
-        return [], str(refusal)
-    return [], None
-
-
-def follow_optimizers(episode: Episode, change: StageChange, epoch: int) -> None:
-    """Keep the optimizers in step with the seeds."""
-    slot = change.before.slot
-    optimizers = episode.optimizers
-    gate = f"{slot}.gate"
-    frozen = episode.config.growth.on_fossilize == "freeze"
-    if change.stage is SeedStage.TRAINING:
-        episode.attach_optimizer(slot, epoch)
-        if episode.model.slot(slot).gate is not None:
-            episode.attach_optimizer(gate, epoch)
-    if change.stage is SeedStage.CULLED or (change.stage is SeedStage.FOSSILIZED and frozen):
-        optimizers.detach(slot)
-    if gate in optimizers and change.stage in (SeedStage.PROBATIONARY, SeedStage.CULLED):
-        optimizers.detach(gate)
-
-
-def _states(model: MorphModel) -> tuple[SlotState, ...]:
-    return tuple(slot.state for slot in model.slots)

@@ -3,7 +3,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch.profiler import profile, record_function
 
@@ -11,6 +10,7 @@ from esper_train.base.state import RandomState
 from esper_train.config import RunConfig
 from esper_train.run.build import build_episode
 from esper_train.run.directory import write_file
+from esper_train.tasks import Task
 from esper_train.train.loop import evaluate, train_one_epoch
 
 PARTS = ("data", "forward", "loss", "backward", "statistics", "optimizer", "evaluation")
@@ -19,7 +19,9 @@ TABLE = "profile.md"
 TRACE = "profile.json"
 
 
-def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) -> str:
+def write_profile(
+    config: RunConfig, slots: tuple[str, ...], directory: Path, *, task: Task | None = None
+) -> str:
     """Profile a few batches of a run like this, of which the run itself sees nothing, and return
     the table.
 
@@ -27,16 +29,26 @@ def write_profile(config: RunConfig, slots: tuple[str, ...], directory: Path) ->
     Steps are not captured as CUDA graphs, which would have no parts.
     """
     config = replace(config, train=replace(config.train, capture=False))
-    episode = build_episode(config, slots=slots)
-    shared: dict[str, Any] = {
-        "task_type": episode.task.task_type,
-        "max_batches": BATCHES,
-        "step": episode.step,
-    }
+    episode = build_episode(config, task=task, slots=slots)
 
     def epoch() -> None:
-        train_one_epoch(episode.model, episode.train, episode.optimizers, config.train, **shared)
-        evaluate(episode.model, episode.validation, config.train, **shared)
+        train_one_epoch(
+            episode.model,
+            episode.train,
+            episode.optimizers,
+            config.train,
+            task_type=episode.task.task_type,
+            max_batches=BATCHES,
+            step=episode.step,
+        )
+        evaluate(
+            episode.model,
+            episode.validation,
+            config.train,
+            task_type=episode.task.task_type,
+            max_batches=BATCHES,
+            step=episode.step,
+        )
 
     with RandomState(config.seed, episode.device).active():
         epoch()  # what is made or compiled once

@@ -10,7 +10,7 @@ from esper_train.control.governor import Finding
 from esper_train.control.policy import Decision
 from esper_train.morph.lifecycle import SlotState, StageChange
 from esper_train.telemetry.event import Event, EventType
-from esper_train.train.loop import EpochResult, EvalResult, LearnerResult, Measures
+from esper_train.train.results import EpochResult, EvalResult, LearnerResult, Measures
 
 
 def epoch_event(

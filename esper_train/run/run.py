@@ -1,9 +1,8 @@
 """A run from first to last epoch: builds what it owns, then trains, measures, decides and grows,
 epoch by epoch.
 
-`cli` calls `prepare` and `run_episode`; `run_heuristic_episode`, `train_heuristic` and `run_fit` do
-both for those who import the package. Plain training is the same run with no slots and a controller
-that never acts.
+`job` calls `prepare` and `run_episode` for a run with a directory, `start` for one without. Plain
+training is the same run with no slots and a controller that never acts.
 """
 
 import time
@@ -24,7 +23,8 @@ from esper_train.tasks import Task
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
-from esper_train.train.loop import EvalResult, Measures, evaluate
+from esper_train.train.loop import evaluate
+from esper_train.train.results import EvalResult, Measures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,39 +56,6 @@ class EpisodeResult:
     def as_audited(self) -> tuple[float, dict[str, int], list[float]]:
         """What the audited `run_heuristic_episode` returned: accuracy, action counts, rewards."""
         return self.accuracy, self.action_counts, list(self.rewards)
-
-
-def run_heuristic_episode(
-    config: RunConfig,
-    *,
-    task: Task | None = None,
-    policy: Policy | None = None,
-    hub: TelemetryHub | None = None,
-    registry: BlueprintRegistry | None = None,
-) -> EpisodeResult:
-    """Grow a network under a controller, the heuristic one unless another is given.
-
-    Raises:
-        ValueError: no slots, unknown or repeated ones, or bad data.
-        BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
-    """
-    return run_episode(
-        prepare(config, "heuristic", task=task, policy=policy, hub=hub, registry=registry)
-    )
-
-
-def train_heuristic(
-    config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | None = None
-) -> list[EpisodeResult]:
-    """`config.episodes` runs one after the other, with the seeds seed, seed + 1000, ..."""
-    return [run_heuristic_episode(c, task=task, hub=hub) for c in episode_configs(config)]
-
-
-def run_fit(
-    config: RunConfig, *, task: Task | None = None, hub: TelemetryHub | None = None
-) -> EpisodeResult:
-    """Train the same host without slots, by the same loop."""
-    return run_episode(prepare(config, "fit", task=task, hub=hub))
 
 
 def episode_configs(config: RunConfig) -> list[RunConfig]:
@@ -181,10 +148,14 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
         if checkpoints is not None:
             checkpoints.write()
     assert ending.test is not None
+    return _result(episode, ending.test, ending.seconds)
+
+
+def _result(episode: Episode, test: EvalResult, seconds: float) -> EpisodeResult:
     return EpisodeResult(
         accuracy=episode.accuracy,
         kept_epoch=kept_epoch(episode),
-        test=ending.test,
+        test=test,
         parameters=sum(p.numel() for p in episode.model.parameters()),
         fossils=episode.model.fossils,
         contributions=tuple(episode.contributions),
@@ -193,7 +164,7 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
         refused=tuple(episode.refused),
         undone=episode.trial.undone,
         undone_epochs=episode.trial.epochs,
-        seconds=ending.seconds,
+        seconds=seconds,
         model=episode.model,
     )
 

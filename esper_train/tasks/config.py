@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from esper_train.base.settings import Settings
+from esper_train.base.settings import Count, Settings
 
 Plain = str | int | float | list[str] | Mapping[str, "Plain"]
 
@@ -15,7 +15,7 @@ class TaskConfig(Settings):
 
     data: str | None = None
     """Directory with the data of the task, for tasks that need one."""
-    vocab: int = 256
+    vocab: Count = 256
     """Vocabulary size of a language task: 256 means bytes, more a trained byte-pair encoding."""
 
 

@@ -1,31 +1,45 @@
 """A task: its data, its type, and the host network that learns it.
 
-Write one for your own data and pass it to `run_heuristic_episode` or `run_fit`.
+Write one for your own data and pass it to `run_heuristic_episode` or `run_fit`, or name it on the
+command line with `--task MODULE:NAME`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, IterableDataset
+
+from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, default_registry
 from esper_train.morph.config import HostConfig
 from esper_train.morph.host import Host
-from esper_train.train.data import Split
+from esper_train.train.data import Data, is_pair_of_tensors
 
 IGNORED = -100
 """A target that is left out of loss and counts."""
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The data of a task: inputs [N, ...] and targets [N] or [N, T] of each split."""
+    """The data of a task. Each split is one of
 
-    train: Split
-    validation: Split
+    - a pair of tensors in memory: inputs [N, ...] and targets [N] or [N, T];
+    - a torch `Dataset` of samples (input, target), which the run batches and shuffles;
+    - a loader that gives its batches anew in each epoch, such as a `DataLoader`; it is used as it
+      is, so its own batch size, order and workers count.
+    """
+
+    train: Data
+    validation: Data
     """What gates and controllers decide by."""
-    test: Split
+    test: Data
     """Only for reports: no decision sees it."""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """Plain values that identify the data, such as a digest; the run reports them."""
+    """Plain values that identify the data, such as a digest; the run reports them, and a resumed
+    run must have the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,38 +47,107 @@ class Task:
     """What to learn, and with which host network."""
 
     name: str
+    """What `config.json` and reports call it; without a colon or slash."""
     task_type: str
-    """"classification" or "lm"."""
-    num_classes: int
-    """Number of classes, or size of the vocabulary."""
+    """The shape of logits and targets; see `build_train_step`."""
+    num_classes: int | None
+    """Number of classes, or size of the vocabulary; None where there are none."""
     load: Callable[[], Splits]
     """Returns the data, or raises if they are missing or damaged; it never substitutes other
     data."""
     build_host: Callable[[HostConfig], Host]
     """Makes a new host, initialized from torch's global random state."""
+    criterion: Callable[[Any, Any], Tensor] | None = None
+    """(logits, targets) to the mean loss; None is cross entropy. An `nn.CrossEntropyLoss` runs as
+    the fused op with its options, any other callable as it is."""
+    make_optimizer: Callable[[Sequence[nn.Parameter], float, str], Optimizer] | None = None
+    """(parameters, learning rate, group) to an optimizer; the group is "host", a slot's name for
+    its seed, or "SLOT.gate". None takes what `optim` in the config says."""
+    augment: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    """(inputs, targets) of a training batch, on the run's device, to what is trained on. Random
+    numbers come from torch's, python's or numpy's global generators, which are the run's own."""
+    blueprints: tuple[Blueprint, ...] = ()
+    """Blueprints of one's own, beside those of the package."""
+
+    def __post_init__(self) -> None:
+        if not self.name or ":" in self.name or "/" in self.name:
+            raise ValueError(f"a task's name has no colon and no slash, got {self.name!r}")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(
+                f"num_classes is at least 1, or None where there are none, got {self.num_classes}"
+            )
+
+
+def registry_of(task: Task, registry: BlueprintRegistry | None = None) -> BlueprintRegistry:
+    """The blueprints that a run or a trained network of a task may use: those of `registry`, or
+    the package's and the task's own."""
+    if registry is not None:
+        return registry
+    registry = default_registry()
+    for blueprint in task.blueprints:
+        registry.register(blueprint)
+    return registry
 
 
 def load_splits(task: Task) -> Splits:
-    """Load a task's data and check them.
+    """Load a task's data and check what can be checked before they are read.
 
-    Raises `ValueError` for an empty split, sizes that differ, inputs that are not finite, and
-    targets that are neither a class nor `IGNORED`.
+    Raises `ValueError` for an empty split, and in tensors for sizes that differ, inputs that are
+    not finite, and targets that are neither a class nor `IGNORED`; `TypeError` for what is no data.
     """
     splits = task.load()
-    for name in ("train", "validation", "test"):
-        inputs, targets = getattr(splits, name)
+    if not isinstance(splits, Splits):
+        raise TypeError(f"task {task.name!r}: expected load to return Splits, got {splits!r:.60}")
+    for name in SPLITS:
         where = f"task {task.name!r}, {name} data"
-        if len(inputs) == 0 or len(inputs) != len(targets):
-            sizes = f"{len(inputs)} and {len(targets)}"
-            raise ValueError(
-                f"{where}: expected as many inputs as targets, at least one, got {sizes}"
-            )
-        if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
-            raise ValueError(f"{where}: the inputs have NaN or infinite values")
-        bad = targets[((targets < 0) | (targets >= task.num_classes)) & (targets != IGNORED)]
-        if len(bad):
-            expected = f"targets in [0, {task.num_classes}), or {IGNORED} to be ignored"
-            raise ValueError(
-                f"{where}: expected {expected}, got {len(bad)} others, the first {int(bad[0])}"
-            )
+        data = getattr(splits, name)
+        if is_pair_of_tensors(data):
+            _check_tensors(*data, task.num_classes, where)
+        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            _check_dataset(data, where)
+        elif not isinstance(data, IterableDataset):
+            _check_loader(data, where)
     return splits
+
+
+def _check_tensors(inputs: Tensor, targets: Tensor, classes: int | None, where: str) -> None:
+    if len(inputs) == 0 or len(inputs) != len(targets):
+        sizes = f"{len(inputs)} and {len(targets)}"
+        raise ValueError(f"{where}: expected as many inputs as targets, at least one, got {sizes}")
+    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+        raise ValueError(f"{where}: the inputs have NaN or infinite values")
+    if classes is None or targets.is_floating_point():
+        return
+    bad = targets[((targets < 0) | (targets >= classes)) & (targets != IGNORED)]
+    if len(bad):
+        expected = f"targets in [0, {classes}), or {IGNORED} to be ignored"
+        raise ValueError(
+            f"{where}: expected {expected}, got {len(bad)} others, the first {int(bad[0])}"
+        )
+
+
+def _check_dataset(data: Any, where: str) -> None:
+    if not hasattr(data, "__len__"):
+        raise TypeError(
+            f"{where}: expected a data set with a length, got {type(data).__name__}; give it "
+            "__len__, make it an IterableDataset, or return a loader"
+        )
+    if len(data) == 0:
+        raise ValueError(f"{where}: the data set is empty; expected at least one sample")
+
+
+def _check_loader(data: Any, where: str) -> None:
+    if not hasattr(data, "__iter__") or hasattr(data, "__next__"):
+        raise TypeError(
+            f"{where}: expected a pair of tensors, a torch Dataset, or a loader that gives its "
+            f"batches anew in each epoch, got {type(data).__name__}"
+        )
+    if isinstance(data, (tuple, list, str, Mapping)) and not _looks_like_batches(data):
+        raise TypeError(
+            f"{where}: expected a pair of tensors (inputs, targets) or a list of batches, got "
+            f"{type(data).__name__}"
+        )
+
+
+def _looks_like_batches(data: Any) -> bool:
+    return isinstance(data, list) and bool(data) and not isinstance(data[0], Tensor)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
+from esper_train.train.batches import Batch
 from esper_train.train.config import TrainConfig
 from esper_train.train.optimizers import OptimizerRegistry
 
 S = TypeVar("S")
-Batch = tuple[Tensor, Tensor]
 Work = Callable[[], None]
 WARM_UP = 3
 """Steps before a capture, as in torch's own example: kernels compile, libraries and optimizers get

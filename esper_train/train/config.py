@@ -11,6 +11,7 @@ from esper_train.base.settings import (
     Decay,
     Positive,
     PositiveOrNone,
+    PositiveOrZero,
     Settings,
     Share,
     require,
@@ -59,9 +60,9 @@ class GradConfig(Settings, table="train.grad."):
     measures."""
     clip_norm: PositiveOrNone = None
     """Clip the total gradient norm to this value before each step; None never clips."""
-    vanishing: float = 1e-7
+    vanishing: PositiveOrZero = 1e-7
     """A gradient tensor with a smaller L2 norm counts as vanishing."""
-    exploding: float = 100.0
+    exploding: PositiveOrZero = 100.0
     """A gradient tensor with a larger or non-finite L2 norm counts as exploding."""
 
 
@@ -81,7 +82,7 @@ class TrainConfig(Settings, table="train."):
     and anew when seeds, optimizers or settings change. The forward must do the same for every
     batch, since its Python code runs only at the capture; batches of another shape than the first
     run eagerly. Learning rates are float32 then."""
-    topk: tuple[int, ...] = (1,)
+    topk: tuple[Count, ...] = (1,)
     """Ranks k for which correct@k is counted; 1 is always among them."""
     on_bad_numbers: Literal["warn", "skip", "stop", "rollback"] = "stop"
     """NaN, infinity, divergence, bad targets: go on and report; report, and leave out steps with
@@ -130,5 +131,5 @@ class OptimConfig(Settings, table="optim."):
     seed_lr: Positive = 0.03
     momentum: Decay = 0.9
     """Of SGD; AdamW keeps torch's own betas."""
-    weight_decay: float = 5e-4
+    weight_decay: PositiveOrZero = 5e-4
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -1,16 +1,29 @@
 """Batches of tensors in memory, on the model's device or from worker processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from esper_train.base.workers import WorkerLoader
 
 Split = tuple[Tensor, Tensor]
 """Inputs [N, ...] and targets [N] or [N, T]."""
+Data = Split | Dataset[Any] | Iterable[Any]
+"""A split as tensors, as a torch data set, or as a loader that gives its batches anew in each
+epoch."""
 CPU = torch.device("cpu")
+
+
+def is_pair_of_tensors(data: object) -> TypeGuard[Split]:
+    """Whether these are the inputs and targets of a whole split."""
+    return (
+        isinstance(data, (tuple, list))
+        and len(data) == 2
+        and all(isinstance(part, Tensor) for part in data)
+    )
 
 
 class Loader:

@@ -50,11 +50,10 @@ class Unit:
             return []
         return [self._stats, self._counts]
 
-    def begin(self) -> None:
-        """Before the batches of a step: remember the buffers that a skipped step must not
-        change."""
-        if self._config.on_bad_numbers == "skip":
-            self._before = [(buffer, buffer.clone()) for buffer in self._buffers]
+    def keep_buffers(self) -> None:
+        """Before the batches of a step that may be skipped: remember the buffers, which a skipped
+        step must not change."""
+        self._before = [(buffer, buffer.clone()) for buffer in self._buffers]
 
     def measure(self) -> None:
         """Measure the gradients as they are now."""

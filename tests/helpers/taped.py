@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esper_train import (
+    AmpConfig,
     EpochResult,
+    GradConfig,
     OptimizerRegistry,
     TrainConfig,
     TrainStep,
@@ -22,6 +24,20 @@ from esper_train.train.capture import Capture, CudaGraphs, Work
 
 RATE = 2.0**-4  # exact in float32, as the rates of a captured step are
 MODES = [True, False]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"grad": GradConfig(clip_norm=0.1)},
+    "unmeasured": {"grad": GradConfig(every=0)},
+    "every second": {"grad": GradConfig(every=2)},
+    "accumulated": {"accumulate": 2},
+    "skip": {"on_bad_numbers": "skip"},
+    "float16": {
+        "amp": AmpConfig(dtype="float16", init_scale=1024.0, growth_interval=3),
+        "on_bad_numbers": "warn",
+    },
+    "topk": {"topk": (1, 3)},
+}
+"""Configs of `TrainConfig` under which a captured step is compared with an eager one."""
 
 
 class Tape(CudaGraphs):

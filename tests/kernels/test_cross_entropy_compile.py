@@ -168,8 +168,6 @@ def test_a_number_that_changes_every_step_does_not_recompile(
     """One compilation for the first value, one for all others."""
     if form == "loss" and name == "grad_scale":
         pytest.skip("the loss has no grad_scale")
-    if name == "softcap" and config.backend == "triton":
-        pytest.skip("Triton's kernels are given softcap by value")
 
     def run(logits: Tensor, number: float) -> Tensor:
         if form == "loss":

@@ -7,7 +7,8 @@ import pytest
 from esper_train.config import RunConfig
 from esper_train.control.config import GovernorConfig
 from esper_train.run.build import build_episode
-from esper_train.run.run import NonFiniteLossError, run_heuristic_episode
+from esper_train.run.run import NonFiniteLossError
+from esper_train.run.start import run_heuristic_episode
 from esper_train.telemetry.config import TelemetryConfig
 from esper_train.telemetry.event import Event
 from esper_train.telemetry.hub import TelemetryHub

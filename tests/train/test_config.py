@@ -157,7 +157,7 @@ def test_from_dict_refuses_an_unknown_key_and_names_the_nearest(
         ({"train": {"grad": {"every": -1}}}, r"train\.grad\.every must be at least 0, got -1"),
         (
             {"train": {"grad": {"clip_norm": 0.0}}},
-            r"grad\.clip_norm must be positive or left out, got 0\.0",
+            r"grad\.clip_norm must be positive and finite, or left out, got 0\.0",
         ),
         (
             {"train": {"grad": {"clip_norm": math.nan}}},

@@ -77,7 +77,7 @@ def cross_entropy(
     backend = _choose(logits, targets, meter, config)
 
     def run() -> Tensor:
-        given = _traceable(options, logits, backend)
+        given = _traceable(options, logits)
         if logits.requires_grad and torch.is_grad_enabled():
             loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *given)
             return loss
@@ -146,7 +146,7 @@ def cross_entropy_step(
     def run() -> Tensor:
         if out is not None and not _is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
-        given = _traceable(options, logits, backend)
+        given = _traceable(options, logits)
         scale = _as_tensor(grad_scale, logits)
         return _MODULES[backend].step(logits.detach(), targets, given, meter, scale, written)
 
@@ -247,7 +247,7 @@ def _is_separate(out: Tensor, logits: Tensor) -> bool:
     return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
 
 
-def _traceable(options: Options, logits: Tensor, backend: str) -> Options:
+def _traceable(options: Options, logits: Tensor) -> Options:
     if not torch.compiler.is_compiling():
         if isinstance(options.softcap, Tensor):
             raise ValueError("softcap must be a number")
@@ -255,8 +255,7 @@ def _traceable(options: Options, logits: Tensor, backend: str) -> Options:
     return options._replace(
         label_smoothing=_as_tensor(options.label_smoothing, logits),
         z_loss=_as_tensor(options.z_loss, logits),
-        # Triton's kernels are compiled for a softcap by value: there another one recompiles.
-        softcap=options.softcap if backend == "triton" else _as_tensor(options.softcap, logits),
+        softcap=_as_tensor(options.softcap, logits),
         normalizer=_as_tensor(options.normalizer, logits),
     )
 

@@ -124,6 +124,7 @@ def _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, 
         "targets",
         "label_smoothing",
         "z_loss",
+        "softcap",
         "normalizer",
         "grad_scale",
         "recorded",
@@ -157,6 +158,8 @@ def batch(
     PADDED: tl.constexpr = triton.next_power_of_2(COLUMNS)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    if softcap is not None:
+        softcap = _number(softcap)
     c = tl.arange(0, BLOCK)[None, :]
     column = tl.arange(0, PADDED)
     limit = tl.zeros([PADDED], tl.int32)  # the first rank that is not correct

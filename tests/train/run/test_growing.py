@@ -25,7 +25,7 @@ from esper_train import (
 from esper_train.morph.lifecycle import Measurement
 from esper_train.run.build import build_episode
 from esper_train.run.episode import Episode
-from esper_train.run.epoch import _execute, follow_optimizers
+from esper_train.run.execute import execute, follow_optimizers
 from tests.helpers.scripted import EASY, Recorder, Script, germinate, run_under
 
 SHORT = RunConfig(task="synthetic", max_epochs=12, max_batches=3, growth=EASY, keep="last")
@@ -207,7 +207,7 @@ class Lives(RuleBasedStateMachine):
     def request(self, decision: Decision) -> None:
         before = [slot.state for slot in self.episode.model.slots]
         try:
-            made, refusal = _execute(self.episode, decision)
+            made, refusal = execute(self.episode, decision)
         except ValueError as unknown:
             made = []
             refusal = str(unknown)

@@ -9,6 +9,8 @@ import pytest
 from esper_train import cli
 from esper_train.run.directory import claimed
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 QUICK = ["--task", "synthetic", "--max-epochs", "2", "--max-batches", "2"]
 HOLD = """
 import sys, os
@@ -23,11 +25,6 @@ with claimed(Path(sys.argv[1]), resume=True):
         print("ready", flush=True)
     sys.stdin.read()
 """
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "write_report", lambda directory: directory)
 
 
 def holder(path: Path, *more: str) -> subprocess.Popen[str]:

@@ -24,15 +24,11 @@ from esper_train.run.checkpoint import load, saved
 from esper_train.run.directory import read_metrics
 from tests.helpers.growing_run import config_file, reported, resume
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 EPOCHS = 24
 MAIN = "import sys; from esper_train.cli import main; sys.exit(main())"
 KINDS = ["term group", "int group", "term main", "int main", "hup group", "twice", "kill worker"]
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report would take longer than the resumed runs."""
-    monkeypatch.setattr(cli, "write_report", lambda directory: directory)
 
 
 def options(directory: Path, workers: int) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper_train.config import RunConfig
 from esper_train.morph.config import HostConfig
-from esper_train.run.run import run_fit
+from esper_train.run.start import run_fit
 from esper_train.tasks.cifar10 import Augment, cifar10, crop_and_flip
 from esper_train.tasks.config import TaskConfig
 from esper_train.tasks.task import Splits, load_splits

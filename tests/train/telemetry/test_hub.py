@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esper_train.config import RunConfig
-from esper_train.run.run import run_heuristic_episode
+from esper_train.run.start import run_heuristic_episode
 from esper_train.telemetry.config import TelemetryConfig
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from esper_kernels.testing import SyncCounter
 from esper_train import AmpConfig, GradConfig, TrainConfig, train_one_epoch
+from tests.helpers.linear import linear
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.25])
 
@@ -145,3 +146,34 @@ def test_a_bad_target_in_a_weighted_group_is_refused_by_name() -> None:
             task_type="classification",
             criterion=nn.CrossEntropyLoss(weight=WEIGHT),
         )
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0])])
+@pytest.mark.parametrize("bad", [[], [0, 3], [6, 7, 8, 9, 10, 11], [1, 11]])
+@pytest.mark.parametrize("shape", ["rows", "tokens"])
+def test_accumulated_gradients_are_those_of_all_valid_rows(
+    weight: Tensor | None, bad: list[int], shape: str
+) -> None:
+    """Rows with a target outside the classes count for nothing, as ignored ones do."""
+    inputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    targets = torch.randint(0, 3, (12,), generator=torch.Generator().manual_seed(2))
+    targets[4] = -100
+    wrong = targets.clone()
+    wrong[bad] = 7
+    valid = targets.clone()
+    valid[bad] = -100
+    ours = linear()
+    plain = linear()
+    config = TrainConfig(accumulate=2, on_bad_numbers="warn")
+    criterion = nn.CrossEntropyLoss(weight=weight)
+    tokens = shape == "tokens"
+    batches = [
+        (x.view(2, -1, 4) if tokens else x, t.view(2, -1) if tokens else t)
+        for x, t in zip(inputs.split((4, 8)), wrong.split((4, 8)), strict=True)
+    ]
+    task = "lm" if tokens else "classification"
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+    result = train_one_epoch(ours, batches, optimizer, config, task_type=task, criterion=criterion)
+    F.cross_entropy(plain(inputs), valid, weight=weight).backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+    assert result.bad_targets == len(bad)

@@ -25,8 +25,8 @@ from esper_train import (
     train_one_epoch,
 )
 from esper_train.morph.lifecycle import Measurement
+from tests.helpers.compilers import Counting, compiled_config
 from tests.helpers.scripted import Script, germinate
-from tests.train.train.test_step import Counting, compiled_config
 
 
 @pytest.fixture(autouse=True)

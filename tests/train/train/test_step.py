@@ -1,6 +1,5 @@
-"""The step of one batch: task types, criteria, and compilation that belongs to one run only."""
+"""The step of one batch: task types, criteria, and where the gradient of the logits is written."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper_kernels import Meter
-from esper_train import CompileConfig, TrainConfig, build_train_step, evaluate, train_one_epoch
+from esper_train import TrainConfig, build_train_step, evaluate, train_one_epoch
 
 INPUTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
 TARGETS = torch.tensor([0, 2, -100, 1, 1, 0])
 
 
@@ -273,93 +274,6 @@ def test_a_model_that_needs_no_gradient_is_refused() -> None:
     model = linear().requires_grad_(False)
     with pytest.raises(ValueError, match="unfreeze a parameter"):
         build_train_step("classification", TrainConfig())(model, INPUTS, TARGETS, Meter("cpu"))
-
-
-class Counting:
-    """A compiler backend that counts graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        self.graphs += 1
-        return graph.forward
-
-
-def compiled_config(backend: object, **options: object) -> TrainConfig:
-    return TrainConfig(compile=CompileConfig(enabled=True, backend=backend, **options))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("compiled_first", [True, False])
-def test_two_configs_in_one_process_do_not_see_each_other(compiled_first: bool) -> None:
-    """One run compiles, the other does not, in either order; both train the same weights."""
-    torch._dynamo.reset()
-    counting = Counting()
-    configs = {"compiled": compiled_config(counting), "eager": TrainConfig()}
-    results = {}
-    weights = {}
-    for name in ("compiled", "eager") if compiled_first else ("eager", "compiled"):
-        model = linear()
-        graphs = counting.graphs
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        results[name] = train_one_epoch(
-            model, [(INPUTS, TARGETS)] * 3, optimizer, configs[name], task_type="classification"
-        )
-        weights[name] = copy.deepcopy(model.state_dict())
-        assert (counting.graphs > graphs) is (name == "compiled")
-    assert (results["compiled"].compiled, results["eager"].compiled) == (True, False)
-    torch.testing.assert_close(weights["compiled"], weights["eager"])
-    assert results["compiled"].loss == pytest.approx(results["eager"].loss, rel=1e-6)
-
-
-def broken_backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-    raise RuntimeError("this compiler is broken")
-
-
-def test_compile_failure_raises_by_default() -> None:
-    torch._dynamo.reset()
-    step = build_train_step("classification", compiled_config(broken_backend))
-    with pytest.raises(Exception, match="this compiler is broken"):
-        step(linear(), INPUTS, TARGETS, Meter("cpu"))
-    assert step.compiled
-
-
-def test_compile_failure_falls_back_with_the_reason_in_the_result() -> None:
-    torch._dynamo.reset()
-    config = compiled_config(broken_backend, on_failure="eager")
-    model = linear()
-    plain = linear()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    result = train_one_epoch(
-        model, [(INPUTS, TARGETS)], optimizer, config, task_type="classification"
-    )
-    assert not result.compiled
-    assert "this compiler is broken" in (result.compile_failure or "")
-    F.cross_entropy(plain(INPUTS), TARGETS).backward()
-    torch.testing.assert_close(model.weight.grad, plain.weight.grad)
-
-
-def test_a_models_own_error_is_not_taken_for_a_compile_failure() -> None:
-    torch._dynamo.reset()
-    step = build_train_step("classification", compiled_config("eager", on_failure="eager"))
-    with pytest.raises(Exception, match=r"shapes cannot be multiplied|must match"):
-        step(linear(), INPUTS[:, :2], TARGETS, Meter("cpu"))
-
-
-@pytest.mark.slow
-def test_inductor_trains_the_same_weights() -> None:
-    torch._dynamo.reset()
-    compiled = linear()
-    plain = linear()
-    for model, config in (
-        (compiled, TrainConfig(compile=CompileConfig(enabled=True))),
-        (plain, TrainConfig()),
-    ):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        train_one_epoch(
-            model, [(INPUTS, TARGETS)] * 3, optimizer, config, task_type="classification"
-        )
-    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
 
 
 @pytest.mark.gpu

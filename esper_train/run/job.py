@@ -1,0 +1,169 @@
+"""A run in a directory of its own, with config, metrics, checkpoints, network, baseline and report.
+
+`cli` calls `run_job`, and so do the functions of `start` where they are given a directory.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from esper_train.base.stop import StopRequest
+from esper_train.config import RunConfig
+from esper_train.control.policy import Policy
+from esper_train.morph.blueprints import BlueprintRegistry
+from esper_train.run.checkpoint import Checkpoints, load, restore, saved
+from esper_train.run.directory import (
+    BASELINE,
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    claimed,
+    create,
+    cut_back,
+    load_config,
+    save_network,
+)
+from esper_train.run.episode import Episode
+from esper_train.run.profile import write_profile
+from esper_train.run.report import write_report
+from esper_train.run.run import EpisodeResult, episode_configs, prepare, run_episode, run_started
+from esper_train.tasks import TASKS, Task, task_of_run
+from esper_train.telemetry.hub import TelemetryHub
+from esper_train.telemetry.loggers import logger_makers
+from esper_train.telemetry.sinks import JsonlSink, Sink
+
+
+def _silent(words: str) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is run into a directory, beside its config, and how it is shown."""
+
+    mode: str
+    """"heuristic" or "fit"."""
+    task: Task | None = None
+    """A task of one's own; None is the task that the config names."""
+    policy: Policy | None = None
+    registry: BlueprintRegistry | None = None
+    hub: TelemetryHub | None = None
+    resume: bool = False
+    baseline: bool = True
+    profile: bool = False
+    say: Callable[[str], None] = _silent
+    """Takes what a user should read, line by line."""
+    display: Callable[[], Sink] | None = None
+    """Makes what shows the events of one run."""
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def growing(self) -> bool:
+        return self.mode == "heuristic"
+
+
+def run_job(
+    config: RunConfig, job: Job, out: Path, *, numbered: bool = False
+) -> list[EpisodeResult]:
+    """Run every episode, each in a directory of its own where there are several.
+
+    `numbered` makes a new directory, with a number at the end of its name where that is taken.
+
+    Raises, beside the errors of a run:
+        FileExistsError: `out` is there and not empty, and `job.resume` is false.
+        BlockingIOError: another process writes to `out`.
+        ValueError: `out` is resumed with another task, or a task of one's own has the name of one
+            of the package.
+    """
+    config = _with_own_name(config, job.task)
+    if job.resume and (out / CONFIG).is_file():
+        task_of_run(load_config(out).task, config.task_config(), job.task)
+    with claimed(out, resume=job.resume, numbered=numbered) as out, _signals(job.stop):
+        if config.episodes == 1:
+            return [_run_in(out, config, job)]
+        results = []
+        for number, each in enumerate(episode_configs(config), start=1):
+            directory = out / f"episode-{number}"
+            with claimed(directory, resume=job.resume):
+                results.append(_run_in(directory, each, job, whole=config))
+        return results
+
+
+def _with_own_name(config: RunConfig, task: Task | None) -> RunConfig:
+    """The config with the name of a task of one's own, as the directory will have it."""
+    if task is None:
+        return config
+    if task.name in TASKS:
+        raise ValueError(
+            f"a task of your own is named {task.name!r}, as a task of this package; give it a name "
+            "of its own, by which the run's directory can tell them apart"
+        )
+    return replace(config, task=task.name)
+
+
+def _signals(stop: StopRequest) -> AbstractContextManager[object]:
+    """Let signals end the run after a whole batch, unless the caller listens already or this is no
+    main thread, where nobody can."""
+    if stop.listening or threading.current_thread() is not threading.main_thread():
+        return nullcontext()
+    return stop
+
+
+def _run_in(
+    directory: Path, config: RunConfig, job: Job, whole: RunConfig | None = None
+) -> EpisodeResult:
+    """One run in its directory, and its baseline. `whole` is what the directory of several is to be
+    resumed with."""
+    loggers = logger_makers(config.telemetry)
+    episode = prepare(
+        config,
+        job.mode,
+        task=job.task,
+        policy=job.policy,
+        hub=job.hub or TelemetryHub((), config.telemetry),
+        registry=job.registry,
+    )
+    episode.stop = job.stop
+    checkpoints = saved(directory / CHECKPOINTS) if job.resume else []
+    if checkpoints:
+        restore(load(checkpoints[-1], directory / METRICS), episode)
+    # up to here whatever cannot work was refused, and nothing was written
+    if whole is not None:
+        create(directory.parent, whole)
+    create(directory, config)
+    if job.profile:
+        slots = config.slots if job.growing else ()
+        job.say(write_profile(config, slots, directory, task=job.task))
+    for make in loggers:
+        episode.hub.add(make(directory, episode.epoch if job.resume else None))
+    try:
+        result = _run_episode(episode, directory, job)
+        del episode  # its worker processes end here
+        if job.growing and job.baseline:
+            plain = replace(job, mode="fit", policy=None, hub=None, profile=False)
+            with claimed(directory / BASELINE, resume=job.resume):
+                _run_in(directory / BASELINE, config, plain)
+    finally:
+        job.say(f"report: {write_report(directory)}")
+    return result
+
+
+def _run_episode(episode: Episode, directory: Path, job: Job) -> EpisodeResult:
+    """One run, from its start or from where it was restored. The network is written however it
+    ends."""
+    cut_back(directory, episode.epoch)
+    episode.hub.add(JsonlSink(directory / METRICS))
+    display = job.display() if job.display is not None else None
+    if display is not None:
+        episode.hub.add(display)
+    if episode.epoch:
+        job.say(f"resuming after epoch {episode.epoch}")
+        if display is not None:
+            display.write(run_started(episode))
+    try:
+        return run_episode(episode, Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint))
+    finally:
+        episode.hub.close()
+        save_network(directory, episode.model)

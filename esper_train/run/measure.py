@@ -1,0 +1,116 @@
+"""What an epoch measures: it trains and evaluates the network, and tells slots and controller what
+was found. `epoch` calls it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from esper_train.control.signals import Observation
+from esper_train.morph.gates import gradient_ratio
+from esper_train.morph.lifecycle import TRIAL, Measurement, SeedStage, SlotState
+from esper_train.morph.model import MorphModel
+from esper_train.run.episode import Episode
+from esper_train.train.loop import evaluate, train_one_epoch
+from esper_train.train.results import EpochResult, EvalResult
+
+JOINT = "+"
+"""The variant without any of the seeds measured in an epoch; no slot has this name."""
+
+
+def train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
+    """The epoch's batches, then validation: as the network is, without each seed that has a part in
+    it, and with each seed that learns beside it."""
+    config = episode.config
+    model = episode.model
+    train = train_one_epoch(
+        model,
+        map(episode.stop.before, episode.train),
+        episode.optimizers,
+        config.train,
+        task_type=episode.task.task_type,
+        max_batches=config.max_batches,
+        step=episode.step,
+        learners=episode.learners(),
+        governed=True,
+    )
+    check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
+    ablated = [
+        state.slot
+        for state in slot_states(model)
+        if state.alpha > 0 and (state.stage is not SeedStage.FOSSILIZED or check_fossils)
+    ]
+    variants = {slot: {slot: 0.0} for slot in ablated}
+    if len(ablated) > 1:
+        variants[JOINT] = dict.fromkeys(ablated, 0.0)
+    scopes: dict[str, Callable[[], AbstractContextManager[None]]] = {}
+    for name in model.learning:
+        variants[name] = {name: 1.0}
+        scopes[name] = model.incubation(name).entered
+    validation = evaluate(
+        model,
+        map(episode.stop.before, episode.validation),
+        config.train,
+        task_type=episode.task.task_type,
+        variants=variants,
+        scopes=scopes,
+        step=episode.step,
+    )
+    return train, validation
+
+
+def observe_slots(
+    episode: Episode, train: EpochResult, validation: EvalResult
+) -> tuple[SlotState, ...]:
+    """Tell every slot what was measured; the states before the slots move."""
+    for slot in episode.model.slots:
+        name = slot.state.slot
+        stage = slot.state.stage
+        learner = train.learners.get(name)
+        groups = {} if train.grad is None else train.grad.groups
+        seed = learner.grad if learner is not None else groups.get(name)
+        other = validation.variants.get(name)
+        learns = slot.statistics is not None
+        measured = Measurement(
+            accuracy=validation.accuracy,
+            contribution=None if learns else validation.contribution(name),
+            gradient_ratio=gradient_ratio(train.grad, seed),
+            tolerance=episode.trial.tolerance(validation.right, validation.valid)
+            if stage in TRIAL
+            else None,
+        )
+        if learns and other is not None:
+            measured = replace(
+                measured,
+                potential=other.accuracy - validation.accuracy,
+                potential_loss=other.loss - validation.loss,
+            )
+        slot.observe(measured)
+    return slot_states(episode.model)
+
+
+def observation(
+    episode: Episode, number: int, train: EpochResult, validation: EvalResult
+) -> Observation:
+    return Observation(
+        epoch=number,
+        max_epochs=episode.config.max_epochs,
+        train_loss=train.loss,
+        train_accuracy=train.accuracy,
+        val_loss=validation.loss,
+        val_accuracy=validation.accuracy,
+        guess_loss=episode.governor.guess,
+        slots=slot_states(episode.model),
+    )
+
+
+def joint_contribution(validation: EvalResult) -> dict[str, Any] | None:
+    """What the seeds measured in this epoch contribute together, where there were several."""
+    if JOINT not in validation.variants:
+        return None
+    slots = [name for name in validation.variants if name != JOINT]
+    return {"slots": slots, "contribution": validation.contribution(JOINT)}
+
+
+def slot_states(model: MorphModel) -> tuple[SlotState, ...]:
+    return tuple(slot.state for slot in model.slots)

@@ -1,0 +1,116 @@
+"""Panels of curves as inline SVG pictures; the only module of the report that draws with
+matplotlib, which escapes the text."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from esper_train.morph.lifecycle import SeedStage
+from esper_train.run.report.history import Record, finite_values
+
+Curve = tuple[str, Sequence[float], Mapping[str, Any]]
+"""Name, values for epochs 1, 2, ..., and keyword arguments for `Axes.plot`."""
+Axes = Any  # matplotlib's; it is imported only when something is drawn
+Panel = Callable[[Axes], None]
+
+GREY = "#777777"
+WIDE: Mapping[str, Any] = {"color": "#cccccc", "lw": 4}
+"""Style of a total, which is drawn behind its parts."""
+STAGES = ("#e8e8e8", "#f0e442", "#56b4e9", "#e69f00", "#cc79a7", "#2e9e5b", "#d55e00", "#9a9a9a")
+# DORMANT is first
+STAGE_COLORS: Mapping[str, str] = dict(zip(SeedStage.__members__, STAGES, strict=True))
+STYLE: Mapping[str, Any] = {
+    "axes.prop_cycle": "cycler(color=['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#d55e00', "
+    "'#56b4e9', '#999999'])",
+    "font.size": 9,
+    "legend.fontsize": 8,
+    "text.parse_math": False,  # a name may hold dollar signs
+    "svg.fonttype": "none",
+    "svg.hashsalt": "esper",  # without it the ids are random
+}
+
+
+def curve_panel(
+    name: str,
+    curves: Sequence[Curve],
+    *,
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+    moves: Sequence[Record] = (),
+    columns: int = 4,
+) -> list[Panel]:
+    """One panel of curves over the epochs, with marks where seeds were fossilized or culled.
+
+    The list is empty if no curve has a finite number.
+    """
+    drawn = [curve for curve in curves if finite_values(curve[1])]
+    positive = [value for _, values, _ in drawn for value in finite_values(values) if value > 0]
+
+    def draw(axes: Axes) -> None:
+        for label, values, how in drawn:
+            # A marker also shows a single value between two gaps.
+            axes.plot(
+                range(1, 1 + len(values)),
+                values,
+                label=label,
+                **{"lw": 1.2, "marker": ".", "ms": 3, **how},
+            )
+        # Over less than two decades, a log scale may have no labelled tick.
+        if log and positive and max(positive) > 100 * min(positive):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")  # the default uses mathematical text
+            axes.yaxis.set_minor_formatter("")
+        if limits:
+            axes.set_ylim(*limits)
+        for stage, ls in (("FOSSILIZED", "-"), ("CULLED", "--")):
+            at = [move["epoch"] + 0.5 for move in moves if move["stage"] == stage]
+            if at:
+                heights = axes.get_xaxis_transform()
+                color = STAGE_COLORS[stage]
+                axes.vlines(
+                    at, 0, 1, transform=heights, color=color, lw=1, ls=ls, label=stage.lower()
+                )
+        axes.set_ylabel(name)
+        legend(axes, columns=columns)
+
+    return [draw] if drawn else []
+
+
+def legend(axes: Axes, columns: int = 4, **given: Any) -> None:
+    """Put the legend above the panel, where it covers nothing."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False, **given)
+
+
+def draw_picture(
+    name: str, title: str, panels: Sequence[Panel], height: float | None = None
+) -> list[str]:
+    """The panels below each other as one inline SVG; an empty list without panels.
+
+    `name` must be unique on the page.
+    """
+    if not panels:
+        return []
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "the report's pictures need matplotlib: install esper-kernels[train]"
+        ) from error
+    with style.context(["default", dict(STYLE)]):
+        figure = Figure(figsize=(5.0, height or 0.5 + 1.8 * len(panels)), layout="constrained")
+        rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, draw in zip(rows, panels, strict=True):
+            draw(axes)
+        axes.set(xlabel="epoch", xlim=(0.5, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = buffer.getvalue()
+    svg = f'<svg role="img" aria-label="{escape(title)}"' + svg[svg.index("<svg") + 4 :]
+    # matplotlib's ids start anew in each picture, but must be unique on a page.
+    return [re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)]

@@ -1,0 +1,128 @@
+"""What the loop gives back: loss and counts of a pass, and what an epoch was like."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TypedDict
+
+from torch import Tensor
+
+from esper_kernels import GradHealth, MeterResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Loss and counts over the batches of one pass. A mean over nothing is NaN."""
+
+    loss: float
+    """Mean cross-entropy per valid row, in nats; of the caller's own criterion, where one was
+    given."""
+    mean_batch_loss: float
+    """Mean of the batches' mean losses."""
+    accuracy: float
+    """Valid rows whose largest logit is the target's, in percent."""
+    correct: dict[int, int]
+    """k to the number of valid rows whose target is among the k largest logits."""
+    valid: int
+    """Rows (tokens) that are not ignored."""
+    nonfinite: int
+    """Valid rows with NaN or infinite logits."""
+    bad_targets: int
+    """Rows left out because their target was outside the classes; see
+    `TrainConfig.on_bad_numbers`."""
+    batches: int
+
+
+class MeasuresFields(TypedDict):
+    """The arguments of `Measures`, which results with more fields take too."""
+
+    loss: float
+    mean_batch_loss: float
+    accuracy: float
+    correct: dict[int, int]
+    valid: int
+    nonfinite: int
+    bad_targets: int
+    batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerResult:
+    """One epoch of what learns beside the model; the fields are those of `EpochResult`."""
+
+    grad: GradHealth | None
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult(Measures):
+    """One epoch of training."""
+
+    grad: GradHealth | None
+    """Gradients of the last measured step, by group, None if none was measured; the NaN and Inf
+    counts (of the whole, not of the groups) are sums over the measured steps, and any of them makes
+    the health 0."""
+    skipped: int
+    """Steps left out because gradients were not finite."""
+    learners: dict[str, LearnerResult]
+    """What learned beside the model, by name; `grad` and `skipped` are of the model alone."""
+    seconds: float
+    backend: str
+    compiled: bool
+    compile_failure: str | None
+    replayed: int
+    """Steps that were replays of a CUDA graph; see `TrainConfig.capture`."""
+    not_replayed: dict[str, int]
+    """Why other steps were not, and how many; empty without `capture`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult(Measures):
+    """One pass over held-out data."""
+
+    seconds: float
+    backend: str
+    right: Tensor = field(repr=False, compare=False)
+    """Which targets were predicted, in the order of the data; bool [rows or tokens], on the CPU."""
+    variants: dict[str, Measures] = field(default_factory=dict)
+    """The same data under each variant's alpha."""
+
+    def contribution(self, variant: str) -> float | None:
+        """Percentage points of accuracy that the variant lacks; None where it was not measured."""
+        without = self.variants.get(variant)
+        return None if without is None else self.accuracy - without.accuracy
+
+
+def went_bad(epoch: EpochResult, *, scaled: bool) -> bool:
+    """Whether the loss or, without a loss scaler, which skips such steps, a gradient was not
+    finite."""
+    gradients = 0 if epoch.grad is None else epoch.grad.nan_count + epoch.grad.inf_count
+    loss_is_bad = epoch.valid > 0 and not math.isfinite(epoch.loss)
+    return loss_is_bad or (gradients > 0 and not scaled)
+
+
+def whole_epoch(last: GradHealth, counts: list[int]) -> GradHealth:
+    """The last measured step's health, with the NaN and Inf counts of all of them: zeros come
+    first, by tensor."""
+    tensors = len(counts) // 3
+    nans = sum(counts[tensors : 2 * tensors])
+    infs = sum(counts[2 * tensors :])
+    return replace(
+        last,
+        nan_count=nans,
+        inf_count=infs,
+        gradient_health=0.0 if nans + infs else last.gradient_health,
+    )
+
+
+def measures_of(result: MeterResult) -> MeasuresFields:
+    """The fields of `Measures`, with the accuracy in percent."""
+    return {
+        "loss": result.loss,
+        "mean_batch_loss": result.mean_batch_loss,
+        "accuracy": 100.0 * result.accuracy,
+        "correct": result.correct,
+        "valid": result.valid,
+        "nonfinite": result.nonfinite,
+        "bad_targets": result.bad_targets,
+        "batches": result.batches,
+    }

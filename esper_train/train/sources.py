@@ -1,0 +1,275 @@
+"""Where a run's batches come from: tensors in memory, a data set, or a loader of the user's own.
+
+`make_source` chooses; the run iterates over what it gives, once per epoch, and saves its state.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from esper_train.base.state import seeded
+from esper_train.base.workers import GuardedLoader, WorkerLoader
+from esper_train.train.data import Data, Loader, is_pair_of_tensors
+
+CPU = torch.device("cpu")
+LARGEST_SEED = 2**62
+SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+"""Samplers of torch whose whole state is a generator's, or the global one's."""
+
+
+class Source(Protocol):
+    """The batches of one split. The state is where its random numbers and its data stand between
+    two epochs."""
+
+    inexact: str | None
+    """Why a resumed run may get other batches than one that was never stopped; None where it gets
+    the same."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def length(self) -> int | None:
+        """Batches per epoch; None where only the end tells."""
+
+    def example(self) -> Any:
+        """A batch, without any change to the batches that follow."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any: ...
+
+
+def make_source(
+    data: Data,
+    batch_size: int,
+    *,
+    shuffle: torch.Generator | None = None,
+    device: torch.device = CPU,
+    workers: int = 0,
+) -> Source:
+    """The batches of `data`; `batch_size`, `shuffle` and `workers` are for all but loaders, which
+    are used as they are."""
+    if is_pair_of_tensors(data):
+        return TensorSource(data, batch_size, shuffle=shuffle, device=device, workers=workers)
+    pin_memory = device.type == "cuda"
+    if isinstance(data, IterableDataset):
+        return LoaderSource(
+            DataLoader(data, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory)
+        )
+    if isinstance(data, Dataset):
+        return DatasetSource(
+            data, batch_size, shuffle=shuffle, workers=workers, pin_memory=pin_memory
+        )
+    return LoaderSource(data)
+
+
+class _Stateless:
+    """What draws only from the run's own random numbers: nothing to save, and exact."""
+
+    inexact: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        pass
+
+
+class TensorSource(_Stateless, Loader):
+    """Tensors in memory."""
+
+    def length(self) -> int:
+        return len(self)
+
+    def example(self) -> Any:
+        return tuple(part[: self._batch_size] for part in self._split)
+
+
+class DatasetSource(_Stateless):
+    """A map-style data set in an order of our own, collated as torch's `DataLoader` does.
+
+    Random numbers that samples draw from python's, numpy's and torch's global generators start anew
+    for each batch, from a seed out of `shuffle`. So they are the same for any number of workers,
+    and in a resumed run; without `shuffle` they are the same in each epoch.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        batch_size: int,
+        *,
+        shuffle: torch.Generator | None = None,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self._size = len(cast(Sized, data))
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._batches = _SeededBatches(data)
+        self._order: list[tuple[int, list[int]]] = []
+        # its own generator, so that it does not draw from torch's global one
+        self._loader = WorkerLoader(
+            self._batches,
+            self._order,
+            workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = torch.arange(self._size, device="cpu")
+        seeds = torch.arange(self.length(), device="cpu")
+        if self._shuffle is not None:
+            rows = torch.randperm(self._size, generator=self._shuffle, device="cpu")
+            size = seeds.shape
+            seeds = torch.randint(LARGEST_SEED, size, generator=self._shuffle, device="cpu")
+        places = [part.tolist() for part in rows.split(self._batch_size)]
+        self._order[:] = list(zip(seeds.tolist(), places, strict=True))
+        return iter(self._loader)
+
+    def length(self) -> int:
+        return -(-self._size // self._batch_size)
+
+    def example(self) -> Any:
+        return self._batches[0, list(range(min(self._size, self._batch_size)))]
+
+
+class _SeededBatches(Dataset[Any]):
+    """From (seed, rows) to a batch, whose samples draw random numbers from that seed."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self._data = data
+
+    def __getitem__(self, place: tuple[int, Sequence[int]]) -> Any:
+        seed, rows = place
+        with seeded(seed):
+            several = getattr(self._data, "__getitems__", None)
+            samples = [self._data[row] for row in rows] if several is None else several(rows)
+        return default_collate(samples)
+
+
+class LoaderSource:
+    """A loader of the user's own, as it is.
+
+    With `state_dict` and `load_state_dict`, as torchdata's `StatefulDataLoader` has, these are its
+    state. Of torch's `DataLoader` over a map-style data set with one of torch's own samplers, it is
+    the state of the generators; without generators they draw from the run's random numbers. Any
+    other loader is used, but cannot promise that a resumed run gets the same batches: `inexact`
+    says why.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+        self._guarded = GuardedLoader(loader)
+        self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self._begun = False
+        self.inexact = None if self._stateful else _why_inexact(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        # An epoch may end within the loader's, by max_batches. Going on from a state is then not
+        # the same as beginning anew, so every run does it, not only a resumed one.
+        if self._stateful and self._begun:
+            self.load_state_dict(self.state_dict())
+        self._begun = True
+        return iter(self._guarded)
+
+    def length(self) -> int | None:
+        try:
+            return len(cast(Sized, self._loader))
+        except TypeError:  # a loader without a length, or over data without one
+            return None
+
+    def example(self) -> Any:
+        before = self.state_dict()
+        with seeded(0):
+            batch = next(iter(self._guarded), None)
+        if batch is None:
+            raise ValueError(
+                "a loader gave no batch: is the data set smaller than a batch with drop_last=True?"
+            )
+        self.load_state_dict(before)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._stateful:
+            return {"loader": cast(Any, self._loader).state_dict()}
+        return {name: each.get_state() for name, each in self._generators().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        if self._stateful:
+            if state_dict:
+                cast(Any, self._loader).load_state_dict(state_dict["loader"])
+            return
+        for name, each in self._generators().items():
+            each.set_state(state_dict[name])
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """The generators of a `DataLoader`, by where they are."""
+        holders = {"own": self._loader, "sampler": getattr(self._loader, "sampler", None)}
+        found = {name: getattr(holder, "generator", None) for name, holder in holders.items()}
+        return {name: each for name, each in found.items() if isinstance(each, torch.Generator)}
+
+
+class AugmentedSource:
+    """Batches of another source on `device`, changed by `augment` there."""
+
+    def __init__(
+        self,
+        source: Source,
+        augment: Callable[[Any, Any], tuple[Any, Any]],
+        device: torch.device,
+    ) -> None:
+        self._source = source
+        self._augment = augment
+        self._device = device
+        self.inexact = source.inexact
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._augmented, self._source)
+
+    def _augmented(self, batch: Any) -> tuple[Any, Any]:
+        inputs, targets = on_device(batch, self._device)
+        return self._augment(inputs, targets)
+
+    def length(self) -> int | None:
+        return self._source.length()
+
+    def example(self) -> Any:
+        return self._source.example()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        self._source.load_state_dict(state_dict)
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch with all its tensors on `device`."""
+    return tree_map_only(Tensor, lambda part: part.to(device, non_blocking=True), batch)
+
+
+def _why_inexact(loader: Iterable[Any]) -> str | None:
+    """Why a loader without a state of its own cannot promise the same batches, if so."""
+    if type(loader) is not DataLoader:
+        return f"{type(loader).__name__} has no state_dict and load_state_dict"
+    if isinstance(loader.dataset, IterableDataset):
+        return "where an iterable data set stands is not known"
+    if type(loader.sampler) not in SAMPLERS or type(loader.batch_sampler) is not BatchSampler:
+        return f"the state of its sampler, {type(loader.sampler).__name__}, is not known"
+    if loader.persistent_workers:
+        return "persistent workers keep random numbers of their own"
+    return None
