@@ -106,6 +106,8 @@ class DatasetSource(_Stateless):
     and in a resumed run; without `shuffle` they are the same in each epoch.
     """
 
+    gives_copies = True  # collated
+
     def __init__(
         self,
         data: Dataset[Any],
