@@ -32,7 +32,7 @@ class GrowthConfig(Settings, table="growth."):
     time in epochs, whatever the length of the run."""
 
     window: Count = 5
-    """Epochs over which the gates take their means."""
+    """Epochs over which the gates average."""
     blending_potential: float = -1.0
     """G2, which refuses clear harm only: mean rise in validation accuracy that the seed would bring
     at alpha 1, at least."""
@@ -65,14 +65,14 @@ class GrowthConfig(Settings, table="growth."):
     embargo_epochs: CountOrZero = 5
     """Epochs for which the slot of a culled seed stays closed."""
     undo_wait: CountOrZero = 5
-    """Epochs without germination after the first seed whose effect was undone. Each further one
-    doubles the wait, ..."""
+    """Epochs without germination after the first seed that was undone. Each further one doubles the
+    wait, ..."""
     undo_wait_ceiling: CountOrZero = 80
-    """... up to this; a seed that is kept brings it back to `undo_wait`."""
+    """... up to this many epochs; a seed that is kept resets it to `undo_wait`."""
     max_seeds: CountOrZeroOrNone = None
-    """Seeds seated at most at a time, fossilized ones included; None allows one in each slot."""
+    """At most this many seeds at a time, fossilized ones included; None allows one per slot."""
     fossil_check_epochs: Count = 5
-    """A fossilized seed's contribution is measured again every so many epochs."""
+    """Epochs between two measurements of a fossilized seed's contribution."""
     incubation: Literal["closed", "straight_through"] = "closed"
     """How a seed in TRAINING learns. closed: by its own effect on the loss at alpha 1, beside the
     network. straight_through: from the gradient of a value on which it has no effect, as in the
@@ -93,6 +93,6 @@ class GrowthConfig(Settings, table="growth."):
             require(value >= self.window, what, value)
 
     def seed_life(self) -> int:
-        """Fewest epochs from germination to the verdict."""
+        """The fewest epochs from germination to the decision to keep the seed."""
         training = max(self.training_min_epochs, self.window)
         return training + max(self.blending_epochs, self.probation_min_epochs) + self.window

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from esper_train.base.settings import differing
 from esper_train.base.state import Stateful, copied
 from esper_train.run.config import CheckpointConfig
 from esper_train.run.directory import (
@@ -154,14 +155,7 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
     Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer
     epochs than are done, or a network that does not fit; what was built is of no use then.
     """
-    for key, asked in _identity(episode).items():
-        # a key that the checkpoint does not have is a setting that there was no choice about then
-        if key not in FREE and asked != (was := state["run"].get(key, asked)):
-            free = ", ".join(FREE)
-            raise ValueError(
-                f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a "
-                "new run"
-            )
+    _require_same_run(state["run"], _identity(episode))
     for name, part in parts(episode).items():
         if name in ADDED and name not in state["parts"]:
             continue
@@ -180,6 +174,21 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
     schedule = episode.config.optim.schedule
     changes = left * (episode.steps if schedule.each == "step" else 1)
     episode.optimizers.fit_schedules(schedule, changes)
+
+
+def _require_same_run(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume as another run; the message names the settings that differ."""
+    # a key that the checkpoint does not have is a setting that did not exist then
+    fixed = [key for key in now if key in was and key not in FREE]
+    runs = [{key: run[key] for key in fixed} for run in (was, now)]
+    for run in runs:
+        run["data_record"] = json.loads(run["data_record"])
+    changed = [f"{path} was {old} and is {new}" for path, (old, new) in differing(runs).items()]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)}; a resumed run may change {', '.join(FREE)}, others need a new "
+            "run"
+        )
 
 
 def _require_metrics(path: Path, size: int) -> None:

@@ -244,8 +244,22 @@ def load_run(
 
 
 def load_config(path: Path) -> RunConfig:
-    """The config of a run directory; `FileNotFoundError` if it is none, `ValueError` if it was
-    damaged or changed."""
+    """The config of a run directory. Raises as `read_config` and `from_dict` do."""
+    config = from_dict(RunConfig, read_config(path))
+    if is_place(config.task):  # nothing in a run directory has a module imported
+        raise ValueError(
+            f"{path / CONFIG} names the task {config.task!r}, which is no name of a task; bring it "
+            "back, or start a new run"
+        )
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a run directory as plain values.
+
+    Raises `FileNotFoundError` if it is no run directory, `ValueError` if the config was damaged or
+    changed.
+    """
     _require_file(path, CONFIG)
     try:
         values = json.loads(_read_whole(path / CONFIG))
@@ -255,13 +269,7 @@ def load_config(path: Path) -> RunConfig:
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path / CONFIG} holds no settings; bring it back, or start a new run")
-    config = from_dict(RunConfig, values)
-    if is_place(config.task):  # nothing in a run directory has a module imported
-        raise ValueError(
-            f"{path / CONFIG} names the task {config.task!r}, which is no name of a task; bring it "
-            "back, or start a new run"
-        )
-    return config
+    return values
 
 
 def _read_whole(path: Path) -> bytes:
@@ -270,6 +278,20 @@ def _read_whole(path: Path) -> bytes:
     except ValueError as error:
         advice = f"bring it back; if the change was meant, remove {digest_file(path).name}"
         raise ValueError(f"{path} cannot be used: {error}; {advice}") from error
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The run directories that a path names: itself, or those in it, including single episodes.
+
+    Baselines belong to their runs and are left out. Raises `ValueError` if there is no run.
+    """
+    if (path / METRICS).is_file():
+        return [path]
+    found = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{METRICS}")]
+    runs = sorted(run for run in found if not (run.parent / METRICS).is_file())
+    if not runs:
+        raise ValueError(f"no run in {path}: neither it nor a folder in it has a {METRICS}")
+    return runs
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ def observe_slots(
         other = validation.variants.get(name)
         learns = slot.statistics is not None
         measured = Measurement(
-            accuracy=validation.accuracy,
+            accuracy=validation.points,
             contribution=None if learns else validation.contribution(name),
             gradient_ratio=gradient_ratio(train.grad, seed),
             tolerance=episode.trial.tolerance(validation.right, validation.valid)
@@ -82,7 +82,7 @@ def observe_slots(
         if learns and other is not None:
             measured = replace(
                 measured,
-                potential=other.accuracy - validation.accuracy,
+                potential=other.points - validation.points,
                 potential_loss=other.loss - validation.loss,
             )
         slot.observe(measured)
@@ -96,9 +96,9 @@ def observation(
         epoch=number,
         max_epochs=episode.config.max_epochs,
         train_loss=train.loss,
-        train_accuracy=train.accuracy,
+        train_accuracy=train.points,
         val_loss=validation.loss,
-        val_accuracy=validation.accuracy,
+        val_accuracy=validation.points,
         guess_loss=episode.governor.guess,
         slots=slot_states(episode.model),
     )

@@ -40,6 +40,7 @@ class OptimizerSteps:
         self._step = step
         self._learners = learners
         self.meter = Meter(device, topk=config.topk)
+        self.saw_soft_targets = False
         groups = optimizers.parameters()
         self._parameters = [p for members in groups.values() for p in members]
         units: dict[str, Unit] = {}
@@ -90,9 +91,9 @@ class OptimizerSteps:
         for inputs, targets in group:
             step(self._model, inputs, targets, self.meter, divisor, self._learners)
         if measure:
-            with step.span("statistics"):
+            with step.spans.statistics:
                 for unit in units:
                     unit.measure()
-        with step.span("optimizer"):
+        with step.spans.optimizer:
             for unit in units:
                 unit.step(optimizers, measure)

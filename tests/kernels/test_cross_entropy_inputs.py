@@ -1,5 +1,8 @@
 """Row classes (ignored, bad, non-finite, ordinary), and what is refused before anything is
-written."""
+written.
+
+Long file: one table of inputs after the other.
+"""
 
 from typing import Any
 

@@ -1,5 +1,8 @@
 """Tensors that are not what their memory says, memory of the wrong size, and writes that torch
-refuses."""
+refuses.
+
+Long file: one table of inputs after the other.
+"""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Rewards: the audited system's numbers, and what must hold for any numbers."""
+"""Rewards: the audited system's numbers, and what must hold for any numbers.
+
+Long file: one golden number after the other, on shared seeds.
+"""
 
 import math
 from dataclasses import replace
@@ -7,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_train import RunConfig
 from esper_train.control.policy import Op
 from esper_train.control.rewards import (
     REWARDS,
     ContributionReward,
+    RewardMode,
     SeedInfo,
     compute_contribution_reward,
 )
@@ -45,7 +50,7 @@ def reward(
         "host_params": HOST,
         "acc_at_germination": start,
     } | more
-    return compute_contribution_reward(action, contribution, 60.0, seed, epoch, 25, **arguments)  # type: ignore
+    return compute_contribution_reward(action, contribution, 60.0, seed, epoch, 25, **arguments)  # type: ignore[arg-type, return-value]
 
 
 def parts(
@@ -503,3 +508,11 @@ def test_a_better_epoch_never_earns_less(name: str) -> None:
     )
     state = replace(STATE, contribution=None)
     assert earned(name, Op.WAIT, state, better, HOST) > earned(name, Op.WAIT, state, worse, HOST)
+
+
+def test_reward_modes_are_the_rewards_that_a_config_can_name() -> None:
+    assert set(RewardMode) == REWARDS.keys()
+    for mode in RewardMode:
+        named = RunConfig(reward=mode).reward  # type: ignore[arg-type]
+        assert named == mode
+        assert type(named) is str  # a checkpoint and a file hold no enum

@@ -1,5 +1,8 @@
 """Blueprints: what comes with the package starts as the identity and can learn, and nothing else
-gets in."""
+gets in.
+
+Long file: one blueprint after the other.
+"""
 
 import pytest
 import torch

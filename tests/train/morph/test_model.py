@@ -1,5 +1,8 @@
 """Hosts and the model that grows: what is cut where, and seeds seated, used and removed by slot
-name."""
+name.
+
+Long file: one model and its fixtures serve all of these tests.
+"""
 
 from typing import Any
 
