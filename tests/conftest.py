@@ -1,5 +1,5 @@
-"""For every test: repeatable examples, signals that are answered, and Triton's interpreter where
-there is no GPU."""
+"""For every test: repeatable examples, default signal handlers, and Triton's interpreter without
+a GPU."""
 
 import os
 import signal

@@ -50,7 +50,7 @@ class SeedSlot(nn.Module):
         self.gate: Gate | None = None
         """The gate of a seed with the blend "gated", until alpha is 1."""
         self.statistics: Statistics | None = None
-    """Statistics of the batch norms behind the slot, if its seed learns beside the network."""
+        """Statistics of the batch norms behind the slot, if its seed learns beside the network."""
         self.state = SlotState(slot=slot)
         # a tensor, so that torch.compile does not recompile for a new value
         self.register_buffer("alpha", torch.zeros(()))

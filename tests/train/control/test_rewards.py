@@ -1,4 +1,4 @@
-"""Rewards: the audited system's numbers, and what must hold for any numbers.
+"""Rewards: the numbers of the audited system, and properties that hold for any numbers.
 
 Long file: one golden number after the other, on shared seeds.
 """
