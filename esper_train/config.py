@@ -55,8 +55,8 @@ class RunConfig(Settings):
     """Processes that prepare batches; the batches do not depend on it. 0 indexes the data in place,
     on the device if they fit there, which is faster for tensors in memory."""
     channels_last: bool | None = None
-    """Run convolutions in channels-last layout. None chooses it where it is faster: from 16 channels
-    on a CPU, and in half precision on a GPU."""
+    """Run convolutions in channels-last layout. None chooses it where it is faster: on a CPU from
+    16 channels on, on a GPU in half precision."""
     seed: int = 42
     """Seed of all random numbers, a 64-bit integer."""
     keep: Literal["best", "last"] = "best"
