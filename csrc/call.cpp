@@ -176,6 +176,7 @@ void check(const LossCall& call) {
   require_number("normalizer", call.numbers.normalizer, 0, HUGE_VAL);
   require_number("grad_scale", call.numbers.grad_scale, -HUGE_VAL, HUGE_VAL);
   require(call.sums.has_value() == call.counts.has_value(), "both accumulators of a meter or none");
+  if (call.ticket) memory_of<int32_t>("a meter's ticket", *call.ticket, kInt32, 1);
   if (call.sums) {
     memory_of<double>("a meter's sums", *call.sums, kFloat64, kNumSums);
     memory_of<int64_t>("a meter's counts", *call.counts, kInt64, kFirstCorrect + call.topk.size());
@@ -201,11 +202,13 @@ GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays& out
     require_storage("each gradient", x);
   }
   const int64_t n = tensors.size();
-  return {memory_of<double>("norms", out.norms, kFloat64, n),
-          memory_of<double>("max_abs", out.max_abs, kFloat64, n),
-          memory_of<int64_t>("zeros", out.zeros, kInt64, n),
-          memory_of<int64_t>("nans", out.nans, kInt64, n),
-          memory_of<int64_t>("infs", out.infs, kInt64, n),
+  double* const magnitudes = memory_of<double>("magnitudes", out.magnitudes, kFloat64, 2 * n);
+  int64_t* const counts = memory_of<int64_t>("counts", out.counts, kInt64, 3 * n);
+  return {magnitudes,
+          magnitudes + n,
+          counts,
+          counts + n,
+          counts + 2 * n,
           memory_of<double>("total_norm", out.total_norm, kFloat64, 1),
           memory_of<float>("found_inf", out.found_inf, kFloat32, 1)};
 }

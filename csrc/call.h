@@ -85,7 +85,8 @@ struct LossCall {
   int64_t ignore_index = -100;
   LossNumbers numbers;
   int64_t reduction = kMean;
-  std::optional<Array> sums, counts;  // a Meter's, float64 and int64
+  // A Meter's, float64, int64 and int32 [1]; kernels on a GPU use the ticket, 0 between launches.
+  std::optional<Array> sums, counts, ticket;
   std::vector<int64_t> topk = {};
   std::optional<Array> loss;   // float32 [], or [N] for kNone
   std::optional<Array> saved;  // float32 [2 N + 1]: maxima, sums, denominator; written forward, read backward
@@ -129,7 +130,9 @@ ESPER_ANYWHERE inline bool is_valid(const LossRows& p, int64_t target) {
 
 // Where the statistics of T tensors go; the fields of esper_kernels.GradStats.
 struct GradStatsArrays {
-  Array norms, max_abs, zeros, nans, infs, total_norm, found_inf;
+  Array magnitudes;  // float64 [2, T]: norms, max_abs
+  Array counts;      // int64 [3, T]: zeros, nans, infs
+  Array total_norm, found_inf;
 };
 struct GradStatsOut {
   double *norms, *max_abs;

@@ -27,9 +27,8 @@ constexpr const char* kSchemas[] = {
     "float label_smoothing, float z_loss, float? softcap, int instruction_set, Tensor grad_output, "
     "Tensor saved, Tensor(a!) out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
     "Tensor? softcap_at=None) -> ()",
-    "grad_stats(Tensor[] tensors, Tensor? inv_scale, int instruction_set, Tensor(a!) norms, "
-    "Tensor(b!) max_abs, Tensor(c!) zeros, Tensor(d!) nans, Tensor(e!) infs, Tensor(f!) total_norm, "
-    "Tensor(g!) found_inf) -> ()",
+    "grad_stats(Tensor[] tensors, Tensor? inv_scale, int instruction_set, Tensor(a!) magnitudes, "
+    "Tensor(b!) counts, Tensor(c!) total_norm, Tensor(d!) found_inf) -> ()",
     "use_huge_pages(Tensor x) -> ()",
 };
 

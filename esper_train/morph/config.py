@@ -34,7 +34,8 @@ class GrowthConfig(Settings, table="growth."):
     window: Count = 5
     """Epochs over which the gates take their means."""
     blending_potential: float = -1.0
-    """G2: mean rise in validation accuracy that the seed would bring at alpha 1, at least."""
+    """G2, which refuses clear harm only: mean rise in validation accuracy that the seed would bring
+    at alpha 1, at least."""
     blending_loss_change: float = 0.05
     """G2: the mean change that it would bring in validation loss must be below this, in nats."""
     training_min_epochs: CountOrZero = 5

@@ -77,11 +77,11 @@ def cross_entropy(
     backend = _choose(logits, targets, meter, config)
 
     def run() -> Tensor:
-        given = _traceable(options, logits)
+        run_options = _traceable(options, logits)
         if logits.requires_grad and torch.is_grad_enabled():
-            loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *given)
+            loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *run_options)
             return loss
-        return _MODULES[backend].forward(logits, targets, given, meter, False)[0]
+        return _MODULES[backend].forward(logits, targets, run_options, meter, False)[0]
 
     return checks.serve(backend, run, lambda: _find_fault(backend, logits, targets, meter, options))
 
@@ -126,29 +126,32 @@ def cross_entropy_step(
         instruction_set,
     )
     checks.refuse_transforms("cross_entropy_step", logits)
+    compiling = torch.compiler.is_compiling()
     given_out = out
-    logits = _classes_last(logits, class_dim)
-    out = None if out is None else _classes_last(out, class_dim)
+    if class_dim != -1:
+        logits = _classes_last(logits, class_dim)
+        out = None if out is None else _classes_last(out, class_dim)
     backend = _choose(logits, targets, meter, config)
-    if inplace and out is not None:
-        raise ValueError("expected out or inplace=True, got both")
+    written = out
     if reduction == "none":
         raise ValueError(
             "cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use cross_entropy"
         )
-    written = out
     if inplace:
+        if out is not None:
+            raise ValueError("expected out or inplace=True, got both")
         checks.refuse_inplace("inplace=True", logits)
         written = logits.detach()
     elif isinstance(out, Tensor):
         checks.refuse_inference("out", out)
 
     def run() -> Tensor:
-        if out is not None and not _is_separate(out, logits):
+        if out is not None and not compiling and not _is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
-        given = _traceable(options, logits)
-        scale = _as_tensor(grad_scale, logits)
-        return _MODULES[backend].step(logits.detach(), targets, given, meter, scale, written)
+        run_options = _traceable(options, logits)
+        scale = _as_tensor(grad_scale, logits) if compiling else grad_scale
+        values = logits.detach() if logits.requires_grad else logits
+        return _MODULES[backend].step(values, targets, run_options, meter, scale, written)
 
     def find_fault() -> None:
         _find_fault(backend, logits, targets, meter, options)
@@ -162,7 +165,7 @@ def cross_entropy_step(
             checks.check_apart(written, read)
 
     grad = checks.serve(backend, run, find_fault)
-    if written is not None and not torch.compiler.is_compiling():
+    if written is not None and not compiling:
         torch.autograd.graph.increment_version(written)
     if class_dim == -1:
         return grad
@@ -234,12 +237,7 @@ def _as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
 
     A product, because that is what compilers keep a changing number in.
     """
-    if (
-        not torch.compiler.is_compiling()
-        or number is None
-        or isinstance(number, Tensor)
-        or number == 0
-    ):
+    if number is None or isinstance(number, Tensor) or number == 0:
         return number
     return torch.ones((), dtype=torch.float64, device=logits.device) * number
 
@@ -247,8 +245,6 @@ def _as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
 def _is_separate(out: Tensor, logits: Tensor) -> bool:
     """False for an `out` that the op would take for logits to be written in place, or that requires
     grad."""
-    if torch.compiler.is_compiling():
-        return True
     return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
 
 

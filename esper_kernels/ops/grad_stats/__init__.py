@@ -174,7 +174,7 @@ def _check(
                 f"grads must be on one device, got {device} and, at place {place}, {x.device}"
             )
     if device is None:
-        device = torch.device("cpu") if out is None else out.norms.device
+        device = torch.device("cpu") if out is None else out.found_inf.device
     if inv_scale is not None and (not isinstance(inv_scale, Tensor) or inv_scale.dim() != 0):
         raise TypeError(f"inv_scale must be a 0-d tensor, got {inv_scale!r}")
     if inv_scale is not None and inv_scale.is_complex():
@@ -202,12 +202,12 @@ def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> Non
     """That `out` is an earlier result of as many tensors on this device."""
     if not isinstance(out, GradStats):
         raise TypeError(f"out must be a GradStats, got {checks.describe(out)}")
-    if (len(out.numels), out.norms.device) != (num_tensors, device):
+    if (len(out.numels), out.found_inf.device) != (num_tensors, device):
         raise ValueError(
             f"out must be of {num_tensors} tensors on {device}, got {len(out.numels)} on "
-            f"{out.norms.device}; leave it out to allocate"
+            f"{out.found_inf.device}; leave it out to allocate"
         )
-    names = ("norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf")
+    names = ("magnitudes", "counts", "total_norm", "found_inf")
     expected = _allocate(num_tensors, torch.device("meta"))
     for name in names:
         x = getattr(out, name)
@@ -228,15 +228,9 @@ def _allocate(num_tensors: int, device: torch.device) -> GradStats:
     def memory(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    counts = memory(torch.int64, 3, num_tensors)
-    zeros, nans, infs = counts.unbind()
     return GradStats(
-        norms=memory(torch.float64, num_tensors),
-        max_abs=memory(torch.float64, num_tensors),
-        counts=counts,
-        zeros=zeros,
-        nans=nans,
-        infs=infs,
+        magnitudes=memory(torch.float64, 2, num_tensors),
+        counts=memory(torch.int64, 3, num_tensors),
         total_norm=memory(torch.float64),
         found_inf=memory(torch.float32),
     )

@@ -48,12 +48,8 @@ class GradHealth:
 class GradStats:
     """Gradient statistics of T tensors on the device, in list order, groups one after the other."""
 
-    norms: Tensor  # float64 [T], L2
-    max_abs: Tensor  # float64 [T]
-    counts: Tensor  # int64 [3, T], the rows of which are
-    zeros: Tensor  # int64 [T], as nans and infs
-    nans: Tensor
-    infs: Tensor
+    magnitudes: Tensor  # float64 [2, T], the rows of which are norms and max_abs
+    counts: Tensor  # int64 [3, T], the rows of which are zeros, nans and infs
     total_norm: Tensor  # float64 []
     # float32 [], 1 where any value is NaN or Inf: what a loss scaler calls by that name
     found_inf: Tensor
@@ -63,6 +59,31 @@ class GradStats:
     exploding: float = math.inf
     # what a backend keeps for the next call
     workspace: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def norms(self) -> Tensor:
+        """float64 [T], L2."""
+        return self.magnitudes[0]
+
+    @property
+    def max_abs(self) -> Tensor:
+        """float64 [T]."""
+        return self.magnitudes[1]
+
+    @property
+    def zeros(self) -> Tensor:
+        """int64 [T]."""
+        return self.counts[0]
+
+    @property
+    def nans(self) -> Tensor:
+        """int64 [T]."""
+        return self.counts[1]
+
+    @property
+    def infs(self) -> Tensor:
+        """int64 [T]."""
+        return self.counts[2]
 
     def over(
         self,

@@ -48,7 +48,7 @@ def fill(
 ) -> None:
     from esper_kernels.ops.grad_stats.triton_kernels import kernel
 
-    columns = stats.norms, stats.max_abs, stats.zeros, stats.nans, stats.infs
+    columns = *stats.magnitudes.unbind(), *stats.counts.unbind()
     totals = stats.total_norm, stats.found_inf
     if not tensors:
         for total in totals:
@@ -59,7 +59,7 @@ def fill(
     memory = tables.addresses, tables.layout, tables.partials, tables.tickets
     sizes = len(tensors), tables.partials.shape[1], tables.piece_blocks
     options = NVIDIA_OPTIONS if torch.version.cuda else OPTIONS
-    with torch.accelerator.device_index(stats.norms.device.index):
+    with torch.accelerator.device_index(stats.found_inf.device.index):
         kernel[(sizes[1],)](*memory, inv_scale, *columns, *totals, *sizes, **options)
 
 
@@ -77,7 +77,7 @@ def _is_dense(x: Tensor) -> bool:
 def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
     """The tables of `stats` for these tensors, made or brought up to date without waiting for the
     device."""
-    device = stats.norms.device
+    device = stats.found_inf.device
     key = (
         tuple(0 if x is None else x.numel() for x in tensors),
         tuple(torch.float32 if x is None else x.dtype for x in tensors),
