@@ -38,8 +38,8 @@ def drawn(
     if limit is not None and limit < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {limit}")
     source = iter(islice(loader, limit))
-    read = read_batch if read is None else partial(read_by, read)
     copy = not getattr(loader, "gives_copies", False)
+    read = read_batch if read is None else partial(read_by, read)
     end = object()
     empty = True
     while True:
@@ -48,9 +48,10 @@ def drawn(
             if batch is end:
                 break
             inputs, targets = read(batch)
-            if device is not None:
-                inputs = moved(inputs, device, copy=copy)
-                targets = moved(targets, device, copy=copy)
+            if copy or not (isinstance(inputs, Tensor) and inputs.device == device):
+                inputs = moved(inputs, device, copy)
+            if copy or not (isinstance(targets, Tensor) and targets.device == device):
+                targets = moved(targets, device, copy)
         empty = False
         yield inputs, targets
     if empty:
@@ -99,12 +100,12 @@ def read_by(read: ReadBatch, batch: object) -> Batch:
     return found
 
 
-def moved(nest: Any, device: torch.device | None, *, copy: bool = False) -> Any:
+def moved(nest: Any, device: torch.device | None, copy: bool = False) -> Any:
     """The tensors in dicts, tuples and lists, and whatever else has a method `to`, on `device`.
 
-    Everything else stays as it is, and so do all tensors where `device` is None. Mappings of any
-    type become dicts. Pinned memory is copied without waiting. With `copy`, no tensor shares memory
-    with the original.
+    With `copy`, tensors that are there already are copied. Everything else stays as it is, and so
+    do all tensors where `device` is None. Mappings of any type become dicts. Pinned memory is
+    copied without waiting.
     """
     if isinstance(nest, Tensor):
         if device is None or (nest.device == device and not copy):

@@ -73,7 +73,7 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: with the policy "stop", the loss is NaN or infinite; the error's
             `result` is the `EpochResult`.
-        TypeError: an argument of another type, or a batch or an output that is none of the above.
+        TypeError: an argument of another type; a batch or an output that is none of the above.
         ValueError: unknown task type, logits of another shape or that need no gradient, a loader
             without batches, `max_batches` below 1, an optimizer that needs a closure, a call
             within `torch.no_grad()`.
