@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from esper_kernels.testing import SyncCounter
 from esper_train import AmpConfig, GradConfig, TrainConfig, train_one_epoch
-from tests.helpers.linear import linear
+from esper_train.base.settings import from_dict
+from tests.helpers.linear import INPUTS, TARGETS, linear, sgd, train
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.25])
 
