@@ -5,6 +5,8 @@ built where torch is built with CUDA and a toolkit is found (CUDA_HOME, or nvcc 
 TORCH_CUDA_ARCH_LIST; no GPU is needed. FORCE_CUDA=1 builds them or fails, against any torch;
 NO_CUDA=1 leaves them out. ESPER_TESTING=1 adds the module of csrc/testing.cpp to an editable
 install, beside the tests that use it.
+
+Long functions: `compiled` is the list of extensions with their sources and flags.
 """
 
 import os

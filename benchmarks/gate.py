@@ -103,7 +103,7 @@ def epochs_in_training(episode: Episode, slot: str) -> Iterator[Measured]:
             yield Measured(
                 potential=state.potential,
                 potential_loss=state.potential_loss,
-                test_gain=test.variants[slot].accuracy - test.accuracy,
+                test_gain=test.variants[slot].points - test.points,
             )
         epoch.apply(episode.policy.decide(signals))
         episode.epoch = number

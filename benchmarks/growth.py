@@ -87,8 +87,8 @@ def measure(task: str, epochs: int, seed: int) -> Pair:
     return Pair(
         epochs=epochs,
         seed=seed,
-        grown=grown.test.accuracy,
-        fit=fit.test.accuracy,
+        grown=grown.test.points,
+        fit=fit.test.points,
         parameters=grown.parameters,
         fossils=grown.fossils,
         undone=grown.undone,

@@ -18,7 +18,7 @@ void require(bool holds, const char* expectation) {
 }
 
 void require_storage(const char* name, const Array& x) {
-  // The room of an empty tensor may be negative: its offset may lie past the end of its storage.
+  // `room` may be negative for an empty tensor, whose offset may lie past the end of its storage.
   if (x.numel() > 0 && x.reach() > x.room)
     refuse(name, "to have storage for its shape: it was freed or shrunk");
 }
@@ -47,7 +47,8 @@ bool same_place(const Array& x, const Array& y) {
          std::equal(x.strides, x.strides + x.dims, y.strides);
 }
 
-// Whether two elements share memory, as in an expanded tensor. May be true of exotic strides without.
+// Whether two elements may share memory, as in an expanded tensor. Unusual strides without any such pair can
+// give true as well.
 bool overlaps_itself(const Array& x) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < x.dims; ++d)

@@ -32,8 +32,8 @@ struct Cpu {
   }
 };
 
-// Asks the system for its largest pages where fresh memory is this large: a page fault per 4 KiB would cost
-// more than computing what is written there. Advice only.
+// Asks the system for huge pages if fresh memory is this large: a page fault per 4 KiB would cost more than
+// computing what is written there. It is only a hint.
 void use_huge_pages_op(Tensor x) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;

@@ -1,5 +1,8 @@
 """For tests and benchmarks of backends: sample inputs, a truth, an error bound, a counter of host
-syncs."""
+syncs.
+
+Long functions: `cross_entropy_samples` is a table of cases.
+"""
 
 from typing import Any, NamedTuple
 

@@ -30,9 +30,10 @@ from esper_train.train.config import (
     TrainConfig,
 )
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
+from esper_train.train.fit import EpochEnd, fit
 from esper_train.train.loop import evaluate, train_one_epoch
 from esper_train.train.optimizers import OptimizerRegistry
-from esper_train.train.results import EpochResult, EvalResult, Measures
+from esper_train.train.results import EpochResult, EvalResult, Measures, StepEnd
 from esper_train.train.step import TrainStep, build_train_step
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "ConsoleSink",
     "Decision",
     "EpisodeResult",
+    "EpochEnd",
     "EpochResult",
     "EvalResult",
     "Event",
@@ -73,6 +75,7 @@ __all__ = [
     "Sink",
     "SlotState",
     "Splits",
+    "StepEnd",
     "Task",
     "TelemetryConfig",
     "TelemetryHub",
@@ -83,6 +86,7 @@ __all__ = [
     "default_registry",
     "evaluate",
     "export",
+    "fit",
     "fold",
     "from_dict",
     "get_task",

@@ -1,9 +1,9 @@
 // Cross entropy over rows: loss, counts, accumulation and gradient in one launch. The fields of CrossEntropy
 // are described in ../call.h.
 //
-// Few classes: a group of lanes a row, the row in registers. More: a block a row, or a cluster of blocks,
-// each with a part of the row in its shared memory, so that it is read once. Rows that do not fit are read
-// twice, from both ends, so that the second read finds the latest part in the cache.
+// Few classes: a group of lanes per row, with the row in registers. More classes: one block per row, or a
+// cluster of blocks that each hold a part of the row in shared memory, so that the row is read once. Rows
+// that do not fit are read twice, the second time backwards, to find the end of the first read in the cache.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
       for_vectors(in, begin, end, !p.backward, write);
     }
   }
-  if (parts > 1) cluster().sync();  // nobody leaves while its shared memory may be read
+  if (parts > 1) cluster().sync();  // another block may still read this one's shared memory
   if (part == 0) finish(b, tally, team, teams, shared);
 }
 
@@ -124,7 +124,7 @@ struct Plan {
 Plan plan_of(const LossRows& p, const Device& device) {
   Plan plan{{0, kManyThreads, kSharedBytes}};
   Grid& grid = plan.grid;
-  int64_t teams = p.rows, room;  // what works on rows; how many a multiprocessor holds
+  int64_t teams = p.rows, room;  // groups that work on rows; how many fit on a multiprocessor
   if (p.classes <= kFewClasses) {
     for (plan.lanes = 1; plan.lanes < kWarp && plan.lanes * 8 < p.classes;) plan.lanes *= 2;
     grid.threads = kFewThreads;

@@ -15,9 +15,9 @@ constexpr int kFewBlocks = 6,
               kManyBlocks = 2;  // at least, on a multiprocessor; kFewBlocks / 2 of 1024 classes
 constexpr int kFewClasses = 1024;
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
-constexpr int kLargestCluster = 8;     // that every chip with clusters takes
-constexpr int kCountHere = 128 << 10;  // bytes of targets that every block looks through by itself
-constexpr int kCountBlocks = 64;       // that count larger ones first
+constexpr int kLargestCluster = 8;     // the largest that every chip with clusters supports
+constexpr int kCountHere = 128 << 10;  // bytes of targets up to which every block counts all of them
+constexpr int kCountBlocks = 64;       // blocks that count the targets first if there are more
 constexpr int kRowCounts = kBadTargets + 1;          // kValid to kBadTargets, of MeterCount
 constexpr int kMostCounts = kRowCounts + kMostTopk;  // then correct@k
 
@@ -50,8 +50,8 @@ struct Row {
   __device__ float reference() const { return x - x == 0 ? x : 0; }
 };
 
-// What a group of threads has seen of a row. The target is left out of the sum: where it has nearly all of
-// the softmax, 1 - softmax would otherwise be rounding errors.
+// What a group of threads has seen of a row. The sum leaves the target out: if the target has nearly all of
+// the softmax, 1 - softmax would otherwise be nothing but rounding errors.
 struct State {
   float top;     // the largest x, the target's included
   float others;  // sum of exp(x - top)
@@ -153,7 +153,7 @@ __device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i) {
   return row;
 }
 
-// Of a row before its logits are read; of one that the backward finds, after.
+// The state of a row before its logits are read or, in backward, after.
 __device__ State state_of(const LossRows& p, const Row& row) {
   if (p.backward) return {p.saved_max[row.i], p.saved_sum[row.i], 0, 0};
   return {row.x == row.x ? row.x : -INFINITY, 0, 0, 0};

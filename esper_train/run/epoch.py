@@ -53,7 +53,7 @@ class Epoch:
         self._train, self._validation = train_and_evaluate(episode, number)
         train = self._train
         validation = self._validation
-        episode.accuracy = validation.accuracy
+        episode.accuracy = validation.points
         # a skipped batch is in the training loss, so that is no finding
         skips = episode.config.train.on_bad_numbers == "skip"
         training = validation.loss if skips else train.loss

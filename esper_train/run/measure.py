@@ -1,5 +1,5 @@
-"""What an epoch measures: it trains and evaluates the network, and tells slots and controller what
-was found. `epoch` calls it."""
+"""What an epoch measures: `epoch` calls it to train and evaluate the network, and to pass the
+results to slots and controller."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,8 +19,8 @@ JOINT = "+"
 
 
 def train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
-    """The epoch's batches, then validation: as the network is, without each seed that has a part in
-    it, and with each seed that learns beside it."""
+    """Train on the epoch's batches, then validate the network as it is, without each seed that
+    contributes to it, and with each seed that learns beside it."""
     config = episode.config
     model = episode.model
     train = train_one_epoch(
@@ -72,7 +72,7 @@ def observe_slots(
         other = validation.variants.get(name)
         learns = slot.statistics is not None
         measured = Measurement(
-            accuracy=validation.accuracy,
+            accuracy=validation.points,
             contribution=None if learns else validation.contribution(name),
             gradient_ratio=gradient_ratio(train.grad, seed),
             tolerance=episode.trial.tolerance(validation.right, validation.valid)
@@ -82,7 +82,7 @@ def observe_slots(
         if learns and other is not None:
             measured = replace(
                 measured,
-                potential=other.accuracy - validation.accuracy,
+                potential=other.points - validation.points,
                 potential_loss=other.loss - validation.loss,
             )
         slot.observe(measured)
@@ -96,9 +96,9 @@ def observation(
         epoch=number,
         max_epochs=episode.config.max_epochs,
         train_loss=train.loss,
-        train_accuracy=train.accuracy,
+        train_accuracy=train.points,
         val_loss=validation.loss,
-        val_accuracy=validation.accuracy,
+        val_accuracy=validation.points,
         guess_loss=episode.governor.guess,
         slots=slot_states(episode.model),
     )

@@ -12,6 +12,7 @@ from esper_train.run.build import build_episode
 from esper_train.run.directory import write_file
 from esper_train.tasks import Task
 from esper_train.train.loop import evaluate, train_one_epoch
+from esper_train.train.spans import Spans
 
 PARTS = ("data", "forward", "loss", "backward", "statistics", "optimizer", "evaluation")
 BATCHES = 8
@@ -52,7 +53,7 @@ def write_profile(
 
     with RandomState(config.seed, episode.device).active():
         epoch()  # what is made or compiled once
-        episode.step.span = record_function
+        episode.step.spans = Spans.made(record_function)
         with profile() as profiler:
             epoch()
     profiler.export_chrome_trace(str(directory / TRACE))

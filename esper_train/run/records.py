@@ -98,5 +98,11 @@ def refused_event(epoch: int, decision: Decision, reason: str) -> Event:
 
 
 def plain(measures: Measures) -> dict[str, Any]:
-    """Loss and counts as plain values."""
-    return {key: getattr(measures, key) for key in ("loss", "accuracy", "correct", "valid")}
+    """Loss and counts as plain values. The accuracy is in percent, as in the metrics of earlier
+    versions, and None where none was counted."""
+    return {
+        "loss": measures.loss,
+        "accuracy": None if measures.accuracy is None else measures.points,
+        "correct": measures.correct,
+        "valid": measures.valid,
+    }

@@ -1,23 +1,34 @@
-"""Batches as they come from a loader: checked, moved to the model's device, grouped."""
+"""Batches as they come from a loader: split into inputs and targets, moved to the model's device,
+grouped."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor]
-"""Inputs [N, ...] and targets [N] or [N, T]."""
-Batches = Iterable[Batch]
-Span = Callable[[str], AbstractContextManager[Any]]
+from esper_train.train.spans import Span
+
+Batch = tuple[Any, Any]
+"""Inputs and targets: tensors, or dicts, tuples and lists of tensors."""
+Batches = Iterable[Any]
+ReadBatch = Callable[[Any], Batch]
+"""From what a loader gives to inputs and targets."""
+TARGET_KEYS = ("labels", "targets", "label", "target")
+"""Where a batch that is a dict has its targets: the first of these that it has."""
 
 
 def drawn(
-    loader: Batches, device: torch.device | None, limit: int | None, span: Span
+    loader: Batches,
+    device: torch.device | None,
+    limit: int | None,
+    span: Span,
+    read: ReadBatch | None = None,
 ) -> Iterator[Batch]:
-    """The loader's batches, at most `limit`, on `device`; None leaves them where they are.
+    """The loader's batches, at most `limit`, read and moved to `device`; None leaves them where
+    they are. `span` is entered around each.
 
     A model or a criterion may write over its batch, so it gets a copy, unless the loader says by
     `gives_copies` that its batches share no memory with its data.
@@ -28,22 +39,26 @@ def drawn(
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {limit}")
     source = iter(islice(loader, limit))
     copy = not getattr(loader, "gives_copies", False)
+    read = read_batch if read is None else partial(read_by, read)
     end = object()
     empty = True
     while True:
-        with span("data"):
+        with span:
             batch = next(source, end)
             if batch is end:
                 break
-            inputs, targets = _pair(batch)
-            if device is not None:
-                inputs = inputs.to(device, non_blocking=True, copy=copy)
-                targets = targets.to(device, non_blocking=True, copy=copy)
+            inputs, targets = read(batch)
+            if copy or not (isinstance(inputs, Tensor) and inputs.device == device):
+                inputs = moved(inputs, device, copy)
+            if copy or not (isinstance(targets, Tensor) and targets.device == device):
+                targets = moved(targets, device, copy)
         empty = False
         yield inputs, targets
     if empty:
         raise ValueError(
-            "the loader gave no batch: is the data set smaller than a batch with drop_last=True?"
+            "expected at least one batch, but the loader gave no batch; the data set may be "
+            "smaller than a batch with drop_last=True, or the loader an iterator that is used up: "
+            "pass what can be iterated anew, such as a DataLoader or a list"
         )
 
 
@@ -53,20 +68,86 @@ def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def _pair(batch: object) -> Batch:
-    """The batch, if it is a pair of tensors; `TypeError` says what came instead."""
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, targets = batch
-        if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
-            return inputs, targets
+def read_batch(batch: object) -> Batch:
+    """Inputs and targets of a pair (inputs, targets), or of a dict, whose targets have one of the
+    names in `TARGET_KEYS` and whose other values are the inputs, as a dict.
+
+    Raises `TypeError`, which says what came, for anything else.
+    """
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2 and batch[0] is not None and batch[1] is not None:
+            return batch[0], batch[1]
+    elif isinstance(batch, Mapping):
+        key = next((key for key in TARGET_KEYS if batch.get(key) is not None), None)
+        if key is not None:
+            return {name: value for name, value in batch.items() if name != key}, batch[key]
     raise TypeError(
-        f"expected batches (inputs, targets) of two tensors, got {_described(batch)} from the "
-        "loader; leave broken samples out in its collate_fn, or make such pairs there"
+        "expected batches (inputs, targets), or dicts with targets under "
+        f"{', '.join(map(repr, TARGET_KEYS))}, got {described(batch)} from the loader; pass "
+        "batch=, a function from a batch to (inputs, targets), or leave broken samples out in "
+        "the loader's collate_fn"
     )
 
 
-def _described(batch: object) -> str:
+def read_by(read: ReadBatch, batch: object) -> Batch:
+    """What the caller's own function makes of a batch."""
+    found: object = read(batch)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise TypeError(
+            f"expected (inputs, targets) from batch={read!r}, got {described(found)} for "
+            f"{described(batch)}"
+        )
+    return found
+
+
+def moved(nest: Any, device: torch.device | None, copy: bool = False) -> Any:
+    """The tensors in dicts, tuples and lists, and whatever else has a method `to`, on `device`.
+
+    With `copy`, tensors that are there already are copied. Everything else stays as it is, and so
+    do all tensors where `device` is None. Mappings of any type become dicts. Pinned memory is
+    copied without waiting.
+    """
+    if isinstance(nest, Tensor):
+        if device is None or (nest.device == device and not copy):
+            return nest
+        return nest.to(device, non_blocking=True, copy=copy)
+    if hasattr(nest, "to") and not isinstance(nest, Mapping):  # a PackedSequence, for one
+        return nest if device is None else nest.to(device, non_blocking=True)
+    return _rebuilt(nest, partial(moved, device=device, copy=copy))
+
+
+def cloned(nest: Any) -> Any:
+    """Copies of the tensors in dicts, tuples and lists."""
+    return nest.clone() if isinstance(nest, Tensor) else _rebuilt(nest, cloned)
+
+
+def tensors(nest: Any) -> list[Tensor]:
+    """The tensors in dicts, tuples and lists, in order."""
+    if isinstance(nest, Tensor):
+        return [nest]
+    if isinstance(nest, Mapping):
+        nest = nest.values()
+    elif not isinstance(nest, (tuple, list)):
+        return []
+    return [tensor for part in nest for tensor in tensors(part)]
+
+
+def _rebuilt(nest: Any, change: Callable[[Any], Any]) -> Any:
+    """A dict, tuple or list with its values changed; anything else as it is."""
+    if isinstance(nest, Mapping):
+        return {key: change(value) for key, value in nest.items()}
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return type(nest)(*map(change, nest))
+    if isinstance(nest, (tuple, list)):
+        return type(nest)(map(change, nest))
+    return nest
+
+
+def described(batch: object) -> str:
+    """What a batch or an output is, in words for an error."""
+    kind = type(batch).__name__
     if isinstance(batch, (tuple, list)):
-        kinds = ", ".join(type(part).__name__ for part in batch)
-        return f"a {type(batch).__name__} ({kinds})"
-    return "None" if batch is None else f"a {type(batch).__name__}"
+        return f"a {kind} ({', '.join(type(part).__name__ for part in batch)})"
+    if isinstance(batch, Mapping):
+        return f"a {kind} with {', '.join(map(repr, batch)) or 'no keys'}"
+    return "None" if batch is None else f"a {kind}"

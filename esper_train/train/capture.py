@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
-from esper_train.train.batches import Batch
+from esper_train.train.batches import Batch, cloned, moved, tensors
 from esper_train.train.config import TrainConfig
 from esper_train.train.optimizers import OptimizerRegistry
 
@@ -148,7 +148,8 @@ class Capture:
             self._steps: Any = make()
             self._replays: dict[bool, Work] = {}  # by whether the step measures
             self._warm: Counter[bool] = Counter()
-            self._batch: list[Tensor] = []  # inputs and targets of each batch of a step, in turn
+            self._batches: list[Batch] = []  # of a step, where its graphs find them
+            self._form: object = None  # of these batches
             self._memory: list[Tensor] = []  # of the run, that graphs use: nobody else may get it
             self._lrs = [group["lr"] for group in self._groups]
             self._rates = [
@@ -168,32 +169,31 @@ class Capture:
     def run(self, group: Sequence[Batch], measure: bool) -> None:
         """One step on these batches, wherever they are."""
         self._update_rates()
-        parts = [part for batch in group for part in batch]
-        self._batch = self._batch or [torch.empty_like(part, device=self._device) for part in parts]
-        if [(x.shape, x.dtype) for x in parts] != [(x.shape, x.dtype) for x in self._batch]:
-            self._run_eagerly(
-                [x.to(self._device, non_blocking=True) for x in parts], measure, OTHER_SHAPE
-            )
+        form = form_of(group)
+        if not self._batches:
+            self._form = form
+            self._batches = [moved(cloned(batch), self._device) for batch in group]
+        if form != self._form:
+            self._run_eagerly(moved(group, self._device), measure, OTHER_SHAPE)
             return
-        for static, part in zip(self._batch, parts, strict=True):
+        copies = zip(tensors(self._batches), tensors(group), strict=True)
+        for static, part in copies:
             static.copy_(part, non_blocking=True)
         if self._warm[measure] < WARM_UP:
             self._warm[measure] += 1
-            self._run_eagerly(self._batch, measure, WARMING_UP)
+            self._run_eagerly(self._batches, measure, WARMING_UP)
             return
         if measure not in self._replays:
             with self._rates_on_device(capturable=True):
-                self._replays[measure] = self._graphs.record(self._work(self._batch, measure))
+                work = partial(self._steps, self._batches, measure)
+                self._replays[measure] = self._graphs.record(work)
         self._replays[measure]()
         self.replayed += 1
 
-    def _run_eagerly(self, parts: list[Tensor], measure: bool, reason: str) -> None:
+    def _run_eagerly(self, group: Sequence[Batch], measure: bool, reason: str) -> None:
         with self._rates_on_device():
-            self._graphs.run(self._work(parts, measure))
+            self._graphs.run(partial(self._steps, group, measure))
         self.eager[reason] += 1
-
-    def _work(self, parts: list[Tensor], measure: bool) -> Work:
-        return partial(self._steps, list(zip(parts[::2], parts[1::2], strict=True)), measure)
 
     def _update_rates(self) -> None:
         if _settings(self._groups) != self._settings:
@@ -235,6 +235,18 @@ class Capture:
         return [
             (x.data_ptr(), x.dtype, x.shape, x.stride(), x.requires_grad) for x in self._tensors()
         ]
+
+
+def form_of(nest: Any) -> object:
+    """What has to be equal for one batch to take the place of another in a graph: the shapes of the
+    tensors, the names and places they have, and everything that is no tensor."""
+    if isinstance(nest, Tensor):
+        return nest.shape, nest.dtype
+    if isinstance(nest, dict):
+        return [(key, form_of(value)) for key, value in nest.items()]
+    if isinstance(nest, (tuple, list)):
+        return [type(nest), *map(form_of, nest)]
+    return nest
 
 
 def _require_capturable(optimizers: OptimizerRegistry) -> None:

@@ -10,20 +10,14 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from esper_kernels import Meter
 from esper_train.base.names import require_known
+from esper_train.train.batches import tensors
 from esper_train.train.config import CompileConfig
-
-Forward = Callable[..., Any]
-"""A model, or a method of it."""
-
-
-def call(model: nn.Module, forward: Forward, inputs: Tensor, arguments: Mapping[str, Any]) -> Any:
-    """The call that `Compiler.call` compiles: `forward` of `model`, as it is."""
-    return forward(inputs, **arguments)
+from esper_train.train.forward import Forward, call
 
 
 class Compiler:
@@ -47,11 +41,11 @@ class Compiler:
         self.program()  # a mode that torch does not know raises here
 
     def call(
-        self, model: nn.Module, forward: Forward, inputs: Tensor, arguments: Mapping[str, Any]
+        self, model: nn.Module, forward: Forward, inputs: Any, arguments: Mapping[str, Any]
     ) -> Any:
-        """What the module's function `call` gives, from a compiled program."""
+        """What the function `call` gives, from a compiled program."""
         if self.failure is not None:
-            return forward(inputs, **arguments)
+            return call(forward, inputs, arguments)
         structure = id(model), getattr(model, "structure", None)
         if structure != self._structure:
             self._structure = structure
@@ -60,17 +54,19 @@ class Compiler:
         if use not in self._programs:
             self._programs[use] = self.program()
         if self._config.dynamic is None:
-            torch._dynamo.maybe_mark_dynamic(inputs, 0)
+            for tensor in tensors(inputs):
+                if tensor.dim() > 0:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
             return self._programs[use](forward, inputs, arguments)
         except TorchDynamoException as error:  # compilation is lazy: this is where a failure shows
             if self._config.on_failure == "raise":
                 raise
             self._give_up(error)
-            return forward(inputs, **arguments)
+            return call(forward, inputs, arguments)
 
     def attempt(
-        self, work: Callable[[], None], model: nn.Module, inputs: Tensor, meter: Meter
+        self, work: Callable[[], None], model: nn.Module, inputs: Any, meter: Meter
     ) -> None:
         """Do the work of a training batch, which calls the model by `call`.
 
@@ -80,7 +76,8 @@ class Compiler:
         if self.failure is not None or self._config.on_failure == "raise":
             work()
             return
-        use = (id(model), getattr(model, "structure", None), inputs.shape)
+        shapes = tuple(tensor.shape for tensor in tensors(inputs))
+        use = (id(model), getattr(model, "structure", None), shapes)
         if use in self._proven:
             work()
             return
@@ -107,7 +104,7 @@ class Compiler:
         """A compiled call of a forward that shares nothing with another: torch keeps what it
         compiled by code object, limits how often, and goes on eagerly beyond."""
         c = self._config
-        function = _call_unbroken if c.error_on_graph_break else _call
+        function = _call_unbroken if c.error_on_graph_break else call
         own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
         return torch.compile(
             own, mode=c.mode, fullgraph=c.fullgraph, dynamic=c.dynamic, backend=c.backend
@@ -132,10 +129,6 @@ class _Before:
         self._meter.load_state_dict(self._counts)
 
 
-def _call(forward: Forward, inputs: Tensor, arguments: Mapping[str, Any]) -> Any:
-    return forward(inputs, **arguments)
-
-
-def _call_unbroken(forward: Forward, inputs: Tensor, arguments: Mapping[str, Any]) -> Any:
+def _call_unbroken(forward: Forward, inputs: Any, arguments: Mapping[str, Any]) -> Any:
     with torch._dynamo.error_on_graph_break(True):
-        return forward(inputs, **arguments)
+        return call(forward, inputs, arguments)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper_kernels import Meter, compute_all
-from esper_train.train.batches import Batch, Batches, drawn, grouped
+from esper_train.train.batches import Batch, Batches, ReadBatch, drawn, grouped
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
 from esper_train.train.errors import NonFiniteLossError
+from esper_train.train.forward import ForwardOf
 from esper_train.train.learner import Learner
 from esper_train.train.loss import Criterion
 from esper_train.train.optimizer_steps import NETWORK, OptimizerSteps
@@ -27,6 +28,7 @@ from esper_train.train.results import (
     EvalResult,
     LearnerResult,
     Measures,
+    StepEnd,
     measures_of,
     went_bad,
 )
@@ -41,7 +43,10 @@ def train_one_epoch(
     *,
     task_type: str,
     criterion: Criterion | None = None,
+    forward: ForwardOf | None = None,
+    batch: ReadBatch | None = None,
     max_batches: int | None = None,
+    on_step: Callable[[StepEnd], object] | None = None,
     step: TrainStep | None = None,
     governed: bool = False,
     learners: Sequence[Learner] = (),
@@ -49,30 +54,29 @@ def train_one_epoch(
     """Train on every batch once.
 
     Args:
-        model: maps inputs to logits; its parameters' device is where batches are copied to.
-        loader: batches (inputs [N, ...], targets [N] or [N, T]).
-        optimizers: a registry, whose groups the gradient statistics are reported by, or one
-        optimizer.
-        config: kernels, compilation, precision, gradients, batches a step.
-        task_type: "classification" or "lm".
-        criterion: see `build_train_step`.
+        model: maps inputs to logits: a tensor, `.logits`, `["logits"]` or the first of a tuple.
+            Batches are moved to its parameters' device. In eval mode it is put into training mode;
+            submodules in eval mode, such as a frozen batch norm, stay in it otherwise.
+        loader: pairs (inputs, targets) or dicts, as `read_batch` says. A dict of inputs is passed
+            as keyword arguments, a tuple or list as one argument after another.
+        optimizers: one, or a registry, whose groups the gradient statistics are reported by.
+        config: kernels, compilation, precision, gradients, batches per step.
+        task_type, criterion, forward, batch: see `build_train_step`.
         max_batches: stop after so many; None takes all.
-        step: from `build_train_step` with the same task type, config and criterion, to keep a
-            compiled one over epochs; None makes one for this call.
+        on_step: called after each optimizer step. What it returns is ignored.
+        step: from `build_train_step` with the same settings, to keep a compiled one over epochs;
+            None makes one for this call.
         governed: the caller judges the losses itself, as a run does by its governor: a loss that
             is not finite is returned under every policy, and the policy "rollback" is accepted.
         learners: what learns beside the model from the same batches.
 
-    A model in eval mode is put into training mode. In a model in training mode, submodules in eval
-    mode, such as a frozen batch norm, stay in it.
-
     Raises:
         NonFiniteLossError: with the policy "stop", the loss is NaN or infinite; the error's
             `result` is the `EpochResult`.
-        TypeError: an argument of another type; something that is no pair (inputs, targets) of
-            tensors came from the loader, or no tensor from the model.
-        ValueError: unknown task type, `max_batches` below 1, a loader without batches, logits of
-        another shape.
+        TypeError: an argument of another type; a batch or an output that is none of the above.
+        ValueError: unknown task type, logits of another shape or that need no gradient, a loader
+            without batches, `max_batches` below 1, an optimizer that needs a closure, a call
+            within `torch.no_grad()`.
         IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the
             end of the epoch on other devices.
     """
@@ -81,17 +85,33 @@ def train_one_epoch(
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
     _require(optimizers, OptimizerRegistry, "optimizers")
+    step = _step(step, task_type, config, criterion, forward, batch)
+    _require_trainable(config, step, governed, learners)
+    steps = _train(model, loader, optimizers, config, step, learners, max_batches, on_step)
+    epoch = _epoch_result(steps, step, config, _device(model), started)
+    if not governed and config.on_bad_numbers == "stop":
+        _refuse_bad_numbers(epoch, step)
+    return epoch
+
+
+def _require_trainable(
+    config: TrainConfig, step: TrainStep, governed: bool, learners: Sequence[Learner]
+) -> None:
+    """`ValueError` for what `train_one_epoch` cannot do."""
     if config.on_bad_numbers == "rollback" and not governed:
         raise ValueError(
             "train.on_bad_numbers 'rollback' needs a run, which keeps states to return to; use "
             "'stop', 'warn' or 'skip' with train_one_epoch"
         )
-    step = _step(step, task_type, config, criterion)
-    steps = _train(model, loader, optimizers, config, step, learners, max_batches)
-    epoch = _epoch_result(steps, step, config, _device(model), started)
-    if not governed and config.on_bad_numbers == "stop":
-        _refuse_bad_numbers(epoch, step)
-    return epoch
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "expected gradients to be enabled, got a call of train_one_epoch within "
+            "torch.no_grad() or torch.inference_mode(); leave it, or use evaluate"
+        )
+    if learners and step.forward is not None:
+        raise ValueError(
+            f"learners call the model's own forward, got forward={step.forward!r}; leave it out"
+        )
 
 
 def _train(
@@ -102,6 +122,7 @@ def _train(
     step: TrainStep,
     learners: Sequence[Learner],
     max_batches: int | None,
+    on_step: Callable[[StepEnd], object] | None,
 ) -> OptimizerSteps:
     """Train on every batch; what the steps added up is still on the device."""
     device = _device(model)
@@ -122,14 +143,20 @@ def _train(
     run: Callable[[Sequence[Batch], bool], None] = capture.run if capture else steps
     if not model.training:
         model.train()
-    batches = drawn(loader, None if capture else device, max_batches, step.span)
+    step.loss.saw_soft_targets = False
+    batches = drawn(loader, None if capture else device, max_batches, step.spans.data, step.batch)
     every = config.grad.every
     for number, group in enumerate(grouped(batches, config.accumulate)):
         run(group, step.scaler is not None or (every > 0 and number % every == 0))
         optimizers.advance("step")
+        if on_step is not None:
+            on_step(StepEnd(number=number + 1, counts=step.loss.counts, meter=steps.meter))
     if capture:
         capture.end()
     optimizers.advance("epoch")
+    # replays repeat what was captured in an earlier epoch, without the step's Python code
+    steps.saw_soft_targets |= step.loss.saw_soft_targets
+    step.loss.saw_soft_targets = steps.saw_soft_targets
     return steps
 
 
@@ -145,7 +172,7 @@ def _epoch_result(
     grad, skipped = units.pop(NETWORK)
     capture = step.capture if config.capture else None
     return EpochResult(
-        **measures_of(result),
+        **measures_of(result, step.loss.counts),
         grad=grad,
         skipped=skipped,
         learners={
@@ -179,6 +206,8 @@ def evaluate(
     *,
     task_type: str,
     criterion: Criterion | None = None,
+    forward: ForwardOf | None = None,
+    batch: ReadBatch | None = None,
     max_batches: int | None = None,
     variants: Mapping[str, Mapping[str, float]] | None = None,
     scopes: Mapping[str, Scope] | None = None,
@@ -192,7 +221,8 @@ def evaluate(
     """
     started = time.perf_counter()
     _require(config, TrainConfig, "config")
-    step = _step(step, task_type, config, criterion)
+    step = _step(step, task_type, config, criterion, forward, batch)
+    step.loss.saw_soft_targets = False
     device = _device(model)
     overrides = variants or {}
     meters = [Meter(device, topk=config.topk) for _ in range(1 + len(overrides))]
@@ -204,8 +234,8 @@ def evaluate(
     try:
         # inference mode would hide what the model changes in place
         with torch.inference_mode(False), torch.no_grad():
-            for inputs, targets in drawn(loader, device, max_batches, step.span):
-                with step.span("evaluation"):
+            for inputs, targets in drawn(loader, device, max_batches, step.spans.data, step.batch):
+                with step.spans.evaluation:
                     right.append(
                         step.measure(model, inputs, targets, meters, alphas, entered).flatten()
                     )
@@ -214,13 +244,14 @@ def evaluate(
             module.training = training
     rows = torch.cat(right).long()
     result, *others, predicted = compute_all(*meters, rows, strict=config.on_bad_numbers == "stop")
+    counts = step.loss.counts
     return EvalResult(
-        **measures_of(result),
+        **measures_of(result, counts),
         right=torch.tensor(predicted, dtype=torch.bool),
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         variants={
-            name: Measures(**measures_of(other))
+            name: Measures(**measures_of(other, counts))
             for name, other in zip(overrides, others, strict=True)
         },
     )
@@ -232,12 +263,36 @@ def _require(value: object, kind: type, name: str) -> None:
 
 
 def _step(
-    step: TrainStep | None, task_type: str, config: TrainConfig, criterion: Criterion | None
+    step: TrainStep | None,
+    task_type: str,
+    config: TrainConfig,
+    criterion: Criterion | None,
+    forward: ForwardOf | None,
+    batch: ReadBatch | None,
 ) -> TrainStep:
-    """The caller's step, which must have been built from the same settings, or a new one."""
+    """The caller's step, or a new one.
+
+    `ValueError` where the caller's was built for something else. Of the config, only the settings
+    that a step itself obeys have to be the same, and None stands for what the step has.
+    """
     if step is None:
-        return build_train_step(task_type, config, criterion)
-    step.require_match(task_type, config, criterion)
+        return build_train_step(task_type, config, criterion, forward=forward, batch=batch)
+    pairs: list[tuple[str, object, object]] = [
+        ("task_type", task_type, step.loss.task_type),
+        ("criterion", criterion, step.loss.criterion),
+        ("forward", forward, step.forward),
+        ("batch", batch, step.batch),
+    ]
+    pairs += [
+        (f"config.{name}", getattr(config, name), getattr(step.config, name))
+        for name in ("kernel", "compile", "amp", "on_bad_numbers")
+    ]
+    for name, asked, built in pairs:
+        if asked is not None and asked is not built and asked != built:
+            raise ValueError(
+                f"step was built with {name}={built!r}, got {name}={asked!r}; pass the same one, "
+                "or leave step out to have one built"
+            )
     return step
 
 

@@ -1,25 +1,46 @@
-"""What a batch loses, by task type and criterion: the fused op with its options, or a criterion of
-the caller's own. `step` asks; nothing here calls a model."""
+"""What a batch loses and counts, by task type and criterion: the fused op with its options, torch's
+own op for soft targets, or a criterion of the caller's own. `step` asks; nothing here calls a
+model."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper_kernels import Meter, cross_entropy, record_loss
 from esper_train.base.names import unknown_name
 from esper_train.train.config import TrainConfig
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+Criterion = Callable[[Any, Any], Tensor]
+"""From the model's output tensor and the targets to the mean loss, []."""
 Divisor = Callable[[int], float | Tensor]
 """From the number of classes to what the loss of each batch of an optimizer step is divided by."""
-LOGITS_DIMS = {"classification": (2, "[N, V]"), "lm": (3, "[N, T, V]")}
-"""Task type to the rank and shape of its logits."""
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 IGNORED = -100
 """The `ignore_index` of the fused op, unless its options say another."""
+
+
+@dataclass(frozen=True)
+class TaskType:
+    """What a model puts out for a task."""
+
+    shape: str
+    dims: range
+    class_dim: int | None
+    """Where the classes are; None where there are none, so that nothing is counted."""
+
+
+TASK_TYPES: Mapping[str, TaskType] = {
+    "classification": TaskType("[N, V]", range(2, 3), -1),
+    "lm": TaskType("[N, T, V]", range(3, 4), -1),
+    "dense": TaskType("[N, V, d, ...]", range(3, sys.maxsize), 1),
+    "regression": TaskType("[N, ...]", range(1, sys.maxsize), None),
+}
 
 
 class Options(TypedDict, total=False):
@@ -65,16 +86,25 @@ def _is_customised(module: nn.Module) -> bool:
 
 
 class Loss:
-    """The loss of a task type.
+    """The loss of a task type, and the counts that go with it.
 
-    Raises `ValueError` for an unknown task type, an `nn.CrossEntropyLoss` that does not reduce to
-    one number, or another criterion where `config.capture` asks for CUDA graphs.
+    Raises `ValueError` for an unknown task type, a regression without a criterion, an
+    `nn.CrossEntropyLoss` that does not reduce to one number, or a criterion of the caller's own
+    where `config.capture` asks for CUDA graphs.
     """
 
     def __init__(self, task_type: str, config: TrainConfig, criterion: Criterion | None) -> None:
-        if task_type not in LOGITS_DIMS:
-            raise unknown_name("task type", task_type, LOGITS_DIMS)
-        options = criterion_options(criterion)
+        if task_type not in TASK_TYPES:
+            raise unknown_name("task type", task_type, TASK_TYPES)
+        task = TASK_TYPES[task_type]
+        self.counts = task.class_dim is not None
+        """Whether there are classes to count correct predictions of."""
+        if criterion is None and not self.counts:
+            raise ValueError(
+                f"task type {task_type!r} needs a criterion, got None; pass one, such as "
+                "nn.MSELoss()"
+            )
+        options = criterion_options(criterion) if self.counts else None
         if config.capture and options is None:
             raise ValueError(
                 "train.capture takes no criterion but nn.CrossEntropyLoss, since the Python code "
@@ -86,36 +116,109 @@ class Loss:
         self.own = criterion if options is None else None
         """The caller's criterion where the fused op cannot do what it does."""
         self.options: Options = options or {}
+        self.saw_soft_targets = False
+        """Whether torch's own op computed the loss of a batch; the loop resets it."""
         self._config = config
-        self._dims, self._shape = LOGITS_DIMS[task_type]
-        self._masks = config.on_bad_numbers != "stop" and self.own is None
+        self._dims = task.dims
+        self._shape = task.shape
+        self._class_dim = -1 if task.class_dim is None else task.class_dim
+        self.is_dense = task.class_dim == 1
+        """Whether the classes are second in the model's logits, not last."""
+        self.masks = config.on_bad_numbers != "stop" and self.own is None
+        """Whether `within` has something to do."""
 
-    def check(self, logits: Tensor) -> None:
-        """`ValueError` for logits that are not of the shape of the task type, `TypeError` for what
-        are none."""
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"task type {self.task_type!r} expects logits {self._shape}, one tensor, got a "
-                f"{type(logits).__name__} from the model; wrap it in a module that returns them"
-            )
-        if logits.dim() != self._dims:
+    def check(self, logits: Tensor, targets: object) -> None:
+        """`ValueError` for logits that are not of the shape of the task type, `TypeError` for
+        targets that are no tensor where there are classes."""
+        if logits.dim() not in self._dims:
             raise ValueError(
                 f"task type {self.task_type!r} expects logits {self._shape}, got "
-                f"{tuple(logits.shape)} from the model"
+                f"{tuple(logits.shape)} from the model; 'regression' takes any shape with a "
+                "criterion of your own, and counts nothing"
+            )
+        if self.counts and not isinstance(targets, Tensor):
+            raise TypeError(
+                f"task type {self.task_type!r} expects targets as a tensor, got a "
+                f"{type(targets).__name__}; pass batch= to make one of it, or use task type "
+                "'regression', which counts nothing and hands the targets to the criterion"
             )
 
-    def record(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
-        """Loss and counts of a batch, without a gradient, into the meter."""
-        targets = self.within(targets, logits.shape[-1], meter)
-        if self.own is None:
-            cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self.options)
-        else:
-            record_loss(self.own(logits, targets), logits, targets, meter)
+    def is_fused(self, logits: Tensor, targets: Tensor) -> bool:
+        """Whether the fused op serves the batch: torch's own op serves soft targets, one share of
+        each class, of the logits' shape; a criterion of the caller's own serves everything."""
+        return self.own is None and not _are_soft(logits, targets)
+
+    def classes_last(self, logits: Tensor) -> Tensor:
+        """The logits [..., V] as the fused op takes them: for dense logits, a copy, unless they
+        are in this order already (`torch.channels_last`)."""
+        return logits.movedim(1, -1).contiguous() if self.is_dense else logits
+
+    def compute(self, logits: Tensor, targets: Any) -> Tensor:
+        """The batch's loss where the fused op does not serve it, as its criterion reduces it."""
+        if self.own is not None:
+            return self.own(logits, targets)
+        self.saw_soft_targets = True
+        if self.task_type == "lm":  # torch has the classes second
+            logits = logits.flatten(0, 1)
+            targets = targets.flatten(0, 1)
+        return F.cross_entropy(
+            logits,
+            targets,
+            weight=self.options.get("weight"),
+            label_smoothing=self.options.get("label_smoothing", 0.0),
+            reduction=self.options.get("reduction", "mean"),
+        )
+
+    def classes(self, logits: Tensor) -> int:
+        """The number of classes."""
+        return logits.shape[self._class_dim]
+
+    def share(self, logits: Tensor) -> float:
+        """What the loss of `compute` is multiplied by before it is divided by a `divisor`."""
+        return 1.0 if self.own is not None else float(self._rows(logits))
+
+    def _rows(self, logits: Tensor) -> int:
+        return logits.numel() // max(1, self.classes(logits))
+
+    def record(self, loss: Tensor, logits: Tensor, targets: Any, meter: Meter) -> None:
+        """Add a batch whose loss is that of `compute` to the meter."""
+        logits = logits.detach()
+        loss = loss.detach()
+        if not self.counts:
+            record_loss(loss, *_one_class(logits), meter)
+            return
+        if targets.is_floating_point() and not _are_soft(logits, targets):
+            raise TypeError(
+                f"task type {self.task_type!r} expects targets that are classes, or shares of the "
+                f"classes of the logits' shape {tuple(logits.shape)}, got {targets.dtype} of shape "
+                f"{tuple(targets.shape)}; 'regression' takes any targets, and counts nothing"
+            )
+        if self.own is None and self.options.get("reduction") == "sum":
+            loss = loss / max(1, self._rows(logits))
+        record_loss(loss, self.classes_last(logits), self._labels(logits, targets), meter)
+
+    def measure(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
+        """Loss and counts of a batch that the fused op serves, without a gradient, into the
+        meter."""
+        targets = self.within(targets, self.classes(logits), meter)
+        logits = self.classes_last(logits)
+        cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self.options)
+
+    def right(self, logits: Tensor, targets: Any) -> Tensor:
+        """Which targets are predicted: bool [...], of the targets' shape; [0] without classes."""
+        if not self.counts:
+            return torch.zeros(0, dtype=torch.bool, device=logits.device)
+        best = logits.max(self._class_dim)
+        return (best.indices == self._labels(logits, targets)) & best.values.isfinite()
+
+    def _labels(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The class of each row: of soft targets, that with the largest share."""
+        return targets.argmax(self._class_dim) if _are_soft(logits, targets) else targets
 
     def within(self, targets: Tensor, classes: int, meter: Meter | None) -> Tensor:
         """The targets, those outside the classes ignored and counted: the op does so itself on
         other devices, but raises on the CPU."""
-        if not self._masks or not targets.is_cpu or targets.dtype not in TARGET_DTYPES:
+        if not self.masks or not targets.is_cpu or targets.dtype not in TARGET_DTYPES:
             return targets  # the op raises for targets of another dtype
         ignored = self.options.get("ignore_index", IGNORED)
         bad = ((targets < 0) | (targets >= classes)) & (targets != ignored)
@@ -125,13 +228,14 @@ class Loss:
             counts["ignored"] -= bad.sum()  # the op is about to add them
         return targets.long().masked_fill(bad, ignored)
 
-    def divisor(self, targets: Sequence[Tensor]) -> Divisor | None:
+    def divisor(self, targets: Sequence[Any]) -> Divisor | None:
         """A common divisor of the losses of these batches, so that their gradients add up to the
         gradient of one large batch.
 
         Called with the number of classes, it gives the weight of all valid rows, on their device:
-        rows that are not ignored and whose target is a class. For a criterion other than cross
-        entropy it gives the number of batches. None for sums. A single batch needs no divisor.
+        rows that are not ignored and whose target is a class, and 1 for each row of soft targets.
+        For a criterion other than cross entropy it gives the number of batches. None for sums. A
+        single batch needs no divisor.
         """
         if self.options.get("reduction") == "sum":
             return None
@@ -141,6 +245,8 @@ class Loss:
         ignored = self.options.get("ignore_index", IGNORED)
 
         def weight_of_rows(t: Tensor, classes: int) -> Tensor:
+            if t.is_floating_point():
+                return t.new_full((), t.numel() // classes)
             t = t.long()  # -100 is another number in uint8
             valid = (t != ignored) & (t >= 0) & (t < classes)
             if weight is None:
@@ -152,3 +258,18 @@ class Loss:
             return torch.stack([weight_of_rows(t, classes) for t in targets]).sum()
 
         return total
+
+
+def _are_soft(logits: Tensor, targets: Tensor) -> bool:
+    """Whether the targets are shares of the classes. Floating targets of another shape are none:
+    the op refuses them."""
+    return targets.is_floating_point() and targets.shape == logits.shape
+
+
+def _one_class(predictions: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, 1] and targets [N] that count the rows of a regression, and those that are not
+    finite."""
+    rows = predictions.flatten(1) if predictions.dim() > 1 else predictions[:, None]
+    bad = ~rows.isfinite().all(1, keepdim=True)
+    logits = torch.zeros_like(bad, dtype=torch.float32).masked_fill_(bad, torch.nan)
+    return logits, torch.zeros(len(rows), dtype=torch.int64, device=rows.device)

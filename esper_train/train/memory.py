@@ -6,6 +6,7 @@ again wherever nobody else can see it.
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -61,7 +62,12 @@ def held_only_here(tensor: Tensor) -> bool:
     Autograd's saved tensors, views, `detach()`, arrays of numpy, exports by DLPack and storage
     objects all count.
     """
-    return _users(tensor) == _users(torch.empty(1, device="cpu"))
+    return _users(tensor) == _one_user()
+
+
+@cache
+def _one_user() -> tuple[int, int]:
+    return _users(torch.empty(1, device="cpu"))
 
 
 def _users(tensor: Tensor) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and
 go."""
 
+import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -29,10 +30,17 @@ class OptimizerRegistry:
     def attach(
         self, group: str, optimizer: Optimizer | None, schedule: LRScheduler | None = None
     ) -> None:
-        """Add a group; None stands for one without parameters. `ValueError` if the name is
-        taken."""
+        """Add a group; None stands for one without parameters. `ValueError` if the name is taken,
+        or for an optimizer that cannot step without a closure."""
         if group in self._optimizers:
             raise ValueError(f"group {group!r} has an optimizer already; detach it first")
+        if optimizer is not None and _needs_closure(optimizer):
+            raise ValueError(
+                "expected an optimizer whose step() needs no closure, got "
+                f"{type(optimizer).__name__}, which computes the loss several times per step; use "
+                "another, such as AdamW, or call it in a loop of your own with "
+                "esper_kernels.cross_entropy as the loss"
+            )
         self._optimizers[group] = optimizer
         if schedule is not None:
             self._schedules[group] = schedule
@@ -68,8 +76,9 @@ class OptimizerRegistry:
 
     def step(self, groups: Collection[str] | None = None) -> None:
         """One step of every optimizer, or of those of some groups."""
-        for optimizer in self.present(groups):
-            optimizer.step()
+        for group, optimizer in self._optimizers.items():
+            if optimizer is not None and (groups is None or group in groups):
+                optimizer.step()
 
     def step_unless(
         self, skip: Tensor, grad_scale: Tensor | None = None, groups: Collection[str] | None = None
@@ -147,6 +156,12 @@ class OptimizerRegistry:
                 optimizer.load_state_dict(states[group])
         for group, schedule in self._schedules.items():
             schedule.load_state_dict(states[group]["schedule"])
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` has an argument that must be given, as that of LBFGS."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _start_momentum(optimizer: SGD) -> None:

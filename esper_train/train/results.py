@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from esper_kernels import GradHealth, MeterResult
+from esper_kernels import GradHealth, Meter, MeterResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +18,25 @@ class Measures:
     given."""
     mean_batch_loss: float
     """Mean of the batches' mean losses."""
-    accuracy: float
-    """Valid rows whose largest logit is the target's, in percent."""
+    accuracy: float | None
+    """Fraction (0..1) of valid rows whose largest logit is the target's; None for a regression."""
     correct: dict[int, int]
-    """k to the number of valid rows whose target is among the k largest logits."""
+    """k to the number of valid rows whose target is among the k largest logits; empty for a
+    regression."""
     valid: int
     """Rows (tokens) that are not ignored."""
     nonfinite: int
-    """Valid rows with NaN or infinite logits."""
+    """Valid rows with NaN or infinite logits (in a regression, outputs)."""
     bad_targets: int
     """Rows left out because their target was outside the classes; see
     `TrainConfig.on_bad_numbers`."""
     batches: int
+
+    @property
+    def points(self) -> float:
+        """The accuracy in percentage points, as gates and controllers take it; NaN for a
+        regression."""
+        return math.nan if self.accuracy is None else 100.0 * self.accuracy
 
 
 class MeasuresFields(TypedDict):
@@ -37,7 +44,7 @@ class MeasuresFields(TypedDict):
 
     loss: float
     mean_batch_loss: float
-    accuracy: float
+    accuracy: float | None
     correct: dict[int, int]
     valid: int
     nonfinite: int
@@ -89,7 +96,23 @@ class EvalResult(Measures):
     def contribution(self, variant: str) -> float | None:
         """Percentage points of accuracy that the variant lacks; None where it was not measured."""
         without = self.variants.get(variant)
-        return None if without is None else self.accuracy - without.accuracy
+        if without is None or without.accuracy is None:
+            return None
+        return self.points - without.points
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEnd:
+    """What `on_step` is called with after each optimizer step."""
+
+    number: int
+    """Of the step within the epoch, from 1."""
+    counts: bool = field(repr=False)
+    meter: Meter = field(repr=False, compare=False)
+
+    def measures(self) -> Measures:
+        """Loss and counts of the epoch so far: a host sync."""
+        return Measures(**measures_of(self.meter.compute(strict=False), self.counts))
 
 
 def went_bad(epoch: EpochResult, *, scaled: bool) -> bool:
@@ -114,13 +137,13 @@ def whole_epoch(last: GradHealth, counts: list[int]) -> GradHealth:
     )
 
 
-def measures_of(result: MeterResult) -> MeasuresFields:
-    """The fields of `Measures`, with the accuracy in percent."""
+def measures_of(result: MeterResult, counts: bool) -> MeasuresFields:
+    """The fields of `Measures`; `counts` says whether there are classes to count."""
     return {
         "loss": result.loss,
         "mean_batch_loss": result.mean_batch_loss,
-        "accuracy": 100.0 * result.accuracy,
-        "correct": result.correct,
+        "accuracy": result.accuracy if counts else None,
+        "correct": result.correct if counts else {},
         "valid": result.valid,
         "nonfinite": result.nonfinite,
         "bad_targets": result.bad_targets,

@@ -15,43 +15,47 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from esper_kernels import Meter, cross_entropy_step, record_loss, select_backend
+from esper_kernels import Meter, cross_entropy_step, select_backend
 from esper_train.train.amp import LossScaler
-from esper_train.train.batches import Span
+from esper_train.train.batches import ReadBatch, cloned
 from esper_train.train.capture import Capture
-from esper_train.train.compiled import Compiler, Forward, call
+from esper_train.train.compiled import Compiler
 from esper_train.train.config import TrainConfig
+from esper_train.train.forward import Forward, ForwardOf, call, device_of, logits_of
 from esper_train.train.learner import Learner
 from esper_train.train.loss import Criterion, Divisor, Loss
 from esper_train.train.memory import GradientMemory
+from esper_train.train.spans import no_spans
 
 Scope = Callable[[], AbstractContextManager[None]]
-_NOTHING = nullcontext()
-
-
-def _no_span(name: str) -> AbstractContextManager[Any]:
-    return _NOTHING
 
 
 class TrainStep:
     """Forward and loss of a batch, with or without backward. Made by `build_train_step`, owned by
     one run.
 
-    Without a criterion of the caller's own, loss, counts and the logits' gradient are one fused op
-    and no loss tensor exists.
+    Where the fused op serves the batch, loss, counts and the logits' gradient are one op and no
+    loss tensor exists.
     """
 
-    def __init__(self, loss: Loss, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        config: TrainConfig,
+        forward: ForwardOf | None = None,
+        batch: ReadBatch | None = None,
+    ) -> None:
         self.loss = loss
-        self._config = config
+        self.forward = forward
+        self.batch = batch
+        self.config = config
         self._autocast = getattr(torch, config.amp.dtype) if config.amp.dtype else None
         self._memory = GradientMemory()
         self._compiler = Compiler(config.compile) if config.compile.enabled else None
-        self._call = call if self._compiler is None else self._compiler.call
         self._logits_dtype: torch.dtype | None = None
         self.scaler = LossScaler(config.amp) if config.amp.dtype == "float16" else None
-        self.span: Span = _no_span
-        """Entered around each part of the work, by its name; a profiler puts its own here."""
+        self.spans = no_spans()
+        """Entered around each part of the work; a profiler puts its own here."""
         self.capture: Capture | None = None
         """The graphs of whole steps, where the config asks for them; the loop makes it for a run
         that did not."""
@@ -59,8 +63,8 @@ class TrainStep:
     def __call__(
         self,
         model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Any,
+        targets: Any,
         meter: Meter,
         divisor: Divisor | None = None,
         learners: Sequence[Learner] = (),
@@ -79,8 +83,8 @@ class TrainStep:
     def _train(
         self,
         model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Any,
+        targets: Any,
         meter: Meter,
         divisor: Divisor | None,
         learners: Sequence[Learner],
@@ -89,190 +93,190 @@ class TrainStep:
         forward: Forward = model
         if learners:
             forward = model.forward_feeding  # type: ignore[assignment]
-        entered = self._learn(
-            model, forward, inputs, {}, targets, meter, divisor, self.scaler, None
-        )
+        entered = self._learn(model, forward, inputs, {}, targets, meter, divisor)
         for learner in learners:
             start = learner.start
-            arguments = {"alpha": {start: 1.0}, "start": start}
-            with self.span("learners"), learner.scope():
-                self._learn(
-                    model,
-                    model,
-                    entered[start],
-                    arguments,
-                    targets,
-                    None,
-                    divisor,
-                    learner.scaler,
-                    learner.parameters,
-                )
+            at_one = {"alpha": {start: 1.0}, "start": start}
+            with self.spans.learners, learner.scope():
+                self._learn(model, model, entered[start], at_one, targets, None, divisor, learner)
 
     def _learn(
         self,
         model: nn.Module,
         forward: Forward,
-        inputs: Tensor,
+        inputs: Any,
         arguments: Mapping[str, Any],
-        targets: Tensor,
+        targets: Any,
         meter: Meter | None,
         divisor: Divisor | None,
-        scaler: LossScaler | None,
-        parameters: Sequence[Tensor] | None,
+        learner: Learner | None = None,
     ) -> Mapping[str, Tensor]:
-        """Forward, loss and backward; only `parameters` receive gradients, where given.
+        """Forward, loss and backward; a learner's parameters alone receive gradients, where one is
+        given.
 
         Returns what a `forward` other than the model itself, `forward_feeding`, kept for learners.
         """
         entered: Mapping[str, Tensor] = {}
         loss = self.loss
-        with self.span("forward"):
+        scaler = self.scaler if learner is None else learner.scaler
+        scale = None if scaler is None else scaler.scale
+        parameters = None if learner is None else learner.parameters
+        with self.spans.forward:
             logits = self._run(model, forward, inputs, arguments)
             if forward is not model:
                 logits, entered = logits
-            loss.check(logits)
+            if not isinstance(logits, Tensor):
+                logits = logits_of(logits)
+            loss.check(logits, targets)
             self._logits_dtype = logits.dtype
         if not logits.requires_grad:
-            raise ValueError(
-                "expected logits that depend on parameters with requires_grad=True, got logits "
-                "that need no gradient; unfreeze a parameter, or leave torch.no_grad()"
-            )
-        classes = logits.shape[-1]
-        targets = loss.within(targets, classes, meter)
-        divide_by = None if divisor is None else divisor(classes)
-        scale = None if scaler is None else scaler.scale
-        if loss.own is not None:
-            self._learn_by_criterion(loss.own, logits, targets, meter, divide_by, scale, parameters)
+            raise _without_gradient()
+        # of a fused batch nothing more is asked
+        fused = loss.own is None and not targets.is_floating_point()
+        if not fused and not loss.is_fused(logits, targets):
+            self._learn_by_criterion(logits, targets, meter, divisor, scale, parameters)
             return entered
-        with self.span("loss"):
+        with self.spans.loss:
             root = get_gradient_edge(logits)
             values = logits.detach()
+            if loss.is_dense:
+                values = loss.classes_last(values)
             del logits  # whoever still holds this memory now is not this step
+            classes = values.shape[-1]
             destination = self._memory.destination(values)
             grad = cross_entropy_step(
                 values,
-                targets,
+                loss.within(targets, classes, meter) if loss.masks else targets,
                 meter,
-                normalizer=divide_by,
+                normalizer=None if divisor is None else divisor(classes),
                 grad_scale=scale,
                 out=destination.out,
                 inplace=destination.inplace,
-                config=self._config.kernel,
+                config=self.config.kernel,
                 **loss.options,
             )
-        with self.span("backward"):
+        with self.spans.backward:
+            if loss.is_dense:
+                grad = grad.movedim(-1, 1)
             torch.autograd.backward(root, grad, inputs=parameters)
         return entered
 
     def _learn_by_criterion(
         self,
-        criterion: Criterion,
         logits: Tensor,
-        targets: Tensor,
+        targets: Any,
         meter: Meter | None,
-        divide_by: float | Tensor | None,
+        divisor: Divisor | None,
         scale: Tensor | None,
         parameters: Sequence[Tensor] | None,
     ) -> None:
-        """Loss and backward of a criterion of the caller's own."""
-        with self.span("loss"):
-            loss = criterion(logits, targets)
+        """Loss and backward where the fused op does not serve the batch."""
+        with self.spans.loss:
+            with self._precision(logits.device):
+                loss = self.loss.compute(logits, targets)
             if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
                 raise TypeError(
                     "expected a criterion that returns the mean loss over the batch, a 0-d tensor "
                     f"that depends on the logits, got {loss!r:.80}"
                 )
             if meter is not None:
-                record_loss(loss.detach(), logits.detach(), targets, meter)
-            for factor in (scale, None if divide_by is None else 1 / divide_by):
-                loss = loss if factor is None else loss * factor
-        with self.span("backward"):
+                self.loss.record(loss, logits, targets, meter)
+            if scale is not None:
+                loss = loss * scale
+            if divisor is not None:
+                loss = loss * (self.loss.share(logits) / divisor(self.loss.classes(logits)))
+        with self.spans.backward:
             loss.backward(inputs=parameters)
 
     def measure(
         self,
         model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Any,
+        targets: Any,
         meters: Sequence[Meter],
         alphas: Sequence[Mapping[str, float]] = (),
         scopes: Sequence[Scope] = (),
     ) -> Tensor:
         """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then
         under each alpha, within its scope. Returns which targets were predicted by the model as it
-        is: bool, of the targets' shape.
+        is: bool, of the shape of the targets' classes; [0] for a task without classes.
 
         What a model keeps of the first pass (`forward_keeping`) is not computed again for the
         others: each begins at the first slot that its alpha names.
         """
-        keeping: Forward | None = getattr(model, "forward_keeping", None) if alphas else None
+        keeping: Forward | None = None
+        if alphas and self.forward is None:
+            keeping = getattr(model, "forward_keeping", None)
         # A forward may write over its input, which a later variant needs as it was.
-        first = inputs.clone() if alphas else inputs
+        first = cloned(inputs) if alphas else inputs
         entered: Mapping[str, Tensor] = {}
         if keeping is None:
-            logits = self._run(model, model, first, {})
+            logits = logits_of(self._run(model, model, first, {}))
         else:
-            logits, entered = self._run(model, keeping, first, {})
-        self._record(logits, targets, meters[0])
-        best = logits.max(-1)
-        right = (best.indices == targets) & best.values.isfinite()
-        del logits, best  # the next ones can have their memory
+            output, entered = self._run(model, keeping, first, {})
+            logits = logits_of(output)
+            del output
+        self._measure(logits, targets, meters[0])
+        right = self.loss.right(logits, targets)
+        del logits  # the next ones can have its memory
         for alpha, scope, meter in zip(
             alphas, scopes or [nullcontext] * len(alphas), meters[1:], strict=True
         ):
             start = next((slot for slot in entered if slot in alpha), None)
-            begin = {} if start is None else {"start": start}
-            features = inputs.clone() if start is None else entered[start]
+            arguments = {"alpha": alpha} if start is None else {"alpha": alpha, "start": start}
+            features = cloned(inputs) if start is None else entered[start]
             with scope():
-                self._record(
-                    self._run(model, model, features, {"alpha": alpha, **begin}), targets, meter
-                )
+                logits = logits_of(self._run(model, model, features, arguments))
+                self._measure(logits, targets, meter)
+                del logits
         return right
 
-    def _record(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
-        self.loss.check(logits)
+    def _measure(self, logits: Tensor, targets: Any, meter: Meter) -> None:
+        """Loss and counts of a batch into the meter."""
         self._logits_dtype = logits.dtype
-        self.loss.record(logits, targets, meter)
+        loss = self.loss
+        loss.check(logits, targets)
+        if loss.is_fused(logits, targets):
+            loss.measure(logits, targets, meter)
+            return
+        with self._precision(logits.device):
+            value = loss.compute(logits, targets)
+        loss.record(value, logits, targets, meter)
 
     def _run(
-        self, model: nn.Module, forward: Forward, inputs: Tensor, arguments: Mapping[str, Any]
+        self, model: nn.Module, forward: Forward, inputs: Any, arguments: Mapping[str, Any]
     ) -> Any:
         """`forward` (the model, or a method of it), in the precision and by the compiler that the
         config names."""
+        if self.forward is not None:
+            forward = partial(self.forward, model)
+            inputs = (inputs,)  # as one argument, whatever it is
+        if self._autocast is None and self._compiler is None:
+            return call(forward, inputs, arguments)
+        with self._precision(device_of(model, inputs)):
+            if self._compiler is None:
+                return call(forward, inputs, arguments)
+            return self._compiler.call(model, forward, inputs, arguments)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast where the config asks for it."""
         if self._autocast is None:
-            return self._call(model, forward, inputs, arguments)
-        with torch.autocast(inputs.device.type, self._autocast):
-            return self._call(model, forward, inputs, arguments)
-
-    def require_match(
-        self, task_type: str, config: TrainConfig, criterion: Criterion | None
-    ) -> None:
-        """Raise `ValueError` where a caller asks for something that this was not built for.
-
-        Of the config, only the settings that a step itself obeys have to be the same.
-        """
-        pairs: list[tuple[str, object, object]] = [("task_type", task_type, self.loss.task_type)]
-        for name in ("kernel", "compile", "amp", "on_bad_numbers"):
-            pairs.append((f"config.{name}", getattr(config, name), getattr(self._config, name)))
-        if criterion is not None:
-            pairs.append(("criterion", criterion, self.loss.criterion))
-        for name, asked, built in pairs:
-            if asked is not built and asked != built:
-                raise ValueError(
-                    f"step was built with {name}={built!r}, got {name}={asked!r}; pass the same "
-                    "one, or leave step out to have one built"
-                )
+            return nullcontext()
+        return torch.autocast(device.type, self._autocast)
 
     def backend(self, device: torch.device) -> str:
         """Name of the kernel backend that serves the logits on `device`; `ValueError` where none
-        can.
+        can. "eager criterion" for a criterion of the caller's own, "eager (soft targets)" where
+        torch's own op computed the loss of a batch since the loop began.
 
         Before the first batch, the logits are taken to be of the dtype of autocast, or float32.
         """
         if self.loss.own is not None:
             return "eager criterion"
+        if self.loss.saw_soft_targets:
+            return "eager (soft targets)"
         dtype = self._logits_dtype or self._autocast or torch.float32
-        return select_backend("cross_entropy", device.type, dtype, self._config.kernel).name
+        return select_backend("cross_entropy", device.type, dtype, self.config.kernel).name
 
     @property
     def compile_failure(self) -> str | None:
@@ -294,20 +298,41 @@ class TrainStep:
             self.scaler.load_state_dict(state_dict)
 
 
+def _without_gradient() -> ValueError:
+    return ValueError(
+        "expected logits that depend on parameters with requires_grad=True, got logits that need "
+        "no gradient; unfreeze a parameter, and let the model not detach its output"
+    )
+
+
 def build_train_step(
-    task_type: str, config: TrainConfig, criterion: Criterion | None = None
+    task_type: str,
+    config: TrainConfig,
+    criterion: Criterion | None = None,
+    *,
+    forward: ForwardOf | None = None,
+    batch: ReadBatch | None = None,
 ) -> TrainStep:
     """The step of a task type.
 
     Args:
-        task_type: "classification" (logits [N, V], targets [N]) or "lm" (logits [N, T, V], targets
-            [N, T]).
+        task_type: "classification" (logits [N, V], targets [N]), "lm" (logits [N, T, V], targets
+            [N, T]), "dense" (logits [N, V, d, ...] in torch's layout, targets [N, d, ...]) or
+            "regression" (outputs [N, ...], targets that the criterion takes; nothing is counted,
+            and the accuracy is None).
         config: kernel and compile settings.
-        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options;
-            any other callable (logits, targets) -> mean loss runs as it is, and `backend` says so.
+        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options,
+            or torch's own op for soft targets, which are floating and of the logits' shape; any
+            other callable (logits, targets) -> mean loss runs as it is. `backend` says which. In
+            "lm", logits are [N, T, V] for every criterion.
+        forward: a function (model, inputs) -> output, where the model is not simply called with
+            the inputs. It gets `alpha=` too where variants are measured.
+        batch: a function from what the loader gives to (inputs, targets), where that is neither a
+            pair nor a dict.
 
     Raises:
-        ValueError: unknown task type, an `nn.CrossEntropyLoss` that does not reduce to one number,
-            or another criterion where `config.capture` asks for CUDA graphs.
+        ValueError: unknown task type, a regression without a criterion, an `nn.CrossEntropyLoss`
+            that does not reduce to one number, or another criterion where `config.capture` asks
+            for CUDA graphs.
     """
-    return TrainStep(Loss(task_type, config, criterion), config)
+    return TrainStep(Loss(task_type, config, criterion), config, forward, batch)

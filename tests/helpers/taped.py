@@ -132,9 +132,9 @@ def registry(model: nn.Module, make: Callable[..., Optimizer]) -> OptimizerRegis
     return optimizers
 
 
-def captured(config: TrainConfig) -> tuple[TrainStep, Tape]:
+def captured(config: TrainConfig, task_type: str = "classification") -> tuple[TrainStep, Tape]:
     """A step whose graphs are tapes."""
-    step = build_train_step("classification", config)
+    step = build_train_step(task_type, config)
     tape = Tape()
     step.capture = Capture(tape)
     return step, tape

@@ -4,6 +4,8 @@ Each asks `select_backend` for a backend and calls its module; `reference` is th
 `checks` has the checks. `cross_entropy` goes through an `autograd.Function`, eagerly and under
 `torch.compile` alike; the other two make no autograd node. On the CPU, bad targets raise IndexError
 before anything is written (inside a compiled graph it may be a RuntimeError).
+
+Long functions: each public function hands on every option by name.
 """
 
 from typing import Any, TypeVar
@@ -132,18 +134,11 @@ def cross_entropy_step(
         logits = _classes_last(logits, class_dim)
         out = None if out is None else _classes_last(out, class_dim)
     backend = _choose(logits, targets, meter, config)
-    written = out
     if reduction == "none":
         raise ValueError(
             "cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use cross_entropy"
         )
-    if inplace:
-        if out is not None:
-            raise ValueError("expected out or inplace=True, got both")
-        checks.refuse_inplace("inplace=True", logits)
-        written = logits.detach()
-    elif isinstance(out, Tensor):
-        checks.refuse_inference("out", out)
+    written = _destination(logits, out, inplace)
 
     def run() -> Tensor:
         if out is not None and not compiling and not _is_separate(out, logits):
@@ -240,6 +235,18 @@ def _as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
     if number is None or isinstance(number, Tensor) or number == 0:
         return number
     return torch.ones((), dtype=torch.float64, device=logits.device) * number
+
+
+def _destination(logits: Tensor, out: Tensor | None, inplace: bool) -> Tensor | None:
+    """What a step writes its gradient to; None for fresh memory."""
+    if inplace:
+        if out is not None:
+            raise ValueError("expected out or inplace=True, got both")
+        checks.refuse_inplace("inplace=True", logits)
+        return logits.detach()
+    if isinstance(out, Tensor):
+        checks.refuse_inference("out", out)
+    return out
 
 
 def _is_separate(out: Tensor, logits: Tensor) -> bool:

@@ -3,6 +3,8 @@ it.
 
 More where the gradient of a mean needs the weights of more rows than every program can look through
 by itself. `torch.compile` sees the launch as an op of its own.
+
+Long functions: `_launch` is mostly the list of a kernel's arguments.
 """
 
 import math

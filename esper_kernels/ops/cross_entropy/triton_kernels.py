@@ -4,8 +4,8 @@ An argument that is None is a constant to the compiler, and what belongs to it i
 come by value or, where they are tensors of the device, by pointer; nothing that may change from
 batch to batch is compiled in.
 
-The file and its kernel `batch` are long because one launch does whatever a batch asks for: its
-parts share rows that are in registers, and Triton has no other way to share them.
+Long file, long functions: `batch` is one program that works on a whole batch, and its parts share
+their variables; Triton passes no structs between functions.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

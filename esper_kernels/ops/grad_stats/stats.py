@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,20 @@ class GradHealth:
     tensors: int
     elements: int
     groups: dict[str, "GradHealth"] = field(default_factory=dict)
+
+    def is_healthy(self, max_norm_ratio: float = 1000.0, max_zero_fraction: float = 0.5) -> bool:
+        """No NaN, no Inf, nothing exploding, and norms and zeros below these limits."""
+        return (
+            self.nan_count == 0
+            and self.inf_count == 0
+            and not self.has_exploding
+            and self.norm_ratio < max_norm_ratio
+            and self.zero_grad_fraction < max_zero_fraction
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers as plain values, those of the groups too."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

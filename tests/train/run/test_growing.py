@@ -1,5 +1,5 @@
-"""Several seeds at once, their joint contribution, limits, and optimizers that keep in step through
-any life."""
+"""Several seeds at once: their joint contribution, limits, and optimizers that follow every
+change."""
 
 from dataclasses import replace
 from typing import Any
@@ -191,7 +191,8 @@ def test_as_audited_is_accuracy_counts_and_a_reward_an_epoch() -> None:
         replace(SHORT, max_epochs=4), policy=Script(e1=germinate("early"))
     )
     accuracy, counts, rewards = result.as_audited()
-    assert accuracy == result.accuracy
+    assert accuracy == pytest.approx(100 * result.accuracy)
+    assert 0 < result.accuracy <= 1
     assert counts == {"WAIT": 3, "GERMINATE": 1, "CULL": 0, "FOSSILIZE": 0}
     assert len(rewards) == 4
 

@@ -1,5 +1,7 @@
-"""A seed in TRAINING learns, and nothing else of the run differs from one without it: bit for
-bit."""
+"""A seed in TRAINING learns, and the rest of the run is the same as without it, bit for bit.
+
+Long file: pairs of runs, with and without a seed, share their helpers.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,7 +156,7 @@ def epochs(episode: Episode, number: int, **by_epoch: Decision) -> list[Any]:
         episode.epoch = i
         train = epoch._train
         health = None if train.grad is None else train.grad.groups["host"]
-        losses = train.loss, train.accuracy, signals.val_loss, signals.val_accuracy
+        losses = train.loss, train.points, signals.val_loss, signals.val_accuracy
         measured.append((losses, health, train.skipped))
     return measured
 

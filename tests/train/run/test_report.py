@@ -1,5 +1,4 @@
-"""The report says what the events say, in a page that is whole, stands alone and escapes all
-text."""
+"""The report shows what the events say, on one complete page that escapes all text."""
 
 from __future__ import annotations
 
@@ -195,8 +194,8 @@ def test_events_of_a_real_run(tmp_path: Path) -> None:
     result = run_heuristic_episode(config, hub=hub)
     hub.close()
     shown = page(directory)
-    assert shown.row("test accuracy") == [f"{result.test.accuracy:.2f}%"]
-    assert shown.row("last validation accuracy") == [f"{result.accuracy:.2f}%"]
+    assert shown.row("test accuracy") == [f"{result.test.points:.2f}%"]
+    assert shown.row("last validation accuracy") == [f"{100 * result.accuracy:.2f}%"]
     assert shown.row("parameters") == [f"{result.parameters:,}"]
     assert list(shown.pictures) == [
         "Loss and accuracy over epochs",

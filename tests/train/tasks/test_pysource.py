@@ -1,5 +1,8 @@
 """The standard library as text: which files, in which part, and how they become windows of
-tokens."""
+tokens.
+
+Long file: one small library of sources serves all of these tests.
+"""
 
 import hashlib
 import importlib.util

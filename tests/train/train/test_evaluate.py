@@ -1,4 +1,4 @@
-"""`evaluate`: what it measures, and that it leaves the model as it was."""
+"""`evaluate`: what it measures, and that it leaves the model unchanged."""
 
 import math
 from dataclasses import replace
@@ -74,7 +74,7 @@ def test_language_models_count_correct_tokens_and_skip_ignored_ones() -> None:
     targets[1, 2] = -100  # one ignored
     result = evaluate(model, [(tokens, targets)], CONFIG, task_type="lm")
     assert (result.correct[1], result.valid) == (4, 5)
-    assert result.accuracy == pytest.approx(80.0)
+    assert result.accuracy == pytest.approx(0.8)
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     assert result.loss == pytest.approx(expected.item(), rel=1e-6)
 
