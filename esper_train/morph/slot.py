@@ -96,8 +96,10 @@ class SeedSlot(nn.Module):
     def germinate(
         self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid"
     ) -> list[StageChange]:
-        """Seat a new seed and let it train from the next batch on. `RefusedError` unless the slot
-        is DORMANT, `ValueError` for a seed without an id."""
+        """Add a new seed, which trains from the next batch on.
+
+        Raises `RefusedError` unless the slot is DORMANT, and `ValueError` for an empty id.
+        """
         self._require_legal(SeedStage.GERMINATED)
         if not seed_id:
             raise ValueError(

@@ -1,8 +1,9 @@
-"""Checkpoints: all that a run changes, in one file from which a fresh process goes on bit for bit.
+"""Checkpoints: everything that a run changes, in one file, so that a new process continues bit for
+bit.
 
-`episode` takes them, `cli` restores them. `epoch-N.pt` holds tensors and plain values only, with
-its SHA-256 in a file beside it; both appear whole and the digest first, so a kill at any moment
-leaves the checkpoints before.
+`run` takes them, `job` restores them. `epoch-N.pt` holds only tensors and plain values, with its
+SHA-256 in a file beside it. Both appear complete, the digest first, so that a kill at any moment
+leaves the earlier checkpoints.
 """
 
 import io
@@ -33,7 +34,7 @@ FORMAT = 2
 ADDED = ("sources",)
 """Parts that older checkpoints do not have, because they had no state then."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
-"""Config keys that may change where a run is resumed."""
+"""Config keys that may change when a run is resumed."""
 
 
 def parts(episode: Episode) -> dict[str, Stateful]:
@@ -150,7 +151,7 @@ def load(path: Path, metrics: Path | None = None) -> dict[str, Any]:
 
 
 def restore(state: Mapping[str, Any], episode: Episode) -> None:
-    """Bring what was just built to where a checkpoint was taken.
+    """Bring an episode that was just built to the state of a checkpoint.
 
     Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer
     epochs than are done, or a network that does not fit; what was built is of no use then.
@@ -192,8 +193,7 @@ def _require_same_run(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _require_metrics(path: Path, size: int) -> None:
-    """Refuse a gap between what was reported and what is gone on from. Older checkpoints do not
-    know the size."""
+    """Refuse metrics that end before the checkpoint. Older checkpoints do not know the size."""
     there = path.stat().st_size if path.exists() else 0
     if there < size:
         raise ValueError(

@@ -1,5 +1,4 @@
-"""The directory of a run: what it was asked, where it ran, what it reported, and the network it
-trained."""
+"""The directory of a run: its config, where it ran, what it reported, and the trained network."""
 
 import fcntl
 import hashlib
@@ -32,10 +31,9 @@ NETWORK = "network.pt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
-"""There while a process writes to the directory, and locked by it; or unlocked, where a process was
-killed."""
+"""Exists while a process writes to the directory and holds the lock; unlocked if it was killed."""
 UNFINISHED = ".new"
-"""How the name of a file ends that is not whole yet."""
+"""Suffix of a file that is not complete yet."""
 BASELINE = "baseline"
 """Directory of the same host trained without slots."""
 FORMAT = 2
@@ -116,7 +114,7 @@ def _lock(path: Path) -> BinaryIO:
 
 
 def create(path: Path, config: RunConfig) -> Path:
-    """Write into a run directory what the run was asked and where it runs."""
+    """Write a run's config and its environment into its directory."""
     path.mkdir(parents=True, exist_ok=True)
     environment = {
         "esper": esper_kernels.__version__,
@@ -132,8 +130,7 @@ def create(path: Path, config: RunConfig) -> Path:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that, whatever happens meanwhile, there is the old one or the new one, whole
-    and on disk."""
+    """Write a file atomically: whatever happens, the old or the new one is complete and on disk."""
     new = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with new.open("wb") as file:
@@ -142,19 +139,19 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         new.replace(path)
     except BaseException:
-        new.unlink(missing_ok=True)  # a full disk is not to stay full because of it
+        new.unlink(missing_ok=True)  # a leftover must not keep a full disk full
         raise
     _sync(path.parent)
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what kills during a `write_file` have left in a directory."""
+    """Remove what a kill during `write_file` left in a directory."""
     for left in path.glob(f".*{UNFINISHED}"):
         left.unlink()
 
 
 def sync_metrics(path: Path) -> None:
-    """Have on disk what a run directory's metrics hold."""
+    """Make sure that a run's metrics are on disk."""
     for each in (path / METRICS, path):
         _sync(each)
 

@@ -1,4 +1,4 @@
-"""Row classes (ignored, bad, non-finite, ordinary), and what is refused before anything is
+"""Ignored, bad, non-finite and ordinary rows, and calls that are refused before anything is
 written.
 
 Long file: one table of inputs after the other.

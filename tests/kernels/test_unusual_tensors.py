@@ -1,5 +1,4 @@
-"""Tensors that are not what their memory says, memory of the wrong size, and writes that torch
-refuses.
+"""Views with a sign or conjugate bit, memory of the wrong size, and writes that torch refuses.
 
 Long file: one table of inputs after the other.
 """

@@ -1,4 +1,4 @@
-"""What the command says of itself, and what it needs for that."""
+"""What the command says about itself, and the packages that each part of it needs."""
 
 import json
 import re

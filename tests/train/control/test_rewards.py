@@ -1,4 +1,4 @@
-"""Rewards: the audited system's numbers, and what must hold for any numbers.
+"""Rewards: the numbers of the audited system, and properties that hold for any numbers.
 
 Long file: one golden number after the other, on shared seeds.
 """
@@ -478,7 +478,7 @@ def test_loss_reward_takes_rent_and_shapes_by_stages() -> None:
 def test_loss_reward_ends_with_the_share_of_the_way_to_the_target(
     loss: float, expected: float
 ) -> None:
-    """From 10 to 1.3."""
+    """The way from a loss of 10 to the target of 1.3."""
     last = replace(LAST, loss_delta=None, val_loss=loss, slots=(EMPTY,))
     assert earned("loss", Op.WAIT, EMPTY, last, HOST) == pytest.approx(expected)
 

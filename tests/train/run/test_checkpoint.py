@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, when they are written, that random numbers go on where they were."""
+"""Checkpoints: what they hold, when they are written, and that random numbers continue."""
 
 import hashlib
 import json

@@ -184,8 +184,8 @@ def test_digits_refuses_a_collection_of_another_size(monkeypatch: pytest.MonkeyP
 
 
 def test_synthetic_images_scatter_around_one_pattern_a_class() -> None:
-    """With noise of deviation 1.5, class means of ~100 images lie within 1.5 / 10 a pixel of the
-    pattern."""
+    """The mean of about 100 images per class is within 1.5 / 10 of its pattern in each pixel, with
+    noise of standard deviation 1.5."""
     splits = get_task("synthetic").load()
     assert [len(targets) for _, targets in parts(splits)] == [1024, 256, 256]
     inputs, targets = splits.train
@@ -207,8 +207,8 @@ def test_synthetic_lm_targets_are_the_next_tokens() -> None:
 
 
 def test_synthetic_lm_next_token_follows_from_the_last() -> None:
-    """Counting the pairs of the training part predicts held-out tokens far above the chance of 1 /
-    32."""
+    """Counting token pairs in the training split predicts held-out tokens far better than chance,
+    which is 1 / 32."""
     splits = get_task("synthetic-lm").load()
     counts = torch.zeros(32, 32)
     inputs, targets = splits.train

@@ -1,4 +1,4 @@
-"""Live progress on a terminal, on the events of a real run."""
+"""Live progress on a terminal, with the events of a real run."""
 
 import io
 from collections.abc import Iterator
