@@ -34,8 +34,8 @@ class GrowthConfig(Settings, table="growth."):
     window: Count = 5
     """Epochs over which the gates average."""
     blending_potential: float = -1.0
-    """G2, which refuses only clear harm: the seed's mean potential, in percentage points, must be
-    at least this."""
+    """G2, which refuses clear harm only: the seed's mean potential, in percentage points, must
+    be at least this."""
     blending_loss_change: float = 0.05
     """G2: the mean change in validation loss at alpha 1, in nats, must be below this."""
     training_min_epochs: CountOrZero = 5
