@@ -5,6 +5,8 @@ built where torch is built with CUDA and a toolkit is found (CUDA_HOME, or nvcc 
 TORCH_CUDA_ARCH_LIST; no GPU is needed. FORCE_CUDA=1 builds them or fails, against any torch;
 NO_CUDA=1 leaves them out. ESPER_TESTING=1 adds the module of csrc/testing.cpp to an editable
 install, beside the tests that use it.
+
+Long functions: `compiled` is the list of extensions with their sources and flags.
 """
 
 import os
@@ -44,8 +46,9 @@ CUDA_KERNELS = ["csrc/cuda/cross_entropy.cu", "csrc/cuda/grad_stats.cu"]
 CUDA_LIBRARIES = ["-ltorch", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDA_DEPENDS = [
     "csrc/call.h",
+    "csrc/ops.h",
     "csrc/tensors.h",
-    *(f"csrc/cuda/{name}.h" for name in ("driver", "rows", "simt")),
+    *(f"csrc/cuda/{name}.h" for name in ("driver", "cross_entropy_rows", "rows", "simt")),
 ]
 
 
@@ -157,7 +160,8 @@ def compiled() -> dict[str, Any]:
         )
     # where an editable build copies the library of ops to
     Path("esper_kernels/lib").mkdir(exist_ok=True)
-    depends = ["csrc/call.h", "csrc/tensors.h", *(f"csrc/cpu/{name}" for name in HEADERS)]
+    depends = [f"csrc/{name}" for name in ("call.h", "ops.h", "tensors.h")]
+    depends += [f"csrc/cpu/{name}" for name in HEADERS]
     ops = CppExtension(
         "esper_kernels.lib.esper_cpu",  # in a folder of its own: it is no Python module
         ["csrc/ops_cpu.cpp", *KERNELS],

@@ -14,6 +14,8 @@ only after the losses of both agree for two epochs. Rounds alternate, and median
 Each case has two more figures: what the loop itself costs (`loop_cost`), and what validation with
 ablated slots costs beside the ideal, which recomputes only what follows the slot
 (`evaluation_cost`). Figures of all cases together are written to results/epoch.json.
+
+Long file: both loops, ours and the plain one, are read side by side.
 """
 
 from __future__ import annotations

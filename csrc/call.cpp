@@ -18,7 +18,7 @@ void require(bool holds, const char* expectation) {
 }
 
 void require_storage(const char* name, const Array& x) {
-  // The room of an empty tensor may be negative: its offset may lie past the end of its storage.
+  // `room` may be negative for an empty tensor, whose offset may lie past the end of its storage.
   if (x.numel() > 0 && x.reach() > x.room)
     refuse(name, "to have storage for its shape: it was freed or shrunk");
 }
@@ -47,7 +47,8 @@ bool same_place(const Array& x, const Array& y) {
          std::equal(x.strides, x.strides + x.dims, y.strides);
 }
 
-// Whether two elements share memory, as in an expanded tensor. May be true of exotic strides without.
+// Whether two elements may share memory, as in an expanded tensor. Unusual strides without any such pair can
+// give true as well.
 bool overlaps_itself(const Array& x) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < x.dims; ++d)
@@ -176,6 +177,7 @@ void check(const LossCall& call) {
   require_number("normalizer", call.numbers.normalizer, 0, HUGE_VAL);
   require_number("grad_scale", call.numbers.grad_scale, -HUGE_VAL, HUGE_VAL);
   require(call.sums.has_value() == call.counts.has_value(), "both accumulators of a meter or none");
+  if (call.ticket) memory_of<int32_t>("a meter's ticket", *call.ticket, kInt32, 1);
   if (call.sums) {
     memory_of<double>("a meter's sums", *call.sums, kFloat64, kNumSums);
     memory_of<int64_t>("a meter's counts", *call.counts, kInt64, kFirstCorrect + call.topk.size());
@@ -201,11 +203,13 @@ GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays& out
     require_storage("each gradient", x);
   }
   const int64_t n = tensors.size();
-  return {memory_of<double>("norms", out.norms, kFloat64, n),
-          memory_of<double>("max_abs", out.max_abs, kFloat64, n),
-          memory_of<int64_t>("zeros", out.zeros, kInt64, n),
-          memory_of<int64_t>("nans", out.nans, kInt64, n),
-          memory_of<int64_t>("infs", out.infs, kInt64, n),
+  double* const magnitudes = memory_of<double>("magnitudes", out.magnitudes, kFloat64, 2 * n);
+  int64_t* const counts = memory_of<int64_t>("counts", out.counts, kInt64, 3 * n);
+  return {magnitudes,
+          magnitudes + n,
+          counts,
+          counts + n,
+          counts + 2 * n,
           memory_of<double>("total_norm", out.total_norm, kFloat64, 1),
           memory_of<float>("found_inf", out.found_inf, kFloat32, 1)};
 }

@@ -12,7 +12,7 @@
 
 namespace esper {
 
-// What the kernels compute with, then float64 for results, then what targets may be.
+// The types that kernels compute with, then float64 for results, then the types of targets.
 enum Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64, kInt64, kInt32, kUInt8 };
 
 ESPER_ANYWHERE inline int bytes_of(Dtype dtype) {
@@ -47,7 +47,7 @@ struct Number {
   double value = 0;
   const void* at = nullptr;  // a double if `is_double`, else a float
   bool is_double = false;
-  bool from_tensor = false;  // its range is then the caller's business
+  bool from_tensor = false;  // its range is then up to the caller
   ESPER_ANYWHERE double read() const {
     if (!at) return value;
     return is_double ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
@@ -85,7 +85,8 @@ struct LossCall {
   int64_t ignore_index = -100;
   LossNumbers numbers;
   int64_t reduction = kMean;
-  std::optional<Array> sums, counts;  // a Meter's, float64 and int64
+  // A Meter's, float64, int64 and int32 [1]; kernels on a GPU use the ticket, 0 between launches.
+  std::optional<Array> sums, counts, ticket;
   std::vector<int64_t> topk = {};
   std::optional<Array> loss;   // float32 [], or [N] for kNone
   std::optional<Array> saved;  // float32 [2 N + 1]: maxima, sums, denominator; written forward, read backward
@@ -129,7 +130,9 @@ ESPER_ANYWHERE inline bool is_valid(const LossRows& p, int64_t target) {
 
 // Where the statistics of T tensors go; the fields of esper_kernels.GradStats.
 struct GradStatsArrays {
-  Array norms, max_abs, zeros, nans, infs, total_norm, found_inf;
+  Array magnitudes;  // float64 [2, T]: norms, max_abs
+  Array counts;      // int64 [3, T]: zeros, nans, infs
+  Array total_norm, found_inf;
 };
 struct GradStatsOut {
   double *norms, *max_abs;
@@ -138,8 +141,8 @@ struct GradStatsOut {
   float* found_inf;
 };
 
-// The checks. Each throws std::invalid_argument for a call that would read or write the wrong memory or
-// means nothing; nothing has been written then. Values in device memory are not looked at.
+// The checks. Each throws std::invalid_argument for a call that would access the wrong memory or makes no
+// sense, before anything is written. Values in device memory are not checked.
 void check(const LossCall&);
 void check_backward(const LossCall&, const Array& grad_output);
 GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays&);

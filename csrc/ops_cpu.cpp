@@ -5,7 +5,7 @@
 #endif
 
 #include "cpu/driver.h"
-#include "tensors.h"
+#include "ops.h"
 
 namespace esper {
 namespace {
@@ -18,74 +18,22 @@ const Kernels& kernels_of(int64_t instruction_set) {
   return *found;
 }
 
-void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index,
-                      double label_smoothing, double z_loss, std::optional<double> softcap, int64_t reduction,
-                      std::optional<double> normalizer, int64_t instruction_set, double grad_scale,
-                      MaybeTensor sums, MaybeTensor counts, MaybeTensor, std::vector<int64_t> topk,
-                      MaybeTensor loss, MaybeTensor saved, MaybeTensor out, MaybeTensor label_smoothing_at,
-                      MaybeTensor z_loss_at, MaybeTensor softcap_at, MaybeTensor normalizer_at,
-                      MaybeTensor grad_scale_at) {
-  Arrays arrays{logits};
-  const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
-                            arrays.number(z_loss, z_loss_at),
-                            arrays.number(grad_scale, grad_scale_at),
-                            arrays.number(softcap.value_or(0), softcap_at),
-                            arrays.number(normalizer.value_or(0), normalizer_at),
-                            softcap || softcap_at,
-                            normalizer || normalizer_at};
-  LossCall call = inputs_of(arrays, logits, targets, weight, ignore_index, numbers);
-  call.reduction = reduction;
-  call.sums = arrays.of(sums);
-  call.counts = arrays.of(counts);
-  call.topk = std::move(topk);
-  call.loss = arrays.of(loss);
-  call.saved = arrays.of(saved);
-  call.out = arrays.of(out);
-  check(call);
-  const Kernels& kernels = kernels_of(instruction_set);
-  run_usable(call, arrays, logits, targets, weight, out, [&] { cross_entropy(call, kernels, parallel_for); });
-}
+struct Cpu {
+  const Kernels& kernels;
 
-void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index,
-                               double label_smoothing, double z_loss, std::optional<double> softcap,
-                               int64_t instruction_set, Tensor grad_output, Tensor saved, Tensor out,
-                               MaybeTensor label_smoothing_at, MaybeTensor z_loss_at,
-                               MaybeTensor softcap_at) {
-  Arrays arrays{logits};
-  const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
-                            arrays.number(z_loss, z_loss_at),
-                            {1},
-                            arrays.number(softcap.value_or(0), softcap_at),
-                            {},
-                            softcap || softcap_at};
-  LossCall call = inputs_of(arrays, logits, targets, weight, ignore_index, numbers);
-  call.saved = arrays.of(saved);
-  call.out = arrays.of(out);
-  Array gradient = arrays.of(grad_output);
-  arrays.make_usable(grad_output, false, &gradient);
-  check_backward(call, gradient);
-  const Kernels& kernels = kernels_of(instruction_set);
-  run_usable(call, arrays, logits, targets, weight, out,
-             [&] { cross_entropy_backward(call, gradient, kernels, parallel_for); });
-}
+  Cpu(const Tensor&, int64_t instruction_set) : kernels(kernels_of(instruction_set)) {}
+  static void check(const LossCall&) {}
+  void cross_entropy(const LossCall& call) const { esper::cross_entropy(call, kernels, parallel_for); }
+  void cross_entropy_backward(const LossCall& call, const Array& grad_output) const {
+    esper::cross_entropy_backward(call, grad_output, kernels, parallel_for);
+  }
+  void grad_stats(const std::vector<Array>& tensors, const Number& inv_scale, const GradStatsOut& out) const {
+    esper::grad_stats(tensors, inv_scale.read(), out, kernels, parallel_for);
+  }
+};
 
-void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t instruction_set, Tensor norms,
-                   Tensor max_abs, Tensor zeros, Tensor nans, Tensor infs, Tensor total_norm,
-                   Tensor found_inf) {
-  Arrays arrays{norms};
-  std::vector<Array> gradients;
-  for (const Tensor& x : tensors) gradients.push_back(arrays.of(x));
-  const GradStatsOut out =
-      check(gradients, {arrays.of(norms), arrays.of(max_abs), arrays.of(zeros), arrays.of(nans),
-                        arrays.of(infs), arrays.of(total_norm), arrays.of(found_inf)});
-  const double scale = arrays.number(1, inv_scale).read();
-  const Kernels& kernels = kernels_of(instruction_set);
-  for (size_t i = 0; i < tensors.size(); ++i) arrays.make_usable(tensors[i], false, &gradients[i]);
-  grad_stats(gradients, scale, out, kernels, parallel_for);
-}
-
-// Asks the system for its largest pages where fresh memory is this large: a page fault per 4 KiB would cost
-// more than computing what is written there. Advice only.
+// Asks the system for huge pages if fresh memory is this large: a page fault per 4 KiB would cost more than
+// computing what is written there. It is only a hint.
 void use_huge_pages_op(Tensor x) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
@@ -110,8 +58,8 @@ STABLE_TORCH_LIBRARY(esper, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(esper, CPU, m) {
-  m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy_op));
-  m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward_op));
-  m.impl("grad_stats", TORCH_BOX(&esper::grad_stats_op));
+  m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy_op<esper::Cpu>));
+  m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward_op<esper::Cpu>));
+  m.impl("grad_stats", TORCH_BOX(&esper::grad_stats_op<esper::Cpu>));
   m.impl("use_huge_pages", TORCH_BOX(&esper::use_huge_pages_op));
 }

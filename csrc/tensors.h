@@ -27,9 +27,8 @@ constexpr const char* kSchemas[] = {
     "float label_smoothing, float z_loss, float? softcap, int instruction_set, Tensor grad_output, "
     "Tensor saved, Tensor(a!) out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
     "Tensor? softcap_at=None) -> ()",
-    "grad_stats(Tensor[] tensors, Tensor? inv_scale, int instruction_set, Tensor(a!) norms, "
-    "Tensor(b!) max_abs, Tensor(c!) zeros, Tensor(d!) nans, Tensor(e!) infs, Tensor(f!) total_norm, "
-    "Tensor(g!) found_inf) -> ()",
+    "grad_stats(Tensor[] tensors, Tensor? inv_scale, int instruction_set, Tensor(a!) magnitudes, "
+    "Tensor(b!) counts, Tensor(c!) total_norm, Tensor(d!) found_inf) -> ()",
     "use_huge_pages(Tensor x) -> ()",
 };
 
@@ -94,7 +93,11 @@ struct Arrays {
   // is on the CPU and they are not.
   Number number(double value, const MaybeTensor& tensor) {
     if (!tensor) return {value};
-    const bool is_float = tensor->scalar_type() == ScalarType::Float;
+    const ScalarType dtype = tensor->scalar_type();
+    if (dtype == ScalarType::ComplexHalf || dtype == ScalarType::ComplexFloat ||
+        dtype == ScalarType::ComplexDouble)
+      throw std::invalid_argument("esper: expected a real number");
+    const bool is_float = dtype == ScalarType::Float;
     const Tensor readable = is_float ? *tensor : with_dtype(*tensor, ScalarType::Double);
     const Array x = array_of(readable);
     if (x.dims != 0 || x.reach() > x.room || !x.aligned())

@@ -1,5 +1,5 @@
-// What lies below the ops, for tests: numpy arrays in and out, no torch. ESPER_TESTING=1 builds it for the
-// tests of a working copy; it is never part of a wheel.
+// The C++ below the ops, for tests: numpy arrays in and out, no torch. ESPER_TESTING=1 builds it for the
+// tests of a source checkout; it is never part of a wheel.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

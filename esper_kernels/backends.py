@@ -10,6 +10,7 @@ import shutil
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -128,8 +129,10 @@ def select_backend(
     """Choose the backend for `op` ("cross_entropy" or "grad_stats") on tensors of this device type
     and dtype.
 
-    Raises ValueError with every reason where none can serve, or where the one named in `config`
-    cannot.
+    Raises TypeError for a config of another type, and ValueError with every reason where none can
+    serve, or where the one named in `config` cannot.
     """
+    if not isinstance(config, (KernelConfig, NoneType)):
+        raise TypeError(f"config must be a KernelConfig or None, got {config!r}")
     select = _select if torch.compiler.is_compiling() else _select_cached
     return select(op, device_type, dtype, _DEFAULT if config is None else config)

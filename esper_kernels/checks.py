@@ -6,8 +6,9 @@ before the call. `refuse_transforms` and `refuse_inplace` look at what no op can
 first everywhere.
 """
 
+import sys
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def serve(backend: str, run: Callable[[], _Result], find_fault: Callable[[], Non
 
 def choose_backend(op: str, x: object, config: KernelConfig | None, name: str) -> str:
     """The backend that serves `op` on tensors like x."""
-    if not isinstance(x, Tensor) or type(x).__name__ == "DTensor":
+    if not isinstance(x, Tensor) or x.is_nested or type(x).__name__ == "DTensor":
         raise _not_dense(name, x)
     return select_backend(op, x.device.type, x.dtype, config).name
 
@@ -53,6 +54,8 @@ def refuse_transforms(op: str, x: object) -> None:
         )
     elif torch._C._get_tracing_state() is not None:
         what = "torch.jit.trace"
+    elif isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x):
+        what = "vmap, as by is_grads_batched=True"
     elif forward_ad._current_level >= 0 and _is_dual(x):
         what = "forward-mode differentiation (dual tensors)"
     elif isinstance(x, Tensor) and torch._is_functional_tensor(x):
@@ -88,9 +91,18 @@ def refuse_inference(name: str, x: Tensor) -> None:
 
 
 def check_dense(name: str, x: object) -> None:
-    if not isinstance(x, Tensor) or x.layout != torch.strided or type(x).__name__ == "DTensor":
+    if not is_dense(x):
         raise _not_dense(name, x)
     check_storage(name, x)
+
+
+def is_dense(x: object) -> TypeGuard[Tensor]:
+    return (
+        isinstance(x, Tensor)
+        and x.layout == torch.strided
+        and not x.is_nested
+        and type(x).__name__ != "DTensor"
+    )
 
 
 def _not_dense(name: str, x: object) -> TypeError:
@@ -120,6 +132,8 @@ def check_batch(logits: Tensor, targets: Tensor, meter: Meter | None) -> None:
     """logits [..., V], targets [...], and a meter on their device."""
     for name, x in (("logits", logits), ("targets", targets)):
         check_dense(name, x)
+    if meter is not None and not isinstance(meter, Meter):
+        raise TypeError(f"meter must be a Meter, got {describe(meter)}")
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits must be one of {DTYPES}, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -197,12 +211,15 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
         raise ValueError(f"normalizer goes with reduction='mean' only, got reduction={reduction!r}")
     if not isinstance(options["ignore_index"], int):
         raise TypeError(f"ignore_index must be an int, got {options['ignore_index']!r}")
+    if not -(2**63) <= options["ignore_index"] < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, got {options['ignore_index']}")
     check_number("normalizer", normalizer, logits)
     check_number("label_smoothing", options["label_smoothing"], logits, high=1.0)
     check_number("z_loss", options["z_loss"], logits)
     if isinstance(softcap, Tensor) or softcap == 0:
         raise ValueError(f"softcap must be None or a number above 0, got {softcap!r}")
-    check_number("softcap", softcap, logits, high=torch.finfo(torch.float32).max)
+    # what float32 can hold, which is what the kernels compute in
+    check_number("softcap", softcap, logits, low=2.0**-149, high=torch.finfo(torch.float32).max)
 
 
 def check_number(
@@ -220,6 +237,8 @@ def check_number(
         check_storage(name, value)
     elif value is not None and not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {describe(value)}")
+    elif isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be a number that a float can hold, got {value}")
     elif value is not None and not low <= value <= high:  # NaN too
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
@@ -264,6 +283,20 @@ def check_writable(name: str, x: Tensor) -> None:
         reach += stride * (size - 1)
 
 
+def check_apart(written: Tensor, read: Mapping[str, object]) -> None:
+    """That the memory of `written` holds none of the tensors that are still to be read."""
+    if torch.compiler.is_compiling() or written.device.type == "meta":
+        return
+    start, end = _address_range(written)
+    for name, x in read.items():
+        if isinstance(x, Tensor):
+            first, last = _address_range(x)
+            if first < end and start < last:
+                raise ValueError(
+                    f"{name} is in the memory that the gradient is written to; pass a clone of it"
+                )
+
+
 def _address_range(x: Tensor) -> tuple[int, int]:
     if x.is_contiguous():
         return x.data_ptr(), x.data_ptr() + x.nbytes
@@ -274,4 +307,6 @@ def _address_range(x: Tensor) -> tuple[int, int]:
 def describe(x: object) -> str:
     if not isinstance(x, Tensor):
         return f"{type(x).__name__} {x!r:.60}"
+    if x.is_nested:
+        return f"nested {type(x).__name__}"
     return f"{type(x).__name__} {tuple(x.shape)} {x.dtype} {x.layout} on {x.device}"

@@ -71,7 +71,7 @@ class Meter:
                 f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the "
                 "CPU there"
             )
-        if not all(isinstance(k, int) and 0 < k < 2**63 for k in topk):
+        if not all(type(k) is int and 0 < k < 2**63 for k in topk):
             raise ValueError(f"topk must hold positive integers, got {tuple(topk)}")
         self._topk = tuple(sorted({1, *topk}))
         # a meter made inside inference mode must work outside of it
@@ -116,14 +116,24 @@ class Meter:
         return {"topk": list(self.topk), "sums": self.sums.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, from any device. Another topk raises ValueError."""
+        """Take over what `state_dict` gave, from any device. ValueError for another topk, and for
+        what is no such state."""
         if tuple(state["topk"]) != self.topk:
             raise ValueError(
                 f"expected the state of a Meter with topk {self.topk}, got topk "
                 f"{tuple(state['topk'])}"
             )
-        self.sums.copy_(state["sums"])
-        self.counts.copy_(state["counts"])
+        names = ("sums", "counts")
+        for name in names:
+            own = getattr(self, name)
+            x = state[name]
+            if not isinstance(x, Tensor) or (x.shape, x.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"expected {name} to be a {own.dtype} tensor of shape {tuple(own.shape)}, got "
+                    f"{x!r:.80}"
+                )
+        for name in names:
+            getattr(self, name).copy_(state[name])
 
     def pack(self) -> Tensor:
         return torch.cat([self.sums.view(torch.int64), self.counts])

@@ -1,5 +1,8 @@
 """For tests and benchmarks of backends: sample inputs, a truth, an error bound, a counter of host
-syncs."""
+syncs.
+
+Long functions: `cross_entropy_samples` is a table of cases.
+"""
 
 from typing import Any, NamedTuple
 
@@ -21,13 +24,13 @@ def cross_entropy_samples(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> list[CrossEntropySample]:
     """Named inputs, the same on every call; none requires grad."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int, scale: float = 3.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
+        return (_normal(generator, *shape) * scale).to(dtype).to(device)
 
     def classes(*shape: int, v: int) -> Tensor:
-        return torch.randint(v, shape, generator=generator).to(device)
+        return torch.randint(v, shape, generator=generator, device="cpu").to(device)
 
     samples: list[CrossEntropySample] = []
 
@@ -55,7 +58,10 @@ def cross_entropy_samples(
     add("expanded", normal(1, 9).expand(6, 9))
     # exact in these, so the truth sees the same differences
     if dtype in (torch.float32, torch.float64):
-        add("offset 1e7", torch.arange(45.0).view(5, 9).remainder(7).add(1e7).to(dtype).to(device))
+        add(
+            "offset 1e7",
+            torch.arange(45, dtype=dtype, device=device).view(5, 9).remainder(7).add(1e7),
+        )
     add("ties", torch.zeros(6, 9, dtype=dtype, device=device))
     add("large", normal(6, 9, scale=300.0))
     add(
@@ -83,8 +89,8 @@ def cross_entropy_samples(
         "smoothing, z-loss as tensors",
         logits,
         targets,
-        label_smoothing=torch.tensor(0.2),
-        z_loss=torch.tensor(0.1),
+        label_smoothing=torch.tensor(0.2, dtype=torch.float32, device="cpu"),
+        z_loss=torch.tensor(0.1, dtype=torch.float32, device="cpu"),
     )
     everything = {"weight": weight, "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
     add("everything", logits, targets, **everything)
@@ -92,15 +98,23 @@ def cross_entropy_samples(
     return samples
 
 
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Drawn in float32 on the CPU, so that every dtype and device has the same numbers."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def grad_samples(device: torch.device | str = "cpu") -> dict[str, list[Tensor | None]]:
     """Named lists of gradients, the same on every call."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
+        return _normal(generator, *shape).to(dtype).to(device)
 
     def value(number: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, number, dtype=dtype, device=device)
+
+    def values(*numbers: float) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
 
     inf = torch.inf
     nan = torch.nan
@@ -121,10 +135,10 @@ def grad_samples(device: torch.device | str = "cpu") -> dict[str, list[Tensor | 
         ],
         "float16 beyond its range": [value(100.0, 10_000, dtype=torch.float16) for _ in range(50)],
         "1e20 and 1e-30": [value(1e20, 10), value(1e-30, 10)],
-        "zeros": [torch.tensor([0.0, -0.0, 1e-45, 1.0], device=device), value(0.0, 5)],
-        "NaN": [torch.tensor([nan, 1.0], device=device), normal(3)],
-        "Inf": [torch.tensor([inf, -inf, 1.0], device=device), normal(3)],
-        "NaN and Inf": [torch.tensor([nan, inf, 0.0], device=device), value(inf, 2)],
+        "zeros": [values(0.0, -0.0, 1e-45, 1.0), value(0.0, 5)],
+        "NaN": [values(nan, 1.0), normal(3)],
+        "Inf": [values(inf, -inf, 1.0), normal(3)],
+        "NaN and Inf": [values(nan, inf, 0.0), value(inf, 2)],
     }
 
 

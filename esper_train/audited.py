@@ -1,7 +1,7 @@
 """Public names of the audited training module, with the same meaning, on top of our kernels.
 
-They help code to migrate. New code uses what `docs/audited-names.md` lists beside each name, and
-nothing in this package imports them.
+They help existing code to migrate. New code uses what `docs/audited-names.md` lists beside each
+name, and nothing in this package imports them.
 """
 
 import math
@@ -15,23 +15,62 @@ from esper_kernels import GradHealth, GradStats, Meter, cross_entropy, grad_stat
 from esper_train.base.names import require_known
 from esper_train.train.loss import Criterion, criterion_options
 
+__all__ = [
+    "DualGradientStats",
+    "GradientHealthMetrics",
+    "SeedGradientCollector",
+    "collect_dual_gradients",
+    "collect_dual_gradients_async",
+    "collect_seed_gradients",
+    "collect_seed_gradients_async",
+    "compute_task_loss",
+    "compute_task_loss_with_metrics",
+    "materialize_dual_grad_stats",
+    "materialize_grad_stats",
+]
+
+GradientHealthMetrics = GradHealth
+"""All the numbers, with `is_healthy()` and `to_dict()`."""
+
+
+class SeedGradientCollector(NamedTuple):
+    """Measures the gradients of any parameters, with given thresholds on a tensor's L2 norm."""
+
+    vanishing_threshold: float = 1e-7
+    exploding_threshold: float = 100.0
+
+    def collect(self, parameters: Iterable[Tensor]) -> dict[str, float | bool]:
+        """Measure and read the four audited numbers: one host sync."""
+        return materialize_grad_stats(self.collect_async(parameters))
+
+    def collect_async(self, parameters: Iterable[Tensor]) -> GradStats:
+        """Measure on the device, without a host sync. Parameters without a gradient are left
+        out."""
+        return grad_stats(
+            [p.grad for p in parameters],
+            vanishing=self.vanishing_threshold,
+            exploding=self.exploding_threshold,
+        )
+
 
 def collect_seed_gradients_async(
     parameters: Iterable[Tensor],
     vanishing_threshold: float = 1e-7,
     exploding_threshold: float = 100.0,
 ) -> GradStats:
-    """Gradient statistics on the device, without a host sync. Parameters without a gradient do not
-    count."""
-    grads = [p.grad for p in parameters]
-    return grad_stats(grads, vanishing=vanishing_threshold, exploding=exploding_threshold)
+    """`SeedGradientCollector.collect_async` in one call."""
+    return SeedGradientCollector(vanishing_threshold, exploding_threshold).collect_async(parameters)
 
 
 def materialize_grad_stats(stats: GradStats) -> dict[str, float | bool]:
     """Read the four audited numbers from `collect_seed_gradients_async`: the host sync."""
     health = stats.compute()
-    names = ("gradient_norm", "gradient_health", "has_vanishing", "has_exploding")
-    return {name: getattr(health, name) for name in names}
+    return {
+        "gradient_norm": health.gradient_norm,
+        "gradient_health": health.gradient_health,
+        "has_vanishing": health.has_vanishing,
+        "has_exploding": health.has_exploding,
+    }
 
 
 def collect_seed_gradients(
@@ -39,19 +78,19 @@ def collect_seed_gradients(
     vanishing_threshold: float = 1e-7,
     exploding_threshold: float = 100.0,
     return_enhanced: bool = False,
-) -> dict[str, float | bool] | GradHealth:
-    """Measure and read: the four audited numbers, or all of `GradHealth` if `return_enhanced`."""
+) -> dict[str, float | bool] | GradientHealthMetrics:
+    """Measure and read: the four audited numbers, or all of them if `return_enhanced`."""
     stats = collect_seed_gradients_async(parameters, vanishing_threshold, exploding_threshold)
     return stats.compute() if return_enhanced else materialize_grad_stats(stats)
 
 
 class DualGradientStats(NamedTuple):
-    """Gradient norms and parameter counts of the host and of a seed."""
+    """L2 norms of the gradients of host and seed, and how many parameters have them."""
 
-    host_norm: float
-    host_params: int
-    seed_norm: float
-    seed_params: int
+    host_grad_norm: float
+    host_param_count: int
+    seed_grad_norm: float
+    seed_param_count: int
 
     @property
     def normalized_ratio(self) -> float:
@@ -59,23 +98,46 @@ class DualGradientStats(NamedTuple):
 
         0 if either norm is NaN or below 1e-8, or if either has no parameters.
         """
-        counts = min(self.host_params, self.seed_params)
-        if counts == 0 or not (self.host_norm >= 1e-8 and self.seed_norm >= 1e-8):
+        if min(self.host_param_count, self.seed_param_count) == 0:
             return 0.0
-        host = self.host_norm / math.sqrt(self.host_params)
-        return self.seed_norm / math.sqrt(self.seed_params) / (host + 1e-8)
+        if not (self.host_grad_norm >= 1e-8 and self.seed_grad_norm >= 1e-8):
+            return 0.0
+        host = self.host_grad_norm / math.sqrt(self.host_param_count)
+        return self.seed_grad_norm / math.sqrt(self.seed_param_count) / (host + 1e-8)
 
 
-def collect_dual_gradients(host: Iterable[Tensor], seed: Iterable[Tensor]) -> DualGradientStats:
-    """Both norms, from one pass over the gradients and with one host sync."""
-    groups = (
-        grad_stats({"host": [p.grad for p in host], "seed": [p.grad for p in seed]})
-        .compute()
-        .groups
+def collect_dual_gradients_async(
+    host_parameters: Iterable[Tensor], seed_parameters: Iterable[Tensor]
+) -> GradStats:
+    """Measure both in one pass over the gradients, without a host sync."""
+    return grad_stats(
+        {
+            "host": [p.grad for p in host_parameters],
+            "seed": [p.grad for p in seed_parameters],
+        }
     )
-    h = groups["host"]
-    s = groups["seed"]
-    return DualGradientStats(h.gradient_norm, h.elements, s.gradient_norm, s.elements)
+
+
+def materialize_dual_grad_stats(stats: GradStats) -> DualGradientStats:
+    """Read the norms and counts from `collect_dual_gradients_async`: the host sync."""
+    groups = stats.compute().groups
+    host = groups["host"]
+    seed = groups["seed"]
+    return DualGradientStats(
+        host_grad_norm=host.gradient_norm,
+        host_param_count=host.elements,
+        seed_grad_norm=seed.gradient_norm,
+        seed_param_count=seed.elements,
+    )
+
+
+def collect_dual_gradients(
+    host_parameters: Iterable[Tensor], seed_parameters: Iterable[Tensor]
+) -> DualGradientStats:
+    """Measure and read both: one host sync."""
+    return materialize_dual_grad_stats(
+        collect_dual_gradients_async(host_parameters, seed_parameters)
+    )
 
 
 def compute_task_loss(

@@ -1,30 +1,31 @@
-"""The command `esper-train`: reads the config, runs, shows progress, and leaves a run directory
-with a report.
+"""The command `esper-train`: reads the config, runs, shows progress and leaves a run directory.
 
-Exit codes: 0 done, 2 something in the request, the data or the disk cannot work, 3 the losses went
-bad, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by the loss of its terminal: such a run leaves a
-checkpoint, and a second signal ends it at once. Only this module prints, and only it imports tyro
-and rich.
+Exit codes: 0 done; 2 bad arguments, bad data or an I/O error; 3 the losses went bad; 130 stopped by
+Ctrl-C, 143 by SIGTERM, 129 by the loss of its terminal. A stopped run leaves a checkpoint, and a
+second signal ends it at once. Only this module prints, and only it needs the extra `train`: each
+command imports the packages that it uses, so that `info` works beside torch alone.
 """
 
 import argparse
+import importlib.util
+import json
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from esper_kernels import KernelConfig
+from esper_kernels import KernelConfig, __version__
 from esper_kernels import info as kernel_info
 from esper_train.base.console import lasting_output
 from esper_train.base.stop import Stopped, StopRequest
 from esper_train.config import RunConfig, load_toml, preset
-from esper_train.run.directory import load_config
+from esper_train.run.directory import METRICS, load_config, runs_in
 from esper_train.run.job import Job, run_job
 from esper_train.run.report import write_comparison, write_report
+from esper_train.run.report.history import read_history
 from esper_train.tasks import import_task, is_place
-from esper_train.telemetry.progress import ProgressSink
 from esper_train.telemetry.sinks import ConsoleSink, Sink
 from esper_train.train.errors import BadNumbersError
 
@@ -32,82 +33,93 @@ USAGE = """usage: esper-train {heuristic,fit,report,info} [options]
 
   heuristic  grow a network under the heuristic controller (the main job)
   fit        train the same host without slots, by the same loop
-  report     DIR: write its report anew; DIR DIR ... [--out FILE]: compare runs on one page
+  report     write the report of a run again, or compare runs on one page
   info       versions, and which kernel backend serves what, and why
 
-`esper-train heuristic --help` lists every option."""
+`esper-train heuristic --help` lists every option; `esper-train --version` prints the version.
+heuristic, fit and report need the extra: pip install 'esper-kernels[train]'"""
+DESCRIPTIONS = {
+    "heuristic": "Grow a network under the heuristic controller.",
+    "fit": "Train the same host network without slots, by the same loop.",
+}
 EXIT_USAGE = 2
 EXIT_BAD_NUMBERS = 3
 EXIT_SIGNAL = 128
+REFUSALS = (
+    ValueError,
+    TypeError,
+    IndexError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    OverflowError,
+)
+"""What bad arguments, bad data and I/O raise: reported in one line, without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code. It is the same where nobody reads what is printed."""
+    """Run the command and return its exit code, which is the same if nobody reads the output."""
     with lasting_output():
-        return _main(arguments)
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    command = given.pop(0) if given else "--help"
+def _main(arguments: list[str]) -> int:
+    command = arguments.pop(0) if arguments else "--help"
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    if command == "info":
-        print(kernel_info())
+    if command == "--version":
+        print(f"esper-train {__version__}")
         return 0
-    if command not in ("heuristic", "fit", "report"):
+    if command not in ("heuristic", "fit", "report", "info"):
         print(f"{USAGE}\n\nesper-train: error: unknown command {command!r}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        if command == "report":
-            _report(given)
-            return 0
-        options = _parse(command, given)
-        config = options.run_config()
-        if options.resume and options.out:
-            raise ValueError("--resume goes on in the directory that it names; leave --out out")
-        with StopRequest() as stop:
-            _run(config, command, stop, options)
+        _dispatch(command, arguments)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         return EXIT_SIGNAL + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
     except BadNumbersError as error:
         print(f"esper-train: {error}", file=sys.stderr)
         return EXIT_BAD_NUMBERS
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        OSError,
-        ImportError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
+    except REFUSALS as error:
         print(f"esper-train: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     return 0
 
 
+def _dispatch(command: str, arguments: Sequence[str]) -> None:
+    if command == "info":
+        _info(arguments)
+    elif command == "report":
+        _report(arguments)
+    else:
+        options = _parse(command, arguments)
+        config = options.run_config()
+        if options.resume and options.out:
+            raise ValueError("--resume continues in the directory that it names; leave out --out")
+        with StopRequest() as stop:
+            _run(config, command, stop, options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Options(RunConfig):
-    """What the command line takes: a run's config, and what concerns the command alone."""
+    """The settings of a run, which `--config` takes too, and six options of the command itself."""
 
     config: str | None = None
-    """A TOML file with any of these settings; options given beside it win."""
+    """A TOML file with settings of the run; options on the command line override it."""
     out: str | None = None
     """Directory of the run, new or empty. None takes one under runs/, named by time, command and
     task."""
     resume: str | None = None
-    """Directory of a run that was stopped or killed: go on from its newest checkpoint, with its own
-    config."""
+    """Directory of a run that was stopped or killed: continue from its newest checkpoint, with its
+    own config."""
     backend: str | None = None
-    """Kernel backend, short for --train.kernel.backend."""
+    """Kernel backend; short for --train.kernel.backend."""
     baseline: bool = True
-    """With heuristic, also train the host without slots, for the report to compare with."""
+    """For heuristic: also train the host without slots, so that the report can compare."""
     profile: bool = False
-    """First profile a few batches, into profile.md and profile.json; the run itself is as
-    without."""
+    """First profile a few batches into profile.md and profile.json. It does not change the run."""
 
     def run_config(self) -> RunConfig:
         run = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
@@ -117,10 +129,9 @@ class _Options(RunConfig):
 
 
 def _parse(command: str, arguments: Sequence[str]) -> _Options:
-    try:
-        import tyro
-    except ImportError as error:
-        raise ImportError("this command needs tyro: pip install 'esper-kernels[train]'") from error
+    _require_packages(command, "tyro", "rich", "matplotlib")
+    import tyro
+
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     finder.add_argument("--task")
@@ -130,23 +141,61 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     run = load_config(Path(given.resume)) if given.resume else preset(task)
     run = run if given.config is None else load_toml(given.config, base=run)
     default = _Options(**{f.name: getattr(run, f.name) for f in fields(RunConfig)})
-    return tyro.cli(_Options, prog=f"esper-train {command}", args=arguments, default=default)
+    return tyro.cli(
+        _Options,
+        prog=f"esper-train {command}",
+        description=DESCRIPTIONS[command],
+        args=arguments,
+        default=default,
+    )
+
+
+def _require_packages(command: str, *packages: str) -> None:
+    """Refuse a command whose packages are missing before it does anything."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(
+            f"{command} needs {', '.join(missing)}: pip install 'esper-kernels[train]'"
+        )
+
+
+def _info(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="esper-train info",
+        description="Show versions, and which kernel backend serves what, and why.",
+    )
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    as_json = parser.parse_args(arguments).json
+    found = kernel_info()
+    print(json.dumps(asdict(found), indent=2) if as_json else found)
 
 
 def _report(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="esper-train report")
-    parser.add_argument(
-        "directories", nargs="+", type=Path, metavar="DIR", help="directory of a run"
+    parser = argparse.ArgumentParser(
+        prog="esper-train report",
+        description="Write the report of one run again, or a page that compares several runs.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("comparison.html"), help="of several: the page to write"
+        "directories",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="directory of a run, or a folder of runs",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="page that compares several runs (default: comparison.html)"
     )
     given = parser.parse_args(arguments)
-    one = len(given.directories) == 1
-    if one:
-        page = write_report(*given.directories)
+    _require_packages("report", "matplotlib")
+    runs = [run for directory in given.directories for run in runs_in(directory)]
+    if runs == given.directories[:1]:
+        if given.out is not None:
+            raise ValueError("--out names a page that compares several runs, and there is only one")
+        if read_history(runs[0]) is None:
+            raise ValueError(f"nothing to report: {runs[0] / METRICS} holds no run yet")
+        page = write_report(runs[0])
     else:
-        page = write_comparison(given.directories, given.out)
+        page = write_comparison(runs, given.out or Path("comparison.html"))
     print(f"report: {page}")
 
 
@@ -170,4 +219,8 @@ def _run(config: RunConfig, mode: str, stop: StopRequest, options: _Options) -> 
 
 def _display() -> Sink:
     """What shows events: a progress bar on a terminal, lines elsewhere."""
-    return ProgressSink() if sys.stdout.isatty() else ConsoleSink()
+    if not sys.stdout.isatty():
+        return ConsoleSink()
+    from esper_train.telemetry.progress import ProgressSink
+
+    return ProgressSink()

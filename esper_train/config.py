@@ -28,39 +28,42 @@ Workers = Annotated[int, Limit("between 0 and 512", lambda value: 0 <= value <= 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-    """One run of `esper-train`, whole."""
+    """All settings of one run of `esper-train`."""
 
     task: str = "digits"
     """Name of a task, or MODULE:NAME for one of your own."""
     data: str | None = None
-    """Directory of the task's data, where it needs one."""
+    """Directory of the task's data, if it needs one."""
     vocab: Count = 256
     """Size of a language task's vocabulary: 256 is bytes, more is a trained byte-pair encoding."""
     device: str = "cpu"
+    """Device that trains, as torch names it: "cpu", "cuda", "cuda:1"."""
     slots: tuple[str, ...] = ("early", "mid", "late")
-    """Slots open for seeds, of those that the host's depth allows."""
+    """Slots that may get seeds, among those that the host has."""
     episodes: Count = 1
-    """Runs in a row, with the seeds seed, seed + 1000, ..."""
+    """Number of runs one after the other, with the random seeds seed, seed + 1000, ..."""
     max_epochs: Count = 75
+    """Epochs of training."""
     max_batches: CountOrNone = None
-    """Batches of an epoch at most; None takes all."""
+    """At most this many batches per epoch; None takes all."""
     batch_size: Count = 64
+    """Rows per batch of training."""
     evaluation_batch: Count = 512
-    """Rows a batch where nothing is trained. Many save calls; on a CPU, more than the caches hold
-    take longer."""
+    """Rows per batch of validation and test. Large batches save calls, but on a CPU those that
+    exceed the caches are slower."""
     workers: Workers = 0
-    """Processes that prepare batches, of the same numbers for any count of them. 0 indexes the data
-    in place, on the device where it fits, which is faster for tensors in memory."""
+    """Processes that prepare batches; the batches do not depend on it. 0 indexes the data in place,
+    on the device if they fit there, which is faster for tensors in memory."""
     channels_last: bool | None = None
-    """Convolutions in channels-last layout; None: where it pays, that is with 16 channels or more
-    on a CPU, and in half precision on a GPU."""
+    """Run convolutions in channels-last layout. None chooses it where it is faster: on a CPU from
+    16 channels on, on a GPU in half precision."""
     seed: int = 42
-    """Where the random numbers begin; the generators of torch take 64 bits."""
+    """Seed of all random numbers, a 64-bit integer."""
     keep: Literal["best", "last"] = "best"
     """Which network a run gives: that of the epoch with the lowest validation loss in which no
     seed's effect was open, or that of the last epoch."""
     reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
-    """How decisions are rewarded; see `control/rewards.py`."""
+    """How decisions are rewarded; a `RewardMode` of `control/rewards.py`."""
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     host: HostConfig = field(default_factory=HostConfig)

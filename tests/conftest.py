@@ -1,5 +1,5 @@
-"""For every test: repeatable examples, signals that are answered, and Triton's interpreter where
-there is no GPU."""
+"""For every test: repeatable examples, default signal handlers, and Triton's interpreter without
+a GPU."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import signal
 import torch
 from hypothesis import settings
 
-# The same examples on each run, so that a red test is the fault of a change.
+# The same examples in each run, so that a failing test is due to a change.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
@@ -15,7 +15,7 @@ settings.load_profile("repeatable")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# What nohup and a shell's background jobs leave ignored, processes of tests would inherit.
+# nohup and background jobs ignore these signals, and processes of tests would inherit that.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -157,6 +157,21 @@ def test_all_lists_exactly_the_public_names(package: object) -> None:
     assert set(names) == present
 
 
+@pytest.mark.parametrize("name", ["esper_train.audited", "esper_train.control.rewards"])
+def test_all_of_a_module_lists_what_it_defines(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__file__ is not None
+    defined = set()
+    for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Assign):
+            defined |= {ast.unparse(target) for target in node.targets}
+        elif isinstance(node, ast.AnnAssign):
+            defined.add(ast.unparse(node.target))
+    assert set(module.__all__) == {name for name in defined if not name.startswith("_")}
+
+
 @pytest.mark.parametrize("package", ["esper_kernels", "esper_train"])
 def test_every_module_says_what_it_is_for(package: str) -> None:
     for path in sorted((ROOT / package).rglob("*.py")):

@@ -1,5 +1,4 @@
-"""What of the GPU benchmark needs no GPU: its arguments, its shapes, its table, and what it says
-without one."""
+"""The parts of the GPU benchmark that need no GPU: arguments, shapes, table, and its refusal."""
 
 import json
 from pathlib import Path

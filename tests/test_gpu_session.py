@@ -1,5 +1,4 @@
-"""The session on a GPU, as far as it goes without one: limits, skips, results, and the comparison
-it makes."""
+"""The session on a GPU, as far as it runs without one: limits, skips, results, comparison."""
 
 import io
 import json

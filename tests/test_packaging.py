@@ -1,5 +1,4 @@
-"""What gets installed: the wheel beside torch alone, pure Python, and the message of a build that
-cannot work."""
+"""What gets installed: the wheel beside torch alone, pure Python, and messages of failed builds."""
 
 import json
 import os

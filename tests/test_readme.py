@@ -1,5 +1,4 @@
-"""What README.md and docs/ say must hold: code runs, files and links exist, tables are the measured
-ones."""
+"""README.md and docs/: their code runs, files and links exist, tables are the measured ones."""
 
 import re
 from pathlib import Path

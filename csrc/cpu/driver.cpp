@@ -8,7 +8,7 @@
 namespace esper {
 namespace {
 
-// With at most this many elements, one thread is done before others would have woken up.
+// Up to this many elements, one thread finishes before others would have woken up.
 constexpr int64_t kSerial = 65536;
 // Gradients larger than this are stored past the caches, which could not hold them until they are read.
 constexpr int64_t kStreamBytes = 16 << 20;

@@ -11,7 +11,7 @@
 
 namespace esper::cuda {
 
-// Memory of the device that lives until the work queued so far is done.
+// Device memory that lives until the work queued so far is done.
 using Allocate = std::function<void*(int64_t bytes)>;
 
 constexpr int kMostTopk = 16;
@@ -19,9 +19,9 @@ constexpr int kMostTopk = 16;
 // What the kernels limit besides esper::check; throws std::invalid_argument.
 void check(const LossCall&);
 
-// Bad targets are not valid and counted in `counts`; without `counts` they make the loss NaN. ticket: 0, and
-// 0 again afterwards; null to have one made. Throws std::runtime_error if CUDA refuses.
-void cross_entropy(const LossCall&, unsigned* ticket, const Allocate&, cudaStream_t);
+// Bad targets are not valid, and are counted in `counts`; without `counts` they make the loss NaN. Without a
+// ticket, one is made. Throws std::runtime_error if CUDA refuses.
+void cross_entropy(const LossCall&, const Allocate&, cudaStream_t);
 
 // The gradient, from what `cross_entropy` saved. grad_output: [], or one number per row.
 void cross_entropy_backward(const LossCall&, const Array& grad_output, cudaStream_t);

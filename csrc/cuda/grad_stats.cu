@@ -9,9 +9,8 @@ namespace esper::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kPieceElements = 32768, kMostPieces = 8192;  // larger pieces rather than more
-constexpr int kTableTensors =
-    CUDART_VERSION >= 12010 ? 512 : 128;  // tensors a launch is told of: 12 KiB of arguments
+constexpr int64_t kPieceElements = 32768, kMostPieces = 8192;  // beyond this many, pieces get larger instead
+constexpr int kTableTensors = CUDART_VERSION >= 12010 ? 512 : 128;  // tensors per launch: 12 KiB of arguments
 
 struct Tensor {
   const void* data;
@@ -77,8 +76,8 @@ struct Look {
   }
 };
 
-// Each value multiplied by `scale`, in double: at the end, which comes to the same for a scale that can be
-// squared, or one by one.
+// Multiplies each value by `scale`, in double: once at the end if the square of the scale is an ordinary
+// number, and value by value otherwise.
 template <class T>
 __device__ Found look_at(const void* data, int64_t begin, int64_t n, double scale) {
   constexpr int kSize = Vector<T>::kSize;
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_stats_pieces(const __grid_co
   }
   if (!is_last(job.tickets + job.num_tensors, gridDim.x, &shared.flag)) return;
 
-  Found all;  // over the tensors: of the counts only whether anything is not finite
+  Found all;  // over all tensors; of the counts, only whether anything is not finite
   for (int i = threadIdx.x; i < job.num_tensors; i += kThreads) {
     if (job.tensors[i].size == 0)
       write_tensor(job, i, Found{});
@@ -195,7 +194,7 @@ void grad_stats(const std::vector<Array>& arrays, const Number& inv_scale, const
   job.tickets = reinterpret_cast<unsigned*>(job.squares + t);
   Part part{};
   int first = 0;
-  do {  // without any tensor too: it makes the ticket
+  do {  // even without any tensor, because it makes the ticket
     const int count = std::min(kTableTensors, job.num_tensors - first);
     std::copy_n(tensors.begin() + first, count, part.tensors);
     check(launch(write_tensor_table, Grid{1, kThreads}, stream, part, job, first, count));

@@ -34,8 +34,8 @@ __device__ T reduce_block(T x, T identity, T* scratch, F f) {
   return reduce_lanes(lane < warps ? scratch[lane] : identity, kWarp, f);
 }
 
-// Whether this block is the last of `blocks` to come here; it then sees what the others wrote before. The
-// ticket is 0 before the first and after the last. flag: shared, free after the next barrier.
+// Whether this block is the last of `blocks` to arrive here, so that it sees what the others wrote before.
+// The ticket is 0 before the first block and after the last. flag: shared, free after the next barrier.
 __device__ inline bool is_last(unsigned* ticket, unsigned blocks, unsigned* flag) {
   __threadfence();
   __syncthreads();

@@ -45,7 +45,7 @@ __device__ inline unsigned char* shared_memory() {
   return memory;
 }
 
-// The blocks that see each other's shared memory; one where the kernel was launched so, or the chip has none.
+// The blocks that see each other's shared memory: one if the launch or the chip has no clusters.
 #if __CUDA_ARCH__ >= 900
 __device__ inline cooperative_groups::cluster_group cluster() { return cooperative_groups::this_cluster(); }
 #else
@@ -70,7 +70,7 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
                    const Arguments&... arguments) {
-  if (grid.shared_bytes > 48 * 1024) {  // more than every chip gives without being asked
+  if (grid.shared_bytes > 48 * 1024) {  // more than chips give by default
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
     if (error != cudaSuccess) return error;

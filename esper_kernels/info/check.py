@@ -40,12 +40,11 @@ def check() -> Iterator[tuple[str, bool]]:
 
 
 def _sample(device: str, dtype: torch.dtype, rows: int, classes: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(classes)
-    targets = torch.randint(classes, (rows,), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(classes)
+    targets = torch.randint(classes, (rows,), generator=generator, device="cpu")
     targets[rows // 2] = -100
-    return (torch.randn(rows, classes, generator=generator) * 3).to(dtype).to(device), targets.to(
-        device
-    )
+    logits = torch.randn(rows, classes, generator=generator, dtype=torch.float32, device="cpu")
+    return (logits * 3).to(dtype).to(device), targets.to(device)
 
 
 def _difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | None:

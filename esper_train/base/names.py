@@ -14,6 +14,6 @@ def require_known(kind: str, name: str, known: Iterable[str]) -> None:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for an unknown name, which gives the nearest known name and lists them all."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
     hint = f"; perhaps {near[0]!r}?" if near else "."
     return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from esper_train.base.names import require_known
@@ -56,7 +56,12 @@ class Settings:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             if typing.get_origin(hint) is ClassVar:
                 continue
-            _check(f"{self._table}{name}", getattr(self, name), hint)
+            value = getattr(self, name)
+            _check(f"{self._table}{name}", value, hint)
+            if typing.get_origin(hint) is Literal:
+                # a member of a StrEnum equals its string, but files hold strings
+                choices = typing.get_args(hint)
+                object.__setattr__(self, name, choices[choices.index(value)])
 
 
 def _check(where: str, value: Any, hint: Any) -> None:
@@ -157,3 +162,25 @@ def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
         expected = " or ".join(t.__name__ for t in accepted)
         raise TypeError(f"config key {path!r} takes {expected}, got {value!r}")
     return value
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """Where several configs, as nested plain values, are not the same.
+
+    Returns the path of each such setting, as "optim.host_lr", with its value in each config: None
+    where a config does not have it.
+    """
+    flat = [_flattened(each) for each in settings]
+    paths = dict.fromkeys(path for each in flat for path in each)
+    values = {path: tuple(each.get(path) for each in flat) for path in paths}
+    return {path: found for path, found in values.items() if any(v != found[0] for v in found)}
+
+
+def _flattened(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flattened(value, f"{where}{key}.")
+        else:  # JSON has lists where a config has tuples
+            flat[where + key] = tuple(value) if isinstance(value, list) else value
+    return flat

@@ -10,25 +10,25 @@ class HeuristicConfig(Settings, table="policy."):
     """Rules of the heuristic controller and of the signal tracker that feeds it."""
 
     plateau_threshold: float = 0.5
-    """Percentage points by which validation accuracy must beat its last best to end a plateau."""
+    """Percentage points by which validation accuracy must exceed its last best to end a plateau."""
     plateau_epochs: CountOrZero = 3
-    """Length of a plateau after which a seed is germinated."""
+    """Epochs of a plateau after which a seed is germinated."""
     max_live_seeds: Count = 1
-    """Seeds whose fate is open at most at a time."""
+    """At most this many seeds are undecided (not yet fossilized or culled) at a time."""
     min_epochs: CountOrZero = 5
     """No germination before this epoch."""
     life_margin: int = 7
-    """No germination when fewer epochs than a whole seed life plus this many are left."""
+    """No germination if fewer epochs are left than a seed's whole life plus this many."""
     blueprints: tuple[str, ...] = ()
-    """Rotation of blueprints, first choice first; empty takes the registry's order for the host's
-    topology."""
+    """Blueprints in the order in which they are tried; empty takes the registry's order for the
+    host's topology."""
     blend: str = "sigmoid"
     cull_penalty: PositiveOrZero = 2.0
     """Added to a blueprint's penalty when a seed made from it is culled."""
     penalty_decay: Decay = 0.9
-    """Factor a penalty keeps each epoch; slow enough that a penalty outlives the slot's embargo."""
+    """Factor by which a penalty shrinks per epoch, slowly enough to outlast the slot's embargo."""
     penalty_limit: PositiveOrZero = 1.0
-    """A blueprint with at least this penalty is passed over while another is below it."""
+    """A blueprint with at least this penalty is skipped while another has less."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,25 +44,25 @@ class GovernorConfig(Settings, table="governor."):
     epochs."""
 
     window: Count = 20
-    """Good epochs that a loss is compared with, at most."""
+    """At most this many good epochs are what a loss is compared with."""
     min_history: Count = 5
     """Good epochs needed for a comparison."""
     sensitivity: PositiveOrZero = 6.0
-    """Divergence: worse than guessing, above the mean of the window by so many standard deviations,
-    ..."""
+    """Divergence: the loss is above that of a guess, above the mean of the window by this many
+    standard deviations, ..."""
     multiplier: PositiveOrZero = 3.0
-    """... and above so many times that mean."""
+    """... and above this many times that mean."""
     patience: Count = 3
     """Suspicious epochs in a row that make a finding, or harmful ones that end a seed's trial
     (`growth.harm`); a loss that is not finite makes a finding at once."""
     snapshot_epochs: Count = 5
-    """With rollback, keep a checked state every so many epochs."""
+    """With policy "rollback": epochs between the checked states that are stored."""
     snapshot_device: str = "cpu"
-    """Where it is kept."""
+    """Device on which the checked state is stored."""
     max_rollbacks: Count = 3
-    """The finding after so many rollbacks ends the run."""
+    """The next finding after this many rollbacks ends the run."""
     rollback_penalty: PositiveOrZero = 10.0
-    """Taken from the reward of an epoch that is rolled back."""
+    """Subtracted from the reward of an epoch that is rolled back."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

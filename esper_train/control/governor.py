@@ -1,6 +1,6 @@
 """The governor: says when a run's losses have gone bad.
 
-`episode` asks it once an epoch, reports what it finds and does what `train.on_bad_numbers` says.
+`run.epoch` asks it once per epoch, reports its finding and does what `train.on_bad_numbers` says.
 """
 
 import math
@@ -15,8 +15,8 @@ from esper_train.control.config import GovernorConfig
 
 LEARNED = 0.6
 NEAR_GUESS = 0.065
-"""A loss below this share of a guess's has learned something; one this close to a guess's has
-forgotten it."""
+"""Fractions of the loss of a guess. Below LEARNED something was learned; within NEAR_GUESS of it,
+that was lost again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,7 @@ class Finding:
 class Governor(PlainState):
     """Compares each epoch's losses with those of the run's good epochs and with that of a guess.
 
-    `guess` is the loss of guessing, ln of the number of classes, so that one rule serves every
-    task.
+    `guess` is the loss of a random guess, ln(classes); relative to it, one rule serves every task.
     """
 
     STATE = ("history", "suspicious", "rollbacks")
@@ -44,8 +43,7 @@ class Governor(PlainState):
         self.suspicious = self.rollbacks = 0
 
     def check(self, *, training: float, validation: float) -> Finding | None:
-        """Judge an epoch by its losses in nats. A suspicious one does not join the history it would
-        spoil."""
+        """Judge an epoch by its losses, in nats. Suspicious epochs stay out of the history."""
         if not (math.isfinite(training) and math.isfinite(validation)):
             losses = f"training {training}, validation {validation}"
             return Finding(kind="nonfinite", message=f"the loss is not finite: {losses}")
@@ -75,18 +73,18 @@ class Governor(PlainState):
         return None
 
     def restart(self) -> None:
-        """Judge the epochs that are to come afresh, without a rollback."""
+        """Forget the history, without a rollback."""
         self.suspicious = 0
 
     def rolled_back(self) -> None:
-        """Count a rollback; the epochs that are to come are judged afresh."""
+        """Count a rollback, and forget the history."""
         self.rollbacks = self.rollbacks + 1
         self.suspicious = 0
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether no parameter and no buffer holds NaN or infinity: a seed that trains shows in no
-    loss. A host sync."""
+    """Whether every parameter and buffer is finite. It needs a host sync, but a seed in TRAINING
+    does not show in any loss."""
     numbers = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     health = grad_stats(numbers).compute()
     return health.nan_count + health.inf_count == 0

@@ -1,4 +1,4 @@
-"""The heuristic controller: a few readable rules, one decision an epoch."""
+"""The heuristic controller: a few readable rules, and one decision per epoch."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -15,7 +15,7 @@ from esper_train.morph.lifecycle import LIVE, SeedStage, SlotState
 
 
 class HeuristicTamiyo(PlainState):
-    """Germinates on a plateau, and fossilizes what passes the gate; slots cull what harms by
+    """Germinates on a plateau and fossilizes what passes the gate. Slots cull harmful seeds by
     themselves.
 
     `blueprints` are those for the host's topology, in order of preference. `ValueError` if there is
@@ -42,15 +42,14 @@ class HeuristicTamiyo(PlainState):
         self.reset()
 
     def reset(self) -> None:
-        """Forget penalties and the place in the rotation."""
+        """Forget the penalties and which blueprint comes next."""
         self._penalties: dict[str, float] = {}
         self._next = 0
-        # slot to the blueprint seen there last, to notice culls of any cause
+        # slot to the blueprint last seen there, to notice every cull, whoever asked for it
         self._seated: dict[str, str] = {}
 
     def decide(self, signals: Signals) -> Decision:
-        """One decision from one epoch's signals; the slots are seen after their own moves of this
-        epoch."""
+        """One decision from one epoch's signals, which show the slots after their own moves."""
         self._penalties = {
             name: p * self._config.penalty_decay for name, p in self._penalties.items()
         }
@@ -67,7 +66,7 @@ class HeuristicTamiyo(PlainState):
         return self._consider_germination(signals)
 
     def _judge(self, state: SlotState) -> Decision:
-        """What to do with the open seed."""
+        """What to do with the undecided seed."""
         slot = state.slot
         age = state.epochs_in_stage
         if state.stage is not SeedStage.PROBATIONARY:
@@ -114,7 +113,7 @@ class HeuristicTamiyo(PlainState):
         )
 
     def _choose_blueprint(self) -> str:
-        """The next in rotation below the penalty limit; if all are above, the least penalised."""
+        """The next blueprint in turn below the penalty limit, or else the least penalised one."""
         order = self._rotation[self._next :] + self._rotation[: self._next]
         below = [name for name in order if self._penalty(name) < self._config.penalty_limit]
         chosen = below[0] if below else min(order, key=self._penalty)

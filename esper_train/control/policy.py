@@ -1,4 +1,4 @@
-"""What a controller is: something that looks at an epoch's signals and decides one operation."""
+"""What a controller is: it looks at an epoch's signals and decides on one operation."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -31,7 +31,7 @@ class Decision:
 
 
 class Policy(Stateful, Protocol):
-    """A controller. `decide` is called once an epoch, `reset` before each episode; its state is
+    """A controller. `decide` is called once per epoch, `reset` before each episode. Its state is
     part of checkpoints."""
 
     def decide(self, signals: Signals) -> Decision: ...
@@ -40,10 +40,10 @@ class Policy(Stateful, Protocol):
 
 
 class Idle(PlainState):
-    """Never does anything: `fit` runs under it."""
+    """Always waits; `fit` uses it."""
 
     def decide(self, signals: Signals) -> Decision:
         return Decision(op=Op.WAIT, reason="plain training")
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """There is nothing to forget."""

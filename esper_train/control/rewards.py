@@ -1,13 +1,13 @@
-"""What a decision earns in the epoch it is made, by parts; getting better is positive in each of
-the `REWARDS`.
+"""The reward of a decision in the epoch in which it is made, as named parts that add up to it.
 
-Accuracies, contributions and improvements are percentage points, losses nats; None is "not
-measured".
+Improvement is positive in every one of the `REWARDS`. Accuracies, contributions and improvements
+are percentage points, losses are nats; None means "not measured".
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from esper_train.base.settings import Settings
@@ -15,23 +15,53 @@ from esper_train.control.policy import Op
 from esper_train.control.signals import Signals
 from esper_train.morph.lifecycle import SeedStage, SlotState
 
+__all__ = [
+    "COSTS",
+    "GAMMA",
+    "LOSS_CHANGE",
+    "LOSS_TARGET",
+    "MAX_EPOCH_POTENTIAL",
+    "POTENTIALS",
+    "REWARDS",
+    "WORTH_KEEPING",
+    "ContributionReward",
+    "Parts",
+    "RewardMode",
+    "SeedInfo",
+    "compute_contribution_reward",
+    "loss_reward",
+    "minimal_reward",
+    "shaped_reward",
+    "sparse_reward",
+]
+
 GAMMA = 0.995
-"""Discount of the next epoch; unless a learner uses the same, shaping changes which policy is
-best."""
+"""Discount per epoch. Shaping keeps the best policy the best only for a learner with the same
+discount."""
 POTENTIALS: Mapping[int, float] = {2: 1.0, 3: 2.0, 4: 3.5, 6: 5.5, 7: 6.0}
-"""What having come to a stage is worth, by its number; the others are worth nothing."""
+"""Potential of each stage, by its number; 0 for the others."""
 MAX_EPOCH_POTENTIAL = 2.0
 COSTS: Mapping[Op, float] = {Op.WAIT: 0.0, Op.GERMINATE: 0.02, Op.FOSSILIZE: 0.01, Op.CULL: 0.005}
 WORTH_KEEPING = 1.0
-"""Least contribution that fossilizing is rewarded for, least improvement that a fossil is."""
+"""Points of contribution from which fossilizing is rewarded, and of improvement from which a fossil
+counts at the end."""
 Parts = dict[str, float]
 LOSS_TARGET = 0.13
 LOSS_CHANGE = 0.043
-"""A loss to reach, and by how much it may change in an epoch, as shares of the loss of a guess."""
+"""A loss to reach, and a typical change per epoch, as fractions of the loss of a random guess."""
+
+
+class RewardMode(StrEnum):
+    """The kinds of reward: the keys of `REWARDS` and the values of `RunConfig.reward`."""
+
+    SHAPED = "shaped"
+    SPARSE = "sparse"
+    MINIMAL = "minimal"
+    LOSS = "loss"
 
 
 class SeedInfo(NamedTuple):
-    """What a reward needs to know of a seed; stages by number, 0 is none."""
+    """What a reward needs to know about a seed. Stages are numbers; 0 means no seed."""
 
     stage: int
     improvement_since_stage_start: float | None
@@ -89,8 +119,8 @@ def compute_contribution_reward(
 ) -> float | tuple[float, Parts]:
     """Reward `action` on the slot of `seed_info`; with `return_components`, (reward, its parts).
 
-    `total_params` are of the seeds alone. `num_fossilized_seeds` has no effect: fossils count if
-    they improved.
+    `total_params` counts the parameters of the seeds alone. `num_fossilized_seeds` has no effect:
+    only fossils that improved the network count, `num_contributing_fossilized`.
     """
     config = config or ContributionReward()
     seed = seed_info or SeedInfo(0, None, None, 0)
@@ -102,16 +132,10 @@ def compute_contribution_reward(
         credit = _credit(seed_contribution, progress, gained, config.dependency)
     if seed.stage == SeedStage.FOSSILIZED or (action is Op.FOSSILIZE and gained < 0):
         credit = 0.0
-    warning = 0.0
-    epochs = seed.epochs_in_stage
-    if seed.stage == SeedStage.BLENDING and gained < 0:
-        warning = 0.1 + min(0.05 * epochs, 0.3)
-    elif seed.stage == SeedStage.PROBATIONARY and action is Op.WAIT and epochs >= 2 and credit > 0:
-        warning = min(3 ** (epochs - 2), config.max_indecision)
     final = config.final_accuracy * val_acc + config.final_fossil * num_contributing_fossilized
     parts = {
         "attribution": -credit if action is Op.CULL else credit,
-        "warning": -warning,
+        "warning": -_warning(action, seed, gained, credit, config.max_indecision),
         "shaping": config.shaping * _potential_gain(seed, config.epoch_potential),
         "rent": -min(config.rent * _growth(total_params, host_params), config.max_rent),
         "operation": _operation(action, seed, seed_contribution, gained, config),
@@ -122,81 +146,106 @@ def compute_contribution_reward(
 
 
 def _credit(contribution: float, progress: float | None, gained: float, dependency: float) -> float:
-    """A seed's contribution, but less where the accuracy did not rise with it: then others only
-    depend on it."""
+    """The credit for a seed's contribution.
+
+    It is less if accuracy did not rise with the contribution: then the rest of the network has only
+    come to depend on the seed.
+    """
     if contribution < 0:
         return contribution
-    mean = 0.5 * contribution if progress is None else math.sqrt(max(0.0, progress) * contribution)
+    if progress is None:
+        mean = 0.5 * contribution
+    else:
+        mean = math.sqrt(max(0.0, progress) * contribution)
     earned = min(contribution, mean)
     if gained < 0:
         return earned / (1.0 + math.exp(min(-10.0 * gained, 700.0)))
-    suspicion = (
-        contribution / 10.0 if gained <= 0.1 else max(0.0, contribution / gained - 5.0) / 15.0
-    )
-    return earned - (dependency * min(1.0, suspicion) if contribution > 1.0 else 0.0)
+    if contribution <= 1.0:
+        return earned
+    if gained <= 0.1:
+        suspicion = contribution / 10.0
+    else:
+        suspicion = max(0.0, contribution / gained - 5.0) / 15.0
+    return earned - dependency * min(1.0, suspicion)
+
+
+def _warning(op: Op, seed: SeedInfo, gained: float, credit: float, most: float) -> float:
+    """The penalty for a blending seed that does harm, and for waiting on probation."""
+    epochs = seed.epochs_in_stage
+    if seed.stage == SeedStage.BLENDING and gained < 0:
+        return 0.1 + min(0.05 * epochs, 0.3)
+    if seed.stage == SeedStage.PROBATIONARY and op is Op.WAIT and epochs >= 2 and credit > 0:
+        return min(3 ** (epochs - 2), most)
+    return 0.0
 
 
 def _operation(
     op: Op, seed: SeedInfo, contribution: float | None, gained: float, config: ContributionReward
 ) -> float:
-    """What an operation earns, or loses where it is wrong or impossible (the first rule that
-    applies), and costs."""
-    c = math.nan if contribution is None else contribution  # NaN fits no rule
-    empty = seed.stage == 0
-    on_probation = seed.stage == SeedStage.PROBATIONARY
-    fossil = seed.stage == SeedStage.FOSSILIZED
-    newborn = seed.seed_age_epochs < 1
-    germination = config.shaping * GAMMA * POTENTIALS[SeedStage.GERMINATED]
-    harm = (
-        -0.5 - min(-0.2 * gained, 1.0) - (config.dependency if c > 0.1 and gained < -0.2 else 0.0)
-    )
-    bonus = (0.5 + 0.1 * c) * min(1.0, seed.epochs_in_stage / 5)
-    loss = -0.3 - 0.05 * c
-    rules: Mapping[Op, list[tuple[bool, float]]] = {
-        Op.WAIT: [],
-        Op.GERMINATE: [(empty, germination), (True, -0.3)],
-        Op.FOSSILIZE: [
-            (not on_probation, -1.0),
-            (gained < 0, harm),
-            (c >= WORTH_KEEPING, bonus),
-            (True, -0.2),
-        ],
-        Op.CULL: [
-            (empty, -0.2),
-            (fossil, -1.0),
-            (newborn, -0.3),
-            (c >= 0, loss),
-            (c < -0.5, 0.3),
-            (c < 0, 0.1),
-        ],
-    }
-    return next((value for applies, value in rules[op] if applies), 0.0) - COSTS[op]
+    """The reward of an operation, which is negative if it is wrong or impossible, less its cost."""
+    c = math.nan if contribution is None else contribution  # NaN satisfies no comparison
+    if op is Op.GERMINATE:
+        germination = config.shaping * GAMMA * POTENTIALS[SeedStage.GERMINATED]
+        value = germination if seed.stage == 0 else -0.3
+    elif op is Op.FOSSILIZE:
+        value = _fossilizing(seed, c, gained, config.dependency)
+    elif op is Op.CULL:
+        value = _culling(seed, c)
+    else:
+        value = 0.0
+    return value - COSTS[op]
+
+
+def _fossilizing(seed: SeedInfo, contribution: float, gained: float, dependency: float) -> float:
+    if seed.stage != SeedStage.PROBATIONARY:
+        return -1.0
+    if gained < 0:
+        relied_on = contribution > 0.1 and gained < -0.2
+        return -0.5 - min(-0.2 * gained, 1.0) - (dependency if relied_on else 0.0)
+    if contribution >= WORTH_KEEPING:
+        return (0.5 + 0.1 * contribution) * min(1.0, seed.epochs_in_stage / 5)
+    return -0.2
+
+
+def _culling(seed: SeedInfo, contribution: float) -> float:
+    if seed.stage == 0:
+        return -0.2
+    if seed.stage == SeedStage.FOSSILIZED:
+        return -1.0
+    if seed.seed_age_epochs < 1:
+        return -0.3
+    if contribution >= 0:
+        return -0.3 - 0.05 * contribution
+    if contribution < -0.5:
+        return 0.3
+    return 0.1 if contribution < 0 else 0.0
 
 
 def _potential_gain(seed: SeedInfo, epoch_potential: float = 0.0) -> float:
-    """GAMMA times the potential now minus that an epoch ago: over a seed's life all but the ends
-    cancels."""
+    """GAMMA times the potential now, minus the potential one epoch ago.
+
+    Summed over a seed's life, all but the first and the last potential cancel.
+    """
     epochs = seed.epochs_in_stage
-    then = (
-        (seed.stage, epochs - 1) if epochs else (seed.previous_stage, seed.previous_epochs_in_stage)
-    )
-    times = ((seed.stage, epochs), then)
-    after, before = (
-        POTENTIALS.get(s, 0.0) + min(epoch_potential * n, MAX_EPOCH_POTENTIAL) for s, n in times
-    )
-    return GAMMA * after - before
+    if epochs:
+        before = _potential(seed.stage, epochs - 1, epoch_potential)
+    else:
+        before = _potential(seed.previous_stage, seed.previous_epochs_in_stage, epoch_potential)
+    return GAMMA * _potential(seed.stage, epochs, epoch_potential) - before
+
+
+def _potential(stage: int, epochs: int, per_epoch: float) -> float:
+    return POTENTIALS.get(stage, 0.0) + min(per_epoch * epochs, MAX_EPOCH_POTENTIAL)
 
 
 def _growth(seed_parameters: int, host_parameters: int) -> float:
-    return (
-        math.log1p(seed_parameters / host_parameters)
-        if min(seed_parameters, host_parameters) > 0
-        else 0.0
-    )
+    if min(seed_parameters, host_parameters) <= 0:
+        return 0.0
+    return math.log1p(seed_parameters / host_parameters)
 
 
 def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
-    """The contribution reward."""
+    """`compute_contribution_reward` of what was measured."""
     fossils = [s.total_improvement or 0.0 for s in signals.slots if s.stage is SeedStage.FOSSILIZED]
     result = compute_contribution_reward(
         op,
@@ -217,8 +266,8 @@ def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: i
 
 
 def sparse_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
-    """In the last epoch the best accuracy, 0 to 1, less 0.1 for each 500,000 seed parameters, at
-    least -1."""
+    """In the last epoch only: the best accuracy, as a fraction, less 0.1 per 500,000 seed
+    parameters, and at least -1."""
     reward = signals.best_val_accuracy / 100.0 - 0.1 * _seed_parameters(signals) / 500_000
     return {"final": max(-1.0, reward) if signals.epoch == signals.max_epochs else 0.0}
 
@@ -233,10 +282,10 @@ def minimal_reward(op: Op, state: SlotState, signals: Signals, host_parameters: 
 
 
 def loss_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
-    """The fall of the validation loss, a rise counting half; in the last epoch the share of the way
-    to the target.
+    """The fall of the validation loss (a rise counts half) and, in the last epoch, how much of the
+    way to the target loss was covered.
 
-    The task's own scale: ln of the number of classes, the loss of a guess.
+    Losses are relative to that of a random guess, ln(classes), so that every task has its scale.
     """
     baseline = signals.guess_loss
     target = LOSS_TARGET * baseline
@@ -258,10 +307,10 @@ def _seed_parameters(signals: Signals) -> int:
 
 
 REWARDS: Mapping[str, Callable[[Op, SlotState, Signals, int], Parts]] = {
-    "shaped": shaped_reward,
-    "sparse": sparse_reward,
-    "minimal": minimal_reward,
-    "loss": loss_reward,
+    RewardMode.SHAPED: shaped_reward,
+    RewardMode.SPARSE: sparse_reward,
+    RewardMode.MINIMAL: minimal_reward,
+    RewardMode.LOSS: loss_reward,
 }
-"""Each takes an operation, the slot it is about, the epoch as the controller saw it, and the host's
-parameters, and gives the parts whose sum is the reward."""
+"""Each takes an operation, its slot, the epoch's signals and the host's number of parameters, and
+returns the parts whose sum is the reward."""

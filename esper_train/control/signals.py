@@ -1,5 +1,4 @@
-"""What a controller sees: the epoch's measurements, their recent course, and the state of every
-slot."""
+"""What a controller sees: an epoch's measurements, the recent trend, and the state of each slot."""
 
 import math
 from dataclasses import dataclass
@@ -19,18 +18,18 @@ class Observation:
     val_loss: float
     val_accuracy: float
     guess_loss: float
-    """Loss of a guess: ln of the number of classes."""
+    """Loss of a random guess, ln(classes)."""
     slots: tuple[SlotState, ...] = ()
     germination_wait: int = 0
-    """Epochs for which no seed may germinate, after one whose effect was undone."""
+    """Epochs for which no seed may germinate yet, after a seed was undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signals(Observation):
-    """One epoch as a controller sees it: its measurements and their recent course."""
+    """One epoch as a controller sees it: its measurements and the recent trend."""
 
     loss_delta: float | None
-    """Fall of the validation loss since the epoch before, positive is better; None in the first."""
+    """Fall of the validation loss since the last epoch: positive is better, None in the first."""
     accuracy_delta: float | None
     best_val_loss: float
     best_val_accuracy: float
@@ -41,8 +40,8 @@ class Signals(Observation):
 class SignalTracker(PlainState):
     """Turns epoch results into `Signals`.
 
-    A plateau is measured against the best accuracy so far: differences from epoch to epoch would
-    start it anew on noise.
+    A plateau is measured against the best accuracy so far, because noise from epoch to epoch would
+    restart it otherwise.
     """
 
     STATE = ("_previous", "_best_loss", "_best_accuracy", "_risen_to", "_plateau")
@@ -56,15 +55,15 @@ class SignalTracker(PlainState):
         self._previous: tuple[float, float] | None = None  # validation loss and accuracy
         self._best_loss = math.inf
         self._best_accuracy = -math.inf
-        self._risen_to = -math.inf  # the accuracy from which a rise by the threshold is counted
+        self._risen_to = -math.inf  # the accuracy that must be exceeded by the threshold
         self._plateau = 0
 
     def restart_plateau(self) -> None:
-        """Count the epochs of a plateau anew, after the network went back to an earlier state."""
+        """Restart the count of a plateau, after the network returned to an earlier state."""
         self._plateau = 0
 
     def update(self, measured: Observation) -> Signals:
-        """Take one epoch in. `RuntimeError` if two slots carry a seed of the same id."""
+        """Add one epoch. Raises `RuntimeError` if two slots have seeds with the same id."""
         loss = measured.val_loss
         accuracy = measured.val_accuracy
         ids = [state.seed_id for state in measured.slots if state.seed_id is not None]

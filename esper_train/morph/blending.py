@@ -36,8 +36,8 @@ def get_blend(name: str) -> Callable[[float], float]:
 
 
 class Gate(nn.Module):
-    """A learned preference g in (0, 1) for the seed, per sample (feature maps) or per token
-    (sequences).
+    """A learned preference g in (0, 1) for the seed: per sample of feature maps, per token of
+    sequences.
 
     `forward(x, alpha)` changes the scheduled alpha to alpha (alpha + 2 g (1 - alpha)). That is 0 at
     0 and 1 at 1 for any g, and alpha itself at g = 1/2, where the gate starts. The gate of a token

@@ -23,13 +23,13 @@ FEATURES: Mapping[str, tuple[str, int]] = {
     "transformer": ("[N, T, C]", 2),
     "features": ("[N, C]", 1),
 }
-"""Topology to the shape of its features, and the dimension of their channels."""
+"""For each topology, the shape of its features and which dimension has the channels."""
 PROBE_SHAPES: Mapping[str, tuple[int, ...]] = {
     "cnn": (2, PROBE_CHANNELS, 4, 4),
     "transformer": (2, 5, PROBE_CHANNELS),
     "features": (2, PROBE_CHANNELS),
 }
-"""Topology to the shape of the random features that a new blueprint is checked with."""
+"""For each topology, the shape of the random features on which a new blueprint is checked."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,15 @@ class CausalAttention(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with as many groups (32, 16, 8, 4 or 2) as leave each 16 channels or more, else
-    one."""
+    """Group norm with the most groups (32, 16, 8, 4 or 2) that leave at least 16 channels each, or
+    one group."""
     groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 16), 1)
     return nn.GroupNorm(groups, channels)
 
 
 def convolution(channels: int, *, expand: int = 1, groups: int = 1, last: int = 1) -> nn.Module:
-    """Residual branch: a 3x3 convolution to `expand` times the channels, then one of size `last`
-    back."""
+    """Residual branch: a 3x3 convolution to `expand` times the channels, and one with kernel size
+    `last` back."""
     hidden = expand * channels
     first = nn.Conv2d(channels, hidden, 3, padding=1, groups=groups, bias=False)
     back = nn.Conv2d(hidden, channels, last, padding=last // 2)
@@ -227,7 +227,7 @@ def default_registry() -> BlueprintRegistry:
 
 
 def _check_birth(blueprint: Blueprint) -> None:
-    """Run it once on random features: output must equal input, and some gradient must not be
+    """Run it on random features: the output must equal the input, and some gradient must not be
     zero."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), plain_defaults():
         torch.manual_seed(0)

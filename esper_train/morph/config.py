@@ -32,46 +32,47 @@ class GrowthConfig(Settings, table="growth."):
     time in epochs, whatever the length of the run."""
 
     window: Count = 5
-    """Epochs over which the gates take their means."""
+    """Epochs over which the gates average."""
     blending_potential: float = -1.0
-    """G2: mean rise in validation accuracy that the seed would bring at alpha 1, at least."""
+    """G2, which refuses clear harm only: the seed's mean potential, in percentage points, must
+    be at least this."""
     blending_loss_change: float = 0.05
-    """G2: the mean change that it would bring in validation loss must be below this, in nats."""
+    """G2: the mean change in validation loss at alpha 1, in nats, must be below this."""
     training_min_epochs: CountOrZero = 5
-    """G2: epochs in TRAINING, at least; as many as the window are needed in any case."""
+    """G2: the fewest epochs in TRAINING; never fewer than `window`."""
     training_timeout: Count = 15
     """A seed that has not reached BLENDING after this many epochs is culled."""
     blending_epochs: Count = 5
-    """Epochs over which alpha rises from 0 to 1, where it never has to wait."""
+    """Epochs over which alpha rises from 0 to 1 if it never has to wait."""
     blending_cost: PositiveOrZero = 1.0
-    """Alpha waits while accuracy is this far below its mean of the window before blending."""
+    """Alpha waits while accuracy is this many points below its mean before blending."""
     blending_timeout: Count = 20
     """A seed that is still in BLENDING after this many epochs is culled."""
     probation_min_epochs: CountOrZero = 3
-    """G3: epochs in BLENDING."""
+    """G3: the fewest epochs in BLENDING."""
     probation_alpha: Share = 0.95
-    """G3: share of the seed in the slot's output."""
+    """G3: the smallest alpha, the seed's share of the slot's output."""
     fossilize_contribution: float = 0.5
-    """G5: mean of validation accuracy with the seed minus accuracy without it."""
+    """G5: the seed's mean contribution, in percentage points, must be at least this."""
     fossilize_errors: PositiveOrZero = 1.0
-    """G5: the mean accuracy of the window may be below that of the window before blending by so
-    many standard errors of the paired difference."""
+    """G5: mean accuracy may be below its mean before blending by this many standard errors of the
+    paired difference."""
     probation_timeout: Count = 8
     """Epochs after which a seed on probation is culled."""
     harm: PositiveOrZero = 3.0
-    """A seed with alpha above 0 is culled where accuracy stays this far below its mean before
+    """A seed with alpha above 0 is culled if accuracy stays this many points below its mean before
     blending for `governor.patience` epochs in a row."""
     embargo_epochs: CountOrZero = 5
     """Epochs for which the slot of a culled seed stays closed."""
     undo_wait: CountOrZero = 5
-    """Epochs without germination after the first seed whose effect was undone. Each further one
-    doubles the wait, ..."""
+    """Epochs without germination after the first seed that was undone. Each further one doubles the
+    wait, ..."""
     undo_wait_ceiling: CountOrZero = 80
-    """... up to this; a seed that is kept brings it back to `undo_wait`."""
+    """... up to this many epochs; a seed that is kept resets it to `undo_wait`."""
     max_seeds: CountOrZeroOrNone = None
-    """Seeds seated at most at a time, fossilized ones included; None allows one in each slot."""
+    """At most this many seeds at a time, fossilized ones included; None allows one per slot."""
     fossil_check_epochs: Count = 5
-    """A fossilized seed's contribution is measured again every so many epochs."""
+    """Epochs between two measurements of a fossilized seed's contribution."""
     incubation: Literal["closed", "straight_through"] = "closed"
     """How a seed in TRAINING learns. closed: by its own effect on the loss at alpha 1, beside the
     network. straight_through: from the gradient of a value on which it has no effect, as in the
@@ -79,7 +80,7 @@ class GrowthConfig(Settings, table="growth."):
     isolate_training: bool = True
     """straight_through: the seed sends no gradients into the host."""
     on_fossilize: Literal["keep", "freeze"] = "keep"
-    """A fossilized seed keeps training with its own optimizer, or is frozen."""
+    """keep: a fossilized seed continues to train with its own optimizer. freeze: it does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +93,6 @@ class GrowthConfig(Settings, table="growth."):
             require(value >= self.window, what, value)
 
     def seed_life(self) -> int:
-        """Fewest epochs from germination to the verdict."""
+        """The fewest epochs from germination to the decision to keep the seed."""
         training = max(self.training_min_epochs, self.window)
         return training + max(self.blending_epochs, self.probation_min_epochs) + self.window

@@ -14,11 +14,10 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Statistics(nn.Module):
-    """Running statistics that the host's batch norms behind a slot have where its seed is at alpha
-    1.
+    """Running statistics of the host's batch norms behind a slot, with its seed at alpha 1.
 
-    They start from the network's own and follow the seed's passes, so the seed can be measured
-    with statistics that belong to it, and the network's own are never touched.
+    They start as copies of the network's own and are updated by the seed's passes, so that the seed
+    is measured with statistics that belong to it. The network's own are never modified.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -32,7 +31,7 @@ class Statistics(nn.Module):
 
     @contextmanager
     def bound(self) -> Iterator[None]:
-        """Inside, the batch norms use these statistics, and update these where they train."""
+        """Inside, the batch norms use these statistics and, in training mode, update them."""
         own = [dict(norm._buffers) for norm in self.norms]
         try:
             for number, norm in enumerate(self.norms):
@@ -44,7 +43,7 @@ class Statistics(nn.Module):
 
 
 class Incubation:
-    """The surroundings of one seed's pass.
+    """What surrounds the pass of one seed.
 
     `behind` are the modules that run after its slot. Inside `entered`, the host's batch norms use
     `statistics`; all other modules are in eval mode, so that dropout is off, and their buffers are
@@ -64,7 +63,7 @@ class Incubation:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Enter the surroundings; they are left as they were, whatever happens."""
+        """Enter; on leaving, everything is as it was before, whatever happened."""
         training = [module for module in self._others if module.training]
         own: list[tuple[nn.Module, str, Tensor | None]] = []
         try:

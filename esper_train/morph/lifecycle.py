@@ -48,21 +48,21 @@ TRANSITIONS: Mapping[SeedStage, frozenset[SeedStage]] = MappingProxyType(
 LIVE = frozenset(
     {SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.PROBATIONARY}
 )
-"""Stages of a seed whose fate is open."""
+"""Stages of an undecided seed: neither fossilized nor culled yet."""
 
 
 TRIAL = frozenset({SeedStage.BLENDING, SeedStage.PROBATIONARY})
-"""Stages in which the network adapts to a seed whose fate is open; a cull there is undone."""
+"""Stages in which the network adapts to an undecided seed; a cull then undoes that."""
 
 
 class RefusedError(ValueError):
-    """The state of a slot, or a gate, does not allow what was asked. Names that nobody knows are a
-    plain `ValueError`."""
+    """A gate or the state of a slot does not allow what was asked. An unknown name is a plain
+    `ValueError`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one epoch says of a slot. Accuracies in percentage points; None is "not measured"."""
+    """What one epoch measured for a slot. Accuracies in percentage points; None: not measured."""
 
     accuracy: float
     contribution: float | None = None
@@ -95,13 +95,13 @@ class SlotState:
     """With alpha above 0: validation accuracy minus that with this slot's alpha at 0, measured in
     the present stage."""
     potential: float | None = None
-    """With alpha 0: validation accuracy with the seed at alpha 1 minus the accuracy as it is. The
-    network has never adapted to the seed, so the number cannot come from that."""
+    """With alpha 0: validation accuracy with the seed at alpha 1 minus the accuracy without it. The
+    network has never adapted to the seed, so the difference is due to the seed alone."""
     potential_loss: float | None = None
-    """The same of the validation loss, in nats; a seed that helps has a negative one."""
+    """The same difference of the validation loss, in nats: negative if the seed helps."""
     tolerance: float | None = None
     """Standard error of the difference between the accuracy now and before blending, from the rows
-    that changed sides."""
+    whose prediction became right or wrong."""
     gradient_ratio: float | None = None
     """Gradient norm of the seed over that of the host, corrected for their sizes."""
     accuracies: tuple[float, ...] = ()

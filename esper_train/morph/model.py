@@ -1,4 +1,4 @@
-"""A host with slots: an ordinary module that can grow. `loop` calls it, `episode` grows it."""
+"""A host with slots: an ordinary module that can grow. `train` calls it, `run` grows it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -58,7 +58,7 @@ class MorphModel(nn.Module):
         """
         override = alpha or {}
         for name in (*override, *([] if start is None else [start])):
-            # refuses a misspelt one, which would measure the whole network unnoticed
+            # refuses a misspelt name, which would silently measure the whole network
             self.slot(name)
         return self._run(x, override, start, None)
 
@@ -92,7 +92,9 @@ class MorphModel(nn.Module):
     ) -> Tensor:
         """The network, from slot `start` on. What enters each slot goes into `entered`, with its
         version; of the slots in `copied` alone a copy, where that is given."""
-        copies = copied is not None or torch.compiler.is_compiling()  # compilers know no versions
+        copies = (
+            copied is not None or torch.compiler.is_compiling()
+        )  # versions do not exist under a compiler
         for name, segment in self.host.segments.items():
             if start is None:
                 x = segment(x)
@@ -108,12 +110,12 @@ class MorphModel(nn.Module):
     @property
     def learning(self) -> tuple[str, ...]:
         """Slots whose seeds learn beside the network, by passes of their own."""
-        # not through `state`: a compiled program that reads the record is compiled anew every epoch
+        # not through `state`: reading that record would recompile the program every epoch
         slots = self.seed_slots.items()
         return tuple(name for name, slot in slots if slot.statistics is not None)
 
     def incubation(self, name: str) -> Incubation:
-        """The surroundings of the pass of a slot in `learning`."""
+        """What surrounds the pass of a slot in `learning`."""
         statistics = self.slot(name).statistics
         if statistics is None:
             raise ValueError(f"slot {name!r} has no seed that learns beside the network")
@@ -156,11 +158,11 @@ class MorphModel(nn.Module):
         return tuple(self.slot(name) for name in self.seed_slots)
 
     def topology(self) -> list[dict[str, Any]]:
-        """The state of every slot as plain values: what `rebuild` seats again."""
+        """The state of every slot as plain values, from which `rebuild` restores them."""
         return [slot.state.to_plain() for slot in self.slots]
 
     def rebuild(self, topology: Iterable[Mapping[str, Any]]) -> None:
-        """Seat the seeds of a saved `topology`; their weights follow through `load_state_dict`."""
+        """Restore the seeds of a saved `topology`; `load_state_dict` then restores the weights."""
         states = [SlotState.from_plain(values) for values in topology]
         if {state.slot for state in states} != set(self.seed_slots):
             raise ValueError(

@@ -1,9 +1,9 @@
 """A slot: the place after a host segment where a seed is seated, trained, blended in, kept or
 removed.
 
-`model` calls `forward`; `episode` calls `germinate`, `observe`, `step_epoch`, `fossilize` and
-`cull`. Each of these returns the `StageChange`s it made, so that whoever called can attach
-optimizers and write events.
+`model` calls `forward`; `run` calls `germinate`, `observe`, `step_epoch`, `fossilize` and `cull`.
+Each of these returns the `StageChange`s that it made, from which the caller attaches optimizers and
+writes events.
 """
 
 from collections.abc import Mapping
@@ -48,11 +48,11 @@ class SeedSlot(nn.Module):
         self.growth = growth
         self.seed: nn.Module | None = None
         self.gate: Gate | None = None
-        """Of a seed with the blend "gated", until alpha is 1."""
+        """The gate of a seed with the blend "gated", until alpha is 1."""
         self.statistics: Statistics | None = None
-        """Of the batch norms behind the slot, for a seed that learns beside the network."""
+        """Statistics of the batch norms behind the slot, if its seed learns beside the network."""
         self.state = SlotState(slot=slot)
-        # what forward reads: a tensor, so that a new value is no new program for torch.compile
+        # a tensor, so that torch.compile does not recompile for a new value
         self.register_buffer("alpha", torch.zeros(()))
         self.alpha: Tensor
 
@@ -84,8 +84,8 @@ class SeedSlot(nn.Module):
 
     @property
     def state(self) -> SlotState:
-        """Where the seed is in its life. `forward` reads only `part`, so that a new record is no
-        new program."""
+        """Where the seed is in its life. `forward` reads only `part`, so that a new record does not
+        recompile it."""
         return self._state
 
     @state.setter
@@ -96,8 +96,10 @@ class SeedSlot(nn.Module):
     def germinate(
         self, blueprint: Blueprint, seed_id: str, blend: str = "sigmoid"
     ) -> list[StageChange]:
-        """Seat a new seed and let it train from the next batch on. `RefusedError` unless the slot
-        is DORMANT, `ValueError` for a seed without an id."""
+        """Add a new seed, which trains from the next batch on.
+
+        Raises `RefusedError` unless the slot is DORMANT, and `ValueError` for an empty id.
+        """
         self._require_legal(SeedStage.GERMINATED)
         if not seed_id:
             raise ValueError(
@@ -177,7 +179,7 @@ class SeedSlot(nn.Module):
     def _step_training(self, may_blend: bool) -> list[StageChange]:
         if self.verdict(SeedStage.BLENDING).passed:
             if not may_blend:
-                return []  # its turn comes
+                return []  # it waits for its turn
             before = self.state.accuracies
             change = self._enter(SeedStage.BLENDING, "G2 passed")
             self.statistics = None
@@ -214,7 +216,7 @@ class SeedSlot(nn.Module):
         self.state = replace(state, epochs_in_stage=0) if training else state
 
     def verdict(self, stage: SeedStage) -> GateResult:
-        """What the gate in front of `stage` says now."""
+        """The present verdict of the gate in front of `stage`."""
         return judge(stage, self.state, self.growth)
 
     def fossilize(self) -> list[StageChange]:
@@ -292,7 +294,7 @@ class SeedSlot(nn.Module):
             fossil.requires_grad_(False)
 
     def _raise_alpha(self) -> None:
-        """Set the alpha of the blending epoch that comes next; the last one is trained at 1."""
+        """Set alpha for the next epoch of blending; the last one trains at alpha 1."""
         steps = self.state.alpha_steps + 1
         progress = steps / self.growth.blending_epochs
         self._set_alpha(1.0 if progress >= 1 else get_blend(self.state.blend or "")(progress))

@@ -4,11 +4,9 @@ call it."""
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from esper_train.base.device import plain_defaults, resolve_device
 from esper_train.base.state import RandomState
@@ -21,11 +19,12 @@ from esper_train.morph.model import MorphModel
 from esper_train.run.episode import Episode
 from esper_train.run.trial import Trial
 from esper_train.tasks import Task, get_task, load_splits, registry_of
+from esper_train.train.batches import described, read_batch
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.data import Data
 from esper_train.train.optimizers import OptimizerRegistry
-from esper_train.train.sources import AugmentedSource, Source, make_source, on_device
-from esper_train.train.step import build_train_step
+from esper_train.train.sources import ReadSource, Source, make_source
+from esper_train.train.step import TrainStep, build_train_step
 
 
 def build_episode(
@@ -45,23 +44,14 @@ def build_episode(
     with plain_defaults():
         splits = load_splits(task)
     order = torch.Generator().manual_seed(config.seed)
-    step = build_train_step(task.task_type, config.train, task.criterion)
-    if slots and not step.loss.counts:
-        raise ValueError(
-            f"seeds are judged by accuracy, which task {task.name!r} of type {task.task_type!r} "
-            "has not; train its host alone, with run_fit, or `esper-train fit`"
-        )
-    step.backend(device)  # refuses here, not at the first batch, what cannot serve
-    if config.train.capture:
-        step.capture = Capture(CudaGraphs(device))
+    step = _step(config, task, device, grows=bool(slots))
 
-    def source(data: Data, batch_size: int, shuffle: torch.Generator | None = None) -> Source:
-        return make_source(data, batch_size, shuffle=shuffle, device=device, workers=config.workers)
+    def source(data: Data, batch_size: int) -> Source:
+        made = make_source(data, batch_size, device=device, workers=config.workers)
+        return made if task.batch is None else ReadSource(made, device, read=task.batch)
 
-    train = source(splits.train, config.batch_size, order)
-    example = _example(train, config.batch_size, device)
-    if task.augment is not None:
-        train = AugmentedSource(train, task.augment, device)
+    train = _training_source(config, task, splits.train, order, device)
+    example = _example(task, train, config.batch_size, device)
     host = _host(config, task, device, example)
     episode = Episode(
         config=config,
@@ -91,19 +81,53 @@ def build_episode(
     return episode
 
 
-def _example(source: Source, rows: int, device: torch.device) -> Any:
+def _step(config: RunConfig, task: Task, device: torch.device, *, grows: bool) -> TrainStep:
+    step = build_train_step(task.task_type, config.train, task.criterion, forward=task.forward)
+    if grows and not step.loss.counts:
+        raise ValueError(
+            f"seeds are judged by accuracy, which task {task.name!r} of type {task.task_type!r} "
+            "has not; train its host alone, with run_fit, or `esper-train fit`"
+        )
+    if grows and task.forward is not None:
+        raise ValueError(
+            f"seeds learn by passes of the host's own forward, got forward={task.forward!r} from "
+            f"task {task.name!r}; write it into the host's segments, or train the host alone, with "
+            "run_fit, or `esper-train fit`"
+        )
+    step.backend(device)  # refuses here, not at the first batch, what cannot serve
+    if config.train.capture:
+        step.capture = Capture(CudaGraphs(device))
+    return step
+
+
+def _training_source(
+    config: RunConfig, task: Task, data: Data, order: torch.Generator, device: torch.device
+) -> Source:
+    source = make_source(
+        data, config.batch_size, shuffle=order, device=device, workers=config.workers
+    )
+    if task.batch is None and task.augment is None:
+        return source
+    return ReadSource(source, device, read=task.batch, augment=task.augment)
+
+
+def _example(task: Task, source: Source, rows: int, device: torch.device) -> Tensor:
     """Inputs of a training batch."""
     with plain_defaults():
-        inputs, _ = source.example()
-    return tree_map_only(Tensor, lambda part: part[:rows], on_device(inputs, device))
+        inputs, _ = read_batch(source.example())
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            f"task {task.name!r}: a host takes its inputs as one tensor, got {described(inputs)}; "
+            "give the task a function batch=, from what the loader gives to (inputs, targets)"
+        )
+    return inputs[:rows].to(device)
 
 
-def _host(config: RunConfig, task: Task, device: torch.device, example: Any) -> Host:
+def _host(config: RunConfig, task: Task, device: torch.device, example: Tensor) -> Host:
     """The host on its device, after a batch of zeros went through it."""
     with RandomState(config.seed, device).active(), plain_defaults():
         host = task.build_host(config.host).to(device)
-        zeros = tree_map_only(Tensor, lambda part: torch.zeros_like(part[:2]), example)
-        logits = check_host(host, zeros)
+        logits = check_host(host, torch.zeros_like(example[:2]))
     if _channels_last(config, host, device):
         host.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     classes = task.num_classes
@@ -133,7 +157,7 @@ def _guess_loss(config: RunConfig, task: Task) -> float:
 
 def _steps(config: RunConfig, length: int | None) -> int:
     """Optimizer steps per epoch, for schedules that advance with each."""
-    known = [count for count in (length, config.max_batches) if count is not None]
+    known = list(filter(None, (length, config.max_batches)))
     if known:
         return math.ceil(min(known) / config.train.accumulate)
     schedule = config.optim.schedule

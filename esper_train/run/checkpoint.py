@@ -1,8 +1,9 @@
-"""Checkpoints: all that a run changes, in one file from which a fresh process goes on bit for bit.
+"""Checkpoints: everything that a run changes, in one file, so that a new process continues bit for
+bit.
 
-`episode` takes them, `cli` restores them. `epoch-N.pt` holds tensors and plain values only, with
-its SHA-256 in a file beside it; both appear whole and the digest first, so a kill at any moment
-leaves the checkpoints before.
+`run` takes them, `job` restores them. `epoch-N.pt` holds only tensors and plain values, with its
+SHA-256 in a file beside it. Both appear complete, the digest first, so that a kill at any moment
+leaves the earlier checkpoints.
 """
 
 import io
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from esper_train.base.settings import differing
 from esper_train.base.state import Stateful, copied
 from esper_train.run.config import CheckpointConfig
 from esper_train.run.directory import (
@@ -32,7 +34,7 @@ FORMAT = 2
 ADDED = ("sources",)
 """Parts that older checkpoints do not have, because they had no state then."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
-"""Config keys that may change where a run is resumed."""
+"""Config keys that may change when a run is resumed."""
 
 
 def parts(episode: Episode) -> dict[str, Stateful]:
@@ -149,19 +151,12 @@ def load(path: Path, metrics: Path | None = None) -> dict[str, Any]:
 
 
 def restore(state: Mapping[str, Any], episode: Episode) -> None:
-    """Bring what was just built to where a checkpoint was taken.
+    """Bring an episode that was just built to the state of a checkpoint.
 
     Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer
     epochs than are done, or a network that does not fit; what was built is of no use then.
     """
-    for key, asked in _identity(episode).items():
-        # a key that the checkpoint does not have is a setting that there was no choice about then
-        if key not in FREE and asked != (was := state["run"].get(key, asked)):
-            free = ", ".join(FREE)
-            raise ValueError(
-                f"{key} was {was} and is {asked}; a resumed run may change {free}, others need a "
-                "new run"
-            )
+    _require_same_run(state["run"], _identity(episode))
     for name, part in parts(episode).items():
         if name in ADDED and name not in state["parts"]:
             continue
@@ -182,9 +177,23 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
     episode.optimizers.fit_schedules(schedule, changes)
 
 
+def _require_same_run(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume as another run; the message names the settings that differ."""
+    # a key that the checkpoint does not have is a setting that did not exist then
+    fixed = [key for key in now if key in was and key not in FREE]
+    runs = [{key: run[key] for key in fixed} for run in (was, now)]
+    for run in runs:
+        run["data_record"] = json.loads(run["data_record"])
+    changed = [f"{path} was {old} and is {new}" for path, (old, new) in differing(runs).items()]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)}; a resumed run may change {', '.join(FREE)}, others need a new "
+            "run"
+        )
+
+
 def _require_metrics(path: Path, size: int) -> None:
-    """Refuse a gap between what was reported and what is gone on from. Older checkpoints do not
-    know the size."""
+    """Refuse metrics that end before the checkpoint. Older checkpoints do not know the size."""
     there = path.stat().st_size if path.exists() else 0
     if there < size:
         raise ValueError(

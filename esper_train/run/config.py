@@ -7,10 +7,9 @@ from esper_train.base.settings import Count, Settings
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Settings, table="checkpoint."):
-    """How often a run saves all it needs to be resumed, and how much of that it keeps."""
+    """How often a run saves its state for resuming, and how many of these checkpoints it keeps."""
 
     every: Count = 10
-    """Epochs from one checkpoint to the next; the last epoch and a run that is stopped write one in
-    any case."""
+    """Epochs between checkpoints. The last epoch and a run that is stopped always write one."""
     keep: Count = 2
-    """The newest so many are kept."""
+    """Number of checkpoints that are kept, the newest ones."""

@@ -1,5 +1,4 @@
-"""The directory of a run: what it was asked, where it ran, what it reported, and the network it
-trained."""
+"""The directory of a run: its config, where it ran, what it reported, and the trained network."""
 
 import fcntl
 import hashlib
@@ -32,10 +31,9 @@ NETWORK = "network.pt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
-"""There while a process writes to the directory, and locked by it; or unlocked, where a process was
-killed."""
+"""Exists while a process writes to the directory and holds the lock; unlocked if it was killed."""
 UNFINISHED = ".new"
-"""How the name of a file ends that is not whole yet."""
+"""Suffix of a file that is not complete yet."""
 BASELINE = "baseline"
 """Directory of the same host trained without slots."""
 FORMAT = 2
@@ -116,7 +114,7 @@ def _lock(path: Path) -> BinaryIO:
 
 
 def create(path: Path, config: RunConfig) -> Path:
-    """Write into a run directory what the run was asked and where it runs."""
+    """Write a run's config and its environment into its directory."""
     path.mkdir(parents=True, exist_ok=True)
     environment = {
         "esper": esper_kernels.__version__,
@@ -132,8 +130,7 @@ def create(path: Path, config: RunConfig) -> Path:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that, whatever happens meanwhile, there is the old one or the new one, whole
-    and on disk."""
+    """Write a file atomically: whatever happens, the old or the new one is complete and on disk."""
     new = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with new.open("wb") as file:
@@ -142,19 +139,19 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         new.replace(path)
     except BaseException:
-        new.unlink(missing_ok=True)  # a full disk is not to stay full because of it
+        new.unlink(missing_ok=True)  # a leftover must not keep a full disk full
         raise
     _sync(path.parent)
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what kills during a `write_file` have left in a directory."""
+    """Remove what a kill during `write_file` left in a directory."""
     for left in path.glob(f".*{UNFINISHED}"):
         left.unlink()
 
 
 def sync_metrics(path: Path) -> None:
-    """Have on disk what a run directory's metrics hold."""
+    """Make sure that a run's metrics are on disk."""
     for each in (path / METRICS, path):
         _sync(each)
 
@@ -244,8 +241,22 @@ def load_run(
 
 
 def load_config(path: Path) -> RunConfig:
-    """The config of a run directory; `FileNotFoundError` if it is none, `ValueError` if it was
-    damaged or changed."""
+    """The config of a run directory. Raises as `read_config` and `from_dict` do."""
+    config = from_dict(RunConfig, read_config(path))
+    if is_place(config.task):  # nothing in a run directory has a module imported
+        raise ValueError(
+            f"{path / CONFIG} names the task {config.task!r}, which is no name of a task; bring it "
+            "back, or start a new run"
+        )
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a run directory as plain values.
+
+    Raises `FileNotFoundError` if it is no run directory, `ValueError` if the config was damaged or
+    changed.
+    """
     _require_file(path, CONFIG)
     try:
         values = json.loads(_read_whole(path / CONFIG))
@@ -255,13 +266,7 @@ def load_config(path: Path) -> RunConfig:
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path / CONFIG} holds no settings; bring it back, or start a new run")
-    config = from_dict(RunConfig, values)
-    if is_place(config.task):  # nothing in a run directory has a module imported
-        raise ValueError(
-            f"{path / CONFIG} names the task {config.task!r}, which is no name of a task; bring it "
-            "back, or start a new run"
-        )
-    return config
+    return values
 
 
 def _read_whole(path: Path) -> bytes:
@@ -270,6 +275,20 @@ def _read_whole(path: Path) -> bytes:
     except ValueError as error:
         advice = f"bring it back; if the change was meant, remove {digest_file(path).name}"
         raise ValueError(f"{path} cannot be used: {error}; {advice}") from error
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The run directories that a path names: itself, or those in it, including single episodes.
+
+    Baselines belong to their runs and are left out. Raises `ValueError` if there is no run.
+    """
+    if (path / METRICS).is_file():
+        return [path]
+    found = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{METRICS}")]
+    runs = sorted(run for run in found if not (run.parent / METRICS).is_file())
+    if not runs:
+        raise ValueError(f"no run in {path}: neither it nor a folder in it has a {METRICS}")
+    return runs
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper_train.base.device import resolve_device
 from esper_train.base.state import PlainState, RandomState, copied, no_random_numbers
@@ -34,10 +34,15 @@ UNDONE = ("model", "optimizers", "tracker")
 
 
 class SourceStates:
-    """The states of the sources of a run's splits, as one."""
+    """What is to be known of the sources of a run's splits to resume it."""
 
     def __init__(self, **sources: Source) -> None:
         self._sources = sources
+
+    def inexact(self) -> dict[str, str]:
+        """Split to why a resumed run may get other batches of it."""
+        reasons = {name: source.inexact for name, source in self._sources.items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: source.state_dict() for name, source in self._sources.items()}
@@ -72,7 +77,7 @@ class Episode(PlainState):
     train: Source
     validation: Source
     test: Source
-    example: Any  # inputs of a batch, on the device
+    example: Tensor  # inputs of a batch, on the device
     steps: int  # of an epoch
     data_record: Mapping[str, Any]
     random: RandomState

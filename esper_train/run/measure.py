@@ -1,5 +1,5 @@
-"""What an epoch measures: it trains and evaluates the network, and tells slots and controller what
-was found. `epoch` calls it."""
+"""What an epoch measures: `epoch` calls it to train and evaluate the network, and to pass the
+results to slots and controller."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,8 +19,8 @@ JOINT = "+"
 
 
 def train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
-    """The epoch's batches, then validation: as the network is, without each seed that has a part in
-    it, and with each seed that learns beside it."""
+    """Train on the epoch's batches, then validate the network as it is, without each seed that
+    contributes to it, and with each seed that learns beside it."""
     config = episode.config
     model = episode.model
     train = train_one_epoch(

@@ -6,7 +6,7 @@ training is the same run with no slots and a controller that never acts.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from esper_train.base.names import require_known
 from esper_train.config import SEED_STEP, RunConfig
@@ -51,7 +51,7 @@ class EpisodeResult:
     undone_epochs: int
     """Epochs that those took, which are training cost too."""
     seconds: float
-    model: MorphModel
+    model: MorphModel = field(repr=False)
 
     def as_audited(self) -> tuple[float, dict[str, int], list[float]]:
         """What the audited `run_heuristic_episode` returned: accuracy in percent, action counts,
@@ -116,6 +116,8 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
     if episode.epoch == 0:
         episode.policy.reset()
         hub.emit(run_started(episode))
+        for event in inexact_resumes(episode):
+            hub.emit(event)
     ending = Ending(status="failed", epoch=episode.epoch)
     try:
         with episode.random.active():
@@ -231,6 +233,23 @@ def run_finished(episode: Episode, ending: Ending) -> Event:
         "seconds": ending.seconds,
     }
     return Event(EventType.RUN_FINISHED, ending.epoch, data)
+
+
+def inexact_resumes(episode: Episode) -> list[Event]:
+    """A warning for each split whose loader cannot promise the same batches to a resumed run."""
+    advice = "give it state_dict and load_state_dict, or return the data set itself"
+    return [
+        Event(
+            EventType.INEXACT_RESUME,
+            0,
+            {
+                "split": name,
+                "message": f"a resumed run may get other {name} batches than this one: {reason}; "
+                f"{advice}",
+            },
+        )
+        for name, reason in episode.sources.inexact().items()
+    ]
 
 
 def run_started(episode: Episode) -> Event:

@@ -49,7 +49,8 @@ class Task:
     name: str
     """What `config.json` and reports call it; without a colon or slash."""
     task_type: str
-    """The shape of logits and targets; see `build_train_step`."""
+    """"classification", "lm", "dense" or "regression": the shape of logits and targets, as
+    `build_train_step` says. Seeds are judged by accuracy, so a regression trains its host alone."""
     num_classes: int | None
     """Number of classes, or size of the vocabulary; None where there are none."""
     load: Callable[[], Splits]
@@ -63,6 +64,11 @@ class Task:
     make_optimizer: Callable[[Sequence[nn.Parameter], float, str], Optimizer] | None = None
     """(parameters, learning rate, group) to an optimizer; the group is "host", a slot's name for
     its seed, or "SLOT.gate". None takes what `optim` in the config says."""
+    batch: Callable[[Any], tuple[Any, Any]] | None = None
+    """From what a loader gives to (inputs, targets), the inputs as one tensor. None takes pairs."""
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    """(model, inputs) to its output, in place of model(inputs), where the host is trained alone.
+    Seeds learn by the host's own forward."""
     augment: Callable[[Any, Any], tuple[Any, Any]] | None = None
     """(inputs, targets) of a training batch, on the run's device, to what is trained on. Random
     numbers come from torch's, python's or numpy's global generators, which are the run's own."""

@@ -13,16 +13,15 @@ class TelemetryConfig(Settings, table="telemetry."):
     """What a run reports. Telemetry never changes what is trained."""
 
     level: Literal["off", "minimal", "normal", "debug"] = "normal"
-    """off: nothing. minimal: the run, the seeds' lives, bad numbers. normal: each epoch too. debug:
-    each parameter's gradient too."""
+    """off: nothing. minimal: start and end of the run, stages of seeds, bad numbers. normal: also
+    each epoch. debug: also each parameter's gradient norm."""
     lifecycle_only: bool = False
-    """At every level, "off" included: the run's start and end and the seeds' lives, and nothing
-    else."""
+    """Report only the start and end of the run and the stages of the seeds, whatever the level."""
     escalation_epochs: CountOrZero = 5
-    """After bad numbers or exploding gradients, report at debug level for so many epochs; 0 never
-    does, and neither do the level "off" and `lifecycle_only`."""
+    """Epochs for which everything is reported after bad numbers or exploding gradients. It has no
+    effect with level "off" or `lifecycle_only`."""
     tensorboard: bool = False
-    """Also write TensorBoard files, into tensorboard/ of the run directory."""
+    """Also write TensorBoard files into tensorboard/ of the run directory."""
     wandb: bool = False
-    """Also write Weights & Biases files, offline, into wandb/ of the run directory; `wandb sync`
+    """Also write Weights & Biases files into wandb/ of the run directory, offline; `wandb sync`
     uploads them."""

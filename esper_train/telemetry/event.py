@@ -1,5 +1,5 @@
-"""What a run reports: a few kinds of event, each a flat record that JSON can hold. `episode` makes
-them all."""
+"""What a run reports: a few kinds of event, each a record of plain values. `run.records` makes
+them from results."""
 
 import json
 import math
@@ -21,19 +21,21 @@ class EventType(StrEnum):
     BAD_TARGETS = "bad_targets"
     """Rows were left out because of targets outside the classes."""
     FINDING = "finding"
-    """The governor found the losses gone bad."""
+    """The governor found that the losses have gone bad."""
     SNAPSHOT = "snapshot"
-    """A checked state is kept to return to."""
+    """A checked state was stored, for a rollback to return to."""
     ROLLBACK = "rollback"
-    """The run went back to such a state; the slots are as they were then."""
+    """The run returned to such a state, with the slots as they were then."""
     REFUSED = "refused"
-    """The controller asked for something that the slots or gates do not allow."""
+    """The controller asked for something that slots or gates do not allow."""
     UNDONE = "undone"
-    """A seed failed after blending began: the network is again as it was then."""
+    """A seed failed after blending began, and the network returned to its state before that."""
     SEED_COST = "seed_cost"
-    """Multiply-adds of a seed that begins to train, beside those of the host."""
+    """Multiply-adds of a seed that begins to train, and those of the host."""
     LAYER_GRADIENTS = "layer_gradients"
     """Gradient norm of each parameter in the epoch's last batch."""
+    INEXACT_RESUME = "inexact_resume"
+    """A loader cannot promise that a resumed run gets the same batches."""
     RUN_FINISHED = "run_finished"
 
 

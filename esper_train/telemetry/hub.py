@@ -28,8 +28,8 @@ class TelemetryHub(PlainState):
         self._sinks.append(sink)
 
     def collects(self, kind: EventType) -> bool:
-        """Whether an event of this kind would be written now, so that what only it needs need not
-        be measured."""
+        """Whether an event of this kind would be written now; if not, there is no need to measure
+        for it."""
         if not self._sinks:
             return False
         if self._config.lifecycle_only:
@@ -46,16 +46,15 @@ class TelemetryHub(PlainState):
                 self._attempt(sink, partial(sink.write, event))
 
     def escalate(self, epochs: int | None = None) -> None:
-        """Write everything for some epochs (the config's number if none is given), from the next
-        event on.
+        """Write everything for some epochs, by default the config's number, from the next event on.
 
-        It never ends an escalation early that is under way.
+        An escalation under way is never shortened.
         """
         asked = self._config.escalation_epochs if epochs is None else epochs
         self._escalated_epochs = max(self._escalated_epochs, asked)
 
     def tick(self) -> None:
-        """Count one epoch of an escalation as over."""
+        """End one epoch of an escalation."""
         self._escalated_epochs = max(0, self._escalated_epochs - 1)
 
     def close(self) -> None:
@@ -66,7 +65,7 @@ class TelemetryHub(PlainState):
     def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # any fault of a sink must not end the training it reports on
+        except Exception as error:  # no error of a sink may end the training that it reports on
             with suppress(OSError, ValueError):  # standard error may be gone as well
                 print(
                     f"telemetry: {type(sink).__name__} failed and is left out: {error}",

@@ -1,5 +1,4 @@
-"""Sinks for TensorBoard and Weights & Biases, optional packages that are imported only on
-request."""
+"""Sinks for TensorBoard and Weights & Biases, which are imported only if the config asks."""
 
 import importlib
 import uuid
@@ -12,7 +11,7 @@ from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.sinks import Sink, describe
 
 CURVES = frozenset({EventType.EPOCH, EventType.LAYER_GRADIENTS})
-"""Kinds of event whose numbers are drawn over the epochs; the others are written as text."""
+"""Kinds of event whose numbers become curves over the epochs; the others are written as text."""
 
 
 class TensorBoardSink:
@@ -27,17 +26,17 @@ class TensorBoardSink:
                 self._writer.add_scalar(name, value, event.epoch)
         else:
             self._writer.add_text(words_name(event), describe(event), event.epoch)
-        self._writer.flush()  # a killed run loses nothing
+        self._writer.flush()  # so that a kill loses no event
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WandbSink:
-    """Writes numbers of each epoch as history, the start as config, and the end as summary of a
-    wandb run.
+    """Writes each epoch's numbers as the history of a wandb run, its start as the config, and its
+    end as the summary.
 
-    run: what `wandb.init` returned.
+    `run` is what `wandb.init` returned.
     """
 
     def __init__(self, run: Any) -> None:
@@ -57,17 +56,18 @@ class WandbSink:
 
 
 def logger_makers(config: TelemetryConfig) -> list[Callable[[Path, int | None], Sink]]:
-    """What makes the sinks that a config asks for. `ImportError` here where a package is missing.
+    """The functions that make the sinks that a config asks for.
 
-    Each takes a run's directory and, where the run is resumed, the number of epochs that are done:
-    what was reported of later ones is reported again, and hidden here. None begins a run.
+    Each takes a run's directory and the number of epochs done: None for a new run. A resumed run
+    reports later epochs again, and their old records are hidden. Raises `ImportError` if a package
+    is missing.
     """
     makers: list[Callable[[Path, int | None], Sink]] = []
     if config.tensorboard:
         board = _imported("torch.utils.tensorboard", "tensorboard")
 
         def tensorboard_sink(directory: Path, done: int | None) -> Sink:
-            # of the epochs to be reported; a run begun anew starts before them
+            # first epoch that is reported again; None or 0 if there is no old record to keep
             first = done + 1 if done else done
             return TensorBoardSink(
                 board.SummaryWriter(str(directory / "tensorboard"), purge_step=first)
@@ -93,8 +93,8 @@ def logger_makers(config: TelemetryConfig) -> list[Callable[[Path, int | None], 
 
 
 def words_name(event: Event) -> str:
-    """The name that an event's words go by: no two events of an epoch share one, or the later would
-    hide the other."""
+    """A name for an event's text that no other event of its epoch has: the later one would hide
+    it."""
     return "/".join(
         [
             event.type.value,
@@ -104,8 +104,7 @@ def words_name(event: Event) -> str:
 
 
 def _wandb_id(directory: Path, *, anew: bool) -> str:
-    """The name by which W&B knows a run however often it is resumed; another one where it begins
-    anew."""
+    """The name by which W&B knows a run, also when it is resumed; a new run gets a new one."""
     path = directory / "wandb" / "run-id.txt"
     if anew or not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -114,16 +113,14 @@ def _wandb_id(directory: Path, *, anew: bool) -> str:
 
 
 def numbers(data: Mapping[str, Any], where: str = "") -> dict[str, float]:
-    """Every number in the data of an event, by its path; in lists, items are named by their
-    slot."""
+    """Every number in the data of an event, by its path; items of a list go by their slot."""
     found: dict[str, float] = {}
     for key, value in data.items():
-        if isinstance(value, (list, tuple)):
-            value = {
-                item["slot"]: item for item in value if isinstance(item, Mapping) and "slot" in item
-            }
         if isinstance(value, Mapping):
             found |= numbers(value, f"{where}{key}/")
+        elif isinstance(value, (list, tuple)):
+            items = [item for item in value if isinstance(item, Mapping) and "slot" in item]
+            found |= numbers({item["slot"]: item for item in items}, f"{where}{key}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found[f"{where}{key}"] = value
     return found

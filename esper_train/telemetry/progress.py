@@ -1,5 +1,4 @@
-"""Live progress on a terminal, with rich: a bar with losses, accuracies, slots and the time
-left."""
+"""Live progress on a terminal, with rich: epochs, a bar, the time left, losses and slots."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,30 +10,42 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from esper_train.telemetry.event import Event, EventType
-from esper_train.telemetry.sinks import describe, describe_epoch
+from esper_train.telemetry.sinks import describe, describe_measures, describe_slots
 
 
 class ProgressSink:
-    """Shows epochs in one line that changes, and other events as lines above it."""
+    """Shows epochs in one line that changes, and other events as lines above it.
+
+    On a narrow terminal, only the losses and slots at the end of the line are cut short.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(
             TextColumn("epoch"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
             TimeRemainingColumn(),
+            TextColumn(
+                "{task.description}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
+            expand=True,
         )
         self._task: TaskID | None = None
 
     def write(self, event: Event) -> None:
         if event.type is EventType.EPOCH and self._task is not None:
-            self._progress.update(
-                self._task, completed=event.epoch, description=escape(describe_epoch(event.data))
-            )
+            words = [  # the end of the line may be cut off
+                describe_measures("validation", event.data),
+                describe_slots(event.data),
+                describe_measures("train", event.data),
+            ]
+            description = escape("  ".join(filter(None, words)))
+            self._progress.update(self._task, completed=event.epoch, description=description)
             return
         if event.type is EventType.RUN_STARTED:
             self._task = self._progress.add_task("", total=event.data["max_epochs"])

@@ -1,4 +1,4 @@
-"""Where events go: a terminal line, a JSONL file."""
+"""Where events go: lines on a terminal or in a log, and a JSONL file."""
 
 import sys
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from esper_train.telemetry.event import Event, EventType
 
 
 class Sink(Protocol):
-    """Takes events one by one."""
+    """What a hub gives its events to, one by one."""
 
     def write(self, event: Event) -> None: ...
 
@@ -17,7 +17,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """A line of JSON an event, flushed at once, so that a killed run loses nothing it reported."""
+    """Writes one line of JSON per event, flushed at once, so that a kill loses no event."""
 
     def __init__(self, path: str | Path) -> None:
         self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115, closed by close()
@@ -31,7 +31,7 @@ class JsonlSink:
 
 
 class ConsoleSink:
-    """A plain line an event, for logs."""
+    """Writes one plain line per event, for logs."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -40,17 +40,23 @@ class ConsoleSink:
         print(describe(event), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """The stream is not ours to close."""
+        """Leave the stream open: the sink did not open it."""
 
 
 def describe_epoch(data: Mapping[str, Any]) -> str:
-    """What an epoch came to, without its number."""
-    train, val = (
-        f"loss {part['loss']:.4f}{_percent(part, ' acc ', '5.2f')}"
-        for part in (data["train"], data["validation"])
-    )
-    slots = " ".join(f"{s['slot']}:{s['stage'].lower()}" for s in data["slots"])
-    return f"train {train}  validation {val}  {slots}".rstrip()
+    """The results of an epoch, without its number."""
+    train = describe_measures("train", data)
+    validation = describe_measures("validation", data)
+    return f"{train}  {validation}  {describe_slots(data)}".rstrip()
+
+
+def describe_measures(name: str, data: Mapping[str, Any]) -> str:
+    part = data[name]
+    return f"{name} loss {part['loss']:.4f}{_percent(part, ' acc ', '5.2f')}"
+
+
+def describe_slots(data: Mapping[str, Any]) -> str:
+    return " ".join(f"{slot['slot']}:{slot['stage'].lower()}" for slot in data["slots"])
 
 
 def _percent(part: Mapping[str, Any] | None, name: str, form: str) -> str:
@@ -60,7 +66,7 @@ def _percent(part: Mapping[str, Any] | None, name: str, form: str) -> str:
 
 
 def describe(event: Event) -> str:
-    """One event in words."""
+    """One event in one line of words."""
     data = event.data
     epoch = event.epoch
     match event.type:

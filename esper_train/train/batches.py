@@ -28,11 +28,18 @@ def drawn(
     read: ReadBatch | None = None,
 ) -> Iterator[Batch]:
     """The loader's batches, at most `limit`, read and moved to `device`; None leaves them where
-    they are. `span` is entered around each."""
+    they are. `span` is entered around each.
+
+    A model or a criterion may write over its batch, so it gets a copy, unless the loader says by
+    `gives_copies` that its batches share no memory with its data.
+    """
+    if limit is not None and type(limit) is not int:
+        raise TypeError(f"max_batches must be an int, or None for all batches, got {limit!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {limit}")
     source = iter(islice(loader, limit))
-    read = read_batch if read is None else partial(_read_by, read)
+    copy = not getattr(loader, "gives_copies", False)
+    read = read_batch if read is None else partial(read_by, read)
     end = object()
     empty = True
     while True:
@@ -41,10 +48,10 @@ def drawn(
             if batch is end:
                 break
             inputs, targets = read(batch)
-            if not (isinstance(inputs, Tensor) and inputs.device == device):
-                inputs = moved(inputs, device)
-            if not (isinstance(targets, Tensor) and targets.device == device):
-                targets = moved(targets, device)
+            if copy or not (isinstance(inputs, Tensor) and inputs.device == device):
+                inputs = moved(inputs, device, copy)
+            if copy or not (isinstance(targets, Tensor) and targets.device == device):
+                targets = moved(targets, device, copy)
         empty = False
         yield inputs, targets
     if empty:
@@ -82,7 +89,7 @@ def read_batch(batch: object) -> Batch:
     )
 
 
-def _read_by(read: ReadBatch, batch: object) -> Batch:
+def read_by(read: ReadBatch, batch: object) -> Batch:
     """What the caller's own function makes of a batch."""
     found: object = read(batch)
     if not isinstance(found, tuple) or len(found) != 2:
@@ -93,19 +100,20 @@ def _read_by(read: ReadBatch, batch: object) -> Batch:
     return found
 
 
-def moved(nest: Any, device: torch.device | None) -> Any:
+def moved(nest: Any, device: torch.device | None, copy: bool = False) -> Any:
     """The tensors in dicts, tuples and lists, and whatever else has a method `to`, on `device`.
 
-    Everything else stays as it is, and so do all tensors where `device` is None. Mappings of any
-    type become dicts. Pinned memory is copied without waiting.
+    With `copy`, tensors that are there already are copied. Everything else stays as it is, and so
+    do all tensors where `device` is None. Mappings of any type become dicts. Pinned memory is
+    copied without waiting.
     """
     if isinstance(nest, Tensor):
-        if device is None or nest.device == device:
+        if device is None or (nest.device == device and not copy):
             return nest
-        return nest.to(device, non_blocking=True)
+        return nest.to(device, non_blocking=True, copy=copy)
     if hasattr(nest, "to") and not isinstance(nest, Mapping):  # a PackedSequence, for one
         return nest if device is None else nest.to(device, non_blocking=True)
-    return _rebuilt(nest, partial(moved, device=device))
+    return _rebuilt(nest, partial(moved, device=device, copy=copy))
 
 
 def cloned(nest: Any) -> Any:

@@ -35,6 +35,8 @@ class Loader:
     batches, in pinned memory for a CUDA device.
     """
 
+    gives_copies = True
+
     def __init__(
         self,
         split: Split,

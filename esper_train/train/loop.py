@@ -73,7 +73,7 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: with the policy "stop", the loss is NaN or infinite; the error's
             `result` is the `EpochResult`.
-        TypeError: a batch or an output that is none of the above.
+        TypeError: an argument of another type; a batch or an output that is none of the above.
         ValueError: unknown task type, logits of another shape or that need no gradient, a loader
             without batches, `max_batches` below 1, an optimizer that needs a closure, a call
             within `torch.no_grad()`.
@@ -81,8 +81,10 @@ def train_one_epoch(
             end of the epoch on other devices.
     """
     started = time.perf_counter()
+    _require(config, TrainConfig, "config")
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
+    _require(optimizers, OptimizerRegistry, "optimizers")
     step = _step(step, task_type, config, criterion, forward, batch)
     _require_trainable(config, step, governed, learners)
     steps = _train(model, loader, optimizers, config, step, learners, max_batches, on_step)
@@ -218,6 +220,7 @@ def evaluate(
     `scopes` has what is entered around the passes of some variants. Otherwise as `train_one_epoch`.
     """
     started = time.perf_counter()
+    _require(config, TrainConfig, "config")
     step = _step(step, task_type, config, criterion, forward, batch)
     step.loss.saw_soft_targets = False
     device = _device(model)
@@ -254,6 +257,11 @@ def evaluate(
     )
 
 
+def _require(value: object, kind: type, name: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r:.80}")
+
+
 def _step(
     step: TrainStep | None,
     task_type: str,
@@ -275,8 +283,10 @@ def _step(
         ("forward", forward, step.forward),
         ("batch", batch, step.batch),
     ]
-    for name in ("kernel", "compile", "amp", "on_bad_numbers"):
-        pairs.append((f"config.{name}", getattr(config, name), getattr(step.config, name)))
+    pairs += [
+        (f"config.{name}", getattr(config, name), getattr(step.config, name))
+        for name in ("kernel", "compile", "amp", "on_bad_numbers")
+    ]
     for name, asked, built in pairs:
         if asked is not None and asked is not built and asked != built:
             raise ValueError(

@@ -4,6 +4,7 @@ Fresh memory of the size of large logits costs more than computing their gradien
 again wherever nobody else can see it.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -58,16 +59,19 @@ class GradientMemory:
 def held_only_here(tensor: Tensor) -> bool:
     """Whether no other tensor object uses the memory of `tensor`.
 
-    Autograd's saved tensors, views, `detach()`, arrays of numpy and exports by DLPack all count.
+    Autograd's saved tensors, views, `detach()`, arrays of numpy, exports by DLPack and storage
+    objects all count.
     """
     return _users(tensor) == _one_user()
 
 
 @cache
-def _one_user() -> int:
+def _one_user() -> tuple[int, int]:
     return _users(torch.empty(1, device="cpu"))
 
 
-def _users(tensor: Tensor) -> int:
-    # The count that torch's own CUDA graph trees use; it includes the storage object made here.
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+def _users(tensor: Tensor) -> tuple[int, int]:
+    """Users of the memory, as torch's own CUDA graph trees count them, and of the storage object,
+    which is the same for everybody. Both include this function."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)

@@ -60,8 +60,8 @@ class OptimizerSteps:
             unit.reset()
 
     def read(self, strict: bool) -> tuple[MeterResult, dict[str, tuple[GradHealth | None, int]]]:
-        """Loss and counts, and by name of the unit its gradients and skipped steps; the host
-        sync."""
+        """Read loss and counts, and each unit's gradient health and skipped steps by its name: the
+        host sync."""
         sources = [source for unit in self._units for source in (unit.skipped, *unit.measured())]
         result, *read = compute_all(self.meter, *sources, strict=strict)
         found: dict[str, tuple[GradHealth | None, int]] = {}
@@ -76,7 +76,7 @@ class OptimizerSteps:
         step = self._step
         optimizers = self._optimizers
         units = self._units
-        if self._config.capture:  # a graph finds gradients where they were
+        if self._config.capture:  # a graph expects gradients at the same addresses
             for optimizer in optimizers.present():
                 optimizer.zero_grad(set_to_none=False)
         else:

@@ -4,11 +4,10 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -23,6 +22,7 @@ from torch.utils.data import (
 
 from esper_train.base.state import seeded
 from esper_train.base.workers import GuardedLoader, WorkerLoader
+from esper_train.train.batches import Batch, ReadBatch, moved, read_batch, read_by
 from esper_train.train.data import Data, Loader, is_pair_of_tensors
 
 CPU = torch.device("cpu")
@@ -105,6 +105,8 @@ class DatasetSource(_Stateless):
     for each batch, from a seed out of `shuffle`. So they are the same for any number of workers,
     and in a resumed run; without `shuffle` they are the same in each epoch.
     """
+
+    gives_copies = True  # collated
 
     def __init__(
         self,
@@ -223,43 +225,49 @@ class LoaderSource:
         return {name: each for name, each in found.items() if isinstance(each, torch.Generator)}
 
 
-class AugmentedSource:
-    """Batches of another source on `device`, changed by `augment` there."""
+class ReadSource:
+    """The batches of another source as (inputs, targets) on `device`, changed there by `augment`.
+
+    `read` is as in `build_train_step`.
+    """
 
     def __init__(
         self,
         source: Source,
-        augment: Callable[[Any, Any], tuple[Any, Any]],
         device: torch.device,
+        *,
+        read: ReadBatch | None = None,
+        augment: Callable[[Any, Any], Batch] | None = None,
     ) -> None:
         self._source = source
-        self._augment = augment
         self._device = device
+        self._read = read_batch if read is None else partial(read_by, read)
+        self._augment = augment
         self.inexact = source.inexact
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(self._augmented, self._source)
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._prepared, self._source)
 
-    def _augmented(self, batch: Any) -> tuple[Any, Any]:
-        inputs, targets = on_device(batch, self._device)
-        return self._augment(inputs, targets)
+    def _prepared(self, batch: Any) -> Batch:
+        inputs, targets = self._on_device(batch)
+        return (inputs, targets) if self._augment is None else self._augment(inputs, targets)
+
+    def _on_device(self, batch: Any) -> Batch:
+        inputs, targets = self._read(batch)
+        return moved(inputs, self._device), moved(targets, self._device)
 
     def length(self) -> int | None:
         return self._source.length()
 
-    def example(self) -> Any:
-        return self._source.example()
+    def example(self) -> Batch:
+        """A batch that was not augmented."""
+        return self._on_device(self._source.example())
 
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         self._source.load_state_dict(state_dict)
-
-
-def on_device(batch: Any, device: torch.device) -> Any:
-    """The batch with all its tensors on `device`."""
-    return tree_map_only(Tensor, lambda part: part.to(device, non_blocking=True), batch)
 
 
 def _why_inexact(loader: Iterable[Any]) -> str | None:

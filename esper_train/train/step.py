@@ -174,6 +174,11 @@ class TrainStep:
         with self.spans.loss:
             with self._precision(logits.device):
                 loss = self.loss.compute(logits, targets)
+            if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+                raise TypeError(
+                    "expected a criterion that returns the mean loss over the batch, a 0-d tensor "
+                    f"that depends on the logits, got {loss!r:.80}"
+                )
             if meter is not None:
                 self.loss.record(loss, logits, targets, meter)
             if scale is not None:

@@ -1,5 +1,5 @@
-"""Builds the sources of csrc/cuda for the host, with `cuda/simt.h` of this folder in place of
-theirs."""
+"""Builds the sources of csrc/cuda for the host, with `cuda/simt.h` of this folder instead of the
+original."""
 
 import ctypes
 import hashlib

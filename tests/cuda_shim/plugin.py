@@ -1,5 +1,5 @@
-"""pytest -p tests.cuda_shim.plugin: what tests of the `cpp` backend call are the CUDA kernels, run
-on the host.
+"""pytest -p tests.cuda_shim.plugin: tests of the `cpp` backend call the CUDA kernels, run on the
+host.
 
 ESPER_SHIM may name the library, see `build.load`.
 """

@@ -1,5 +1,4 @@
-"""For tests of runs that are stopped and resumed: a short run in which seeds go through every stage
-of their lives."""
+"""For tests that stop and resume runs: a short run in which seeds go through every stage."""
 
 import re
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""For tests of whole runs and their events: a scripted controller, a sink that keeps what it is
-given, strict JSON."""
+"""For tests of whole runs: a scripted controller, a sink that stores its events, strict JSON."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator

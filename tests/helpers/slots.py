@@ -1,5 +1,4 @@
-"""For tests of a slot: seeds whose effect is plain to see, a slot in any stage, and what is
-compared."""
+"""For tests of slots: seeds with an obvious effect, a slot in any stage, and what to compare."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The choice of a backend: pure, in the open, and never swapped silently."""
+"""The choice of a backend: a pure function, visible to the user, never changed silently."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""What belongs to the compiled CPU backend alone: its ops, its instruction sets, its threads."""
+"""What only the compiled CPU backend has: its ops, its instruction sets, its threads."""
 
 from collections.abc import Iterator
 
@@ -67,11 +67,9 @@ def test_ops_are_what_their_schemas_say(full: bool, dtype: torch.dtype) -> None:
         torch.ops.esper.cross_entropy_backward.default,
         (logits, targets, *options, 0, torch.ones_like(loss), saved, grad, *tensors[:3]),
     )
-    norms = torch.empty(2, 2, dtype=torch.float64)
-    counts = torch.empty(3, 2, dtype=torch.int64)
     columns = (
-        *norms.unbind(),
-        *counts.unbind(),
+        torch.empty(2, 2, dtype=torch.float64),
+        torch.empty(3, 2, dtype=torch.int64),
         torch.empty((), dtype=torch.float64),
         torch.empty(()),
     )

@@ -1,5 +1,5 @@
-"""The compiled CPU backend on both sides of every size at which it changes its way, against torch
-in float64."""
+"""The compiled CPU backend on both sides of every size at which its code path changes, against
+float64."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,5 +1,8 @@
 """The loss and its gradient: against hand-computed numbers, and against torch's own op in
-float64."""
+float64.
+
+Long file: one op against one truth, with shared cases.
+"""
 
 import math
 from typing import Any

@@ -207,3 +207,37 @@ def test_mean_over_nothing_has_zero_gradient(config: KernelConfig) -> None:
     targets = torch.full((4,), -100)
     assert cross_entropy_step(X, targets, None, config=config).eq(0).all()
     assert cross_entropy_step(X, T, None, normalizer=0, config=config).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["step", "inplace", "backward", "softcap"])
+@pytest.mark.parametrize("v", [11, 3001])
+def test_gradients_are_exactly_zero_in_the_same_places_on_every_backend(
+    config: KernelConfig, form: str, v: int, dtype: torch.dtype
+) -> None:
+    """-inf, and 86 or more below the largest logit: 0. Above that, what is a normal float32 number
+    is none."""
+    below = torch.tensor([0.0, 1.0, 40.0, 85.0, 85.5, 86.0, 86.5, 87.0, 100.0, 150.0, torch.inf])
+    rows = -below[torch.arange(v) % 11].roll(v // 2).expand(2, v).to(dtype)
+    targets = rows.argmax(-1)
+    options: dict[str, Any] = {"reduction": "sum", "config": config}
+    if form == "backward":
+        leaf = rows.clone().requires_grad_()
+        cross_entropy(leaf, targets, **options).backward(torch.tensor(2.0**16))
+        grad = leaf.grad
+    else:
+        if form == "softcap":
+            options["softcap"] = 1e30  # more than any tanh can tell from none
+        rows_given = rows.clone()
+        inplace = form == "inplace"
+        options |= {"grad_scale": 2.0**16, "inplace": inplace}
+        grad = cross_entropy_step(rows_given, targets, None, **options)
+    assert grad is not None
+    assert torch.equal(grad == 0, rows <= -86)
+
+
+def test_gradients_below_the_normal_numbers_are_zero_on_every_backend(config: KernelConfig) -> None:
+    logits = torch.tensor([[0.0, -60.0, -80.0]])
+    scale = 2.0**-20  # times exp(-80), 1.8e-35: 1.7e-41
+    grad = cross_entropy_step(logits, torch.tensor([1]), None, grad_scale=scale, config=config)
+    assert (grad == 0).tolist() == [[False, False, True]]

@@ -2,6 +2,8 @@
 GPUs by nvcc.
 
 On a GPU the other kernel tests run them.
+
+Long file: one simulator and its compiled kernels serve all of these tests.
 """
 
 import ctypes

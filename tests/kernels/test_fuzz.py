@@ -1,5 +1,4 @@
-"""Random calls of the two CPU ops, in strange memory and with every option, compared with eager
-float64.
+"""Random calls of the two CPU ops, with unusual memory layouts and every option, against float64.
 
 Call i is drawn from the seed i alone, so `python tests/kernels/test_fuzz.py 1 I` repeats call I by
 itself. The slow test makes many calls under the address and undefined-behaviour sanitizers.

@@ -1,5 +1,7 @@
-"""Gradient statistics and clipping: against hand-computed numbers and numpy-style truth in
-float64."""
+"""Gradient statistics and clipping, against hand-computed numbers and float64.
+
+Long file: one op against one truth, with shared cases.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What belongs to the Triton backend of gradient statistics alone: its tables, its pieces, its one
+"""What only the Triton backend of gradient statistics has: its tables, its pieces, its one
 launch."""
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""`Meter` and `compute_all`: what is counted, how exactly, and how often the host waits."""
+"""`Meter` and `compute_all`: what they count, how exactly, and how often the host waits."""
 
 import io
 import math

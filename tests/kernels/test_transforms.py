@@ -1,4 +1,4 @@
-"""Derivatives and traces that pass by the autograd function: refused by name, never silently
+"""Derivatives and traces that bypass the autograd function are refused by name, never silently
 wrong."""
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""Every Triton kernel that a launch can select compiles for real GPUs, here, and keeps its numbers
-in registers."""
+"""Every Triton kernel that a launch can select compiles for real GPUs without spilling
+registers."""
 
 import json
 import os

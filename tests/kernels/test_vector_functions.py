@@ -100,7 +100,7 @@ def check_function(
 @EVERY
 def test_exp(cpp: ModuleType, step: int) -> None:
     def bound(x: Array, level: str) -> Array:
-        slope = 6e-8 if level == "baseline" else 1.5e-8
+        slope = 7.5e-8 if level == "baseline" else 1.5e-8
         return (2e-7 + slope * np.abs(x)) / 2.0**-24
 
     check_function(cpp, "exp", np.exp, [range(MINUS_ZERO, MINUS_86)], step, bound)

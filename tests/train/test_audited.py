@@ -1,19 +1,26 @@
 """The audited module's names keep their meaning, with its defects gone."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from esper_kernels import GradHealth
 from esper_train.audited import (
     DualGradientStats,
+    GradientHealthMetrics,
+    SeedGradientCollector,
     collect_dual_gradients,
+    collect_dual_gradients_async,
     collect_seed_gradients,
     collect_seed_gradients_async,
     compute_task_loss,
     compute_task_loss_with_metrics,
+    materialize_dual_grad_stats,
     materialize_grad_stats,
 )
 
@@ -87,7 +94,65 @@ def test_normalized_ratio_without_either_is_zero(stats: tuple[float, int, float,
 def test_dual_collection_keeps_host_and_seed_apart() -> None:
     host = [parameter(torch.full((4,), 2.0))]
     seed = [parameter(torch.full((9,), 1.0))]
-    assert collect_dual_gradients(host, seed) == DualGradientStats(4.0, 4, 3.0, 9)
+    stats = materialize_dual_grad_stats(collect_dual_gradients_async(host, seed))
+    assert stats == collect_dual_gradients(host, seed)
+    assert stats._asdict() == {
+        "host_grad_norm": 4.0,
+        "host_param_count": 4,
+        "seed_grad_norm": 3.0,
+        "seed_param_count": 9,
+    }
+
+
+def test_the_collector_keeps_its_thresholds() -> None:
+    parameters = [parameter(torch.full((4,), 2.0)), parameter(None)]
+    collector = SeedGradientCollector(vanishing_threshold=5.0, exploding_threshold=10.0)
+    stats = collector.collect(iter(parameters))
+    assert stats == collect_seed_gradients(parameters, 5.0, 10.0)
+    assert stats == materialize_grad_stats(collector.collect_async(parameters))
+    assert stats["has_vanishing"]
+    assert SeedGradientCollector() == (1e-7, 100.0)
+
+
+HEALTHY = GradHealth(
+    gradient_norm=1.0,
+    gradient_health=1.0,
+    has_vanishing=True,
+    has_exploding=False,
+    min_layer_norm=0.001,
+    max_layer_norm=0.5,
+    norm_ratio=500.0,
+    zero_grad_fraction=0.25,
+    nan_count=0,
+    inf_count=0,
+    tensors=2,
+    elements=8,
+)
+
+
+@pytest.mark.parametrize(
+    ("health", "healthy"),
+    [
+        (HEALTHY, True),
+        (replace(HEALTHY, nan_count=1), False),
+        (replace(HEALTHY, inf_count=1), False),
+        (replace(HEALTHY, has_exploding=True), False),
+        (replace(HEALTHY, norm_ratio=1000.0), False),
+        (replace(HEALTHY, norm_ratio=math.nan), False),
+        (replace(HEALTHY, zero_grad_fraction=0.5), False),
+    ],
+)
+def test_health_has_the_audited_limits(health: GradientHealthMetrics, healthy: bool) -> None:
+    assert health.is_healthy() is healthy
+    assert not health.is_healthy(max_norm_ratio=500.0)
+    assert not health.is_healthy(max_zero_fraction=0.25)
+
+
+def test_health_as_a_dict_has_every_number() -> None:
+    values = replace(HEALTHY, groups={"host": HEALTHY}).to_dict()
+    assert values["groups"]["host"] == HEALTHY.to_dict()
+    assert GradHealth(**HEALTHY.to_dict()) == HEALTHY
+    assert json.loads(json.dumps(values)) == values
 
 
 @pytest.mark.parametrize(

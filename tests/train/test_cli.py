@@ -14,19 +14,7 @@ import torch
 
 from esper_train import GrowthConfig, cli, load_run
 from esper_train.run.directory import read_metrics
-
-QUICK = ["--task", "synthetic", "--max-epochs", "3", "--max-batches", "2"]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Exit code and what was printed, for a call that cannot work."""
-    try:
-        code = cli.main(list(arguments))
-    except SystemExit as stop:  # the option parser's way to leave
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.out + printed.err
-    return code, " ".join((printed.err + printed.out).replace("│", " ").split())
+from tests.helpers.command import QUICK, fails
 
 
 def test_heuristic_leaves_a_whole_run_directory(
@@ -233,24 +221,6 @@ def test_a_diverging_run_ends_with_its_own_code_and_a_report(
     assert "nonfinite" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_report_rewrites_a_page_and_compares_several(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        assert cli.main(["fit", *QUICK, "--out", name]) == 0
-    Path("a/report.html").unlink()
-    assert cli.main(["report", "a"]) == 0
-    assert "synthetic, fit" in Path("a/report.html").read_text()
-    assert cli.main(["report", "a", "b"]) == 0
-    assert "Comparison of 2 runs" in Path("comparison.html").read_text()
-    assert cli.main(["report", "a", "b", "--out", "other.html"]) == 0
-    assert "report: other.html" in capsys.readouterr().out
-    code, text = fails(capsys, "report", "a", "nowhere")
-    assert (code, "no run in nowhere" in text) == (2, True)
-    assert fails(capsys, "report")[0] == 2
-
-
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_a_missing_logger_is_refused_before_anything_is_made(
     package: str,
@@ -268,20 +238,6 @@ def test_a_missing_logger_is_refused_before_anything_is_made(
         f"telemetry.{package} needs the package {package}: pip install 'esper-kernels[log]'" in text
     )
     assert list(tmp_path.iterdir()) == []
-
-
-def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info"]) == 0
-    printed = capsys.readouterr().out
-    assert torch.__version__ in printed
-    assert "cross_entropy" in printed
-    assert "eager" in printed
-
-
-def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 0
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ("heuristic", "fit", "info"))
 
 
 def test_ctrl_c_leaves_a_readable_directory_and_130(tmp_path: Path) -> None:

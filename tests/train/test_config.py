@@ -1,4 +1,7 @@
-"""Configuration from TOML and JSON: what is read, what is refused and with which words."""
+"""Configuration from TOML and JSON: what is read, what is refused and with which words.
+
+Long file: one table of values after the other.
+"""
 
 import json
 import math
@@ -10,7 +13,7 @@ import pytest
 
 from esper_kernels import KernelConfig
 from esper_train.base.names import unknown_name
-from esper_train.base.settings import from_dict
+from esper_train.base.settings import differing, from_dict
 from esper_train.config import RunConfig, load_toml
 from esper_train.control.config import HeuristicConfig
 from esper_train.morph.config import GrowthConfig, HostConfig
@@ -344,3 +347,15 @@ def test_unknown_name_says_so_when_nothing_is_known() -> None:
 def test_policy_refuses_a_blueprint_named_twice() -> None:
     with pytest.raises(ValueError, match="more than once: a, a, b"):
         HeuristicConfig(blueprints=("a", "a", "b"))
+
+
+def test_differing_names_each_setting_by_its_path() -> None:
+    one = {"seed": 1, "slots": ("early",), "optim": {"lr": 0.1, "schedule": {"kind": "cosine"}}}
+    other = {"seed": 1, "slots": ["early"], "optim": {"lr": 0.2, "schedule": {"kind": "constant"}}}
+    more = one | {"task": None, "device": "cpu"}
+    assert differing([one, other, more]) == {
+        "optim.lr": (0.1, 0.2, 0.1),
+        "optim.schedule.kind": ("cosine", "constant", "cosine"),
+        "device": (None, None, "cpu"),
+    }
+    assert differing([one, one]) == differing([one]) == differing([]) == {}

@@ -1,4 +1,4 @@
-"""Each field of each config class is given values that are none, and refuses them by its name."""
+"""Each field of each config class refuses wrong values by its name."""
 
 import math
 from dataclasses import fields

@@ -1,5 +1,4 @@
-"""Commands whose output nobody takes: they do all of their work and end with their own exit
-code."""
+"""Commands whose output nobody reads do all of their work and end with their own exit code."""
 
 import io
 import os

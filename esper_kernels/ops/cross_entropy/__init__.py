@@ -4,6 +4,8 @@ Each asks `select_backend` for a backend and calls its module; `reference` is th
 `checks` has the checks. `cross_entropy` goes through an `autograd.Function`, eagerly and under
 `torch.compile` alike; the other two make no autograd node. On the CPU, bad targets raise IndexError
 before anything is written (inside a compiled graph it may be a RuntimeError).
+
+Long functions: each public function hands on every option by name.
 """
 
 from typing import Any, TypeVar
@@ -61,7 +63,7 @@ def cross_entropy(
     written; NotImplementedError inside torch.func transforms, torch.jit.trace and forward-mode
     differentiation.
     """
-    instruction_set = "auto" if config is None else config.instruction_set
+    instruction_set = getattr(config, "instruction_set", "auto")  # of None too
     options = Options(
         weight,
         ignore_index,
@@ -77,11 +79,11 @@ def cross_entropy(
     backend = _choose(logits, targets, meter, config)
 
     def run() -> Tensor:
-        given = _traceable(options, logits)
+        run_options = _traceable(options, logits)
         if logits.requires_grad and torch.is_grad_enabled():
-            loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *given)
+            loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *run_options)
             return loss
-        return _MODULES[backend].forward(logits, targets, given, meter, False)[0]
+        return _MODULES[backend].forward(logits, targets, run_options, meter, False)[0]
 
     return checks.serve(backend, run, lambda: _find_fault(backend, logits, targets, meter, options))
 
@@ -114,7 +116,7 @@ def cross_entropy_step(
 
     Returns the gradient [..., V] in the logits' dtype.
     """
-    instruction_set = "auto" if config is None else config.instruction_set
+    instruction_set = getattr(config, "instruction_set", "auto")  # of None too
     options = Options(
         weight,
         ignore_index,
@@ -126,29 +128,25 @@ def cross_entropy_step(
         instruction_set,
     )
     checks.refuse_transforms("cross_entropy_step", logits)
+    compiling = torch.compiler.is_compiling()
     given_out = out
-    logits = _classes_last(logits, class_dim)
-    out = None if out is None else _classes_last(out, class_dim)
+    if class_dim != -1:
+        logits = _classes_last(logits, class_dim)
+        out = None if out is None else _classes_last(out, class_dim)
     backend = _choose(logits, targets, meter, config)
-    if inplace and out is not None:
-        raise ValueError("expected out or inplace=True, got both")
     if reduction == "none":
         raise ValueError(
             "cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use cross_entropy"
         )
-    written = out
-    if inplace:
-        checks.refuse_inplace("inplace=True", logits)
-        written = logits.detach()
-    elif isinstance(out, Tensor):
-        checks.refuse_inference("out", out)
+    written = _destination(logits, out, inplace)
 
     def run() -> Tensor:
-        if out is not None and not _is_separate(out, logits):
+        if out is not None and not compiling and not _is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
-        given = _traceable(options, logits)
-        scale = _as_tensor(grad_scale, logits)
-        return _MODULES[backend].step(logits.detach(), targets, given, meter, scale, written)
+        run_options = _traceable(options, logits)
+        scale = _as_tensor(grad_scale, logits) if compiling else grad_scale
+        values = logits.detach() if logits.requires_grad else logits
+        return _MODULES[backend].step(values, targets, run_options, meter, scale, written)
 
     def find_fault() -> None:
         _find_fault(backend, logits, targets, meter, options)
@@ -157,9 +155,12 @@ def cross_entropy_step(
             checks.check_writable("logits with inplace=True", logits)
         elif out is not None:
             checks.check_out(out, logits)
+        if written is not None:
+            read = {**options._asdict(), "targets": targets, "grad_scale": grad_scale}
+            checks.check_apart(written, read)
 
     grad = checks.serve(backend, run, find_fault)
-    if written is not None and not torch.compiler.is_compiling():
+    if written is not None and not compiling:
         torch.autograd.graph.increment_version(written)
     if class_dim == -1:
         return grad
@@ -177,6 +178,8 @@ def record_loss(
     """
     options = Options(None, ignore_index, 0.0, 0.0, None, "mean", None)
     checks.refuse_transforms("record_loss", logits)
+    if meter is None:
+        raise TypeError("meter must be a Meter, got None")
     backend = _choose(logits, targets, meter, None)
     _find_fault(backend, logits, targets, meter, options)
     if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() != 0:
@@ -192,7 +195,7 @@ def record_loss(
 def _classes_last(x: Tensor, class_dim: int) -> Tensor:
     if class_dim == -1:
         return x
-    if not isinstance(class_dim, int):
+    if type(class_dim) is not int:
         raise TypeError(f"class_dim must be an int, got {class_dim!r}")
     checks.check_dense("logits", x)
     if not -x.dim() <= class_dim < x.dim():
@@ -229,21 +232,26 @@ def _as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
 
     A product, because that is what compilers keep a changing number in.
     """
-    if (
-        not torch.compiler.is_compiling()
-        or number is None
-        or isinstance(number, Tensor)
-        or number == 0
-    ):
+    if number is None or isinstance(number, Tensor) or number == 0:
         return number
     return torch.ones((), dtype=torch.float64, device=logits.device) * number
+
+
+def _destination(logits: Tensor, out: Tensor | None, inplace: bool) -> Tensor | None:
+    """What a step writes its gradient to; None for fresh memory."""
+    if inplace:
+        if out is not None:
+            raise ValueError("expected out or inplace=True, got both")
+        checks.refuse_inplace("inplace=True", logits)
+        return logits.detach()
+    if isinstance(out, Tensor):
+        checks.refuse_inference("out", out)
+    return out
 
 
 def _is_separate(out: Tensor, logits: Tensor) -> bool:
     """False for an `out` that the op would take for logits to be written in place, or that requires
     grad."""
-    if torch.compiler.is_compiling():
-        return True
     return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
 
 
@@ -277,6 +285,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        checks.refuse_transforms("the gradient of cross_entropy", grad_output)
         tensors = ctx.saved_tensors
         first_option = len(tensors) - len(ctx.places)
         logits, targets, *saved = tensors[:first_option]

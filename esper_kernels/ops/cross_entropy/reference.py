@@ -14,6 +14,11 @@ from torch import Tensor
 from esper_kernels.meter import Meter
 from esper_kernels.sums import ordered_sum
 
+LOWEST_EXPONENT = -86.0
+"""In float32 the exponential of this and less is 0 by definition: beside 1 it is nothing, and the
+share of zero gradients must not depend on the backend."""
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Likewise float32 gradients below the normal numbers are 0."""
 Number = float | Tensor  # a tensor is [], on the logits' device or the CPU
 
 
@@ -154,12 +159,19 @@ def backward(
         of_softmax = of_softmax + 2 * z * (row_max + row_log_sum) * scale
 
     # In place from the softmax on: at large V new memory costs more than the arithmetic.
-    grad = (x - row_max[..., None]).sub_(row_log_sum[..., None]).exp_().mul_(of_softmax[..., None])
+    grad = x - row_max[..., None]
+    flushes = x.dtype == torch.float32
+    if flushes:  # rows that are not finite stay NaN
+        nothing = (grad <= LOWEST_EXPONENT) & row_log_sum.isfinite()[..., None]
+        grad.masked_fill_(nothing, -torch.inf)
+    grad.sub_(row_log_sum[..., None]).exp_().mul_(of_softmax[..., None])
     grad.scatter_add_(-1, rows.target[..., None], -at_target[..., None])
     if _is_on(e):
         grad.addcmul_(everywhere[..., None], weights, value=-1)
     if options.softcap is not None:
         grad.mul_(1 - (x / options.softcap).square())
+    if flushes:
+        grad.masked_fill_(grad.abs() < SMALLEST, 0.0)
     counts = rows.valid & (denominator != 0)
     return grad.masked_fill_(~counts[..., None], 0.0).to(logits.dtype)
 

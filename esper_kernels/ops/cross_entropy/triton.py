@@ -3,6 +3,8 @@ it.
 
 More where the gradient of a mean needs the weights of more rows than every program can look through
 by itself. `torch.compile` sees the launch as an op of its own.
+
+Long functions: `_launch` is mostly the list of a kernel's arguments.
 """
 
 import math
@@ -35,7 +37,13 @@ def backward(
 ) -> Tensor:
     grad = gradient_like(logits)
     _call(
-        logits, targets, options, None, grad_scale=grad_output.contiguous(), given=saved, grad=grad
+        logits,
+        targets,
+        options,
+        None,
+        grad_scale=grad_output.contiguous(),
+        saved_in=saved,
+        grad=grad,
     )
     return grad
 
@@ -65,7 +73,7 @@ def _call(
     options: Options,
     meter: Meter | None,
     grad_scale: Number | None = None,
-    given: Tensor | None = None,
+    saved_in: Tensor | None = None,
     recorded: Tensor | None = None,
     loss: Tensor | None = None,
     saved: Tensor | None = None,
@@ -75,7 +83,7 @@ def _call(
     values = (options.label_smoothing, options.z_loss, options.softcap, normalizer, grad_scale)
     numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in values]
     numbers[:2] = [x or math.nan for x in numbers[:2]]  # a factor of 0 is none
-    given_tensors = (*values, options.weight, given, recorded)
+    given_tensors = (*values, options.weight, saved_in, recorded)
     tensors = [materialized(x.detach()) if isinstance(x, Tensor) else None for x in given_tensors]
     logits = materialized(logits)
     targets = materialized(targets)
@@ -152,12 +160,12 @@ def _launch(
     targets: Tensor,
     # label smoothing, z-loss, softcap, normalizer, grad_scale; NaN for none
     numbers: Sequence[float],
-    tensors: Sequence[Tensor | None],  # the same where they are tensors; weight, given, recorded
+    tensors: Sequence[Tensor | None],  # the same where they are tensors; weight, saved_in, recorded
     ignore_index: int,
     topk: Sequence[int],
     per_row: bool,
     loss: Tensor | None,
-    kept: Tensor | None,
+    saved_out: Tensor | None,
     grad: Tensor | None,
     sums: Tensor | None,
     counts: Tensor | None,
@@ -177,7 +185,7 @@ def _launch(
         else float(x)
         for number, x in zip(numbers, tensors[:5], strict=True)
     )
-    weight, given, recorded = tensors[5:]
+    weight, saved_in, recorded = tensors[5:]
     weight = None if weight is None else weight.contiguous()
     logits = logits if _followed(logits) else logits.contiguous()
     targets = targets.contiguous()
@@ -194,7 +202,7 @@ def _launch(
             columns = len(COUNTS) + len(topk)
             partials = torch.empty(columns * chosen.programs, dtype=torch.float64, device=device)
             ticket = torch.zeros(1, dtype=torch.int32, device=device) if ticket is None else ticket
-        if grad is not None and given is None and normalizer is None and chosen.count_first:
+        if grad is not None and saved_in is None and normalizer is None and chosen.count_first:
             counted = torch.empty(launch.COUNT_PROGRAMS, dtype=torch.float64, device=device)
             kernels.count[(launch.COUNT_PROGRAMS,)](
                 targets, weight, counted, rows, **shape, BLOCK=1024, **options
@@ -211,11 +219,11 @@ def _launch(
             softcap,
             normalizer,
             grad_scale,
-            given,
+            saved_in,
             recorded,
         )
         kernels.batch[(chosen.programs,)](
-            *(*inputs, loss, kept, grad, sums, counts, partials, ticket, rows, *layout),
+            *(*inputs, loss, saved_out, grad, sums, counts, partials, ticket, rows, *layout),
             **shape,
             UNIT=unit,
             TOPK=tuple(topk),
@@ -233,6 +241,6 @@ def _launch(
 _op = torch.library.custom_op(
     "esper::cross_entropy_triton",
     _launch,
-    mutates_args=("loss", "kept", "grad", "sums", "counts", "ticket"),
+    mutates_args=("loss", "saved_out", "grad", "sums", "counts", "ticket"),
 )
 _op.register_fake(lambda *arguments: None)

@@ -3,6 +3,9 @@
 An argument that is None is a constant to the compiler, and what belongs to it is left out. Numbers
 come by value or, where they are tensors of the device, by pointer; nothing that may change from
 batch to batch is compiled in.
+
+Long file, long functions: `batch` is one program that works on a whole batch, and its parts share
+their variables; Triton passes no structs between functions.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -10,6 +13,8 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
+LOWEST_EXPONENT = tl.constexpr(-86.0)  # as in `reference`
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
 LANES = tl.constexpr(256)  # results of other programs that the last program reads at a time
 
 
@@ -31,6 +36,11 @@ def _tanh(x):
     s = tl.exp(-2.0 * size)
     large = (1.0 - s) / (1.0 + s)
     return tl.where(size < 0.625, p * z * x + x, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _exp(x):
+    return tl.where(x <= LOWEST_EXPONENT, 0.0, tl.exp(x))
 
 
 @triton.jit
@@ -115,7 +125,7 @@ def _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, 
         grad -= everywhere[:, None] * _class_weights(weight, c, V)
     if softcap is not None:
         grad *= 1.0 - (x / softcap) * (x / softcap)
-    return tl.where(live[:, None], grad, 0.0)
+    return tl.where(live[:, None] & ~(tl.abs(grad) < SMALLEST), grad, 0.0)
 
 
 @triton.jit(
@@ -137,12 +147,12 @@ def batch(
     label_smoothing, z_loss, softcap,
     normalizer,  # None: the rows' weights, added up here
     grad_scale,  # or the gradient of the loss, [rows] with PER_ROW
-    given,  # what an earlier launch kept
+    saved_in,  # what an earlier launch wrote to saved_out
     recorded,  # the loss that other code computed, to be metered instead
     loss,  # [], or [rows] with PER_ROW, written
     # [2 rows + 1] float32, written: maximum and sum of exponentials of each row; the rows' weights,
     # added up
-    kept,
+    saved_out,
     grad,  # like logits, written; may be the logits
     sums, counts,  # of the meter
     partials,  # [columns, programs] float64
@@ -174,8 +184,8 @@ def batch(
     if grad is not None:
         if normalizer is not None:
             denominator = _number(normalizer)
-        elif given is not None:
-            denominator = tl.load(given + 2 * rows)
+        elif saved_in is not None:
+            denominator = tl.load(saved_in + 2 * rows)
         else:
             denominator = _row_weights(targets, weight, rows, 0, 1, V, IGNORE, COUNT_BLOCK).to(
                 tl.float32
@@ -195,25 +205,25 @@ def batch(
         target_x = _capped(target_logit, softcap)
         rank = tl.zeros([ROWS], tl.int32)
         smooth = target_x
-        if given is not None:
-            row_max = tl.load(given + row, valid, other=0.0)
-            row_sum = tl.load(given + rows + row, valid, other=1.0)
+        if saved_in is not None:
+            row_max = tl.load(saved_in + row, valid, other=0.0)
+            row_sum = tl.load(saved_in + rows + row, valid, other=1.0)
         if RESIDENT:
             mask = valid[:, None] & (c < V)
             stored, x = _read(x_row, c, mask, softcap, "")
             if counts is not None:
                 earlier = (stored == target_logit[:, None]) & (c < target[:, None])
                 rank = tl.sum(((stored > target_logit[:, None]) | earlier).to(tl.int32), 1)
-            if given is None:
+            if saved_in is None:
                 row_max = tl.max(x, 1)
-            p = tl.exp(x - row_max[:, None])
-            if given is None:
+            p = _exp(x - row_max[:, None])
+            if saved_in is None:
                 row_sum = tl.sum(p, 1)
             if label_smoothing is not None:
                 smooth = tl.sum(
                     tl.where(mask, _class_weights(weight, c, V) * (x - row_max[:, None]), 0.0), 1
                 )
-        elif given is None:
+        elif saved_in is None:
             # A maximum and a sum a lane, from below all logits, so that no lane subtracts -inf from
             # -inf.
             lane_max = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
@@ -268,9 +278,9 @@ def batch(
             if counts is None:
                 row_loss = tl.where(bad, float("nan"), row_loss)  # no meter will tell
             tl.store(loss + row, row_loss, row < rows)
-        if kept is not None:
-            tl.store(kept + row, row_max, row < rows)
-            tl.store(kept + rows + row, row_sum, row < rows)
+        if saved_out is not None:
+            tl.store(saved_out + row, row_max, row < rows)
+            tl.store(saved_out + rows + row, row_sum, row < rows)
         if grad is not None:
             if PER_ROW:
                 scale = tl.load(grad_scale + row, valid, other=0.0).to(tl.float32) / denominator
@@ -298,7 +308,7 @@ def batch(
                 for block in tl.range(0, tl.cdiv(V, BLOCK), num_stages=STAGES):
                     at = (tl.cdiv(V, BLOCK) - 1 - block) * BLOCK + c
                     _, x = _read(x_row, at, live[:, None] & (at < V), softcap, "evict_first")
-                    p = tl.exp(x - row_max[:, None])
+                    p = _exp(x - row_max[:, None])
                     g = _gradient(
                         p,
                         x,
@@ -334,7 +344,7 @@ def batch(
                 tl.sum(lanes, 1),
                 column,
                 loss,
-                kept,
+                saved_out,
                 sums,
                 counts,
                 normalizer,
@@ -350,7 +360,7 @@ def _finish(
     total,
     column,
     loss,
-    kept,
+    saved_out,
     sums,
     counts,
     normalizer,
@@ -378,8 +388,8 @@ def _finish(
         tl.store(sums, tl.load(sums) + loss_sum)
         tl.store(sums + 1, tl.load(sums + 1) + weight_sum)
         tl.store(sums + 2, tl.load(sums + 2) + tl.where(valid > 0, loss_sum / weight_sum, 0.0))
-    if kept is not None:
-        tl.store(kept + 2 * rows, weight_sum.to(tl.float32))
+    if saved_out is not None:
+        tl.store(saved_out + 2 * rows, weight_sum.to(tl.float32))
     if loss is not None and not PER_ROW:
         denominator = weight_sum
         if normalizer is not None:

@@ -38,7 +38,8 @@ def grad_stats(
     grads: a sequence of tensors or None, or a mapping from group name to such a sequence or to one
         tensor; float16, bfloat16, float32, float64 mixed, any shape and stride, one device. None
         and empty tensors keep their place.
-    vanishing, exploding: a tensor whose L2 norm is strictly below / above is counted as such.
+    vanishing, exploding: numbers >= 0; a tensor whose L2 norm is strictly below / above is counted
+        as such.
     inv_scale: [] on the gradients' device (1 / a loss scaler's scale), by which every value is
     multiplied.
     out: an earlier result of as many tensors on the same device, whose memory is overwritten and
@@ -47,6 +48,8 @@ def grad_stats(
     Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is
     not.
     """
+    for name, threshold in (("vanishing", vanishing), ("exploding", exploding)):
+        _check_magnitude(name, threshold)
     tensors, groups = _flatten(grads)
     stats = _measure_natively(tensors, inv_scale, out, config)
     if stats is None:
@@ -109,6 +112,7 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients of `params` in place by min(1, max_norm / (norm + 1e-6)).
 
+    max_norm: a number >= 0; infinity clips nothing.
     stats: what `grad_stats` measured on these gradients, in any order, so that they are not read
         again for the norm; ValueError if the sizes differ. With an inv_scale, it is the norm of the
         unscaled gradients.
@@ -118,6 +122,7 @@ def clip_grad_norm_(
 
     Returns the norm before clipping, float64 [].
     """
+    _check_magnitude("max_norm", max_norm)
     with_grad = [
         p for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None
     ]
@@ -154,7 +159,7 @@ def _check(
     for place, x in enumerate(tensors):
         if x is None:
             continue
-        if not isinstance(x, Tensor) or x.layout != torch.strided or type(x).__name__ == "DTensor":
+        if not checks.is_dense(x):
             what = f"{type(x).__name__} {getattr(x, 'layout', '')}"
             raise TypeError(
                 f"grads[{place}] must be a dense tensor or None (of a DTensor to_local()), got "
@@ -169,9 +174,11 @@ def _check(
                 f"grads must be on one device, got {device} and, at place {place}, {x.device}"
             )
     if device is None:
-        device = torch.device("cpu") if out is None else out.norms.device
+        device = torch.device("cpu") if out is None else out.found_inf.device
     if inv_scale is not None and (not isinstance(inv_scale, Tensor) or inv_scale.dim() != 0):
         raise TypeError(f"inv_scale must be a 0-d tensor, got {inv_scale!r}")
+    if inv_scale is not None and inv_scale.is_complex():
+        raise TypeError(f"inv_scale must be a real number, got {inv_scale!r}")
     if inv_scale is not None and inv_scale.device != device:
         raise ValueError(
             f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}"
@@ -184,14 +191,23 @@ def _check(
     return device, torch.float64 if wide else torch.float32
 
 
+def _check_magnitude(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not value >= 0:  # NaN too
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
 def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> None:
     """That `out` is an earlier result of as many tensors on this device."""
-    if (len(out.numels), out.norms.device) != (num_tensors, device):
+    if not isinstance(out, GradStats):
+        raise TypeError(f"out must be a GradStats, got {checks.describe(out)}")
+    if (len(out.numels), out.found_inf.device) != (num_tensors, device):
         raise ValueError(
             f"out must be of {num_tensors} tensors on {device}, got {len(out.numels)} on "
-            f"{out.norms.device}; leave it out to allocate"
+            f"{out.found_inf.device}; leave it out to allocate"
         )
-    names = ("norms", "max_abs", "zeros", "nans", "infs", "total_norm", "found_inf")
+    names = ("magnitudes", "counts", "total_norm", "found_inf")
     expected = _allocate(num_tensors, torch.device("meta"))
     for name in names:
         x = getattr(out, name)
@@ -212,15 +228,9 @@ def _allocate(num_tensors: int, device: torch.device) -> GradStats:
     def memory(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    counts = memory(torch.int64, 3, num_tensors)
-    zeros, nans, infs = counts.unbind()
     return GradStats(
-        norms=memory(torch.float64, num_tensors),
-        max_abs=memory(torch.float64, num_tensors),
-        counts=counts,
-        zeros=zeros,
-        nans=nans,
-        infs=infs,
+        magnitudes=memory(torch.float64, 2, num_tensors),
+        counts=memory(torch.int64, 3, num_tensors),
         total_norm=memory(torch.float64),
         found_inf=memory(torch.float32),
     )

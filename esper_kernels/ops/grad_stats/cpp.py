@@ -23,11 +23,8 @@ def fill(
         tensors,
         inv_scale,
         INSTRUCTION_SETS.index(instruction_set),
-        stats.norms,
-        stats.max_abs,
-        stats.zeros,
-        stats.nans,
-        stats.infs,
+        stats.magnitudes,
+        stats.counts,
         stats.total_norm,
         stats.found_inf,
     )

@@ -20,7 +20,7 @@ def fill(
 ) -> None:
     """Write the statistics of `tensors`, each value multiplied by inv_scale, into the tensors of
     `stats`."""
-    columns = (stats.norms, stats.max_abs, stats.zeros, stats.nans, stats.infs)
+    columns = (*stats.magnitudes.unbind(), *stats.counts.unbind())
     for column in columns:
         column.zero_()  # what None and empty tensors keep
     for place, tensor in enumerate(tensors):

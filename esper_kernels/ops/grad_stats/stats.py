@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,17 +43,27 @@ class GradHealth:
     elements: int
     groups: dict[str, "GradHealth"] = field(default_factory=dict)
 
+    def is_healthy(self, max_norm_ratio: float = 1000.0, max_zero_fraction: float = 0.5) -> bool:
+        """No NaN, no Inf, nothing exploding, and norms and zeros below these limits."""
+        return (
+            self.nan_count == 0
+            and self.inf_count == 0
+            and not self.has_exploding
+            and self.norm_ratio < max_norm_ratio
+            and self.zero_grad_fraction < max_zero_fraction
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers as plain values, those of the groups too."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GradStats:
     """Gradient statistics of T tensors on the device, in list order, groups one after the other."""
 
-    norms: Tensor  # float64 [T], L2
-    max_abs: Tensor  # float64 [T]
-    counts: Tensor  # int64 [3, T], the rows of which are
-    zeros: Tensor  # int64 [T], as nans and infs
-    nans: Tensor
-    infs: Tensor
+    magnitudes: Tensor  # float64 [2, T], the rows of which are norms and max_abs
+    counts: Tensor  # int64 [3, T], the rows of which are zeros, nans and infs
     total_norm: Tensor  # float64 []
     # float32 [], 1 where any value is NaN or Inf: what a loss scaler calls by that name
     found_inf: Tensor
@@ -63,6 +73,31 @@ class GradStats:
     exploding: float = math.inf
     # what a backend keeps for the next call
     workspace: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def norms(self) -> Tensor:
+        """float64 [T], L2."""
+        return self.magnitudes[0]
+
+    @property
+    def max_abs(self) -> Tensor:
+        """float64 [T]."""
+        return self.magnitudes[1]
+
+    @property
+    def zeros(self) -> Tensor:
+        """int64 [T]."""
+        return self.counts[0]
+
+    @property
+    def nans(self) -> Tensor:
+        """int64 [T]."""
+        return self.counts[1]
+
+    @property
+    def infs(self) -> Tensor:
+        """int64 [T]."""
+        return self.counts[2]
 
     def over(
         self,

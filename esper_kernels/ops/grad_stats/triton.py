@@ -48,7 +48,7 @@ def fill(
 ) -> None:
     from esper_kernels.ops.grad_stats.triton_kernels import kernel
 
-    columns = stats.norms, stats.max_abs, stats.zeros, stats.nans, stats.infs
+    columns = *stats.magnitudes.unbind(), *stats.counts.unbind()
     totals = stats.total_norm, stats.found_inf
     if not tensors:
         for total in totals:
@@ -59,7 +59,7 @@ def fill(
     memory = tables.addresses, tables.layout, tables.partials, tables.tickets
     sizes = len(tensors), tables.partials.shape[1], tables.piece_blocks
     options = NVIDIA_OPTIONS if torch.version.cuda else OPTIONS
-    with torch.accelerator.device_index(stats.norms.device.index):
+    with torch.accelerator.device_index(stats.found_inf.device.index):
         kernel[(sizes[1],)](*memory, inv_scale, *columns, *totals, *sizes, **options)
 
 
@@ -77,7 +77,7 @@ def _is_dense(x: Tensor) -> bool:
 def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
     """The tables of `stats` for these tensors, made or brought up to date without waiting for the
     device."""
-    device = stats.norms.device
+    device = stats.found_inf.device
     key = (
         tuple(0 if x is None else x.numel() for x in tensors),
         tuple(torch.float32 if x is None else x.dtype for x in tensors),
@@ -94,7 +94,7 @@ def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
             )
         if tables is None or tables.key != key:
             tables = stats.workspace["triton"] = _new_tables(key, device)
-        tables.addresses.copy_(_staged(torch.tensor(found), device), non_blocking=True)
+        tables.addresses.copy_(_staged(_integers(found), device), non_blocking=True)
         tables.found = found
     tables.captured = tables.captured or capturing
     return tables
@@ -103,17 +103,17 @@ def _tables(tensors: Sequence[Tensor | None], stats: GradStats) -> _Tables:
 def _new_tables(
     key: tuple[tuple[int, ...], tuple[torch.dtype, ...]], device: torch.device
 ) -> _Tables:
-    numels = torch.tensor(key[0])
-    dtypes = torch.tensor([DTYPES.index(dtype) for dtype in key[1]])
+    numels = _integers(key[0])
+    dtypes = _integers([DTYPES.index(dtype) for dtype in key[1]])
     # Blocks are counted from a 16 byte boundary, so a tensor may reach 15 bytes further than it is
     # long.
     blocks = [
         -(-(numel * dtype.itemsize + 15) // BLOCK_BYTES) for numel, dtype in zip(*key, strict=True)
     ]
     piece_blocks = -(-sum(blocks) // _MOST_PIECES)
-    pieces = torch.tensor([-(-count // piece_blocks) for count in blocks])
+    pieces = _integers([-(-count // piece_blocks) for count in blocks])
     owner = torch.repeat_interleave(pieces)
-    layout = torch.cat([numels, dtypes, torch.zeros(1, dtype=torch.int64), pieces.cumsum(0), owner])
+    layout = torch.cat([numels, dtypes, _integers([0]), pieces.cumsum(0), owner])
     return _Tables(
         captured=False,
         key=key,
@@ -124,6 +124,10 @@ def _new_tables(
         tickets=torch.zeros(len(numels) + 1, dtype=torch.int32, device=device),
         piece_blocks=piece_blocks,
     )
+
+
+def _integers(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _staged(numbers: Tensor, device: torch.device) -> Tensor:

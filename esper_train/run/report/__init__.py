@@ -1,15 +1,16 @@
 """`report.html`: the events of a run in words, tables and pictures, on one page that opens offline.
 
 `cli` calls `write_report`, and `write_comparison` for several runs. A page shows only what the runs
-wrote: `metrics.jsonl`, the baseline's, and the thresholds in `config.json`. `history` reads what
-was measured, `draw` and `pictures` draw it, `page` writes it.
+wrote: `metrics.jsonl`, the baseline's, and `config.json`. `history` reads what was measured, `draw`
+and `pictures` draw it, `page` writes it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from esper_train.run.directory import BASELINE, METRICS, REPORT, load_config
+from esper_train.base.settings import differing
+from esper_train.run.directory import BASELINE, METRICS, REPORT, load_config, read_config
 from esper_train.run.report.draw import curve_panel, draw_picture
 from esper_train.run.report.history import (
     History,
@@ -66,12 +67,14 @@ def write_report(directory: Path) -> Path:
 def write_comparison(directories: Sequence[Path], path: Path) -> Path:
     """Write a page that compares several runs to `path`, and return the path.
 
+    The page has their results, the settings that differ, and their validation curves.
+
     Raises `ValueError` for a directory without a run, and otherwise the errors of `write_report`.
     """
     runs = {str(d): run for d in directories if (run := read_history(d))}
-    panels = []
     if missing := [str(d) for d in directories if str(d) not in runs]:
         raise ValueError(f"no run in {', '.join(missing)}: {METRICS} is missing or contains none")
+    panels = []
     for key, unit in (("loss", "validation loss (nats)"), ("accuracy", "validation accuracy (%)")):
         curves = [
             (n, r.series("validation", key), {"color": f"C{i}"})
@@ -80,7 +83,27 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
         panels += curve_panel(unit, curves, log=key == "loss", columns=1)
     height = 4 + 0.3 * len(runs)  # the legend has one line per run
     picture = draw_picture("comparison", "Validation loss and accuracy of each run", panels, height)
-    return write_page(path, f"Comparison of {len(runs)} runs", [_summary(runs), *picture])
+    parts = [_summary(runs), *_settings(runs), *picture]
+    return write_page(path, f"Comparison of {len(runs)} runs", parts)
+
+
+def _settings(runs: Mapping[str, History]) -> list[str]:
+    """The settings in which the runs differ, from their `config.json`."""
+    known = {}
+    for name, run in runs.items():
+        with suppress(OSError, ValueError):  # missing or damaged
+            known[name] = {"mode": run.started["mode"], **read_config(Path(name))}
+    changed = differing(list(known.values()))
+    rows = [[path, *map(_setting, values)] for path, values in changed.items()]
+    parts = [tag("h2", "Settings that differ")]
+    parts.append(table([["", *known], *rows]) if rows else tag("p", "None."))
+    if unknown := [name for name in runs if name not in known]:
+        parts.append(tag("p", f"The settings of {', '.join(unknown)} are not known."))
+    return parts
+
+
+def _setting(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _words(run: History) -> str:

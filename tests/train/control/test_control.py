@@ -1,4 +1,7 @@
-"""What the heuristic controller is told, and what it decides, rule by rule."""
+"""The signals that the heuristic controller gets, and its decisions, rule by rule.
+
+Long file: one rule after the other, on shared signals.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace

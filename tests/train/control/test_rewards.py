@@ -1,4 +1,7 @@
-"""Rewards: the audited system's numbers, and what must hold for any numbers."""
+"""Rewards: the numbers of the audited system, and properties that hold for any numbers.
+
+Long file: one golden number after the other, on shared seeds.
+"""
 
 import math
 from dataclasses import replace
@@ -7,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_train import RunConfig
 from esper_train.control.policy import Op
 from esper_train.control.rewards import (
     REWARDS,
     ContributionReward,
+    RewardMode,
     SeedInfo,
     compute_contribution_reward,
 )
@@ -45,7 +50,7 @@ def reward(
         "host_params": HOST,
         "acc_at_germination": start,
     } | more
-    return compute_contribution_reward(action, contribution, 60.0, seed, epoch, 25, **arguments)  # type: ignore
+    return compute_contribution_reward(action, contribution, 60.0, seed, epoch, 25, **arguments)  # type: ignore[arg-type, return-value]
 
 
 def parts(
@@ -473,7 +478,7 @@ def test_loss_reward_takes_rent_and_shapes_by_stages() -> None:
 def test_loss_reward_ends_with_the_share_of_the_way_to_the_target(
     loss: float, expected: float
 ) -> None:
-    """From 10 to 1.3."""
+    """The way from a loss of 10 to the target of 1.3."""
     last = replace(LAST, loss_delta=None, val_loss=loss, slots=(EMPTY,))
     assert earned("loss", Op.WAIT, EMPTY, last, HOST) == pytest.approx(expected)
 
@@ -503,3 +508,11 @@ def test_a_better_epoch_never_earns_less(name: str) -> None:
     )
     state = replace(STATE, contribution=None)
     assert earned(name, Op.WAIT, state, better, HOST) > earned(name, Op.WAIT, state, worse, HOST)
+
+
+def test_reward_modes_are_the_rewards_that_a_config_can_name() -> None:
+    assert set(RewardMode) == REWARDS.keys()
+    for mode in RewardMode:
+        named = RunConfig(reward=mode).reward  # type: ignore[arg-type]
+        assert named == mode
+        assert type(named) is str  # a checkpoint and a file hold no enum

@@ -1,4 +1,4 @@
-"""A step left out because its gradients are not finite changes no bit."""
+"""A step that is skipped because its gradients are not finite changes no bit."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""The learned gate: where it starts, where it must end, that it learns, and that a causal host
-stays causal."""
+"""The learned gate: where it starts and ends, that it learns, and that a causal host stays
+causal."""
 
 from dataclasses import replace
 

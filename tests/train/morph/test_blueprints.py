@@ -1,5 +1,7 @@
-"""Blueprints: what comes with the package starts as the identity and can learn, and nothing else
-gets in."""
+"""Blueprints start as the identity and can learn; anything else is refused.
+
+Long file: one blueprint after the other.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Folding a grown network: same outputs bit for bit, and nothing of ours needed to load it."""
+"""Folding a grown network: the same outputs, bit for bit, loaded without our packages."""
 
 import subprocess
 import sys

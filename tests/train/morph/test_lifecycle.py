@@ -1,5 +1,8 @@
 """The life of a seed as data: stages, transitions, gates, the gradient ratio, blending
-schedules."""
+schedules.
+
+Long file: one table of states after the other.
+"""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,7 @@
-"""Hosts and the model that grows: what is cut where, and seeds seated, used and removed by slot
-name."""
+"""Hosts and the model that grows: where they are cut, and seeds added and removed by slot name.
+
+Long file: one model and its fixtures serve all of these tests.
+"""
 
 from typing import Any
 

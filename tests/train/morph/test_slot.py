@@ -1,4 +1,7 @@
-"""The whole life of a seed in a slot, epoch by epoch."""
+"""The whole life of a seed in a slot, epoch by epoch.
+
+Long file: one slot and its fixtures serve all of these tests.
+"""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Requests to a slot: which are refused, and that any order of them leaves it whole."""
+"""Requests to a slot: which are refused, and that no sequence of them corrupts it."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""The transformer host: causal, tied, near ln V at the start, and equal to the same thing written
-out in torch."""
+"""The transformer host: causal, tied, near ln V at the start, and equal to the same network in
+plain torch."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, when they are written, that random numbers go on where they were."""
+"""Checkpoints: what they hold, when they are written, and that random numbers continue."""
 
 import hashlib
 import json
@@ -16,7 +16,8 @@ from esper_train.run import checkpoint
 from esper_train.run.build import build_episode
 from esper_train.run.checkpoint import Checkpoints, load, restore, saved
 from esper_train.run.config import CheckpointConfig
-from esper_train.run.directory import cut_back
+from esper_train.run.directory import cut_back, load_config
+from esper_train.run.run import prepare
 from tests.helpers.growing_run import reported, resume, start
 from tests.helpers.scripted import run_under
 from tests.helpers.stopped import stopped_after
@@ -67,7 +68,7 @@ def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) 
         "telemetry",
         "random",
     }
-    parts |= {"streams", "trial", "kept"}
+    parts |= {"streams", "trial", "kept", "sources"}
     assert set(state) == {"format", "run", "parts", "metrics"}
     assert set(state["parts"]) == parts
     assert {"python", "numpy", "torch", "order"} <= set(state["parts"]["random"])
@@ -76,6 +77,17 @@ def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) 
     data = (whole / "checkpoints" / "epoch-6.pt").read_bytes()
     # as `sha256sum --check` reads it
     assert digest == [hashlib.sha256(data).hexdigest(), "epoch-6.pt"]
+
+
+def test_a_checkpoint_from_before_data_had_a_state_is_read(whole: Path) -> None:
+    state = load(whole / "checkpoints" / "epoch-6.pt")
+    del state["parts"]["sources"]
+    episode = prepare(load_config(whole), "heuristic")
+    restore(state, episode)
+    assert episode.epoch == 6
+    del state["parts"]["tracker"]
+    with pytest.raises(ValueError, match="does not fit the run that was built: 'tracker'"):
+        restore(state, episode)
 
 
 def test_taking_checkpoints_changes_nothing(whole: Path, tmp_path: Path) -> None:
@@ -99,7 +111,7 @@ def test_other_data_is_refused() -> None:
     episode = build_episode(RunConfig(task="synthetic"), slots=())
     state = {"run": checkpoint._identity(episode)}
     episode.data_record = {"sha256": "of other data"}
-    with pytest.raises(ValueError, match=r"data_record was .* and is .*of other data"):
+    with pytest.raises(ValueError, match=r"data_record.sha256 was None and is of other data;"):
         restore(state, episode)
 
 

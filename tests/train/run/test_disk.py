@@ -1,5 +1,4 @@
-"""What a full, read-only or failing disk leaves: the files that were there before, and a clear
-error."""
+"""A full, read-only or failing disk leaves the files that were there before, and a clear error."""
 
 import errno
 import os

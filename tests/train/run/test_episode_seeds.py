@@ -1,4 +1,4 @@
-"""Seeds in whole runs: their lives, what is measured of them, and requests that are refused."""
+"""Seeds in whole runs: their stages, their measurements, and refused requests."""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""Several seeds at once, their joint contribution, limits, and optimizers that keep in step through
-any life."""
+"""Several seeds at once: their joint contribution, limits, and optimizers that follow every
+change."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,5 +1,7 @@
-"""A seed in TRAINING learns, and nothing else of the run differs from one without it: bit for
-bit."""
+"""A seed in TRAINING learns, and the rest of the run is the same as without it, bit for bit.
+
+Long file: pairs of runs, with and without a seed, share their helpers.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Two processes and one run directory: only one writes, and the other says which."""
+"""Two processes and one run directory: one writes, and the other is told which process that is."""
 
 import subprocess
 import sys

@@ -1,5 +1,4 @@
-"""The report says what the events say, in a page that is whole, stands alone and escapes all
-text."""
+"""The report shows what the events say, on one complete page that escapes all text."""
 
 from __future__ import annotations
 

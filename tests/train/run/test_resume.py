@@ -204,13 +204,14 @@ def test_a_crash_leaves_the_last_finished_epoch(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--host.width", "5"), "host was {'width': None"),
+        (("--host.width", "5"), "host.width was None and is 5; a resumed run"),
         (("--slots", "early", "mid"), "slots was ('early', 'mid', 'late') and is ('early', 'mid')"),
         (("--task", "digits"), "task was synthetic and is digits"),
-        (("--optim.host-lr", "0.5"), "optim was"),
+        (("--optim.host-lr", "0.5"), "optim.host_lr was 0.01 and is 0.5; a resumed run"),
         (("--seed", "7"), "seed was 1 and is 7"),
+        (("--seed", "7", "--host.width", "5"), "seed was 1 and is 7, host.width was None and is 5"),
         (("--max-epochs", "4"), "20 epochs are done"),
-        (("--out", "elsewhere"), "leave --out out"),
+        (("--out", "elsewhere"), "leave out --out"),
     ],
 )
 def test_another_run_is_refused_and_nothing_changes(

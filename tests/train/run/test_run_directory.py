@@ -1,4 +1,4 @@
-"""A run's directory: what is written, and that the trained network comes back as it was."""
+"""A run's directory: what is written, and that the trained network is loaded as it was."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs with worker processes that are stopped as shells, schedulers and memory killers do it, and
+"""Runs with worker processes, stopped as shells, schedulers and out-of-memory killers do it,
 then resumed."""
 
 import os

@@ -1,4 +1,4 @@
-"""Runs that are killed without warning, wherever they stand, and then resumed."""
+"""Runs that are killed without warning, at any point, and then resumed."""
 
 import os
 import random

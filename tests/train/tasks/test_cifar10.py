@@ -1,5 +1,8 @@
 """CIFAR-10: both file layouts read alike, bad files refused by name, images augmented one by
-one."""
+one.
+
+Long file: two file layouts and damaged files of both share a writer.
+"""
 
 import os
 import pickle

@@ -1,5 +1,8 @@
 """The standard library as text: which files, in which part, and how they become windows of
-tokens."""
+tokens.
+
+Long file: one small library of sources serves all of these tests.
+"""
 
 import hashlib
 import importlib.util
@@ -328,7 +331,7 @@ def test_the_tokenizer_is_kept_in_data_or_else_in_the_users_cache(
 # the task
 
 
-@pytest.mark.parametrize("vocab", [255, 2, 0, -1])
+@pytest.mark.parametrize("vocab", [255, 2, 1])
 def test_a_vocab_below_256_is_refused(vocab: int) -> None:
     with pytest.raises(
         ValueError, match=rf"vocab of 256 \(bytes\) or more \(byte pairs\), got {vocab}"

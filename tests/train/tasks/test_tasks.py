@@ -1,5 +1,8 @@
 """Tasks: real data as scikit-learn has it, made-up data that is the same each time, and checks of
-both."""
+both.
+
+Long file: the same checks for one task after the other.
+"""
 
 import sys
 from collections.abc import Callable
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from esper_train.morph.config import HostConfig
 from esper_train.morph.host import Host
@@ -180,8 +184,8 @@ def test_digits_refuses_a_collection_of_another_size(monkeypatch: pytest.MonkeyP
 
 
 def test_synthetic_images_scatter_around_one_pattern_a_class() -> None:
-    """With noise of deviation 1.5, class means of ~100 images lie within 1.5 / 10 a pixel of the
-    pattern."""
+    """The mean of about 100 images per class is within 1.5 / 10 of its pattern in each pixel, with
+    noise of standard deviation 1.5."""
     splits = get_task("synthetic").load()
     assert [len(targets) for _, targets in parts(splits)] == [1024, 256, 256]
     inputs, targets = splits.train
@@ -203,8 +207,8 @@ def test_synthetic_lm_targets_are_the_next_tokens() -> None:
 
 
 def test_synthetic_lm_next_token_follows_from_the_last() -> None:
-    """Counting the pairs of the training part predicts held-out tokens far above the chance of 1 /
-    32."""
+    """Counting token pairs in the training split predicts held-out tokens far better than chance,
+    which is 1 / 32."""
     splits = get_task("synthetic-lm").load()
     counts = torch.zeros(32, 32)
     inputs, targets = splits.train
@@ -218,7 +222,7 @@ def test_synthetic_lm_next_token_follows_from_the_last() -> None:
 # checks of a task's data
 
 
-def own_task(**changes: Split) -> Task:
+def own_task(**changes: Any) -> Task:
     """A task with good data of 7 samples in 3 classes, but for the changed parts."""
     good = (torch.ones(7, 2), torch.tensor([0, 1, 2, 0, 1, 2, 0]))
     splits = replace(Splits(train=good, validation=good, test=good), **changes)
@@ -284,6 +288,40 @@ def test_load_splits_refuses_bad_data_and_names_the_part(part: str, fault: str) 
     split, message = BAD[fault]
     with pytest.raises(ValueError, match=rf"task 'own', {part} data: .*{message}"):
         load_splits(own_task(**{part: split()}))
+
+
+def test_load_splits_takes_data_sets_and_loaders() -> None:
+    data = TensorDataset(torch.ones(4, 2), torch.zeros(4))
+    loader = DataLoader(data, batch_size=2)
+    batches = [(torch.ones(4, 2), torch.zeros(4))]
+    for split in (data, loader, batches):
+        assert load_splits(own_task(train=split)).train is split
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("split", "error", "message"),
+    [
+        (TensorDataset(torch.ones(0, 2)), ValueError, "the data set is empty"),
+        (Dataset(), TypeError, "a data set with a length, got Dataset"),
+        (None, TypeError, "or a loader that gives its batches anew in each epoch, got NoneType"),
+        (iter([]), TypeError, "anew in each epoch, got list_iterator"),
+        ([torch.ones(2)], TypeError, "or a list of batches, got list"),
+        ((torch.ones(2), [0, 1]), TypeError, "or a list of batches, got tuple"),
+        ({"x": torch.ones(2)}, TypeError, "or a list of batches, got dict"),
+    ],
+)
+def test_load_splits_refuses_what_is_no_data(
+    part: str, split: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=rf"task 'own', {part} data: .*{message}"):
+        load_splits(own_task(**{part: split}))
+
+
+def test_load_must_give_splits() -> None:
+    task = replace(own_task(), load=lambda: (1, 2))  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="expected load to return Splits, got"):
+        load_splits(task)
 
 
 # batches

@@ -1,4 +1,7 @@
-"""Events as JSON and as lines: what a run reports, and the sinks that write it."""
+"""Events as JSON and as lines: what a run reports, and the sinks that write it.
+
+Long file: one table of events serves all of these tests.
+"""
 
 import io
 import math

@@ -1,5 +1,4 @@
-"""The hub: every event to every sink, what a level takes, and that none of it changes the
-training."""
+"""The hub: every event to every sink, the events of each level, and no effect on training."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Live progress on a terminal, on the events of a real run."""
+"""Live progress on a terminal, with the events of a real run."""
 
 import io
 from collections.abc import Iterator
@@ -89,3 +89,25 @@ def test_progress_sink_shows_the_number_of_an_epoch_once(run_events: list[Event]
     sink.close()
     (bar,) = [line for line in stream.getvalue().splitlines() if line.startswith("epoch")]
     assert bar.count("7/12") == 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 110])
+@pytest.mark.parametrize("epochs", [75, 100_000])
+def test_a_narrow_terminal_keeps_epoch_bar_and_time(width: int, epochs: int) -> None:
+    """Only the words at the end are cut short; the line stays one line."""
+    stream = io.StringIO()
+    sink = ProgressSink(Console(file=stream, width=width, force_terminal=False))
+    sink.write(Event(EventType.RUN_STARTED, 0, STARTED | {"max_epochs": epochs}))
+    measures = {"loss": 1.23456, "accuracy": 0.5}
+    slots = [{"slot": name, "stage": "PROBATIONARY"} for name in ("early", "mid", "late")]
+    data = {"max_epochs": epochs, "train": measures, "validation": measures, "slots": slots}
+    sink.write(Event(EventType.EPOCH, epochs, data))
+    sink.close()
+    lines = stream.getvalue().splitlines()
+    (bar,) = [line for line in lines if line.startswith("epoch")]
+    assert len(bar) <= width
+    assert lines[-1] == bar
+    assert f" {epochs}/{epochs} " in bar
+    assert bar.count("━") == 20
+    assert " 0:00:00 " in bar
+    assert " validation" in bar

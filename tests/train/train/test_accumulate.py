@@ -1,4 +1,4 @@
-"""Several batches a step: the gradient is that of one batch of all their rows."""
+"""Several batches per step: the gradient equals that of one batch with all their rows."""
 
 from typing import Any
 

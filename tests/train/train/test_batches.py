@@ -1,12 +1,16 @@
 """Batches of a user's own loader, and data that a model or a loss writes over."""
 
+from collections.abc import Callable, Iterable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from esper_train import TrainConfig, evaluate
+from esper_train import TrainConfig, evaluate, train_one_epoch
 from esper_train.train.data import Loader
+from esper_train.train.sources import LoaderSource
 from tests.helpers.linear import INPUTS, TARGETS, linear, train
 
 
@@ -80,3 +84,47 @@ def test_every_variant_is_measured_on_the_same_inputs() -> None:
         variants=variants,
     )
     assert {measured.loss for measured in result.variants.values()} == {result.loss}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda inputs, targets: [(inputs, targets)],
+        lambda inputs, targets: [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])],
+        lambda inputs, targets: DataLoader(
+            TensorDataset(inputs, targets), batch_size=None, sampler=[slice(0, 4), slice(4, 12)]
+        ),
+        lambda inputs, targets: DataLoader(range(2), collate_fn=lambda rows: (inputs, targets)),
+        lambda inputs, targets: LoaderSource([(inputs, targets)]),
+        lambda inputs, targets: [(torch.from_numpy(inputs.numpy()), targets)],
+    ],
+    ids=["list", "views", "slices", "collate_fn", "source", "numpy"],
+)
+def test_data_of_a_users_own_loader_is_left_alone_too(
+    make: Callable[[Tensor, Tensor], Iterable[tuple[Tensor, Tensor]]],
+) -> None:
+    inputs = INPUTS.clone()
+    targets = TARGETS.clone()
+    loader = make(inputs, targets)
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels.clone())
+        labels.zero_()
+        return loss
+
+    model = Subtracts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_one_epoch(
+        model, loader, optimizer, TrainConfig(), task_type="classification", criterion=criterion
+    )
+    evaluate(model, loader, TrainConfig(), task_type="classification")
+    assert torch.equal(inputs, INPUTS)
+    assert torch.equal(targets, TARGETS)
+
+
+def test_gradients_reach_inputs_that_ask_for_them() -> None:
+    """As for saliency: the batch is a copy, and still the caller's own to autograd."""
+    inputs = INPUTS.clone().requires_grad_()
+    train(linear(), [(inputs, TARGETS)])
+    assert inputs.grad is not None
+    assert inputs.grad.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Steps are captured anew exactly when what a graph holds has changed."""
+"""Steps are captured again exactly when something that a graph holds has changed."""
 
 import copy
 import gc

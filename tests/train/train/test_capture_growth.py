@@ -1,4 +1,4 @@
-"""A growing network is captured anew for each structure, and for nothing else."""
+"""A growing network is captured again for each structure, and for nothing else."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""A compiled run that grows: one program a structure and use, none for a changed number, nothing
-shared."""
+"""A compiled run that grows: one program per structure and use, no recompilation for a changed
+number."""
 
 from collections.abc import Iterator
 from dataclasses import replace

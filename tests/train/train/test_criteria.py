@@ -1,4 +1,4 @@
-"""Criteria and steps of a user's own: what runs as it is, and what is refused."""
+"""Criteria and steps of the user's own: what runs unchanged, and what is refused."""
 
 import copy
 import math

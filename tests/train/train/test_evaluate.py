@@ -1,4 +1,4 @@
-"""`evaluate`: what it measures, and that it leaves the model as it was."""
+"""`evaluate`: what it measures, and that it leaves the model unchanged."""
 
 import math
 from dataclasses import replace

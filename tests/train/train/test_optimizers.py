@@ -1,4 +1,4 @@
-"""One optimizer a group: attaching and detaching one leaves the others alone."""
+"""One optimizer per group: attaching or detaching one leaves the others alone."""
 
 import copy
 from typing import Any

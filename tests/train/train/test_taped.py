@@ -1,4 +1,4 @@
-"""`Tape` repeats what a step did: the tests of captured steps would be worth nothing otherwise."""
+"""`Tape` repeats what a step did, on which the tests of captured steps rely."""
 
 import warnings
 

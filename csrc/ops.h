@@ -1,0 +1,84 @@
+// The ops, for any device: puts a call together from torch's arguments, checks it, and lets the device run
+// it. A Device is made from a tensor that is on it and an instruction set, and has the functions that
+// ops_cpu.cpp and ops_cuda.cpp give it.
+#pragma once
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "tensors.h"
+
+namespace esper {
+
+template <class Device>
+void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index,
+                      double label_smoothing, double z_loss, std::optional<double> softcap, int64_t reduction,
+                      std::optional<double> normalizer, int64_t instruction_set, double grad_scale,
+                      MaybeTensor sums, MaybeTensor counts, MaybeTensor ticket, std::vector<int64_t> topk,
+                      MaybeTensor loss, MaybeTensor saved, MaybeTensor out, MaybeTensor label_smoothing_at,
+                      MaybeTensor z_loss_at, MaybeTensor softcap_at, MaybeTensor normalizer_at,
+                      MaybeTensor grad_scale_at) {
+  Device device(logits, instruction_set);
+  Arrays arrays{logits};
+  const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
+                            arrays.number(z_loss, z_loss_at),
+                            arrays.number(grad_scale, grad_scale_at),
+                            arrays.number(softcap.value_or(0), softcap_at),
+                            arrays.number(normalizer.value_or(0), normalizer_at),
+                            softcap || softcap_at,
+                            normalizer || normalizer_at};
+  LossCall call = inputs_of(arrays, logits, targets, weight, ignore_index, numbers);
+  call.reduction = reduction;
+  call.sums = arrays.of(sums);
+  call.counts = arrays.of(counts);
+  call.ticket = arrays.of(ticket);
+  call.topk = std::move(topk);
+  call.loss = arrays.of(loss);
+  call.saved = arrays.of(saved);
+  call.out = arrays.of(out);
+  check(call);
+  Device::check(call);
+  run_usable(call, arrays, logits, targets, weight, out, [&] { device.cross_entropy(call); });
+}
+
+template <class Device>
+void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index,
+                               double label_smoothing, double z_loss, std::optional<double> softcap,
+                               int64_t instruction_set, Tensor grad_output, Tensor saved, Tensor out,
+                               MaybeTensor label_smoothing_at, MaybeTensor z_loss_at,
+                               MaybeTensor softcap_at) {
+  Device device(logits, instruction_set);
+  Arrays arrays{logits};
+  const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
+                            arrays.number(z_loss, z_loss_at),
+                            {1},
+                            arrays.number(softcap.value_or(0), softcap_at),
+                            {},
+                            softcap || softcap_at};
+  LossCall call = inputs_of(arrays, logits, targets, weight, ignore_index, numbers);
+  call.saved = arrays.of(saved);
+  call.out = arrays.of(out);
+  Array gradient = arrays.of(grad_output);
+  arrays.make_usable(grad_output, false, &gradient);
+  check_backward(call, gradient);
+  Device::check(call);
+  run_usable(call, arrays, logits, targets, weight, out,
+             [&] { device.cross_entropy_backward(call, gradient); });
+}
+
+template <class Device>
+void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t instruction_set,
+                   Tensor magnitudes, Tensor counts, Tensor total_norm, Tensor found_inf) {
+  Device device(magnitudes, instruction_set);
+  Arrays arrays{magnitudes};
+  std::vector<Array> gradients;
+  gradients.reserve(tensors.size());
+  for (const Tensor& x : tensors) gradients.push_back(arrays.of(x));
+  const GradStatsOut out = check(
+      gradients, {arrays.of(magnitudes), arrays.of(counts), arrays.of(total_norm), arrays.of(found_inf)});
+  const Number scale = arrays.number(1, inv_scale);
+  for (size_t i = 0; i < tensors.size(); ++i) arrays.make_usable(tensors[i], false, &gradients[i]);
+  device.grad_stats(gradients, scale, out);
+}
+
+}  // namespace esper

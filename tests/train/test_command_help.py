@@ -1,0 +1,88 @@
+"""What the command says about itself, and the packages that each part of it needs."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import esper_kernels
+from esper_train import RunConfig, cli
+from tests.helpers.command import fails
+
+
+@pytest.mark.parametrize(
+    ("command", "packages"),
+    [("heuristic", ["tyro", "rich", "matplotlib"]), ("fit", ["tyro"]), ("report", ["matplotlib"])],
+)
+def test_missing_packages_name_the_extra(
+    command: str,
+    packages: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    code, text = fails(capsys, command, ".")
+    assert code == 2
+    needed = ", ".join(packages)
+    assert f"{command} needs {needed}: pip install 'esper-kernels[train]'" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_needs_no_extra_to_say_what_it_is() -> None:
+    """As after `pip install .`, beside torch alone."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('tyro', 'rich', 'matplotlib', 'sklearn'));"
+        "from esper_train.cli import main;"
+        "sys.exit(main(['--help']) + main(['--version']) + main(['info']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"esper-train {esper_kernels.__version__}" in done.stdout
+    assert "pip install 'esper-kernels[train]'" in done.stdout
+    assert torch.__version__ in done.stdout
+
+
+def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "cross_entropy" in printed
+    assert "eager" in printed
+
+
+def test_info_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    choices = {(c["op"], c["device_type"], c["dtype"]): c["backend"] for c in found["choices"]}
+    for choice in esper_kernels.info().choices:
+        assert choices[choice.op, choice.device_type, choice.dtype] == choice.backend
+
+
+def test_the_documents_name_the_options_that_are_no_settings() -> None:
+    """Every other option is a key of the TOML file."""
+    text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"Each is also a key[^.]*, except ([^:]*):", text)
+    own = {f.name for f in fields(cli._Options)} - {f.name for f in fields(RunConfig)}
+    assert set(re.findall("`--([a-z]+)`", sentence)) == own
+
+
+def test_help_says_what_a_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, words in (("heuristic", "Grow a network"), ("fit", "without slots")):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+        assert words in capsys.readouterr().out.splitlines()[2]
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("heuristic", "fit", "info"))
