@@ -66,5 +66,5 @@ def test_frozen_parameters_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_training_where_autograd_is_off_is_refused(mode: type) -> None:
-    with mode(), pytest.raises(ValueError, match=r"leave torch\.no_grad"):
+    with mode(), pytest.raises(ValueError, match="no_grad"):
         train(Normed(), [(INPUTS, TARGETS)])

@@ -69,22 +69,20 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "named"),
     [
-        (lambda y: (y, y), "tuple"),
-        (lambda y: {"logits": y}, "dict"),
-        (lambda y: None, "NoneType"),
+        (lambda y: (None, y), "tuple"),
+        (lambda y: {"scores": y}, "dict"),
+        (lambda y: None, "None"),
         (lambda y: y.detach().numpy(), "ndarray"),
     ],
 )
 def test_an_output_that_is_no_tensor_is_named(wrap: Callable[[Tensor], object], named: str) -> None:
     model = Returns(wrap)
     for run in (train, lambda *a: evaluate(*a, TrainConfig(), task_type="classification")):
-        with pytest.raises(TypeError, match=f"expects logits .* got a {named} from the model"):
+        with pytest.raises(TypeError, match=f"expected logits .* got .*{named}.* from the model"):
             run(model, [GOOD])
 
 
-@pytest.mark.parametrize(
-    "batch", [..., False, (), 0, "ab", (INPUTS.numpy(), TARGETS.numpy())], ids=repr
-)
+@pytest.mark.parametrize("batch", [..., False, (), 0, "ab"], ids=repr)
 def test_an_odd_batch_does_not_end_the_epoch(batch: object) -> None:
     with pytest.raises(TypeError, match="expected batches"):
         train(linear(), [GOOD, batch, GOOD])
