@@ -43,6 +43,7 @@ from esper_train.run.episode import Episode
 from esper_train.run.epoch import Epoch
 from esper_train.train.capture import Capture
 from esper_train.train.loop import train_one_epoch
+from esper_train.train.optimizers import OptimizerRegistry
 from tests.helpers.scripted import Script, germinate
 from tests.helpers.taped import Tape, assert_same
 
@@ -246,7 +247,7 @@ def test_a_seed_learns_from_its_own_effect() -> None:
         train_one_epoch(
             model,
             [(inputs, targets)],
-            NoSteps(episode),  # type: ignore[arg-type]
+            NoSteps(episode),
             replace(meter_config, kernel=replace(meter_config.kernel, backend="eager")),
             task_type="classification",
             learners=[learner],
@@ -263,10 +264,11 @@ def test_a_seed_learns_from_its_own_effect() -> None:
         torch.testing.assert_close(ours, by_hand, rtol=1e-9, atol=1e-12)
 
 
-class NoSteps:
+class NoSteps(OptimizerRegistry):
     """Optimizers that leave everything as it is."""
 
     def __init__(self, episode: Episode) -> None:
+        super().__init__()
         self._groups = episode.optimizers.parameters()
 
     def parameters(self) -> dict[str, list[Tensor]]:
