@@ -40,7 +40,7 @@ sys.modules.update({"esper_kernels": None, "esper_train": None})
 import torch
 program = torch.export.load(sys.argv[1]).module()
 inputs, expected = torch.load(sys.argv[2])
-assert torch.equal(program(inputs), expected)
+torch.testing.assert_close(program(inputs), expected)  # with another number of threads
 """
 
 
