@@ -1,4 +1,4 @@
-"""What does a seed in TRAINING cost, in time and in multiply-adds?
+"""What a seed in TRAINING costs, in time and in multiply-adds.
 
     python -m benchmarks seed_cost
 
