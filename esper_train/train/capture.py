@@ -148,7 +148,7 @@ class Capture:
             self._steps: Any = make()
             self._replays: dict[bool, Work] = {}  # by whether the step measures
             self._warm: Counter[bool] = Counter()
-            self._batches: list[Batch] = []  # of a step, where its graphs find them
+            self._held: list[Batch] = []  # of a step, where its graphs find them
             self._form: object = None  # of these batches
             self._memory: list[Tensor] = []  # of the run, that graphs use: nobody else may get it
             self._lrs = [group["lr"] for group in self._groups]
@@ -170,22 +170,21 @@ class Capture:
         """One step on these batches, wherever they are."""
         self._update_rates()
         form = form_of(group)
-        if not self._batches:
+        if not self._held:
             self._form = form
-            self._batches = [moved(cloned(batch), self._device) for batch in group]
+            self._held = [moved(cloned(batch), self._device) for batch in group]
         if form != self._form:
             self._run_eagerly(moved(group, self._device), measure, OTHER_SHAPE)
             return
-        copies = zip(tensors(self._batches), tensors(group), strict=True)
-        for static, part in copies:
+        for static, part in zip(tensors(self._held), tensors(group), strict=True):
             static.copy_(part, non_blocking=True)
         if self._warm[measure] < WARM_UP:
             self._warm[measure] += 1
-            self._run_eagerly(self._batches, measure, WARMING_UP)
+            self._run_eagerly(self._held, measure, WARMING_UP)
             return
         if measure not in self._replays:
             with self._rates_on_device(capturable=True):
-                work = partial(self._steps, self._batches, measure)
+                work = partial(self._steps, self._held, measure)
                 self._replays[measure] = self._graphs.record(work)
         self._replays[measure]()
         self.replayed += 1

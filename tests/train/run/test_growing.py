@@ -244,7 +244,7 @@ class Lives(RuleBasedStateMachine):
                 tolerance=100.0,
             )
             slot.observe(measured)
-            for change in slot.step_epoch():
+            for change in slot.step_epoch(patience=3):
                 follow_optimizers(self.episode, change, 0)
 
     @invariant()
