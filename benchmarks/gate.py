@@ -1,4 +1,4 @@
-"""Does a seed that passes G2 help on rows that no decision saw? Three slots, several seeds.
+"""Test accuracy that a seed would bring when it passes G2, for three slots and several seeds.
 
     python -m benchmarks gate    # digits, 3 slots x 6 seeds
 
