@@ -101,6 +101,7 @@ def test_event_types_are_the_words_in_the_files() -> None:
         "undone",
         "seed_cost",
         "layer_gradients",
+        "inexact_resume",
         "run_finished",
     ]
 
