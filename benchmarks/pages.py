@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cpu, epoch, gate, growth, record
+from benchmarks import cpu, epoch, gate, growth, record, seed_cost
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/benchmarks.md")
@@ -25,6 +25,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "epoch": ("epoch", epoch.table),
     "growth on digits": ("growth-digits", growth.table),
     "gate": ("gate", gate.table),
+    "seed cost": ("seed-cost", seed_cost.table),
 }
 """The results and the function that make each table."""
 BARS = {"eager PyTorch": ("eager", "#9aa5b1"), "torch.compile": ("compile", "#5b7c99")}

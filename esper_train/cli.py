@@ -96,7 +96,7 @@ def _dispatch(command: str, arguments: Sequence[str]) -> None:
     else:
         options = _parse(command, arguments)
         config = options.run_config()
-        if options.resume and options.out:
+        if options.resume is not None and options.out is not None:
             raise ValueError("--resume continues in the directory that it names; leave out --out")
         with StopRequest() as stop:
             _run(config, command, stop, options)
@@ -138,7 +138,7 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     finder.add_argument("--resume")
     given = finder.parse_known_args(arguments)[0]
     task = given.task or (load_toml(given.config).task if given.config else RunConfig().task)
-    run = load_config(Path(given.resume)) if given.resume else preset(task)
+    run = load_config(Path(given.resume)) if given.resume is not None else preset(task)
     run = run if given.config is None else load_toml(given.config, base=run)
     default = _Options(**{f.name: getattr(run, f.name) for f in fields(RunConfig)})
     return tyro.cli(
@@ -202,7 +202,7 @@ def _report(arguments: Sequence[str]) -> None:
 def _run(config: RunConfig, mode: str, stop: StopRequest, options: _Options) -> None:
     task = import_task(config.task) if is_place(config.task) else None
     name = task.name if task else config.task
-    out = options.resume or options.out
+    out = options.out if options.resume is None else options.resume
     job = Job(
         mode=mode,
         task=task,
@@ -214,7 +214,7 @@ def _run(config: RunConfig, mode: str, stop: StopRequest, options: _Options) -> 
         stop=stop,
     )
     new = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{mode}-{name}"
-    run_job(config, job, Path(out or new), numbered=out is None)
+    run_job(config, job, Path(new if out is None else out), numbered=out is None)
 
 
 def _display() -> Sink:

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import count, islice, takewhile
+from itertools import count, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -310,13 +310,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def cut_back(path: Path, epoch: int) -> None:
     """Cut a run's metrics back to the end of an epoch, 0 for nothing at all: a resumed run reports
-    the rest itself."""
+    the rest itself. `ValueError` where an epoch is there twice, or before an earlier one."""
     events = read_metrics(path) if epoch else []
     kept = list(
         takewhile(
             lambda event: event["epoch"] <= epoch and event["event"] != "run_finished", events
         )
     )
+    epochs = [event["epoch"] for event in kept if event["event"] == "epoch"]
+    for before, after in pairwise(epochs):
+        if after <= before:
+            raise ValueError(
+                f"{path / METRICS} has epoch {after} after epoch {before}, so it was changed; "
+                "bring back what the run wrote, or start the run anew"
+            )
     with (path / METRICS).open("a+b") as file:
         file.seek(0)
         file.truncate(sum(map(len, islice(file, len(kept)))))

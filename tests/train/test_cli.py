@@ -128,6 +128,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         ),
         (["fit", *QUICK, "--seed", str(-(2**63) - 1)], "seed must be at least -2**63"),
         (["fit", "--config", "no-such-file.toml"], "no-such-file.toml"),
+        (["fit", *QUICK, "--resume", ""], "has no config.json"),  # as from an unset variable
     ],
 )
 def test_what_cannot_work_is_refused_with_a_way_out(
@@ -142,6 +143,17 @@ def test_what_cannot_work_is_refused_with_a_way_out(
     assert code == 2
     assert message in text
     assert list(tmp_path.iterdir()) == []  # nothing half-made is left behind
+
+
+def test_an_empty_out_is_the_directory_that_we_are_in_and_no_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").touch()
+    monkeypatch.chdir(tmp_path)
+    code, text = fails(capsys, "fit", *QUICK, "--out", "")
+    assert code == 2
+    assert "exists and is not empty" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

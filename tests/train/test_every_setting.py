@@ -66,7 +66,6 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("GrowthConfig", "fossilize_contribution"): NUMBER,
     ("GrowthConfig", "fossilize_errors"): {"1"},
     ("GrowthConfig", "harm"): {"1"},
-    ("GrowthConfig", "harm_patience"): {"1"},
     ("GrowthConfig", "embargo_epochs"): {"1"},
     ("GrowthConfig", "undo_wait"): {"1"},
     ("GrowthConfig", "undo_wait_ceiling"): {"1"},

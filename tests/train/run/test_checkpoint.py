@@ -86,7 +86,7 @@ def test_a_checkpoint_from_before_data_had_a_state_is_read(whole: Path) -> None:
     restore(state, episode)
     assert episode.epoch == 6
     del state["parts"]["tracker"]
-    with pytest.raises(ValueError, match="does not fit the run that was built: 'tracker'"):
+    with pytest.raises(ValueError, match="does not fit the run that was built: tracker: 'tracker'"):
         restore(state, episode)
 
 

@@ -93,6 +93,26 @@ def test_a_gap_between_metrics_and_checkpoint_is_refused(
     assert contents(directory) == before
 
 
+@pytest.mark.parametrize("damage", ["twice", "swapped"])
+def test_metrics_that_have_an_epoch_twice_or_out_of_order_are_refused(
+    damage: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = stopped_after(7, whole, tmp_path / "run")
+    metrics = directory / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    places = [i for i, line in enumerate(lines) if b'"event": "epoch"' in line]
+    second, third = places[1:3]
+    if damage == "twice":
+        lines.insert(second, lines[second])
+    else:
+        lines[second], lines[third] = lines[third], lines[second]
+    metrics.write_bytes(b"".join(lines))
+    before = contents(directory)
+    assert resume(directory) == 2
+    assert "has epoch 2 after epoch" in capsys.readouterr().err
+    assert contents(directory) == before
+
+
 def test_metrics_cut_to_an_older_checkpoint_are_gone_on_from(whole: Path, tmp_path: Path) -> None:
     """As the refusal says, once the newer checkpoints are removed."""
     directory = stopped_after(3, whole, tmp_path / "run")

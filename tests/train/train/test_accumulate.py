@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from esper_kernels.testing import SyncCounter
 from esper_train import AmpConfig, GradConfig, TrainConfig, train_one_epoch
-from tests.helpers.linear import linear
+from esper_train.base.settings import from_dict
+from tests.helpers.linear import INPUTS, TARGETS, linear, sgd, train
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.25])
 
@@ -177,3 +178,31 @@ def test_accumulated_gradients_are_those_of_all_valid_rows(
     F.cross_entropy(plain(inputs), valid, weight=weight).backward()
     torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
     assert result.bad_targets == len(bad)
+
+
+ALL_IGNORED = torch.full((6,), -100)
+
+
+@pytest.mark.parametrize(
+    ("targets", "criterion", "policy"),
+    [
+        (torch.tensor([0, -100, 1, 99, 1, 0]), None, "warn"),
+        (torch.cat([ALL_IGNORED[:3], TARGETS[3:]]), None, "stop"),
+        (TARGETS, nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 2.0])), "stop"),
+        (TARGETS, nn.CrossEntropyLoss(ignore_index=1, label_smoothing=0.2), "stop"),
+    ],
+    ids=["ignored and bad", "a batch of ignored rows", "a class of weight 0", "an ignored class"],
+)
+def test_a_step_over_ragged_batches_divides_by_what_counts(
+    targets: Tensor, criterion: nn.CrossEntropyLoss | None, policy: str
+) -> None:
+    ours, plain = linear(), linear()
+    parts = [(INPUTS[:3], targets[:3]), (INPUTS[3:4], targets[3:4]), (INPUTS[4:], targets[4:])]
+    config = from_dict(TrainConfig, {"accumulate": 3, "on_bad_numbers": policy})
+    train(ours, parts, config, criterion=criterion)
+    valid = (targets == -100) | (targets < 3)
+    loss = (criterion or nn.CrossEntropyLoss())(plain(INPUTS[valid]), targets[valid])
+    optimizer = sgd(plain)
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(ours.weight, plain.weight)
