@@ -22,6 +22,16 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch's compiler makes other code for one thread, which hid a fault of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_loss_equals_eager_and_schedules_do_not_recompile(

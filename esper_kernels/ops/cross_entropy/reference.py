@@ -165,7 +165,9 @@ def backward(
         nothing = (grad <= LOWEST_EXPONENT) & row_log_sum.isfinite()[..., None]
         grad.masked_fill_(nothing, -torch.inf)
     grad.sub_(row_log_sum[..., None]).exp_().mul_(of_softmax[..., None])
-    grad.scatter_add_(-1, rows.target[..., None], -at_target[..., None])
+    # No scatter: torch's compiler loses it beside what follows when it uses several threads.
+    is_target = torch.arange(x.shape[-1], device=x.device) == rows.target[..., None]
+    grad.sub_(torch.where(is_target, at_target[..., None], 0.0))
     if _is_on(e):
         grad.addcmul_(everywhere[..., None], weights, value=-1)
     if options.softcap is not None:
