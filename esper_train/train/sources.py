@@ -226,7 +226,8 @@ class LoaderSource:
 
 
 class ReadSource:
-    """The batches of another source as (inputs, targets) on `device`, changed there by `augment`.
+    """The batches of another source as (inputs, targets) on `device`, changed there by `augment`,
+    which may write over what it gets.
 
     `read` is as in `build_train_step`.
     """
@@ -243,6 +244,7 @@ class ReadSource:
         self._device = device
         self._read = read_batch if read is None else partial(read_by, read)
         self._augment = augment
+        self._copies = augment is not None and not getattr(source, "gives_copies", False)
         self.inexact = source.inexact
 
     def __iter__(self) -> Iterator[Batch]:
@@ -254,7 +256,7 @@ class ReadSource:
 
     def _on_device(self, batch: Any) -> Batch:
         inputs, targets = self._read(batch)
-        return moved(inputs, self._device), moved(targets, self._device)
+        return tuple(moved(part, self._device, self._copies) for part in (inputs, targets))
 
     def length(self) -> int | None:
         return self._source.length()

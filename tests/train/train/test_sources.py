@@ -232,6 +232,20 @@ def test_augmentation_draws_from_the_runs_numbers() -> None:
     assert torch.equal(data[0], torch.ones(6, 2))
 
 
+def test_augmentation_in_place_leaves_the_data_alone() -> None:
+    batches = [(torch.ones(4, 2), torch.zeros(4)) for _ in range(2)]
+
+    def negate(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs.neg_(), targets.add_(1)
+
+    source = ReadSource(make_source(batches, 4), torch.device("cpu"), augment=negate)
+    for _ in range(2):
+        for inputs, targets in source:
+            assert (inputs == -1).all()
+            assert (targets == 1).all()
+    assert all((inputs == 1).all() and (targets == 0).all() for inputs, targets in batches)
+
+
 def test_batches_are_read_by_the_callers_function() -> None:
     batches = [{"pixels": torch.ones(2, 3), "extra": 1, "kind": torch.tensor([0, 1])}]
     source = ReadSource(LoaderSource(batches), CPU, read=lambda b: (b["pixels"], b["kind"]))
