@@ -7,7 +7,8 @@ first everywhere.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -21,11 +22,22 @@ from esper_kernels.meter import COUNTS, SUMS, Meter
 NATIVE = ("cpp", "cuda")  # backends whose ops check their arguments
 _Result = TypeVar("_Result")
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+# An op converts options of other types to numbers where it can, and so cannot refuse True.
+_PLAIN_OPTIONS = frozenset({NoneType, int, float, str, Tensor, torch.nn.Parameter})
 
 
-def serve(backend: str, run: Callable[[], _Result], find_fault: Callable[[], None]) -> _Result:
+def serve(
+    backend: str,
+    options: Iterable[object],
+    run: Callable[[], _Result],
+    find_fault: Callable[[], None],
+) -> _Result:
     """Call a backend; find_fault raises the error that names what is wrong with the arguments."""
-    if backend not in NATIVE or torch.compiler.is_compiling():
+    if (
+        backend not in NATIVE
+        or torch.compiler.is_compiling()
+        or not _PLAIN_OPTIONS.issuperset(map(type, options))
+    ):
         find_fault()
         return run()
     try:
@@ -209,38 +221,49 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer goes with reduction='mean' only, got reduction={reduction!r}")
-    if not isinstance(options["ignore_index"], int):
-        raise TypeError(f"ignore_index must be an int, got {options['ignore_index']!r}")
-    if not -(2**63) <= options["ignore_index"] < 2**63:
-        raise ValueError(f"ignore_index must fit into 64 bits, got {options['ignore_index']}")
-    check_number("normalizer", normalizer, logits)
-    check_number("label_smoothing", options["label_smoothing"], logits, high=1.0)
-    check_number("z_loss", options["z_loss"], logits)
-    if isinstance(softcap, Tensor) or softcap == 0:
-        raise ValueError(f"softcap must be None or a number above 0, got {softcap!r}")
-    # what float32 can hold, which is what the kernels compute in
-    check_number("softcap", softcap, logits, low=2.0**-149, high=torch.finfo(torch.float32).max)
+    check_integer("ignore_index", options["ignore_index"])
+    check_number_or_tensor("label_smoothing", options["label_smoothing"], logits, high=1.0)
+    check_number_or_tensor("z_loss", options["z_loss"], logits)
+    if normalizer is not None:
+        check_number_or_tensor("normalizer", normalizer, logits)
+    if softcap is not None:
+        # In float32, logit / softcap leaves the normal numbers outside of this range.
+        check_number("softcap (None for no cap)", softcap, low=2.0**-100, high=2.0**100)
 
 
-def check_number(
+def check_integer(name: str, value: object) -> None:
+    """A Python int of at most 64 bits, not a bool."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
+
+
+def check_number(name: str, value: object, low: float = 0.0, high: float = torch.inf) -> None:
+    """A Python number in [low, high]: an int or a float (np.float64 is one), not a bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be an int or a float, got {describe(value)}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be a number that a float can hold, got {value}")
+    if not low <= value <= high:  # NaN too
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def check_number_or_tensor(
     name: str, value: object, logits: Tensor, low: float = 0.0, high: float = torch.inf
 ) -> None:
-    """A number in [low, high], None, or a 0-d tensor, which is not looked at."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or value.device not in (logits.device, torch.device("cpu")):
-            raise ValueError(
-                f"{name} as a tensor must be 0-d and on {logits.device} or the CPU, got "
-                f"{describe(value)}"
-            )
-        if value.is_complex():
-            raise TypeError(f"{name} must be a real number, got {describe(value)}")
-        check_storage(name, value)
-    elif value is not None and not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {describe(value)}")
-    elif isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise ValueError(f"{name} must be a number that a float can hold, got {value}")
-    elif value is not None and not low <= value <= high:  # NaN too
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    """A number in [low, high], or a 0-d tensor, whose value is not looked at."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, low, high)
+        return
+    if value.dim() != 0 or value.device not in (logits.device, torch.device("cpu")):
+        raise ValueError(
+            f"{name} as a tensor must be 0-d and on {logits.device} or the CPU, got "
+            f"{describe(value)}"
+        )
+    if value.is_complex():
+        raise TypeError(f"{name} must be a real number, got {describe(value)}")
+    check_storage(name, value)
 
 
 def check_out(out: Tensor, logits: Tensor) -> None:

@@ -50,7 +50,8 @@ def cross_entropy(
         raise IndexError on the CPU; elsewhere they get zero gradient, and `meter` counts them or
         the loss is NaN.
     weight: [V] floating, the class weights. label_smoothing in [0, 1] and z_loss >= 0: numbers or
-        0-d tensors. None of these gets a gradient.
+        0-d tensors. None of these gets a gradient. A number is an int or a float, not a bool.
+    softcap: None, or a number in [2**-100, 2**100].
     reduction: "mean" divides the sum over valid rows by `normalizer`, by default the sum of their
         weights; if that is 0, the loss is NaN and the gradient 0. "sum", or "none": one loss per
         row, 0 if ignored.
@@ -85,7 +86,10 @@ def cross_entropy(
             return loss
         return _MODULES[backend].forward(logits, targets, run_options, meter, False)[0]
 
-    return checks.serve(backend, run, lambda: _find_fault(backend, logits, targets, meter, options))
+    def find_fault() -> None:
+        _find_fault(backend, logits, targets, meter, options)
+
+    return checks.serve(backend, options, run, find_fault)
 
 
 def cross_entropy_step(
@@ -130,9 +134,9 @@ def cross_entropy_step(
     checks.refuse_transforms("cross_entropy_step", logits)
     compiling = torch.compiler.is_compiling()
     given_out = out
-    if class_dim != -1:
-        logits = _classes_last(logits, class_dim)
-        out = None if out is None else _classes_last(out, class_dim)
+    logits = _classes_last(logits, class_dim)
+    if class_dim != -1 and out is not None:
+        out = _classes_last(out, class_dim)
     backend = _choose(logits, targets, meter, config)
     if reduction == "none":
         raise ValueError(
@@ -150,7 +154,8 @@ def cross_entropy_step(
 
     def find_fault() -> None:
         _find_fault(backend, logits, targets, meter, options)
-        checks.check_number("grad_scale", grad_scale, logits, low=-torch.inf)
+        if grad_scale is not None:
+            checks.check_number_or_tensor("grad_scale", grad_scale, logits, low=-torch.inf)
         if inplace:
             checks.check_writable("logits with inplace=True", logits)
         elif out is not None:
@@ -159,7 +164,7 @@ def cross_entropy_step(
             read = {**options._asdict(), "targets": targets, "grad_scale": grad_scale}
             checks.check_apart(written, read)
 
-    grad = checks.serve(backend, run, find_fault)
+    grad = checks.serve(backend, (*options, grad_scale), run, find_fault)
     if written is not None and not compiling:
         torch.autograd.graph.increment_version(written)
     if class_dim == -1:
@@ -193,10 +198,9 @@ def record_loss(
 
 
 def _classes_last(x: Tensor, class_dim: int) -> Tensor:
+    checks.check_integer("class_dim", class_dim)
     if class_dim == -1:
         return x
-    if type(class_dim) is not int:
-        raise TypeError(f"class_dim must be an int, got {class_dim!r}")
     checks.check_dense("logits", x)
     if not -x.dim() <= class_dim < x.dim():
         raise ValueError(

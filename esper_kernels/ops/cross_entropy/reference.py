@@ -229,7 +229,7 @@ def _capped(logits: Tensor, softcap: Number | None) -> Tensor:
 
 
 def _factor(value: Number, x: Tensor) -> Number:
-    return value.to(x.dtype) if isinstance(value, Tensor) else value
+    return value.to(x.dtype) if isinstance(value, Tensor) else float(value)  # of numpy too
 
 
 def _is_on(factor: Number) -> bool:

@@ -48,8 +48,8 @@ def grad_stats(
     Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is
     not.
     """
-    for name, threshold in (("vanishing", vanishing), ("exploding", exploding)):
-        _check_magnitude(name, threshold)
+    checks.check_number("vanishing", vanishing)
+    checks.check_number("exploding", exploding)
     tensors, groups = _flatten(grads)
     stats = _measure_natively(tensors, inv_scale, out, config)
     if stats is None:
@@ -122,7 +122,7 @@ def clip_grad_norm_(
 
     Returns the norm before clipping, float64 [].
     """
-    _check_magnitude("max_norm", max_norm)
+    checks.check_number("max_norm", max_norm)
     with_grad = [
         p for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None
     ]
@@ -189,13 +189,6 @@ def _check(
         _check_result(out, len(tensors), device)
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return device, torch.float64 if wide else torch.float32
-
-
-def _check_magnitude(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not value >= 0:  # NaN too
-        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> None:
