@@ -434,3 +434,58 @@ def test_clip_takes_a_generator_and_a_single_tensor(config: KernelConfig) -> Non
         (p for p in model.parameters()), 9.0, config=config
     ).item() == pytest.approx(1.0)
     assert clip_grad_norm_(model.weight, 9.0, config=config) < 1
+
+
+def test_clip_counts_a_parameter_that_comes_twice_once(config: KernelConfig) -> None:
+    """torch would give a norm of sqrt(50) and scale the gradient twice, to a norm of 0.1."""
+    tied = parameter(tensor(3.0, 4.0))
+    norm = clip_grad_norm_([tied, parameter(None), tied], 1.0, config=config)
+    assert norm.item() == 5
+    assert tied.grad is not None
+    assert tied.grad.tolist() == pytest.approx([0.6, 0.8])
+    stats = grad_stats([tied.grad], config=config)
+    assert clip_grad_norm_([tied, tied], 0.5, stats=stats, config=config).item() == pytest.approx(1)
+    assert tied.grad.tolist() == pytest.approx([0.3, 0.4], rel=1e-5)
+    with pytest.raises(ValueError, match="stats are of 2 tensors .* params have 1 gradients"):
+        twice = grad_stats([tied.grad, tied.grad], config=config)
+        clip_grad_norm_([tied, tied], 0.5, stats=twice, config=config)
+
+
+def test_clip_of_an_empty_generator_warns_as_torch_does(config: KernelConfig) -> None:
+    used_up = (p for p in [parameter(tensor(3.0))])
+    assert clip_grad_norm_(used_up, 1.0, config=config).item() == 3
+    with pytest.warns(UserWarning, match="empty generator"):
+        assert clip_grad_norm_(used_up, 1.0, config=config).item() == 0
+    with pytest.warns(UserWarning, match="empty generator"):
+        torch.nn.utils.clip_grad_norm_(used_up, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda model: model,
+        lambda model: model.named_parameters(),
+        lambda model: dict(model.named_parameters()),
+        lambda model: [*model.parameters(), None],
+        lambda model: 3.0,
+    ],
+    ids=["module", "named", "dict", "None among them", "number"],
+)
+def test_clip_refuses_what_is_no_tensor(config: KernelConfig, wrong: Any) -> None:
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(TypeError, match="params must be a tensor or an iterable of tensors"):
+        clip_grad_norm_(wrong(model), 1.0, config=config)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_clip_of_a_gradient_that_has_a_graph(config: KernelConfig) -> None:
+    leaf = torch.nn.Parameter(torch.ones(2))
+    (leaf.square() * tensor(3.0, 4.0)).sum().backward(create_graph=True)
+    graph = leaf.grad
+    assert graph is not None
+    assert graph.requires_grad
+    assert clip_grad_norm_([leaf], 1.0, config=config).item() == 10
+    assert torch.is_grad_enabled()
+    assert leaf.grad is graph
+    assert graph.detach().norm().item() == pytest.approx(1.0)

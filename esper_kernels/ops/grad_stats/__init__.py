@@ -4,7 +4,8 @@
 the definition. Call them after backward, outside a compiled region.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -112,6 +113,9 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients of `params` in place by min(1, max_norm / (norm + 1e-6)).
 
+    params: tensors, or one. A tensor that comes twice, as tied weights may, counts once; torch
+        would count its norm twice and scale it twice. As in torch, those without a gradient are
+        left out, and an empty generator warns.
     max_norm: a number >= 0; infinity clips nothing.
     stats: what `grad_stats` measured on these gradients, in any order, so that they are not read
         again for the norm; ValueError if the sizes differ. With an inv_scale, it is the norm of the
@@ -123,9 +127,7 @@ def clip_grad_norm_(
     Returns the norm before clipping, float64 [].
     """
     checks.check_number("max_norm", max_norm)
-    with_grad = [
-        p for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None
-    ]
+    with_grad = [p for p in _distinct(params) if p.grad is not None]
     grads = [p.grad for p in with_grad if p.grad is not None]
     if stats is None:
         stats = grad_stats(grads, config=config)
@@ -149,6 +151,26 @@ def clip_grad_norm_(
         members = [p for p in with_grad if p.grad is not None and p.grad.dtype == dtype]
         torch.nn.utils.clip_grads_with_norm_(members, max_norm, norm)
     return total_norm
+
+
+def _distinct(params: object) -> list[Tensor]:
+    """Each tensor once, in the order in which they come."""
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        members = [params]
+    else:
+        members = list(params)
+    for p in members:
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                "params must be a tensor or an iterable of tensors, such as model.parameters(), "
+                f"got {checks.describe(p)}"
+            )
+    if not members and isinstance(params, Generator):
+        warnings.warn(
+            "params is an empty generator, so nothing is clipped; was it used up before?",
+            stacklevel=3,
+        )
+    return list({id(p): p for p in members}.values())
 
 
 def _check(
