@@ -110,11 +110,14 @@ def test_what_is_no_python_number_is_refused_by_every_option(
 @pytest.mark.parametrize("name", ["reduction", "backend", "instruction_set"])
 @pytest.mark.parametrize("value", [True, 0, None, b"mean", ["mean"], {}])
 def test_what_is_no_name_is_refused(config: KernelConfig, name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    def use() -> None:
         if name == "reduction":
             cross_entropy(X, T, reduction=value, config=config)
         else:
             KernelConfig(**{name: value})
+
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        use()
 
 
 @pytest.mark.parametrize("name", [*LOSS_NUMBERS, "grad_scale"])

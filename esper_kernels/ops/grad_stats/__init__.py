@@ -153,24 +153,24 @@ def clip_grad_norm_(
     return total_norm
 
 
-def _distinct(params: object) -> list[Tensor]:
+def _distinct(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """Each tensor once, in the order in which they come."""
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        members = [params]
-    else:
-        members = list(params)
+    alone = isinstance(params, Tensor) or not isinstance(params, Iterable)
+    members = [params] if alone else list(params)
+    distinct: dict[int, Tensor] = {}
     for p in members:
         if not isinstance(p, Tensor):
             raise TypeError(
                 "params must be a tensor or an iterable of tensors, such as model.parameters(), "
                 f"got {checks.describe(p)}"
             )
+        distinct[id(p)] = p
     if not members and isinstance(params, Generator):
         warnings.warn(
             "params is an empty generator, so nothing is clipped; was it used up before?",
             stacklevel=3,
         )
-    return list({id(p): p for p in members}.values())
+    return list(distinct.values())
 
 
 def _check(
