@@ -385,18 +385,10 @@ def test_different_devices_are_all_named(
             call()
 
 
-def test_dtensor_is_refused_by_name(config: KernelConfig) -> None:
-    class DTensor(Tensor):
-        """Stands for torch.distributed.tensor.DTensor, which needs a process group."""
-
-    with pytest.raises(TypeError, match=r"to_local.*DTensor"):
-        cross_entropy(X.as_subclass(DTensor), T, config=config)
-
-
 def test_meta_tensors_give_shapes(config: KernelConfig) -> None:
     logits = torch.empty(4, 5, device="meta", requires_grad=True)
     targets = torch.empty(4, dtype=torch.int64, device="meta")
-    if config.backend != "eager":
+    if config.backend == "triton":
         with pytest.raises(ValueError, match="not on meta"):
             cross_entropy(logits, targets, config=config)
         return

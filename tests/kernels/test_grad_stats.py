@@ -286,8 +286,8 @@ def test_out_of_another_layout_is_refused(config: KernelConfig) -> None:
         (
             [torch.ones(2)],
             {"inv_scale": torch.ones(1)},
-            TypeError,
-            "inv_scale must be a 0-d tensor",
+            ValueError,
+            "inv_scale as a tensor must be 0-d",
         ),
         ([torch.ones(2)], {"inv_scale": 0.5}, TypeError, "inv_scale must be a 0-d tensor"),
         (
@@ -303,14 +303,6 @@ def test_wrong_input_is_named(
 ) -> None:
     with pytest.raises(error, match=words):
         grad_stats(grads, **options, config=config)
-
-
-def test_dtensor_is_refused_by_name(config: KernelConfig) -> None:
-    class DTensor(Tensor):
-        """Stands for torch.distributed.tensor.DTensor, which needs a process group."""
-
-    with pytest.raises(TypeError, match=r"to_local.*DTensor"):
-        grad_stats([torch.ones(2).as_subclass(DTensor)], config=config)
 
 
 def test_same_bits_at_any_thread_count(config: KernelConfig) -> None:

@@ -52,6 +52,10 @@ def grad_stats(
     checks.check_number("vanishing", vanishing)
     checks.check_number("exploding", exploding)
     tensors, groups = _flatten(grads)
+    first = next((x for x in tensors if x is not None), None)
+    checks.refuse_transforms("grad_stats", first, instead="linalg.vector_norm")
+    if isinstance(out, GradStats):
+        checks.refuse_inference("out", out.found_inf)
     stats = _measure_natively(tensors, inv_scale, out, config)
     if stats is None:
         device, dtype = _check(tensors, inv_scale, out)
@@ -90,7 +94,8 @@ def _measure_natively(
     """The statistics from a compiled op, which checks the tensors itself; None if it refuses
     them."""
     first = next((x for x in tensors if x is not None), None)
-    if not isinstance(first, Tensor) or not all(x is None or type(x) in _PLAIN for x in tensors):
+    given = (*tensors, inv_scale)
+    if not isinstance(first, Tensor) or not all(x is None or type(x) in _PLAIN for x in given):
         return None  # a subclass may mean something else by its memory
     choice = select_backend("grad_stats", first.device.type, torch.float32, config)
     if choice.name not in checks.NATIVE:
@@ -197,16 +202,12 @@ def _check(
             )
     if device is None:
         device = torch.device("cpu") if out is None else out.found_inf.device
-    if inv_scale is not None and (not isinstance(inv_scale, Tensor) or inv_scale.dim() != 0):
-        raise TypeError(f"inv_scale must be a 0-d tensor, got {inv_scale!r}")
-    if inv_scale is not None and inv_scale.is_complex():
-        raise TypeError(f"inv_scale must be a real number, got {inv_scale!r}")
-    if inv_scale is not None and inv_scale.device != device:
-        raise ValueError(
-            f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}"
-        )
     if inv_scale is not None:
-        checks.check_storage("inv_scale", inv_scale)
+        checks.check_number_tensor("inv_scale", inv_scale)
+        if inv_scale.device != device:
+            raise ValueError(
+                f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}"
+            )
     if out is not None:
         _check_result(out, len(tensors), device)
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels.ops.grad_stats.stats import GradStats
+from esper_kernels.ops.values import are_fake
 
 BLOCK_BYTES = 16384  # the kernel's block
 # in the order of the kernel's branches
@@ -48,6 +49,8 @@ def fill(
 ) -> None:
     from esper_kernels.ops.grad_stats.triton_kernels import kernel
 
+    if are_fake((*tensors, inv_scale, stats.found_inf)):
+        return
     columns = *stats.magnitudes.unbind(), *stats.counts.unbind()
     totals = stats.total_norm, stats.found_inf
     if not tensors:
