@@ -4,6 +4,8 @@ The compiled ops check every call themselves (csrc/call.cpp) and write nothing i
 Python then runs these checks to find the argument at fault. It runs them before the call for the
 other backends, and for arguments of a type that no op can judge (`serve`). `refuse_transforms` and
 `refuse_inplace` look at what no op can see, so they come first everywhere.
+
+Long file: one place for every check.
 """
 
 import sys
@@ -19,7 +21,7 @@ from torch.autograd import forward_ad
 from esper_kernels.backends import select_backend
 from esper_kernels.config import DTYPES, REDUCTIONS, TARGET_DTYPES, KernelConfig
 from esper_kernels.meter import COUNTS, SUMS, Meter
-from esper_kernels.ops.values import has_memory
+from esper_kernels.values import has_memory
 
 NUMBER_DTYPES = (*DTYPES, *TARGET_DTYPES)  # of options that are tensors
 NATIVE = ("cpp", "cuda")  # backends whose ops check their arguments
@@ -224,13 +226,14 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer goes with reduction='mean' only, got reduction={reduction!r}")
     check_integer("ignore_index", options["ignore_index"])
-    check_number_or_tensor("label_smoothing", options["label_smoothing"], logits, high=1.0)
-    check_number_or_tensor("z_loss", options["z_loss"], logits)
-    if normalizer is not None:
-        check_number_or_tensor("normalizer", normalizer, logits)
+    for name, high in (("label_smoothing", 1.0), ("z_loss", torch.inf)):
+        if options[name] is None:
+            raise TypeError(f"{name} must be an int or a float, got None; 0.0 turns it off")
+        check_number(name, options[name], logits, high=high)
+    check_number("normalizer", normalizer, logits)
     if softcap is not None:
         # In float32, logit / softcap leaves the normal numbers outside of this range.
-        check_number("softcap (None for no cap)", softcap, low=2.0**-100, high=2.0**100)
+        check_plain_number("softcap (None for no cap)", softcap, low=2.0**-100, high=2.0**100)
 
 
 def check_integer(name: str, value: object) -> None:
@@ -241,7 +244,7 @@ def check_integer(name: str, value: object) -> None:
         raise ValueError(f"{name} must fit into 64 bits, got {value}")
 
 
-def check_number(name: str, value: object, low: float = 0.0, high: float = torch.inf) -> None:
+def check_plain_number(name: str, value: object, low: float = 0.0, high: float = torch.inf) -> None:
     """A Python number in [low, high]: an int or a float (np.float64 is one), not a bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be an int or a float, got {describe(value)}")
@@ -251,12 +254,14 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = torch
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
 
-def check_number_or_tensor(
+def check_number(
     name: str, value: object, logits: Tensor, low: float = 0.0, high: float = torch.inf
 ) -> None:
-    """A number in [low, high], or a 0-d tensor, whose value is not looked at."""
+    """A number in [low, high], a 0-d tensor, whose value is not looked at, or None."""
+    if value is None:
+        return
     if not isinstance(value, Tensor):
-        check_number(name, value, low, high)
+        check_plain_number(name, value, low, high)
         return
     check_number_tensor(name, value)
     if value.device not in (logits.device, torch.device("cpu")):

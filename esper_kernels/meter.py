@@ -118,8 +118,8 @@ class Meter:
         return {"topk": list(self.topk), "sums": self.sums.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, from any device. ValueError for another topk, and for
-        what is no such state."""
+        """Restore what `state_dict` returned, from any device. ValueError for another topk or for
+        tensors of another shape or dtype."""
         if tuple(state["topk"]) != self.topk:
             raise ValueError(
                 f"expected the state of a Meter with topk {self.topk}, got topk "

@@ -463,7 +463,7 @@ def test_clip_of_an_empty_generator_warns_as_torch_does(config: KernelConfig) ->
     ],
     ids=["module", "named", "dict", "None among them", "number"],
 )
-def test_clip_refuses_what_is_no_tensor(config: KernelConfig, wrong: Any) -> None:
+def test_clip_refuses_params_that_are_not_tensors(config: KernelConfig, wrong: Any) -> None:
     model = torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum().backward()
     with pytest.raises(TypeError, match="params must be a tensor or an iterable of tensors"):

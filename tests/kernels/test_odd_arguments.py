@@ -82,10 +82,8 @@ NO_NUMBERS = (
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: f"{type(value).__name__} {value}")
-def test_what_is_no_python_number_is_refused_by_every_option(
-    config: KernelConfig, value: object
-) -> None:
-    """Some of these would become numbers on the way to a compiled kernel, others would not."""
+def test_every_option_refuses_what_is_not_a_number(config: KernelConfig, value: object) -> None:
+    """An op would convert some of these to numbers, and refuse others."""
     meter = Meter("cpu")
     calls: dict[str, list[Callable[..., object]]] = {
         name: [partial(cross_entropy, X, T, meter=meter), partial(cross_entropy_step, X, T, meter)]
@@ -109,7 +107,7 @@ def test_what_is_no_python_number_is_refused_by_every_option(
 
 @pytest.mark.parametrize("name", ["reduction", "backend", "instruction_set"])
 @pytest.mark.parametrize("value", [True, 0, None, b"mean", ["mean"], {}])
-def test_what_is_no_name_is_refused(config: KernelConfig, name: str, value: Any) -> None:
+def test_unknown_names_are_refused(config: KernelConfig, name: str, value: Any) -> None:
     def use() -> None:
         if name == "reduction":
             cross_entropy(X, T, reduction=value, config=config)
@@ -148,7 +146,7 @@ def test_softcap_over_its_whole_range(config: KernelConfig, softcap: float) -> N
 
 @pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
 def test_none_is_not_a_number(config: KernelConfig, name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be an int or a float, got NoneType"):
+    with pytest.raises(TypeError, match=f"{name} must be an int or a float, got None"):
         cross_entropy(X, T, **{name: None}, config=config)
 
 
@@ -185,9 +183,7 @@ def test_grad_stats_names_what_it_cannot_take(
 
 
 @pytest.mark.parametrize("max_norm", [math.nan, -1.0, "1", True, None])
-def test_clipping_to_what_is_no_norm_changes_no_gradient(
-    config: KernelConfig, max_norm: Any
-) -> None:
+def test_a_refused_max_norm_changes_no_gradient(config: KernelConfig, max_norm: Any) -> None:
     parameter = torch.nn.Parameter(X.clone())
     parameter.grad = X.clone()
     with pytest.raises((TypeError, ValueError), match="max_norm"):

@@ -261,7 +261,7 @@ def test_a_mapping_of_tensors_has_groups_of_one(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("normalizer", [-1.0, -2.5])
-def test_no_normalizer_means_none(config: KernelConfig, normalizer: float) -> None:
+def test_a_negative_normalizer_does_not_mean_none(config: KernelConfig, normalizer: float) -> None:
     leaf = X.clone().requires_grad_()
     loss = cross_entropy(leaf, T, normalizer=torch.tensor(normalizer), config=config)
     loss.backward()
@@ -294,7 +294,7 @@ def test_parameters_are_not_written_over(
     assert torch.equal(parameter, X)
 
 
-def test_without_grad_they_are_not_either(config: KernelConfig) -> None:
+def test_parameters_are_not_written_over_under_no_grad(config: KernelConfig) -> None:
     parameter = torch.nn.Parameter(X.clone())
     with torch.no_grad(), pytest.raises(ValueError, match="leaf that requires grad"):
         cross_entropy_step(parameter[:4], T[:4], None, inplace=True, config=config)

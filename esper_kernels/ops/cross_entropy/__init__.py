@@ -18,7 +18,7 @@ from esper_kernels.config import DTYPES, KernelConfig
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cpp, reference, triton
 from esper_kernels.ops.cross_entropy.reference import Number, Options
-from esper_kernels.ops.values import has_memory
+from esper_kernels.values import has_memory
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
 _MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
@@ -155,8 +155,7 @@ def cross_entropy_step(
 
     def find_fault() -> None:
         _find_fault(backend, logits, targets, meter, options)
-        if grad_scale is not None:
-            checks.check_number_or_tensor("grad_scale", grad_scale, logits, low=-torch.inf)
+        checks.check_number("grad_scale", grad_scale, logits, low=-torch.inf)
         if inplace:
             checks.check_writable("logits with inplace=True", logits)
         elif out is not None:

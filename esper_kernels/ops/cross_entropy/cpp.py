@@ -19,11 +19,11 @@ from esper_kernels.ops.cross_entropy.reference import Number, Options
 
 def forward(
     logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, for_backward: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor | None]:
     """The loss, and what `backward` needs if it will follow."""
     loss, saved = loss_and_saved(logits, targets, options.reduction, for_backward)
     _call(logits, targets, options, meter, loss=loss, saved=saved)
-    return (loss,) if saved is None else (loss, saved)
+    return loss, saved
 
 
 def backward(

@@ -16,8 +16,8 @@ from esper_kernels.meter import Meter
 from esper_kernels.sums import ordered_sum
 
 LOWEST_EXPONENT = -86.0
-"""In float32 the exponential of this and less is 0 by definition: beside 1 it is nothing, and the
-share of zero gradients must not depend on the backend."""
+"""Float32 exponentials of this and of smaller numbers are defined to be 0: they vanish beside 1,
+and the share of zero gradients must not depend on the backend."""
 SMALLEST = torch.finfo(torch.float32).tiny
 """Likewise float32 gradients below the normal numbers are 0."""
 Number = float | Tensor  # a tensor is [], on the logits' device or the CPU

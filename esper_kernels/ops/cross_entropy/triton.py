@@ -1,8 +1,9 @@
-"""Cross entropy by the Triton kernels of `triton_kernels`: one launch a batch, whatever is asked of
-it.
+"""Cross entropy by the Triton kernels of `triton_kernels`: one launch per batch computes the loss,
+the gradient and the metrics that are wanted.
 
-More where the gradient of a mean needs the weights of more rows than every program can look through
-by itself. `torch.compile` and torch's dispatch modes see the launch as an op of its own.
+A second launch comes first where the gradient of a mean needs the weights of more rows than each
+program should add up by itself. `torch.compile` and torch's dispatch modes see the launch as an op
+of its own.
 
 Long functions: `_launch` is mostly the list of a kernel's arguments.
 """
@@ -21,16 +22,16 @@ from esper_kernels.meter import COUNTS, Meter
 from esper_kernels.ops.cross_entropy import launch
 from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
 from esper_kernels.ops.cross_entropy.reference import Number, Options
-from esper_kernels.ops.values import are_fake, materialized
+from esper_kernels.values import are_fake, materialized
 
 
 def forward(
     logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, for_backward: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor | None]:
     """The loss, and what `backward` needs if it will follow."""
     loss, saved = loss_and_saved(logits, targets, options.reduction, for_backward)
     _call(logits, targets, options, meter, loss=loss, saved=saved)
-    return (loss,) if saved is None else (loss, saved)
+    return loss, saved
 
 
 def backward(

@@ -15,7 +15,7 @@ from esper_kernels.backends import select_backend
 from esper_kernels.config import DTYPES, KernelConfig
 from esper_kernels.ops.grad_stats import cpp, reference, triton
 from esper_kernels.ops.grad_stats.stats import GradHealth, GradStats
-from esper_kernels.ops.values import materialized
+from esper_kernels.values import materialized
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
@@ -49,8 +49,8 @@ def grad_stats(
     Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is
     not.
     """
-    checks.check_number("vanishing", vanishing)
-    checks.check_number("exploding", exploding)
+    checks.check_plain_number("vanishing", vanishing)
+    checks.check_plain_number("exploding", exploding)
     tensors, groups = _flatten(grads)
     first = next((x for x in tensors if x is not None), None)
     checks.refuse_transforms("grad_stats", first, instead="linalg.vector_norm")
@@ -131,7 +131,7 @@ def clip_grad_norm_(
 
     Returns the norm before clipping, float64 [].
     """
-    checks.check_number("max_norm", max_norm)
+    checks.check_plain_number("max_norm", max_norm)
     with_grad = [p for p in _distinct(params) if p.grad is not None]
     grads = [p.grad for p in with_grad if p.grad is not None]
     if stats is None:
