@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_train.base.device import plain_defaults, resolve_device
-from esper_train.base.state import RandomState
+from esper_train.base.state import RandomState, seeded
 from esper_train.config import RunConfig
 from esper_train.control.governor import Governor
 from esper_train.control.signals import SignalTracker
@@ -41,7 +41,7 @@ def build_episode(
     config = replace(config, task=task.name)
     device = resolve_device(config.device)
     resolve_device(config.governor.snapshot_device)
-    with plain_defaults():
+    with seeded(config.seed), plain_defaults():  # a task may draw samples, and loaders seeds
         splits = load_splits(task)
     order = torch.Generator().manual_seed(config.seed)
     step = _step(config, task, device, grows=bool(slots))

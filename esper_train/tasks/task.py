@@ -55,7 +55,8 @@ class Task:
     """Number of classes, or size of the vocabulary; None where there are none."""
     load: Callable[[], Splits]
     """Returns the data, or raises if they are missing or damaged; it never substitutes other
-    data."""
+    data. Python's, NumPy's and torch's global random numbers start from the run's seed in it, so
+    that a resumed run is given the same."""
     build_host: Callable[[HostConfig], Host]
     """Makes a new host, initialized from torch's global random state."""
     criterion: Callable[[Any, Any], Tensor] | None = None

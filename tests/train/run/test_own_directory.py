@@ -1,12 +1,15 @@
 """A task of one's own is a full run: a directory with all that the command leaves, resumed, loaded,
 and refused under another name."""
 
+import importlib.util
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from esper_train import (
     NonFiniteLossError,
     OptimConfig,
     ScheduleConfig,
+    Splits,
     Task,
     TelemetryHub,
     cli,
@@ -199,6 +203,37 @@ def test_several_episodes_have_a_directory_each(tmp_path: Path) -> None:
     assert {"episode-1", "episode-2", "config.json"} <= names(tmp_path / "runs")
     with pytest.raises(ValueError, match="one episode, got episodes=2; use train_heuristic"):
         run_heuristic_episode(config, task=own.table, out=tmp_path / "other")
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_random_split_is_the_same_in_a_resumed_run(tmp_path: Path) -> None:
+    """`load` draws from the run's seed, whatever its caller drew before."""
+    drawn: list[Any] = []
+
+    def load() -> Splits:
+        inputs, targets = own.table_data()
+        order = torch.randperm(96)
+        drawn.append((order.tolist(), random.random(), float(numpy.random.rand())))
+        parts = (part[order].split(32) for part in (inputs, targets))
+        train, validation, test = zip(*parts, strict=True)
+        return Splits(train=train, validation=validation, test=test)
+
+    task = replace(own.table, load=load)
+    config = replace(CONFIG, max_epochs=1)
+    run_fit(config, task=task, out=tmp_path / "run")
+    torch.randn(1)
+    run_fit(replace(config, max_epochs=2), task=task, out=tmp_path / "run", resume=True)
+    run_fit(replace(config, seed=1), task=task)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_run_without_matplotlib_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"need matplotlib: pip install 'esper-kernels\[train\]'"):
+        run_fit(CONFIG, task=own.table, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_needs_a_directory() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
-from esper_train.base.state import RandomState
+from esper_train.base.state import RandomState, seeded
 from esper_train.train.sources import LoaderSource, ReadSource, Source, make_source
+from tests.helpers.own_loaders import Stream
 
 CPU = torch.device("cpu")
 ROWS = 11
@@ -105,6 +106,16 @@ def test_a_data_set_of_tensors_gives_what_the_tensors_give() -> None:
     assert equal(whole, sampled)
 
 
+def stateful_loader(data: Any, **options: Any) -> Any:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    with seeded(4):  # it makes its generator from torch's global one, as a task loads under a seed
+        return torchdata.StatefulDataLoader(data, batch_size=3, **options)
+
+
+def stream() -> Stream:
+    return Stream(torch.arange(ROWS * 1.0)[:, None], torch.arange(ROWS))
+
+
 def exact_loaders() -> dict[str, Callable[[], Any]]:
     """Loaders that promise the same batches after a resume."""
     return {
@@ -117,6 +128,10 @@ def exact_loaders() -> dict[str, Callable[[], Any]]:
             sampler=RandomSampler(range(ROWS), generator=torch.Generator().manual_seed(8)),
         ),
         "workers": lambda: shuffled_loader(num_workers=2),
+        "torchdata": lambda: stateful_loader(Noisy(), shuffle=True),
+        "torchdata, workers": lambda: stateful_loader(Noisy(), shuffle=True, num_workers=2),
+        "torchdata, stream": lambda: stateful_loader(stream()),
+        "torchdata, stream, workers": lambda: stateful_loader(stream(), num_workers=2),
     }
 
 
