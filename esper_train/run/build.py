@@ -53,16 +53,14 @@ def build_episode(
     train = _training_source(config, task, splits.train, order, device)
     example = _example(task, train, config.batch_size, device)
     host = _host(config, task, device, example)
+    registry = registry_of(task, registry)
+    model = MorphModel(host, slots, growth=config.growth, seed=config.seed, registry=registry)
+    for slot in model.seed_slots:
+        registry.check(host.topology, slot, host.slot_channels[slot])
     episode = Episode(
         config=config,
         task=task,
-        model=MorphModel(
-            host,
-            slots,
-            growth=config.growth,
-            seed=config.seed,
-            registry=registry_of(task, registry),
-        ),
+        model=model,
         optimizers=OptimizerRegistry(schedule_each=config.optim.schedule.each),
         tracker=SignalTracker(plateau_threshold=config.policy.plateau_threshold),
         trial=Trial(config.growth),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_train import (
+    Blueprint,
     EventType,
     OptimConfig,
     RunConfig,
@@ -18,6 +19,7 @@ from esper_train import (
     run_fit,
     run_heuristic_episode,
 )
+from esper_train.morph.blueprints import Residual
 from tests.helpers import own
 from tests.helpers.own import CONFIG
 from tests.helpers.scripted import Recorder, Script, germinate
@@ -195,6 +197,17 @@ def test_a_residual_network_grows() -> None:
 def test_default_slots_that_a_host_lacks_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'early'.*Known: one, two"):
         run_heuristic_episode(RunConfig(max_epochs=1), task=own.images)
+
+
+def test_a_blueprint_that_fits_no_slot_is_refused_before_the_first_epoch() -> None:
+    """It works for 8 channels; the slots have 12. A run without seeds does not ask."""
+    narrow = Blueprint("narrow", "features", lambda channels: Residual(nn.Linear(8, 8)))
+    task = replace(own.table, blueprints=(narrow,))
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="'narrow', with the 12 channels of slot 'early', fails"):
+        run_heuristic_episode(CONFIG, task=task)
+    assert torch.equal(torch.get_rng_state(), before)
+    run_fit(replace(CONFIG, max_epochs=1), task=task)
 
 
 def test_a_host_with_fewer_classes_than_the_task_is_refused() -> None:
