@@ -66,7 +66,9 @@ class Task:
     """(parameters, learning rate, group) to an optimizer; the group is "host", a slot's name for
     its seed, or "SLOT.gate". None takes what `optim` in the config says."""
     batch: Callable[[Any], tuple[Any, Any]] | None = None
-    """From what a loader gives to (inputs, targets), the inputs as one tensor. None takes pairs."""
+    """From what a loader gives to (inputs, targets). None takes pairs, and dicts with targets under
+    "labels", "targets", "label" or "target". Inputs go to the host's first segment: a dict as
+    keyword arguments, a tuple or list as one argument after another."""
     forward: Callable[[nn.Module, Any], Any] | None = None
     """(model, inputs) to its output, in place of model(inputs), where the host is trained alone.
     Seeds learn by the host's own forward."""

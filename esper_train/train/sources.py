@@ -169,8 +169,8 @@ class LoaderSource:
     With `state_dict` and `load_state_dict`, as torchdata's `StatefulDataLoader` has, these are its
     state once it has begun; before, it is as it was made. Of torch's `DataLoader` over a map-style
     data set with one of torch's own samplers, it is the state of the generators; without generators
-    they draw from the run's random numbers. Any other loader is used, but cannot promise that a
-    resumed run gets the same batches: `inexact` says why.
+    they draw from the run's random numbers. A list of batches needs none. Any other loader is used,
+    but cannot promise that a resumed run gets the same batches: `inexact` says why.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
@@ -285,6 +285,8 @@ class ReadSource:
 
 def _why_inexact(loader: Iterable[Any]) -> str | None:
     """Why a loader without a state of its own cannot promise the same batches, if so."""
+    if type(loader) in (list, tuple):
+        return None  # the same batches in each epoch
     if type(loader) is not DataLoader:
         return f"{type(loader).__name__} has no state_dict and load_state_dict"
     if isinstance(loader.dataset, IterableDataset):

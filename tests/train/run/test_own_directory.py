@@ -32,7 +32,7 @@ from esper_train.run.directory import read_metrics
 from tests.helpers import own
 from tests.helpers.growing_run import reported
 from tests.helpers.own import CONFIG, SLOTS
-from tests.helpers.scripted import Recorder
+from tests.helpers.scripted import Recorder, StopAfter
 
 LEFT = {
     "config.json",
@@ -267,15 +267,3 @@ def test_an_optimizer_of_ones_own_is_resumed(tmp_path: Path) -> None:
     weights = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
     assert whole.accuracy == resumed.accuracy
-
-
-class StopAfter(Recorder):
-    """Ends the run after an epoch, as Ctrl-C would."""
-
-    def __init__(self, epoch: int) -> None:
-        super().__init__()
-        self.epoch = epoch
-
-    def write(self, event: Any) -> None:
-        if event.type is EventType.EPOCH and event.epoch == self.epoch + 1:
-            raise KeyboardInterrupt

@@ -97,19 +97,6 @@ def test_training_batches_are_augmented_and_no_others() -> None:
     assert flipped.test.loss == expected.test.loss
 
 
-def test_a_loader_that_cannot_promise_is_reported() -> None:
-    inputs, targets = own.table_data(32)
-    batches = list(zip(inputs.split(8), targets.split(8), strict=True))
-    splits = own.load_table()
-    task = replace(own.table, load=lambda: replace(splits, train=batches))
-    recorder = Recorder()
-    run_fit(replace(CONFIG, max_epochs=1), task=task, hub=TelemetryHub([recorder]))
-    (warning,) = recorder.of(EventType.INEXACT_RESUME)
-    assert warning.data["split"] == "train"
-    assert "a resumed run may get other train batches" in warning.data["message"]
-    assert "list has no state_dict" in warning.data["message"]
-
-
 def named(splits: Splits) -> Splits:
     """The same batches as dicts with names of their own."""
 
@@ -135,7 +122,8 @@ def test_any_batch_is_read_by_the_tasks_own_function() -> None:
     assert result.accuracy == plain.accuracy
     grown = run_heuristic_episode(config, task=task, policy=Script(e1=germinate("early", "norm")))
     assert grown.action_counts["GERMINATE"] == 1
-    with pytest.raises(TypeError, match="takes its inputs as one tensor, got a dict with 'row'"):
+    words = r"segment 'early' of the host fails on row: shape \[2, 6\], kind: shape \[2\]: TypeErr"
+    with pytest.raises(ValueError, match=words):
         run_fit(config, task=replace(task, batch=lambda batch: (batch, batch["kind"])))
 
 
