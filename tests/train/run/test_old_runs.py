@@ -27,13 +27,15 @@ OLD = """
 {"event": "epoch", "epoch": 1, "train": {"loss": 2.467492372418443, "accuracy": \
 9.895833333333332, "correct": {"1": 19}, "valid": 192, "compiled": false, "compile_failure": null, \
 "replayed": 0, "not_replayed": {}}, "validation": {"loss": 2.285838662646711, "accuracy": \
-11.71875, "correct": {"1": 30}, "valid": 256}, "grad": null, "slots": [{"slot": "early", "stage": "DORMANT", \
+11.71875, "correct": {"1": 30}, "valid": 256}, "grad": null, "slots": [{"slot": "early", \
+"stage": "DORMANT", \
 "seed_id": null, "blueprint": null, "blend": null, "alpha": 0.0, "epochs_in_stage": 2, \
 "previous_stage": null, "previous_epochs_in_stage": 0, "epochs_alive": 0, "seed_parameters": 0, \
 "accuracy": 11.71875, "accuracy_at_germination": null, "accuracy_at_stage_start": 12.5, \
 "contribution": null, "gradient_ratio": null}], "decision": {"op": "WAIT", "slot": null, \
 "blueprint": null, "blend": null, "reason": "before epoch 5", "confidence": 1.0}, "seconds": \
-0.058, "joint": null, "refused": null, "max_epochs": 1, "reward": 0.0, "reward_parts": {"final": 0.0}}
+0.058, "joint": null, "refused": null, "max_epochs": 1, "reward": 0.0, \
+"reward_parts": {"final": 0.0}}
 {"event": "run_finished", "epoch": 1, "status": "completed", "error": null, "test": {"loss": \
 1.7611439439933747, "accuracy": 36.328125, "correct": {"1": 93}, "valid": 256}, "accuracy": \
 11.71875, "parameters": 1009, "fossils": 0, "contributions": [], "action_counts": {"WAIT": 1, \
