@@ -1,5 +1,8 @@
 """Linear cross entropy against torch's own linear and cross entropy in float64, and its counts
-against those of `cross_entropy` on the same logits."""
+against those of `cross_entropy` on the same logits.
+
+Long file: one op against one truth, with shared cases.
+"""
 
 from typing import Any, NamedTuple
 
@@ -83,8 +86,8 @@ def plain(x: Head, **options: Any) -> Tensor:
 
 
 def gradients(function: Any, x: Head, dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    """The loss, then the gradients of the leaves converted to dtype: twice those of one loss, or, of
-    losses for each row, with factors from 0.5 to 2."""
+    """The loss, then the gradients of the leaves converted to dtype: times 2 for one loss, and
+    times 0.5 to 2 for the losses of rows."""
     leaves = [None if y is None else y.detach().to(dtype).requires_grad_() for y in x[:3]]
     loss = function(Head(*leaves, x.targets), **options)  # type: ignore[arg-type]
     factors = torch.linspace(2.0, 0.5, loss.numel(), dtype=loss.dtype)

@@ -132,7 +132,9 @@ def linear_cross_entropy_step(
         "linear_cross_entropy_step", hidden, weight, bias, targets, meter, options, config
     )
     checks.check_number("grad_scale", grad_scale, hidden, low=-torch.inf)
-    read = {**batch._asdict(), **options._asdict(), "grad_scale": grad_scale}
+    read: dict[str, object] = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
+    read |= {"class_weight": class_weight, "normalizer": normalizer, "grad_scale": grad_scale}
+    read |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
     for name, memory, parameter in (
         ("weight_grad", weight_grad, weight),
         ("bias_grad", bias_grad, bias),
