@@ -25,6 +25,7 @@ KERNEL_ARROWS = {
     "meter": {"backends", "readback"},
     "checks": {"backends", "config", "meter"},
     "ops": {"backends", "checks", "config", "meter", "readback", "sums"},
+    "modules": {"config", "meter", "ops"},
     "info": {"backends", "config", "meter", "native", "ops", "testing", "version"},
     "testing": {"config", "meter", "ops"},
 }
