@@ -23,6 +23,7 @@ from esper_kernels.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_step,
 )
+from esper_kernels.ops.token_logprobs import linear_token_logprobs, token_logprobs
 from esper_kernels.readback import compute_all
 from esper_kernels.version import __version__
 
@@ -44,6 +45,8 @@ __all__ = [
     "info",
     "linear_cross_entropy",
     "linear_cross_entropy_step",
+    "linear_token_logprobs",
     "record_loss",
     "select_backend",
+    "token_logprobs",
 ]

@@ -173,9 +173,7 @@ def _prepare(
         checks.refuse_transforms(name, x)
     arguments.check_linear(hidden, weight, bias)
     dtype = arguments.compute_dtype(hidden)
-    # Shape, dtype and device of the logits, in the memory of one number.
-    logits = torch.empty(1, dtype=dtype, device=hidden.device)
-    logits = logits.expand(*hidden.shape[:-1], len(weight))
+    logits = arguments.logits_stand_in(hidden, weight, dtype)
     arguments.check_batch(logits, targets, meter, options)
     backend = checks.choose_backend("linear_cross_entropy", logits, config, "hidden")
     rows = hidden.reshape(targets.numel(), hidden.shape[-1])
@@ -206,7 +204,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.computes_later = dtype == torch.float16 or Options(*options).reduction == "none"
         totals = NO_TOTALS
         if not ctx.computes_later:
-            sums = torch.float64 if dtype == torch.float64 else torch.float32
+            sums = torch.promote_types(dtype, torch.float32)
             totals = _new_totals(batch, ctx.needs_input_grad[:3], sums)
         loss = op.run(backend, batch, dtype, Options(*options), meter, None, totals)
         # Tensors go through save_for_backward, which notices a later change of their values.

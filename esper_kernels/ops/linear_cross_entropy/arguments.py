@@ -50,6 +50,12 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
+def logits_stand_in(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Shape, dtype and device of the logits, in the memory of one number."""
+    one = torch.empty(1, dtype=dtype, device=hidden.device)
+    return one.expand(*hidden.shape[:-1], len(weight))
+
+
 def check_batch(logits: Tensor, targets: Tensor, meter: Meter | None, options: Options) -> None:
     """What cross entropy checks. logits: a stand-in of their shape, dtype and device."""
     checks.check_batch(logits, targets, meter)

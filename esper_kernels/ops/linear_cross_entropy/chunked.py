@@ -37,18 +37,18 @@ def run(
     # Chunks are counted by a meter of their own, since the batch counts as one. It has the loss.
     seen = Meter(batch.hidden.device, topk=() if meter is None else meter.topk)
     losses = torch.empty_like(batch.targets, dtype=torch.float32)
-    for rows, logits in _chunks(batch, copies=2 if is_per_row and wants_gradients else 1):
+    for rows, logits in chunks(batch, copies=2 if is_per_row and wants_gradients else 1):
         targets = batch.targets[rows]
         if wants_gradients and not is_per_row:
             grad = module.step(logits, targets, options, seen, scale, logits)
-            _add_gradients(grad, batch, rows, totals)
+            add_gradients(grad, batch, rows, totals)
             continue
         loss, *saved = module.forward(logits, targets, options, seen, wants_gradients)
         losses[rows] = loss
         if wants_gradients:
             assert isinstance(scale, Tensor)  # [N]
             grad = module.backward(scale[rows], logits, targets, *saved, options)
-            _add_gradients(grad, batch, rows, totals)
+            add_gradients(grad, batch, rows, totals)
 
     # A meter will report bad targets; without one, the loss itself has to.
     bad = classify(batch.targets, len(batch.weight), options.ignore_index).bad
@@ -74,7 +74,7 @@ def _divisor(batch: Batch, options: Options) -> Tensor:
     return torch.where(rows.valid, options.weight[rows.target].float(), 0.0).double().sum()
 
 
-def _chunks(batch: Batch, copies: int) -> Iterator[tuple[slice, Tensor]]:
+def chunks(batch: Batch, copies: int) -> Iterator[tuple[slice, Tensor]]:
     """The rows of each chunk, and their logits in memory that all chunks share.
 
     copies: how many chunks of logits will exist at a time.
@@ -110,7 +110,7 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
         out.copy_(product)
 
 
-def _add_gradients(grad: Tensor, batch: Batch, rows: slice, totals: Totals) -> None:
+def add_gradients(grad: Tensor, batch: Batch, rows: slice, totals: Totals) -> None:
     """grad: of the logits of these rows."""
     hidden, weight, _, _ = batch
     dtype = _product_dtype(hidden)
@@ -119,7 +119,8 @@ def _add_gradients(grad: Tensor, batch: Batch, rows: slice, totals: Totals) -> N
         totals.bias.add_(grad.sum(0, dtype=totals.bias.dtype))
     if totals.weight is None and totals.hidden is None:
         return
-    grad_hidden = torch.zeros_like(operand, dtype=torch.float32)
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    grad_hidden = torch.zeros_like(operand, dtype=sum_dtype)
     for panel in _panels(weight):
         part = grad[:, panel].to(dtype)
         if totals.hidden is not None:
@@ -142,7 +143,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     """In which products are computed."""
-    return torch.float32 if hidden.is_cpu else hidden.dtype
+    return torch.promote_types(hidden.dtype, torch.float32) if hidden.is_cpu else hidden.dtype
 
 
 def _panels(weight: Tensor) -> Iterator[slice]:

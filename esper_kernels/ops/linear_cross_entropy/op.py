@@ -38,7 +38,7 @@ def run(
     `totals` of any dtype are added to, and rounded once: the sum is float32.
     """
     shape = batch.targets.shape if options.reduction == "none" else ()
-    loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    loss_dtype = torch.promote_types(dtype, torch.float32)
     loss = batch.hidden.new_empty(shape, dtype=loss_dtype)
     values = (
         options.label_smoothing,
@@ -117,7 +117,7 @@ def _run(
             None if bias is None else bias.to(dtype),
             targets,
         )
-        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        sum_dtype = torch.promote_types(dtype, torch.float32)
         totals = Totals(
             grad_hidden, _sum_for(grad_weight, sum_dtype), _sum_for(grad_bias, sum_dtype)
         )
