@@ -60,7 +60,16 @@ class MorphModel(nn.Module):
         for name in (*override, *([] if start is None else [start])):
             # refuses a misspelt name, which would silently measure the whole network
             self.slot(name)
-        return self._run(x, override, start, None)
+        return self.host.head(self._run(x, override, start, None))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What `output_layer` makes the logits of: for a loss that does without them."""
+        return self.host.before_output(self._run(x, {}, None, None))
+
+    @property
+    def output_layer(self) -> nn.Linear | None:
+        """The last layer, where that is linear; None where `features` has no use."""
+        return self.host.output_layer
 
     def forward_keeping(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and what entered each slot, in order of execution, for `forward` to start from.
@@ -69,7 +78,7 @@ class MorphModel(nn.Module):
         would hide that.
         """
         entered: dict[str, tuple[Tensor, int]] = {}
-        logits = self._run(x, {}, None, entered)
+        logits = self.host.head(self._run(x, {}, None, entered))
         intact = torch.compiler.is_compiling() or all(
             kept._version == v for kept, v in entered.values()
         )
@@ -79,7 +88,7 @@ class MorphModel(nn.Module):
         """Logits, and a copy of what entered each slot whose seed learns beside the network, for
         its pass."""
         entered: dict[str, tuple[Tensor, int]] = {}
-        logits = self._run(x, {}, None, entered, copied=self.learning)
+        logits = self.host.head(self._run(x, {}, None, entered, copied=self.learning))
         return logits, {name: kept for name, (kept, _) in entered.items()}
 
     def _run(
@@ -90,7 +99,7 @@ class MorphModel(nn.Module):
         entered: dict[str, tuple[Tensor, int]] | None,
         copied: Sequence[str] | None = None,
     ) -> Tensor:
-        """The network, from slot `start` on. What enters each slot goes into `entered`, with its
+        """The segments, from slot `start` on. What enters each slot goes into `entered`, with its
         version; of the slots in `copied` alone a copy, where that is given."""
         copies = (
             copied is not None or torch.compiler.is_compiling()
@@ -105,7 +114,7 @@ class MorphModel(nn.Module):
                 if entered is not None and (copied is None or name in copied):
                     entered[name] = (x.detach().clone(), 0) if copies else (x, x._version)
                 x = self.seed_slots[name](x, alpha.get(name))
-        return self.host.head(x)
+        return x
 
     @property
     def learning(self) -> tuple[str, ...]:
