@@ -60,14 +60,15 @@ def head(
     width: int = 12,
     dtype: torch.dtype = torch.float32,
     with_bias: bool = True,
+    device: str = "cpu",
 ) -> Head:
     """Leaves that require grad, and targets of which every fifth is ignored."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
-    targets = torch.randint(classes, shape, generator=generator)
+    targets = torch.randint(classes, shape, generator=generator).to(device)
     targets.view(-1)[::5] = -100
     bias = leaf(classes) if with_bias else None
     return Head(leaf(*shape, width), leaf(classes, width), bias, targets)
@@ -90,9 +91,13 @@ def gradients(function: Any, x: Head, dtype: torch.dtype, **options: Any) -> lis
     times 0.5 to 2 for the losses of rows."""
     leaves = [None if y is None else y.detach().to(dtype).requires_grad_() for y in x[:3]]
     loss = function(Head(*leaves, x.targets), **options)  # type: ignore[arg-type]
-    factors = torch.linspace(2.0, 0.5, loss.numel(), dtype=loss.dtype)
+    factors = torch.linspace(2.0, 0.5, loss.numel(), dtype=loss.dtype, device=loss.device)
     loss.backward(factors.reshape(loss.shape))
     return [loss.detach(), *(y.grad for y in leaves if y is not None and y.grad is not None)]
+
+
+def options_on(device: str, name: str) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in OPTIONS[name].items()}
 
 
 @pytest.fixture
@@ -106,14 +111,15 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("logits_dtype", DTYPES, ids=str, indirect=True)
 def test_loss_and_gradients_agree_with_torch_in_float64(
-    config: KernelConfig, logits_dtype: torch.dtype, name: str
+    config: KernelConfig, device: str, logits_dtype: torch.dtype, name: str
 ) -> None:
-    x = head(dtype=logits_dtype)
+    x = head(dtype=logits_dtype, device=device)
+    options = options_on(device, name)
     if name == "ignored class":
         x = x._replace(targets=x.targets.clamp(min=0))
-    actual = gradients(ours, x, logits_dtype, **OPTIONS[name], config=config)
-    truth = gradients(plain, x, torch.float64, **OPTIONS[name])
-    eager = gradients(plain, x, logits_dtype, **OPTIONS[name])
+    actual = gradients(ours, x, logits_dtype, **options, config=config)
+    truth = gradients(plain, x, torch.float64, **options)
+    eager = gradients(plain, x, logits_dtype, **options)
     expected = torch.float64 if logits_dtype == torch.float64 else torch.float32
     assert actual[0].dtype == expected
     assert actual[0].shape == truth[0].shape
@@ -127,12 +133,12 @@ def test_loss_and_gradients_agree_with_torch_in_float64(
 @pytest.mark.parametrize("name", [n for n in OPTIONS if OPTIONS[n].get("reduction") != "none"])
 @pytest.mark.parametrize("logits_dtype", DTYPES, ids=str, indirect=True)
 def test_step_gives_the_gradients_of_the_loss(
-    config: KernelConfig, logits_dtype: torch.dtype, name: str
+    config: KernelConfig, device: str, logits_dtype: torch.dtype, name: str
 ) -> None:
-    x = head(dtype=logits_dtype)
+    x = head(dtype=logits_dtype, device=device)
+    options = options_on(device, name)
     if name == "ignored class":
         x = x._replace(targets=x.targets.clamp(min=0))
-    options = dict(OPTIONS[name])
     truth = gradients(plain, x, torch.float64, **options)
     eager = gradients(plain, x, logits_dtype, **options)
     options["class_weight"] = options.pop("weight", None)
