@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper_train.morph.model import MorphModel
+from esper_train.train.forward import call, logits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +34,31 @@ class SeedCost:
         return asdict(self) | {"ratio": self.ratio}
 
 
-def seed_cost(model: MorphModel, slot: str, inputs: Tensor) -> SeedCost:
+def seed_cost(model: MorphModel, slot: str, inputs: Any) -> SeedCost:
     """Count the work of a batch like `inputs`, on a copy of the model."""
     model = copy.deepcopy(model).train()
     seed = model.slot(slot).seed
     assert seed is not None
     parameters = [p for p in seed.parameters() if p.requires_grad]
     with torch.random.fork_rng(), torch.enable_grad():
-        _, entered = model.forward_feeding(inputs)
+        _, entered = call(model.forward_feeding, inputs, {})
         features = entered.get(slot)
+
+        def host() -> None:
+            logits_of(call(model, inputs, {})).sum().backward()
+
         if features is None or not parameters:
-            return SeedCost(
-                host=_multiply_adds(lambda: model(inputs).sum().backward()), learning=0, seed=0
-            )
+            return SeedCost(host=_multiply_adds(host), learning=0, seed=0)
 
         def learn() -> None:
             out = model(features, alpha={slot: 1.0}, start=slot)
-            out.sum().backward(inputs=parameters)
+            logits_of(out).sum().backward(inputs=parameters)
 
         def seed_alone() -> None:
             seed(features).sum().backward(inputs=parameters)
 
         return SeedCost(
-            host=_multiply_adds(lambda: model(inputs).sum().backward()),
+            host=_multiply_adds(host),
             learning=_multiply_adds(learn),
             seed=_multiply_adds(seed_alone),
         )

@@ -21,6 +21,8 @@ from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.ops.linear_cross_entropy import arguments, op
 from esper_kernels.ops.linear_cross_entropy.reference import NO_TOTALS, Batch, Totals
 
+_INSTEAD = "F.linear and F.cross_entropy"  # where derivatives or traces are refused
+
 
 class LinearGradients(NamedTuple):
     """What `linear_cross_entropy_step` returns; None for what needs no gradient."""
@@ -170,7 +172,7 @@ def _prepare(
     """Check everything but the values of the targets; the backend, the batch with one leading
     dimension, and the dtype of its logits."""
     for x in (hidden, weight, bias):
-        checks.refuse_transforms(name, x)
+        checks.refuse_transforms(name, x, _INSTEAD)
     arguments.check_linear(hidden, weight, bias)
     dtype = arguments.compute_dtype(hidden)
     logits = arguments.logits_stand_in(hidden, weight, dtype)
@@ -215,7 +217,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        checks.refuse_transforms("the gradient of linear_cross_entropy", grad_output)
+        checks.refuse_transforms("the gradient of linear_cross_entropy", grad_output, _INSTEAD)
         saved = ctx.saved_tensors
         batch = Batch(*saved[:4])
         totals = Totals(*saved[4:7])

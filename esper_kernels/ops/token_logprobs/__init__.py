@@ -15,6 +15,7 @@ from esper_kernels.ops.linear_cross_entropy import arguments
 from esper_kernels.ops.token_logprobs import op
 from esper_kernels.ops.token_logprobs.op import Inputs
 
+_INSTEAD = "torch.log_softmax"  # where derivatives or traces are refused
 _NUMBERS = 4  # arguments of the autograd function after the tensors: they get no gradient
 
 
@@ -37,7 +38,7 @@ def token_logprobs(
     for float64 logits); both are differentiable once. Keeps the logits for the backward pass, no
     copy. Raises as `cross_entropy` does.
     """
-    checks.refuse_transforms("token_logprobs", logits)
+    checks.refuse_transforms("token_logprobs", logits, _INSTEAD)
     checks.check_batch(logits, targets, None)
     _check_numbers(temperature, ignore_index)
     inputs = Inputs(
@@ -69,7 +70,7 @@ def linear_token_logprobs(
     returned, as for `token_logprobs`.
     """
     for x in (hidden, weight, bias):
-        checks.refuse_transforms("linear_token_logprobs", x)
+        checks.refuse_transforms("linear_token_logprobs", x, _INSTEAD)
     arguments.check_linear(hidden, weight, bias)
     dtype = arguments.compute_dtype(hidden)
     checks.check_batch(arguments.logits_stand_in(hidden, weight, dtype), targets, None)
@@ -123,7 +124,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        checks.refuse_transforms(f"the gradient of {ctx.name}", grad_logprobs)
+        checks.refuse_transforms(f"the gradient of {ctx.name}", grad_logprobs, _INSTEAD)
         inputs = Inputs(*ctx.saved_tensors, *ctx.numbers)
         checks.check_storage("logits" if inputs.weight is None else "hidden", inputs.x)
         with torch.no_grad():
