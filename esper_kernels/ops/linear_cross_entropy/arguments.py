@@ -1,5 +1,7 @@
 """What linear cross entropy refuses besides what cross entropy does."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,21 @@ from esper_kernels.ops.cross_entropy.reference import Options
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """In which the logits are: that of autocast where it is on, as for `F.linear`."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if _in_autocast(hidden) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """For products of tensors that have the dtype of the logits already."""
+    if not torch.amp.is_autocast_available(x.device.type):  # of the meta device
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _in_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -43,7 +56,7 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"bias must be [V] with V = {len(weight)}, as weight has, got {tuple(bias.shape)}"
         )
     dtypes = {str(x.dtype) for x in given.values()}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(hidden.device.type):
+    if len(dtypes) > 1 and not _in_autocast(hidden):
         raise TypeError(
             "hidden, weight and bias must have one dtype outside of autocast, got "
             + ", ".join(f"{name} {x.dtype}" for name, x in given.items())

@@ -12,6 +12,7 @@ from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cpp, triton
 from esper_kernels.ops.cross_entropy.reference import Number, Options, refuse_bad_targets
 from esper_kernels.ops.linear_cross_entropy import chunked, reference
+from esper_kernels.ops.linear_cross_entropy.arguments import without_autocast
 from esper_kernels.ops.linear_cross_entropy.reference import Batch, Totals
 
 _PART = 4096  # classes
@@ -110,7 +111,7 @@ def _run(
         meter = Meter(hidden.device, topk=topk)
         meter.sums = sums
         meter.counts = counts
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         batch = Batch(
             hidden.to(dtype),
             weight.to(dtype),

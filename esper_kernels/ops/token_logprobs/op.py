@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels.ops.cross_entropy.reference import classify, refuse_bad_targets
+from esper_kernels.ops.linear_cross_entropy.arguments import without_autocast
 from esper_kernels.ops.linear_cross_entropy.chunked import add_gradients, chunks
 from esper_kernels.ops.linear_cross_entropy.reference import Batch, Totals
 from esper_kernels.ops.token_logprobs import reference
@@ -109,7 +110,7 @@ def _chunks(inputs: Inputs, batch: Batch | None) -> Iterator[tuple[slice, Tensor
     if batch is None:
         yield slice(0, len(inputs.x)), inputs.x
         return
-    with torch.autocast(inputs.x.device.type, enabled=False):
+    with without_autocast(inputs.x):
         yield from chunks(batch, copies=1)
 
 
