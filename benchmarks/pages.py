@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cpu, epoch, gate, growth, record, seed_cost
+from benchmarks import cpu, epoch, gate, growth, linear, linear_run, record, seed_cost
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/benchmarks.md")
@@ -22,6 +22,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "cpu in short": ("cpu", cpu.short_table),
     "cpu": ("cpu", cpu.table),
     "gradient statistics": ("cpu", cpu.grad_table),
+    "linear": ("linear", linear.table),
+    "linear run": ("linear-run", linear_run.table),
     "epoch": ("epoch", epoch.table),
     "growth on digits": ("growth-digits", growth.table),
     "growth on pysource": ("growth-pysource", growth.table),

@@ -18,7 +18,7 @@ import torch
 from esper_kernels import native
 from esper_kernels.config import KernelConfig
 
-OPS = ("cross_entropy", "grad_stats")
+OPS = ("cross_entropy", "linear_cross_entropy", "grad_stats")
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
 # The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the
@@ -126,8 +126,7 @@ _select_cached = lru_cache(maxsize=None)(_select)
 def select_backend(
     op: str, device_type: str, dtype: torch.dtype, config: KernelConfig | None = None
 ) -> BackendChoice:
-    """Choose the backend for `op` ("cross_entropy" or "grad_stats") on tensors of this device type
-    and dtype.
+    """Choose the backend for `op` (a name in `OPS`) on tensors of this device type and dtype.
 
     Raises TypeError for a config of another type, and ValueError with every reason where none can
     serve, or where the one named in `config` cannot.

@@ -203,21 +203,24 @@ def check_meter(meter: Meter) -> None:
         check_storage(f"meter.{name}", x)
 
 
-def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
-    """options: the fields of `reference.Options` by name."""
+def check_options(
+    logits: Tensor, options: Mapping[str, object], class_weight: str = "weight"
+) -> None:
+    """options: the fields of `reference.Options` by name. class_weight: what the caller calls
+    their `weight`."""
     weight = options["weight"]
     if weight is not None:
         shape = logits.shape[-1:]
         if not is_dense(weight) or weight.dtype not in DTYPES or weight.shape != shape:
             raise ValueError(
-                f"weight must be a floating tensor of shape [{logits.shape[-1]}], got "
+                f"{class_weight} must be a floating tensor of shape [{logits.shape[-1]}], got "
                 f"{describe(weight)}"
             )
         if weight.device != logits.device:
             raise ValueError(
-                f"weight must be on the logits' device {logits.device}, got {weight.device}"
+                f"{class_weight} must be on the logits' device {logits.device}, got {weight.device}"
             )
-        check_storage("weight", weight)
+        check_storage(class_weight, weight)
     reduction = options["reduction"]
     normalizer = options["normalizer"]
     softcap = options["softcap"]

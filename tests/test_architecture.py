@@ -26,6 +26,7 @@ KERNEL_ARROWS = {
     "values": set(),
     "checks": {"backends", "config", "meter", "values"},
     "ops": {"backends", "checks", "config", "meter", "readback", "sums", "values"},
+    "modules": {"config", "meter", "ops"},
     "info": {"backends", "config", "meter", "native", "ops", "testing", "version"},
     "testing": {"config", "meter", "ops"},
 }

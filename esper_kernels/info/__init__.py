@@ -57,7 +57,7 @@ class Info:
             )
         for (op, device_type, backend, why), names in dtypes.items():
             lines.append(
-                f"{op:14} {device_type:5} {backend:7} {', '.join(names)}"
+                f"{op:20} {device_type:5} {backend:7} {', '.join(names)}"
                 + (f"  ({why})" if why else "")
             )
         return "\n".join(lines)

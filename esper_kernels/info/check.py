@@ -11,6 +11,7 @@ from esper_kernels.config import BACKENDS, KernelConfig
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cross_entropy, cross_entropy_step
 from esper_kernels.ops.grad_stats import grad_stats
+from esper_kernels.ops.linear_cross_entropy import linear_cross_entropy_step
 from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_entropy
 
 # rows of every kind, ragged ones too
@@ -35,7 +36,8 @@ def check() -> Iterator[tuple[str, bool]]:
                         f"{device} {config.backend} {str(dtype).removeprefix('torch.')} "
                         f"{shape[0]} x {shape[1]}"
                     )
-                    difference = _difference(config, *_sample(device, dtype, *shape))
+                    sample = _sample(device, dtype, *shape)
+                    difference = _difference(config, *sample) or _linear_difference(config, *sample)
                     yield f"{what}: {difference or 'ok'}", difference is None
 
 
@@ -72,4 +74,30 @@ def _difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | 
         torch.testing.assert_close(stats.norms, others.norms, rtol=1e-9, atol=0)
     except AssertionError as error:
         return " ".join(str(error).split())
+    return None
+
+
+def _linear_difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | None:
+    """The first thing in which the linear step differs from eager, with the first 8 logits of each
+    row as its hidden state."""
+    hidden = logits[:, :8].detach().clone().requires_grad_()
+    weight = logits.new_ones(logits.shape[1], hidden.shape[1])
+    weight.copy_(torch.linspace(-1.0, 1.0, weight.numel()).view_as(weight)).requires_grad_()
+    meters = [Meter(logits.device, topk=(1, 5)) for _ in range(2)]
+    actual, expected = (
+        linear_cross_entropy_step(hidden, weight, targets, meter, **_OPTIONS, config=c)
+        for meter, c in zip(meters, (config, KernelConfig(backend="eager")), strict=True)
+    )
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    loss = plain_torch_cross_entropy(exact[0] @ exact[1].t(), targets, **_OPTIONS)
+    truth = torch.autograd.grad(loss, exact)
+    try:
+        for ours, eager, true in zip(actual[:2], expected[:2], truth, strict=True):
+            assert ours is not None
+            assert eager is not None
+            assert_no_worse_than_eager(ours, eager, true)
+        torch.testing.assert_close(meters[0].counts[:4], meters[1].counts[:4], rtol=0, atol=0)
+        torch.testing.assert_close(meters[0].sums, meters[1].sums, rtol=1e-2, atol=0)
+    except AssertionError as error:
+        return "linear: " + " ".join(str(error).split())
     return None

@@ -52,6 +52,19 @@ class Host(nn.Module):
             x = segment(x)
         return self.head(x)
 
+    @property
+    def output_layer(self) -> nn.Linear | None:
+        """The last layer of the head, where that is linear."""
+        last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
+        return last if isinstance(last, nn.Linear) else None
+
+    def before_output(self, x: Tensor) -> Tensor:
+        """What the last layer of the head is given, for the features of the last segment."""
+        if isinstance(self.head, nn.Sequential):
+            for layer in list(self.head)[:-1]:
+                x = layer(x)
+        return x
+
 
 def check_host(host: Host, *inputs: Any, **named: Any) -> Any:
     """Send a batch through every segment, in evaluation mode, and return what the head gives.

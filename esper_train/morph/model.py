@@ -65,7 +65,16 @@ class MorphModel(nn.Module):
         for name in (*override, *([] if start is None else [start])):
             # refuses a misspelt name, which would silently measure the whole network
             self.slot(name)
-        return self._run(inputs, named, override, start, None)
+        return self.host.head(self._run(inputs, named, override, start, None))
+
+    def features(self, *inputs: Any, **named: Any) -> Tensor:
+        """What `output_layer` makes the logits of: for a loss that does without them."""
+        return self.host.before_output(self._run(inputs, named, {}, None, None))
+
+    @property
+    def output_layer(self) -> nn.Linear | None:
+        """The last layer, where that is linear; None where `features` has no use."""
+        return self.host.output_layer
 
     def forward_keeping(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, Tensor]]:
         """What the head gives, and what entered each slot, in order of execution, for `forward` to
@@ -75,7 +84,7 @@ class MorphModel(nn.Module):
         would hide that.
         """
         entered: dict[str, tuple[Tensor, int]] = {}
-        output = self._run(inputs, named, {}, None, entered)
+        output = self.host.head(self._run(inputs, named, {}, None, entered))
         intact = torch.compiler.is_compiling() or all(
             kept._version == v for kept, v in entered.values()
         )
@@ -85,7 +94,7 @@ class MorphModel(nn.Module):
         """What the head gives, and a copy of what entered each slot whose seed learns beside the
         network, for its pass."""
         entered: dict[str, tuple[Tensor, int]] = {}
-        output = self._run(inputs, named, {}, None, entered, copied=self.learning)
+        output = self.host.head(self._run(inputs, named, {}, None, entered, copied=self.learning))
         return output, {name: kept for name, (kept, _) in entered.items()}
 
     def _run(
@@ -96,8 +105,8 @@ class MorphModel(nn.Module):
         start: str | None,
         entered: dict[str, tuple[Tensor, int]] | None,
         copied: Sequence[str] | None = None,
-    ) -> Any:
-        """The network, from slot `start` on. What enters each slot goes into `entered`, with its
+    ) -> Tensor:
+        """The segments, from slot `start` on. What enters each slot goes into `entered`, with its
         version; of the slots in `copied` alone a copy, where that is given."""
         copies = (
             copied is not None or torch.compiler.is_compiling()
@@ -115,7 +124,8 @@ class MorphModel(nn.Module):
                     entered[name] = (x.detach().clone(), 0) if copies else (x, x._version)
                 x = self.seed_slots[name](x, alpha.get(name))
             inputs, named = (x,), {}
-        return self.host.head(*inputs)
+        (x,) = inputs
+        return x
 
     @property
     def learning(self) -> tuple[str, ...]:

@@ -82,6 +82,11 @@ class TrainConfig(Settings, table="train."):
     and anew when seeds, optimizers or settings change. The forward must do the same for every
     batch, since its Python code runs only at the capture; batches of another shape than the first
     run eagerly. Learning rates are float32 then."""
+    linear_loss: bool = False
+    """Train without the logits of a batch: the model's `features(inputs)` and its `output_layer`,
+    an `nn.Linear`, go to the loss. Saves most of the memory of a large vocabulary. For classes last
+    and cross entropy; batches with soft targets, batches on which seeds learn beside the network,
+    and evaluation still compute the logits."""
     topk: tuple[Count, ...] = (1,)
     """Ranks k for which correct@k is counted; 1 is always among them."""
     on_bad_numbers: Literal["warn", "skip", "stop", "rollback"] = "stop"

@@ -4,6 +4,8 @@ loops.
 Only the model's forward (and with it its backward) is compiled; loss and metrics are
 `esper_kernels` ops on its output, outside the compiled region. There is one step object per task
 type, made by the run and owned by it.
+
+Long file: each way to learn from a batch has the spans, precision and compiler of one object.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy_step, select_backend
+from esper_train.train import linear
 from esper_train.train.amp import LossScaler
 from esper_train.train.batches import ReadBatch, cloned
 from esper_train.train.capture import Capture
@@ -45,6 +48,8 @@ class TrainStep:
         forward: ForwardOf | None = None,
         batch: ReadBatch | None = None,
     ) -> None:
+        if config.linear_loss:
+            linear.require_linear_loss(loss, forward is not None)
         self.loss = loss
         self.forward = forward
         self.batch = batch
@@ -121,6 +126,9 @@ class TrainStep:
         scaler = self.scaler if learner is None else learner.scaler
         scale = None if scaler is None else scaler.scale
         parameters = None if learner is None else learner.parameters
+        if self._does_without_logits(targets) and forward is model and learner is None:
+            self._learn_linear(model, inputs, targets, meter, divisor, scale)
+            return entered
         with self.spans.forward:
             logits = self._run(model, forward, inputs, arguments)
             if forward is not model:
@@ -160,6 +168,36 @@ class TrainStep:
                 grad = grad.movedim(-1, 1)
             torch.autograd.backward(root, grad, inputs=parameters)
         return entered
+
+    def _does_without_logits(self, targets: object) -> bool:
+        is_hard = isinstance(targets, Tensor) and not targets.is_floating_point()
+        return self.config.linear_loss and is_hard
+
+    def _learn_linear(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        targets: Tensor,
+        meter: Meter | None,
+        divisor: Divisor | None,
+        scale: Tensor | None,
+    ) -> None:
+        """Forward, loss and backward without the logits."""
+        layer = linear.output_layer(model)
+        with self.spans.forward:
+            features: Forward = model.features  # type: ignore[assignment]
+            hidden = self._run(model, features, inputs, {})
+            self.loss.check(hidden, targets)
+            self._logits_dtype = self._autocast or hidden.dtype
+        if not hidden.requires_grad and not layer.weight.requires_grad:
+            raise _without_gradient()
+        with self.spans.loss, self._precision(hidden.device):
+            edges, gradients = linear.learn(
+                hidden, layer, self.loss, targets, meter, divisor, scale, self.config.kernel
+            )
+        del hidden
+        with self.spans.backward:
+            torch.autograd.backward(edges, gradients)
 
     def _learn_by_criterion(
         self,
@@ -265,9 +303,10 @@ class TrainStep:
         return torch.autocast(device.type, self._autocast)
 
     def backend(self, device: torch.device) -> str:
-        """Name of the kernel backend that serves the logits on `device`; `ValueError` where none
-        can. "eager criterion" for a criterion of the caller's own, "eager (soft targets)" where
-        torch's own op computed the loss of a batch since the loop began.
+        """Name of the kernel backend that serves the logits on `device`, with "(without logits)"
+        under `train.linear_loss`; `ValueError` where none can. "eager criterion" for a criterion of
+        the caller's own, "eager (soft targets)" where torch's own op computed the loss of a batch
+        since the loop began.
 
         Before the first batch, the logits are taken to be of the dtype of autocast, or float32.
         """
@@ -276,7 +315,8 @@ class TrainStep:
         if self.loss.saw_soft_targets:
             return "eager (soft targets)"
         dtype = self._logits_dtype or self._autocast or torch.float32
-        return select_backend("cross_entropy", device.type, dtype, self.config.kernel).name
+        name = select_backend("cross_entropy", device.type, dtype, self.config.kernel).name
+        return f"{name} (without logits)" if self.config.linear_loss else name
 
     @property
     def compile_failure(self) -> str | None:

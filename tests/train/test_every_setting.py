@@ -47,6 +47,7 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("GradConfig", "exploding"): {"1"},
     ("TrainConfig", "accumulate"): {"1"},
     ("TrainConfig", "capture"): SWITCH,
+    ("TrainConfig", "linear_loss"): SWITCH,
     ("ScheduleConfig", "final"): {"1"},
     ("ScheduleConfig", "warmup"): {"1"},
     ("OptimConfig", "host_lr"): {"1"},

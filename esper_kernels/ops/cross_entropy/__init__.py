@@ -18,6 +18,7 @@ from esper_kernels.config import DTYPES, KernelConfig
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cpp, reference, triton
 from esper_kernels.ops.cross_entropy.reference import Number, Options
+from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.values import has_memory
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
@@ -81,7 +82,7 @@ def cross_entropy(
     backend = _choose(logits, targets, meter, config)
 
     def run() -> Tensor:
-        run_options = _traceable(options, logits)
+        run_options = traceable(options, logits)
         if logits.requires_grad and torch.is_grad_enabled():
             loss: Tensor = _CrossEntropy.apply(logits, targets, meter, backend, *run_options)
             return loss
@@ -148,8 +149,8 @@ def cross_entropy_step(
     def run() -> Tensor:
         if out is not None and has_memory(logits) and not _is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
-        run_options = _traceable(options, logits)
-        scale = _as_tensor(grad_scale, logits) if compiling else grad_scale
+        run_options = traceable(options, logits)
+        scale = as_tensor(grad_scale, logits) if compiling else grad_scale
         values = logits.detach() if logits.requires_grad else logits
         return _MODULES[backend].step(values, targets, run_options, meter, scale, written)
 
@@ -233,7 +234,7 @@ def _find_fault(
     reference.refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
 
 
-def _as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
+def as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
     """Inside a compiled graph a number as a tensor, so that another value does not recompile.
 
     A product, because that is what compilers keep a changing number in.
@@ -261,16 +262,17 @@ def _is_separate(out: Tensor, logits: Tensor) -> bool:
     return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
 
 
-def _traceable(options: Options, logits: Tensor) -> Options:
+def traceable(options: Options, logits: Tensor) -> Options:
+    """The options as a compiled graph takes them, without another compilation for other numbers."""
     if not torch.compiler.is_compiling():
         if isinstance(options.softcap, Tensor):
             raise ValueError("softcap must be a number")
         return options
     return options._replace(
-        label_smoothing=_as_tensor(options.label_smoothing, logits),
-        z_loss=_as_tensor(options.z_loss, logits),
-        softcap=_as_tensor(options.softcap, logits),
-        normalizer=_as_tensor(options.normalizer, logits),
+        label_smoothing=as_tensor(options.label_smoothing, logits),
+        z_loss=as_tensor(options.z_loss, logits),
+        softcap=as_tensor(options.softcap, logits),
+        normalizer=as_tensor(options.normalizer, logits),
     )
 
 
@@ -314,23 +316,5 @@ class _CrossEntropy(torch.autograd.Function):
 
         grad = checks.serve(ctx.backend, (grad_output,), run, find_fault)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grad = _DifferentiableOnce.apply(grad, logits, grad_output)
+            grad = DifferentiableOnce.apply("cross_entropy", grad, logits, grad_output)
         return grad, *_NO_GRADS
-
-
-class _DifferentiableOnce(torch.autograd.Function):
-    """Ties the gradient to what it depends on, so that a second derivative raises instead of being
-    left out.
-
-    torch's own `once_differentiable` does this only where grad_output requires grad.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> None:
-        raise RuntimeError(
-            "cross_entropy is differentiable once; for second derivatives use torch's own op"
-        )
