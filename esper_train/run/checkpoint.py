@@ -31,7 +31,7 @@ from esper_train.run.episode import Episode
 
 FORMAT = 2
 """Version of the layout of a checkpoint."""
-ADDED = ("sources",)
+ADDED = ("sources", "cost")
 """Parts that older checkpoints do not have, because they had no state then."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
 """Config keys that may change when a run is resumed."""
@@ -54,6 +54,7 @@ def parts(episode: Episode) -> dict[str, Stateful]:
         "streams": episode.model.streams,
         "trial": episode.trial,
         "kept": episode.kept,
+        "cost": episode.cost,
     }
 
 
