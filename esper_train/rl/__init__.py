@@ -12,11 +12,12 @@ PLACES = {
     "MorphogenesisEnv": "esper_train.rl.env",
     "FactoredActions": "esper_train.rl.env",
     "make_vector": "esper_train.rl.vector",
+    "train_ppo": "esper_train.rl.ppo",
 }
 """Public names, and the modules that have them."""
 PACKAGES = ("gymnasium", "stable_baselines3", "sb3_contrib")
 
-__all__ = ["FactoredActions", "MorphogenesisEnv", "make_vector"]
+__all__ = ["FactoredActions", "MorphogenesisEnv", "make_vector", "train_ppo"]
 
 
 def require_packages() -> None:

@@ -188,17 +188,16 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
     def _closing(self, result: EpisodeResult | None) -> dict[str, Any]:
         """What the last step reports; "episode" is as Stable-Baselines3 takes it."""
         seconds = time.perf_counter() - self._started
-        found: dict[str, Any] = {
-            "episode": {"r": self._return, "l": len(self._actions), "t": seconds}
+        episode = {"r": self._return, "l": len(self._actions), "t": seconds}
+        if result is None:
+            return {"episode": episode}
+        found = {
+            "accuracy": result.test.points,
+            "parameters": result.parameters,
+            "fossils": result.fossils,
+            "cost": result.cost,
         }
-        if result is not None:
-            found["result"] = {
-                "accuracy": result.test.points,
-                "parameters": result.parameters,
-                "fossils": result.fossils,
-                "cost": result.cost,
-            }
-        return found
+        return {"episode": episode | found, "result": found}
 
 
 class FactoredActions(gymnasium.ActionWrapper[Observation, Any, Any]):

@@ -28,7 +28,14 @@ from esper_train.run.directory import (
 from esper_train.run.episode import Episode
 from esper_train.run.profile import write_profile
 from esper_train.run.report import write_report
-from esper_train.run.run import EpisodeResult, episode_configs, prepare, run_episode, run_started
+from esper_train.run.run import (
+    EpisodeResult,
+    PolicyMaker,
+    episode_configs,
+    prepare,
+    run_episode,
+    run_started,
+)
 from esper_train.tasks import TASKS, Task, task_of_run
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.loggers import logger_makers
@@ -47,7 +54,7 @@ class Job:
     """"heuristic" or "fit"."""
     task: Task | None = None
     """A task of one's own; None is the task that the config names."""
-    policy: Policy | None = None
+    policy: Policy | PolicyMaker | None = None
     registry: BlueprintRegistry | None = None
     hub: TelemetryHub | None = None
     resume: bool = False

@@ -6,6 +6,7 @@ training is the same run with no slots and a controller that never acts.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,8 @@ from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
 from esper_train.train.loop import evaluate
 from esper_train.train.results import EvalResult, Measures
+
+PolicyMaker = Callable[[MorphModel], Policy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +81,15 @@ def prepare(
     mode: str,
     *,
     task: Task | None = None,
-    policy: Policy | None = None,
+    policy: Policy | PolicyMaker | None = None,
     hub: TelemetryHub | None = None,
     registry: BlueprintRegistry | None = None,
 ) -> Episode:
-    """What a "heuristic" or "fit" run owns; the latter has no controller. `ValueError` for what
-    could not work."""
+    """What a "heuristic" or "fit" run owns; the latter has no controller.
+
+    `policy` may be a function that makes the controller for the network, and refuses those that it
+    cannot control. `ValueError` for what could not work.
+    """
     require_known("mode", mode, ("heuristic", "fit"))
     growing = mode == "heuristic"
     if policy is not None and not growing:
@@ -102,7 +108,8 @@ def prepare(
     episode.hub = hub or TelemetryHub()
     if growing:
         names = episode.model.registry.names(episode.model.host.topology)
-        episode.policy = policy or HeuristicTamiyo(config.policy, config.growth, names)
+        made = policy(episode.model) if callable(policy) else policy
+        episode.policy = made or HeuristicTamiyo(config.policy, config.growth, names)
     return episode
 
 
@@ -321,6 +328,7 @@ def run_started(episode: Episode) -> Event:
     model = episode.model
     data = {
         "mode": episode.mode,
+        "policy": type(episode.policy).__name__,
         "task": episode.task.name,
         "seed": config.seed,
         "max_epochs": config.max_epochs,
