@@ -89,11 +89,10 @@ def load_policy(path: Path) -> SavedPolicy:
     size = path.stat().st_size
     if size > LARGEST:
         raise ValueError(f"{path} has {size} bytes, more than any policy; name a policy file")
+    data = io.BytesIO(path.read_bytes())
     try:
-        return _checked(torch.load(path, map_location="cpu", weights_only=True))
+        return _checked(torch.load(data, map_location="cpu", weights_only=True))
     except Exception as error:  # the unpickler fails in many ways on what is not its own
-        if isinstance(error, OSError):
-            raise
         why = error if isinstance(error, ValueError) else "it is more than tensors and plain values"
         raise ValueError(
             f"{path} cannot be used as a policy: {why}; name a file that `esper-train ppo` wrote"

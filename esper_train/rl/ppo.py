@@ -30,11 +30,10 @@ from esper_train.rl.env import MorphogenesisEnv
 from esper_train.rl.learned import PolicySpaces, SavedPolicy, actor_weights
 from esper_train.rl.vector import make_vector
 from esper_train.run.checkpoint import FORMAT, drop_old, load, save, saved
-from esper_train.run.directory import CHECKPOINTS, claimed, create
+from esper_train.run.directory import CHECKPOINTS, POLICY, claimed, create
 from esper_train.run.start import run_heuristic_episode
 from esper_train.tasks import Task
 
-POLICY = "policy.pt"
 PROGRESS = "progress.jsonl"
 CURVES = "tensorboard"
 UPDATE = {

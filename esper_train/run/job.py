@@ -19,11 +19,13 @@ from esper_train.run.directory import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    POLICY,
     claimed,
     create,
     cut_back,
     load_config,
     save_network,
+    write_file,
 )
 from esper_train.run.episode import Episode
 from esper_train.run.profile import write_profile
@@ -55,6 +57,8 @@ class Job:
     task: Task | None = None
     """A task of one's own; None is the task that the config names."""
     policy: Policy | PolicyMaker | None = None
+    policy_file: bytes | None = None
+    """What is written beside the run, so that a resumed one has the same policy."""
     registry: BlueprintRegistry | None = None
     hub: TelemetryHub | None = None
     resume: bool = False
@@ -140,6 +144,8 @@ def _run_in(
     if whole is not None:
         create(directory.parent, whole)
     create(directory, config)
+    if job.policy_file is not None:
+        write_file(directory / POLICY, job.policy_file)
     if job.profile:
         slots = config.slots if job.growing else ()
         job.say(write_profile(config, slots, directory, task=job.task))
@@ -149,7 +155,7 @@ def _run_in(
         result = _run_episode(episode, directory, job)
         del episode  # its worker processes end here
         if job.growing and job.baseline:
-            plain = replace(job, mode="fit", policy=None, hub=None, profile=False)
+            plain = replace(job, mode="fit", policy=None, policy_file=None, hub=None, profile=False)
             with claimed(directory / BASELINE, resume=job.resume):
                 _run_in(directory / BASELINE, config, plain)
     finally:
