@@ -226,7 +226,7 @@ def _run(config: RunConfig, command: str, stop: StopRequest, options: _Options) 
     job = Job(
         mode=mode,
         task=task,
-        policy=None if policy is None else policy.for_model,
+        policy=None if policy is None else policy.maker(config),
         policy_file=None if policy is None else policy.to_bytes(),
         resume=options.resume is not None,
         baseline=options.baseline,

@@ -1,5 +1,6 @@
 """What a learned controller can ask for: one flat table of joint actions, and which are legal."""
 
+import random
 from collections.abc import Sequence
 
 from esper_train.control.policy import Decision, Op
@@ -76,6 +77,13 @@ class ActionTable:
             else may_germinate and states[decision.slot or ""].stage is SeedStage.DORMANT
             for decision in self.decisions
         ]
+
+
+def drawn(shares: Sequence[float], seed: int, number: int) -> int:
+    """An action by its probability. It depends on the seed and on the number of the draw alone, so
+    that the state of whoever draws is that number."""
+    (place,) = random.Random(f"{seed} {number}").choices(range(len(shares)), shares)
+    return place
 
 
 def _is_legal(op: Op, state: SlotState, growth: GrowthConfig) -> bool:

@@ -24,6 +24,9 @@ class RLConfig(Settings, table="rl."):
     on_finding: Literal["end", "punish"] = "punish"
     """What a finding of the governor does to an episode: end it, or cost
     `governor.rollback_penalty` and let it go on where `train.on_bad_numbers` lets a run go on."""
+    choose: Literal["sample", "best"] = "sample"
+    """How a trained policy decides: it draws from its probabilities, as in training, or takes the
+    most probable action."""
     hosts: Count = 8
     """Hosts that train in lockstep."""
     steps: Count = 16384

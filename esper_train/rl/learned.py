@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 
 from esper_train.base.settings import from_dict
 from esper_train.base.state import PlainState
+from esper_train.config import RunConfig
 from esper_train.control.policy import Decision
 from esper_train.control.signals import Signals
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.model import MorphModel
-from esper_train.rl.actions import ActionTable
+from esper_train.rl.actions import ActionTable, drawn
 from esper_train.rl.observation import Observer
 from esper_train.run.directory import write_file
+from esper_train.run.run import PolicyMaker
 
 FORMAT = 1
 """Version of the layout of the file."""
@@ -65,8 +68,14 @@ class SavedPolicy:
         torch.save({"format": FORMAT, "about": about, "weights": dict(self.weights)}, buffer)
         return buffer.getvalue()
 
-    def for_model(self, model: MorphModel) -> "LearnedPolicy":
-        """The controller of a run with this network; `ValueError` if it was trained for others."""
+    def maker(self, config: RunConfig) -> PolicyMaker:
+        """What makes the controller of a run of `config`."""
+        seed = config.seed if config.rl.choose == "sample" else None
+        return partial(self.for_model, seed=seed)
+
+    def for_model(self, model: MorphModel, seed: int | None = None) -> "LearnedPolicy":
+        """The controller of a run with this network, which draws its actions by `seed`, or takes
+        the most probable ones without. `ValueError` if it was trained for other networks."""
         spaces = self.spaces
         growth = model.slots[0].growth
         slots = tuple(slot.state.slot for slot in model.slots)
@@ -80,7 +89,7 @@ class SavedPolicy:
                     f"the policy was trained for {what} {', '.join(trained)}, and this run has "
                     f"{', '.join(found)}; choose the same {what}, or train a policy for these"
                 )
-        return LearnedPolicy(self, growth)
+        return LearnedPolicy(self, growth, seed)
 
 
 def load_policy(path: Path) -> SavedPolicy:
@@ -161,20 +170,26 @@ def probabilities(logits: Tensor, mask: Sequence[bool]) -> list[float]:
 
 
 class LearnedPolicy(PlainState):
-    """A learned controller: takes the most probable of the legal actions, each epoch."""
+    """A learned controller: each epoch it draws one of the legal actions by its probabilities, or
+    takes the most probable one if `seed` is None."""
 
-    def __init__(self, saved: SavedPolicy, growth: GrowthConfig) -> None:
+    STATE = ("_drawn",)
+
+    def __init__(self, saved: SavedPolicy, growth: GrowthConfig, seed: int | None) -> None:
         spaces = saved.spaces
         self._table = ActionTable(spaces.slots, spaces.blueprints, spaces.blends)
         self._observer = Observer(spaces.slots, spaces.blueprints, growth)
         self._growth = growth
+        self._seed = seed
         self._layers = [
             (saved.weights[f"{layer}.weight"], saved.weights[f"{layer}.bias"]) for layer in LAYERS
         ]
         self._names = self._table.names()
+        self.reset()
 
     def reset(self) -> None:
-        """There is nothing to forget."""
+        """Begin the random numbers anew."""
+        self._drawn = 0
 
     def logits(self, observation: Sequence[float]) -> Tensor:
         """What the actor gives for an observation: float32 [actions]."""
@@ -188,7 +203,11 @@ class LearnedPolicy(PlainState):
     def decide(self, signals: Signals) -> Decision:
         mask = self._table.mask(signals, self._growth)
         shares = probabilities(self.logits(self._observer(signals)), mask)
-        place = max(range(len(shares)), key=shares.__getitem__)
+        if self._seed is None:
+            place = max(range(len(shares)), key=shares.__getitem__)
+        else:
+            place = drawn(shares, self._seed, self._drawn)
+            self._drawn += 1
         named = zip(self._names, shares, mask, strict=True)
         return replace(
             self._table.decisions[place],

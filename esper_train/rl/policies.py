@@ -1,16 +1,15 @@
-"""Controllers to compare with: one that decides at random, and what a learned one is given.
+"""Controllers to compare with: one that decides at random, and one that follows a list.
 
 Each is a `Policy`, so that it runs wherever the heuristic does.
 """
 
-import random
 from collections.abc import Sequence
 
 from esper_train.base.state import PlainState
 from esper_train.control.policy import Decision
 from esper_train.control.signals import Signals
 from esper_train.morph.config import GrowthConfig
-from esper_train.rl.actions import ActionTable
+from esper_train.rl.actions import ActionTable, drawn
 
 
 class RandomLegal(PlainState):
@@ -30,11 +29,9 @@ class RandomLegal(PlainState):
 
     def decide(self, signals: Signals) -> Decision:
         mask = self._table.mask(signals, self._growth)
-        legal = [place for place, allowed in enumerate(mask) if allowed]
-        # a number of its own for each decision, so that the state is the count alone
-        draw = random.Random(f"{self._seed} {self._drawn}").random()
+        place = drawn([float(legal) for legal in mask], self._seed, self._drawn)
         self._drawn += 1
-        return self._table.decisions[legal[int(draw * len(legal))]]
+        return self._table.decisions[place]
 
 
 class Script(PlainState):

@@ -43,7 +43,14 @@ UPDATE = {
     "kl": "train/approx_kl",
 }
 """Numbers of an update, and the names that Stable-Baselines3 logs them by."""
-FREE = ("rl.steps", "rl.evaluate_every", "rl.evaluations", "rl.tensorboard", "checkpoint.keep")
+FREE = (
+    "rl.steps",
+    "rl.choose",
+    "rl.evaluate_every",
+    "rl.evaluations",
+    "rl.tensorboard",
+    "checkpoint.keep",
+)
 """Settings that may change when a training is resumed."""
 LARGEST_REWARD = 10.0
 """Rewards over the running standard deviation of returns are clipped to this magnitude."""
@@ -243,13 +250,12 @@ def evaluation(config: RunConfig, training: Training) -> dict[str, float]:
     """Means over the evaluation's episodes, each a run under the policy as it is now."""
     policy = training.saved_policy()
     task = training.hosts[0].task
-    results = [
-        run_heuristic_episode(
-            replace(config, seed=config.seed + SEED_STEP - 1 - number),
-            task=task,
-            policy=policy.for_model,
-        )
+    configs = [
+        replace(config, seed=config.seed + SEED_STEP - 1 - number)
         for number in range(config.rl.evaluations)
+    ]
+    results = [
+        run_heuristic_episode(each, task=task, policy=policy.maker(each)) for each in configs
     ]
     return {
         "return": fmean(math.fsum(result.rewards) for result in results),

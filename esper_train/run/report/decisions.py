@@ -3,6 +3,7 @@ action was where the controller knows."""
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from esper_train.control.policy import Op
 from esper_train.run.report.draw import Axes, Curve, curve_panel, draw_picture, legend
@@ -33,7 +34,7 @@ def decisions_part(run: History) -> list[str]:
         (name, [each.get(name, math.nan) for each in shares], {}) for name in names
     ]
     panel = curve_panel("probability", curves, limits=(0, 1), moves=run.moves, columns=2)
-    note = "The policy takes the most probable of the legal actions. A gap: it was not legal."
+    note = "The policy decides among the legal actions by these. A gap: it was not legal."
     title = "Probability of each action over epochs"
     return [
         tag("h2", "Decisions"),
@@ -76,7 +77,7 @@ def decisions_of_runs(runs: Mapping[str, History]) -> list[str]:
             ]
             if places:
                 axes.plot(*zip(*places, strict=True), mark, color=color, label=op.lower())
-        axes.set_yticks(range(len(runs)), list(runs))
+        axes.set_yticks(range(len(runs)), [Path(label).name for label in runs])
         axes.set_ylim(len(runs) - 0.5, -0.5)
         axes.set_xlim(0, 1 + max((len(run.epochs) for run in runs.values()), default=1))
         if axes.get_legend_handles_labels()[0]:

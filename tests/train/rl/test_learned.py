@@ -111,6 +111,28 @@ def test_a_policy_decides_in_a_run_as_in_the_environment(path: Path) -> None:
     json.loads(line.to_json())
 
 
+def test_a_policy_draws_by_its_probabilities_and_by_its_seed() -> None:
+    _, saved, env = made()
+    env.reset()
+    assert env.signals is not None
+    model = _model(CONFIG)
+    found = []
+    for seed in range(300):
+        policy = saved.for_model(model, seed=seed)
+        decision = policy.decide(env.signals)
+        assert decision.probabilities is not None
+        found.append(env.table.names()[env.table.place(decision)])
+        policy.reset()
+        assert policy.decide(env.signals) == decision
+    for name, share in decision.probabilities.items():
+        assert found.count(name) / 300 == pytest.approx(share, abs=0.1)
+    state = policy.state_dict()
+    expected = [policy.decide(env.signals) for _ in range(5)]
+    again = saved.for_model(model, seed=299)
+    again.load_state_dict(state)
+    assert [again.decide(env.signals) for _ in range(5)] == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
