@@ -188,7 +188,7 @@ def measure(
 def main() -> None:
     """Train, compare, write the figures."""
     parser = record.parser("ppo", __doc__)
-    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--steps", type=int, default=7_680)
     parser.add_argument("--out", type=Path, default=Path("runs/ppo-digits"))
     options = parser.parse_args()
     config = config_of_training(options.steps)

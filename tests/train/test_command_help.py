@@ -77,7 +77,11 @@ def test_the_documents_name_the_options_that_are_no_settings() -> None:
 
 
 def test_help_says_what_a_command_does(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, words in (("heuristic", "Grow a network"), ("fit", "without slots"), ("ppo", "by PPO")):
+    for command, words in (
+        ("heuristic", "Grow a network"),
+        ("fit", "without slots"),
+        ("ppo", "by PPO"),
+    ):
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
         assert words in capsys.readouterr().out.splitlines()[2]

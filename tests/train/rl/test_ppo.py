@@ -111,7 +111,7 @@ def test_ppo_learns_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         }
     }
     monkeypatch.setattr("esper_train.run.execute.REWARDS", paid)
-    config = with_rl(CONFIG, hosts=4, steps=1600, rollout=20, batch=20, passes=8, evaluate_every=0)
+    config = with_rl(CONFIG, hosts=4, steps=960, rollout=20, batch=20, passes=8, evaluate_every=0)
     train_ppo(config, tmp_path)
     found = lines(tmp_path)
     assert found[-1]["evaluation"]["return"] == 1.0
