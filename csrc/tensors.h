@@ -93,11 +93,7 @@ struct Arrays {
   // is on the CPU and they are not.
   Number number(double value, const MaybeTensor& tensor) {
     if (!tensor) return {value};
-    const ScalarType dtype = tensor->scalar_type();
-    if (dtype == ScalarType::ComplexHalf || dtype == ScalarType::ComplexFloat ||
-        dtype == ScalarType::ComplexDouble)
-      throw std::invalid_argument("esper: expected a real number");
-    const bool is_float = dtype == ScalarType::Float;
+    const bool is_float = dtype_of(*tensor) == kFloat32;
     const Tensor readable = is_float ? *tensor : with_dtype(*tensor, ScalarType::Double);
     const Array x = array_of(readable);
     if (x.dims != 0 || x.reach() > x.room || !x.aligned())

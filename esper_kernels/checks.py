@@ -1,31 +1,49 @@
 """What the public functions refuse, by name, with what was expected and what came.
 
 The compiled ops check every call themselves (csrc/call.cpp) and write nothing if they refuse it.
-Python then runs these checks to find the argument at fault; for the other backends it runs them
-before the call. `refuse_transforms` and `refuse_inplace` look at what no op can see, so they come
-first everywhere.
+Python then runs these checks to find the argument at fault. It runs them before the call for the
+other backends, and for arguments of a type that no op can judge (`serve`). `refuse_transforms` and
+`refuse_inplace` look at what no op can see, so they come first everywhere.
+
+Long file: one place for every check.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from esper_kernels.backends import select_backend
 from esper_kernels.config import DTYPES, REDUCTIONS, TARGET_DTYPES, KernelConfig
 from esper_kernels.meter import COUNTS, SUMS, Meter
+from esper_kernels.values import has_memory
 
+NUMBER_DTYPES = (*DTYPES, *TARGET_DTYPES)  # of options that are tensors
 NATIVE = ("cpp", "cuda")  # backends whose ops check their arguments
 _Result = TypeVar("_Result")
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+# What an op can check by itself. It would convert other types to numbers where it can, True among
+# them, and would run once for each tensor that a wrapper holds.
+_PLAIN_TYPES = frozenset({NoneType, int, float, str, Tensor, torch.nn.Parameter})
 
 
-def serve(backend: str, run: Callable[[], _Result], find_fault: Callable[[], None]) -> _Result:
+def serve(
+    backend: str,
+    arguments: Iterable[object],
+    run: Callable[[], _Result],
+    find_fault: Callable[[], None],
+) -> _Result:
     """Call a backend; find_fault raises the error that names what is wrong with the arguments."""
-    if backend not in NATIVE or torch.compiler.is_compiling():
+    if (
+        backend not in NATIVE
+        or torch.compiler.is_compiling()
+        or not _PLAIN_TYPES.issuperset(map(type, arguments))
+    ):
         find_fault()
         return run()
     try:
@@ -38,20 +56,17 @@ def serve(backend: str, run: Callable[[], _Result], find_fault: Callable[[], Non
 
 def choose_backend(op: str, x: object, config: KernelConfig | None, name: str) -> str:
     """The backend that serves `op` on tensors like x."""
-    if not isinstance(x, Tensor) or x.is_nested or type(x).__name__ == "DTensor":
+    if not isinstance(x, Tensor):
         raise _not_dense(name, x)
     return select_backend(op, x.device.type, x.dtype, config).name
 
 
-def refuse_transforms(op: str, x: object) -> None:
-    """Raise NotImplementedError where derivatives or traces of this call would be silently
-    wrong."""
+def refuse_transforms(op: str, x: object, instead: str = "F.cross_entropy") -> None:
+    """NotImplementedError where derivatives or traces of this call would be silently wrong."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        what = (
-            "a torch.func transform (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap, functionalize)"
-        )
+        what = "a torch.func transform (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap, ...)"
     elif torch._C._get_tracing_state() is not None:
         what = "torch.jit.trace"
     elif isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x):
@@ -62,9 +77,7 @@ def refuse_transforms(op: str, x: object) -> None:
         what = "functionalization"
     else:
         return
-    raise NotImplementedError(
-        f"{op} does not work inside {what}; use torch.nn.functional.cross_entropy there"
-    )
+    raise NotImplementedError(f"{op} does not work inside {what}; use torch's {instead} there")
 
 
 def _is_dual(x: object) -> bool:
@@ -97,12 +110,24 @@ def check_dense(name: str, x: object) -> None:
 
 
 def is_dense(x: object) -> TypeGuard[Tensor]:
+    """Whether x is a tensor whose own memory holds its values, at strides."""
     return (
         isinstance(x, Tensor)
         and x.layout == torch.strided
         and not x.is_nested
-        and type(x).__name__ != "DTensor"
+        and not x.is_quantized
+        and not _is_wrapper(x)
     )
+
+
+def _is_wrapper(x: Tensor) -> bool:
+    """Whether x holds other tensors, as a DTensor does, and no memory of its own."""
+    if torch.compiler.is_compiling():
+        return type(x).__name__ == "DTensor"
+    if isinstance(x, FakeTensor):
+        return False
+    dispatches = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return dispatches or torch._is_functional_tensor(x)
 
 
 def _not_dense(name: str, x: object) -> TypeError:
@@ -114,13 +139,9 @@ def _not_dense(name: str, x: object) -> TypeError:
 def check_storage(name: str, x: Tensor) -> None:
     """ValueError for a tensor whose storage was freed or shrunk since, as by
     `untyped_storage().resize_(0)`."""
-    if torch.compiler.is_compiling() or x.device.type == "meta" or x.numel() == 0:
+    if not has_memory(x) or x.numel() == 0:
         return
-    if x.is_contiguous():
-        last = x.numel() - 1
-    else:
-        last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
-    needed = (x.storage_offset() + last + 1) * x.element_size()
+    needed = x.storage_offset() * x.element_size() + _extent(x)
     if not x._is_zerotensor() and x.untyped_storage().nbytes() < needed:
         raise ValueError(
             f"the storage of {name} holds {x.untyped_storage().nbytes()} bytes, but its shape "
@@ -174,12 +195,7 @@ def check_meter(meter: Meter) -> None:
     }
     for name, (shape, dtype) in expected.items():
         x = getattr(meter, name)
-        if (
-            not isinstance(x, Tensor)
-            or tuple(x.shape) != shape
-            or x.dtype != dtype
-            or not x.is_contiguous()
-        ):
+        if not is_dense(x) or tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
             raise ValueError(
                 f"meter.{name} must be a contiguous {dtype} tensor of shape {shape}, got "
                 f"{describe(x)}; make a new Meter"
@@ -191,8 +207,8 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
     """options: the fields of `reference.Options` by name."""
     weight = options["weight"]
     if weight is not None:
-        fits = isinstance(weight, Tensor) and weight.is_floating_point()
-        if not isinstance(weight, Tensor) or not fits or weight.shape != logits.shape[-1:]:
+        shape = logits.shape[-1:]
+        if not is_dense(weight) or weight.dtype not in DTYPES or weight.shape != shape:
             raise ValueError(
                 f"weight must be a floating tensor of shape [{logits.shape[-1]}], got "
                 f"{describe(weight)}"
@@ -209,38 +225,60 @@ def check_options(logits: Tensor, options: Mapping[str, object]) -> None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer goes with reduction='mean' only, got reduction={reduction!r}")
-    if not isinstance(options["ignore_index"], int):
-        raise TypeError(f"ignore_index must be an int, got {options['ignore_index']!r}")
-    if not -(2**63) <= options["ignore_index"] < 2**63:
-        raise ValueError(f"ignore_index must fit into 64 bits, got {options['ignore_index']}")
+    check_integer("ignore_index", options["ignore_index"])
+    for name, high in (("label_smoothing", 1.0), ("z_loss", torch.inf)):
+        if options[name] is None:
+            raise TypeError(f"{name} must be an int or a float, got None; 0.0 turns it off")
+        check_number(name, options[name], logits, high=high)
     check_number("normalizer", normalizer, logits)
-    check_number("label_smoothing", options["label_smoothing"], logits, high=1.0)
-    check_number("z_loss", options["z_loss"], logits)
-    if isinstance(softcap, Tensor) or softcap == 0:
-        raise ValueError(f"softcap must be None or a number above 0, got {softcap!r}")
-    # what float32 can hold, which is what the kernels compute in
-    check_number("softcap", softcap, logits, low=2.0**-149, high=torch.finfo(torch.float32).max)
+    if softcap is not None:
+        # In float32, logit / softcap leaves the normal numbers outside of this range.
+        check_plain_number("softcap (None for no cap)", softcap, low=2.0**-100, high=2.0**100)
+
+
+def check_integer(name: str, value: object) -> None:
+    """A Python int of at most 64 bits, not a bool."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
+
+
+def check_plain_number(name: str, value: object, low: float = 0.0, high: float = torch.inf) -> None:
+    """A Python number in [low, high]: an int or a float (np.float64 is one), not a bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be an int or a float, got {describe(value)}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be a number that a float can hold, got {value}")
+    if not low <= value <= high:  # NaN too
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
 
 def check_number(
     name: str, value: object, logits: Tensor, low: float = 0.0, high: float = torch.inf
 ) -> None:
-    """A number in [low, high], None, or a 0-d tensor, which is not looked at."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or value.device not in (logits.device, torch.device("cpu")):
-            raise ValueError(
-                f"{name} as a tensor must be 0-d and on {logits.device} or the CPU, got "
-                f"{describe(value)}"
-            )
-        if value.is_complex():
-            raise TypeError(f"{name} must be a real number, got {describe(value)}")
-        check_storage(name, value)
-    elif value is not None and not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {describe(value)}")
-    elif isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise ValueError(f"{name} must be a number that a float can hold, got {value}")
-    elif value is not None and not low <= value <= high:  # NaN too
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    """A number in [low, high], a 0-d tensor, whose value is not looked at, or None."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        check_plain_number(name, value, low, high)
+        return
+    check_number_tensor(name, value)
+    if value.device not in (logits.device, torch.device("cpu")):
+        raise ValueError(
+            f"{name} as a tensor must be on {logits.device} or the CPU, got {describe(value)}"
+        )
+
+
+def check_number_tensor(name: str, x: object) -> None:
+    """A dense [] tensor of a dtype that the kernels can read."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a 0-d tensor, got {describe(x)}")
+    if x.dim() != 0:
+        raise ValueError(f"{name} as a tensor must be 0-d, got {describe(x)}")
+    if x.dtype not in NUMBER_DTYPES:
+        raise TypeError(f"{name} must be one of {NUMBER_DTYPES}, got {x.dtype}")
+    check_dense(name, x)
 
 
 def check_out(out: Tensor, logits: Tensor) -> None:
@@ -256,8 +294,7 @@ def check_out(out: Tensor, logits: Tensor) -> None:
         )
     check_dense("out", out)
     check_writable("out", out)
-    # tensors have no address there
-    if not torch.compiler.is_compiling() and out.device.type != "meta":
+    if has_memory(out):
         (start, end), (logits_start, logits_end) = _address_range(out), _address_range(logits)
         if start < logits_end and logits_start < end:
             raise ValueError(
@@ -285,7 +322,7 @@ def check_writable(name: str, x: Tensor) -> None:
 
 def check_apart(written: Tensor, read: Mapping[str, object]) -> None:
     """That the memory of `written` holds none of the tensors that are still to be read."""
-    if torch.compiler.is_compiling() or written.device.type == "meta":
+    if not has_memory(written):
         return
     start, end = _address_range(written)
     for name, x in read.items():
@@ -298,10 +335,15 @@ def check_apart(written: Tensor, read: Mapping[str, object]) -> None:
 
 
 def _address_range(x: Tensor) -> tuple[int, int]:
-    if x.is_contiguous():
-        return x.data_ptr(), x.data_ptr() + x.nbytes
+    return x.data_ptr(), x.data_ptr() + _extent(x)
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first to the last element, gaps included."""
+    if x.is_contiguous() or x.numel() == 0:
+        return x.nbytes
     last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1 if x.numel() else 0) * x.element_size()
+    return (last + 1) * x.element_size()
 
 
 def describe(x: object) -> str:

@@ -71,7 +71,9 @@ class Meter:
                 f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the "
                 "CPU there"
             )
-        if not all(type(k) is int and 0 < k < 2**63 for k in topk):
+        if not isinstance(topk, Sequence) or not all(type(k) is int for k in topk):
+            raise TypeError(f"topk must be a sequence of integers, got {topk!r}")
+        if not all(0 < k < 2**63 for k in topk):
             raise ValueError(f"topk must hold positive integers, got {tuple(topk)}")
         self._topk = tuple(sorted({1, *topk}))
         # a meter made inside inference mode must work outside of it
@@ -116,8 +118,8 @@ class Meter:
         return {"topk": list(self.topk), "sums": self.sums.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, from any device. ValueError for another topk, and for
-        what is no such state."""
+        """Restore what `state_dict` returned, from any device. ValueError for another topk or for
+        tensors of another shape or dtype."""
         if tuple(state["topk"]) != self.topk:
             raise ValueError(
                 f"expected the state of a Meter with topk {self.topk}, got topk "

@@ -23,8 +23,9 @@ KERNEL_ARROWS = {
     "backends": {"config", "native"},
     "readback": set(),
     "meter": {"backends", "readback"},
-    "checks": {"backends", "config", "meter"},
-    "ops": {"backends", "checks", "config", "meter", "readback", "sums"},
+    "values": set(),
+    "checks": {"backends", "config", "meter", "values"},
+    "ops": {"backends", "checks", "config", "meter", "readback", "sums", "values"},
     "info": {"backends", "config", "meter", "native", "ops", "testing", "version"},
     "testing": {"config", "meter", "ops"},
 }

@@ -14,10 +14,11 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 IDS = [path.name for path in DOCUMENTS]
 
 
-@pytest.mark.parametrize(
-    "code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["kernels", "loop"]
-)
-def test_python_of_the_readme_runs(code: str) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_loops_in_the_documents_run(page: str) -> None:
+    """The first example of each; tests/train/run/test_own_life.py has the other of README.md."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 6)
     batches = [(torch.randn(8, 4), torch.randint(6, (8,))) for _ in range(3)]

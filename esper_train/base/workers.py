@@ -39,7 +39,6 @@ class GuardedLoader:
         self._answered = answered_signals()
         self._loader = loader
         self._workers: int = getattr(loader, "num_workers", 0)
-        self._lasting: bool = getattr(loader, "persistent_workers", False)
         self._processes: list[BaseProcess] = []
 
     def __iter__(self) -> Iterator[Any]:
@@ -53,18 +52,25 @@ class GuardedLoader:
             yield batch
 
     def _begin(self) -> Iterator[Any]:
-        """An iterator over an epoch. Workers are started with the signals held back, which a
-        process inherits."""
-        if self._workers == 0 or (self._lasting and self._processes):
+        """An iterator over an epoch."""
+        with self.starting():
             return iter(self._loader)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Inside, the loader may start its workers: with the signals held back, which a process
+        inherits."""
+        if self._workers == 0:
+            yield
+            return
         others = active_children()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._answered)
         try:
-            batches = iter(self._loader)
+            yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._processes = [each for each in active_children() if each not in others]
-        return batches
+        started = [each for each in active_children() if each not in others]
+        self._processes = started or self._processes
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

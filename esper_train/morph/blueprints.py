@@ -1,10 +1,11 @@
 """Blueprints: the small modules that a seed can be made of, by the host's topology.
 
 A module made from a blueprint starts as the identity, so that adding a seed changes nothing, and is
-able to learn: some parameter has a non-zero gradient. Both are checked when it is registered.
+able to learn: some parameter has a non-zero gradient. Both are checked when it is registered, and
+again for the channels of each slot when a run is built.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -30,6 +31,16 @@ PROBE_SHAPES: Mapping[str, tuple[int, ...]] = {
     "features": (2, PROBE_CHANNELS),
 }
 """For each topology, the shape of the random features on which a new blueprint is checked."""
+FAULTS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+)
+"""What a module raises on features that it cannot take."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +61,22 @@ class BlueprintRegistry:
             self.register(blueprint)
 
     def register(self, blueprint: Blueprint) -> None:
-        """Add a blueprint; `ValueError` if its name is taken, it is not the identity, or it cannot
-        learn."""
+        """Add a blueprint; `ValueError` if its name is taken, it fails, it is not the identity, or
+        it cannot learn."""
         require_known("topology", blueprint.topology, PROBE_SHAPES)
         key = (blueprint.topology, blueprint.name)
         if key in self._blueprints:
             raise ValueError(
                 f"blueprint {blueprint.name!r} is already registered for {blueprint.topology}"
             )
-        try:
-            _check_birth(blueprint)
-        except (RuntimeError, TypeError, IndexError, AttributeError, AssertionError) as error:
-            shape = list(PROBE_SHAPES[blueprint.topology])
-            raise ValueError(
-                f"blueprint {blueprint.name!r} fails on features of shape {shape}, that is "
-                f"{FEATURES[blueprint.topology][0]}: {type(error).__name__}: {error}"
-            ) from error
+        _check_birth(blueprint, PROBE_CHANNELS, f"blueprint {blueprint.name!r}")
         self._blueprints[key] = blueprint
+
+    def check(self, topology: str, slot: str, channels: int) -> None:
+        """`ValueError` for a blueprint that does not work with the channels of a slot."""
+        for name in self.names(topology):
+            words = f"blueprint {name!r}, with the {channels} channels of slot {slot!r},"
+            _check_birth(self._blueprints[topology, name], channels, words)
 
     def names(self, topology: str) -> tuple[str, ...]:
         """The names for one topology, in the order of registration."""
@@ -226,28 +236,42 @@ def default_registry() -> BlueprintRegistry:
     )
 
 
-def _check_birth(blueprint: Blueprint) -> None:
+def _check_birth(blueprint: Blueprint, channels: int, words: str) -> None:
     """Run it on random features: the output must equal the input, and some gradient must not be
-    zero."""
+    zero. `words` name it in the errors. No random number outside depends on it."""
+    shape = list(PROBE_SHAPES[blueprint.topology])
+    shape[FEATURES[blueprint.topology][1]] = channels
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), plain_defaults():
         torch.manual_seed(0)
-        module = blueprint.build(PROBE_CHANNELS)
-        x = torch.randn(PROBE_SHAPES[blueprint.topology])
-        y = module(x)
-        if y.shape != x.shape or not torch.equal(y, x):
+        try:
+            module, x, y = _born(blueprint, channels, shape)
+        except FAULTS as error:
             raise ValueError(
-                f"blueprint {blueprint.name!r} does not start as the identity: expected its output "
-                f"to equal its input of shape {tuple(x.shape)}, got shape {tuple(y.shape)}. Zero "
-                "its last layer and add the input."
-            )
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        if not parameters:
-            return
-        if y.requires_grad:
-            y.backward(torch.randn_like(y))
-        if not any(p.grad is not None and p.grad.count_nonzero() for p in parameters):
-            raise ValueError(
-                f"blueprint {blueprint.name!r} cannot learn: none of its parameters has a non-zero "
-                "gradient at first, so training never changes it. Zero only the last layer, and "
-                "let nothing saturate after it."
-            )
+                f"{words} fails on features of shape {shape}, that is "
+                f"{FEATURES[blueprint.topology][0]}: {type(error).__name__}: {error}"
+            ) from error
+    if y.shape != x.shape or not torch.equal(y, x):
+        raise ValueError(
+            f"{words} does not start as the identity: expected its output to equal its input of "
+            f"shape {tuple(x.shape)}, got shape {tuple(y.shape)}. Zero its last layer and add the "
+            "input."
+        )
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if parameters and not any(p.grad is not None and p.grad.count_nonzero() for p in parameters):
+        raise ValueError(
+            f"{words} cannot learn: none of its parameters has a non-zero gradient at first, so "
+            "training never changes it. Zero only the last layer, and let nothing saturate after "
+            "it."
+        )
+
+
+def _born(
+    blueprint: Blueprint, channels: int, shape: Sequence[int]
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A new module after a forward and backward pass, its input, and its output."""
+    module = blueprint.build(channels)
+    x = torch.randn(shape)
+    y = module(x)
+    if y.requires_grad:
+        y.backward(torch.randn_like(y))
+    return module, x, y

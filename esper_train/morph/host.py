@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper_train.base.modes import evaluating
 from esper_train.base.names import require_known
 from esper_train.morph.blueprints import FEATURES, PROBE_SHAPES, Topology
 
@@ -20,7 +21,8 @@ class Host(nn.Module):
     Args:
         topology: "cnn" for features [N, C, H, W], "transformer" for [N, T, C], "features" for
         [N, C]; selects the blueprints.
-        segments: by slot name, the module whose output the slot gets, in order of execution.
+        segments: by slot name, the module whose output the slot gets, in order of execution. The
+        first is called as the whole network is: by the loop, a dict of inputs as keyword arguments.
         head: maps the features of the last segment to logits.
         slot_channels: by slot name, the number of channels C of the features there.
     """
@@ -43,50 +45,47 @@ class Host(nn.Module):
         self.head = head
         self.slot_channels = dict(slot_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for segment in self.segments.values():
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        first, *others = self.segments.values()
+        x = first(*inputs, **named)
+        for segment in others:
             x = segment(x)
         return self.head(x)
 
 
-def check_host(host: Host, inputs: Any) -> Any:
-    """Send a batch through every segment, in evaluation mode, and return the logits.
+def check_host(host: Host, *inputs: Any, **named: Any) -> Any:
+    """Send a batch through every segment, in evaluation mode, and return what the head gives.
 
     Raises `ValueError` where the features are not those that the host's topology and
     `slot_channels` promise, or where a segment fails.
     """
     require_known("topology", host.topology, FEATURES)
     shape, dim = FEATURES[host.topology]
-    modes = [(module, module.training) for module in host.modules()]
-    host.eval()
-    x = inputs
-    try:
-        with torch.no_grad():
-            for name, segment in host.segments.items():
-                x = _through(segment, x, f"segment {name!r}")
-                if not isinstance(x, Tensor) or x.dim() != len(PROBE_SHAPES[host.topology]):
-                    raise ValueError(
-                        f"topology {host.topology!r} has features {shape}, but segment {name!r} "
-                        f"gives {_described(x)}; choose another topology, or cut the host elsewhere"
-                    )
-                if x.shape[dim] != host.slot_channels[name]:
-                    raise ValueError(
-                        f"slot_channels says {host.slot_channels[name]} channels for segment "
-                        f"{name!r}, but it gives {x.shape[dim]}: features {list(x.shape)}, that is "
-                        f"{shape}; correct slot_channels"
-                    )
-            return _through(host.head, x, "the head")
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(host), torch.no_grad():
+        for name, segment in host.segments.items():
+            x = _through(segment, f"segment {name!r}", *inputs, **named)
+            if not isinstance(x, Tensor) or x.dim() != len(PROBE_SHAPES[host.topology]):
+                raise ValueError(
+                    f"topology {host.topology!r} has features {shape}, but segment {name!r} "
+                    f"gives {_described(x)}; choose another topology, or cut the host elsewhere"
+                )
+            if x.shape[dim] != host.slot_channels[name]:
+                raise ValueError(
+                    f"slot_channels says {host.slot_channels[name]} channels for segment "
+                    f"{name!r}, but it gives {x.shape[dim]}: features {list(x.shape)}, that is "
+                    f"{shape}; correct slot_channels"
+                )
+            inputs, named = (x,), {}
+        return _through(host.head, "the head", *inputs)
 
 
-def _through(module: nn.Module, x: Any, name: str) -> Any:
+def _through(module: nn.Module, words: str, *inputs: Any, **named: Any) -> Any:
     try:
-        return module(x)
+        return module(*inputs, **named)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        given = [*map(_described, inputs), *(f"{k}: {_described(x)}" for k, x in named.items())]
         raise ValueError(
-            f"{name} of the host fails on {_described(x)}: {type(error).__name__}: {error}"
+            f"{words} of the host fails on {', '.join(given)}: {type(error).__name__}: {error}"
         ) from error
 
 

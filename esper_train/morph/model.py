@@ -49,47 +49,54 @@ class MorphModel(nn.Module):
         self.seed_slots.to(next(host.parameters()))  # its device and dtype
 
     def forward(
-        self, x: Tensor, alpha: Mapping[str, float] | None = None, start: str | None = None
-    ) -> Tensor:
-        """Logits. `alpha` overrides the alpha of some slots for this call only; 0 leaves the seed
-        out.
+        self,
+        *inputs: Any,
+        alpha: Mapping[str, float] | None = None,
+        start: str | None = None,
+        **named: Any,
+    ) -> Any:
+        """What the head gives for the inputs of the first segment. `alpha` overrides the alpha of
+        some slots for this call only; 0 leaves the seed out.
 
-        `start` names a slot to begin at: x is then what entered it, as `forward_keeping` gave it.
+        `start` names a slot to begin at: the input is then what entered it, as `forward_keeping`
+        gave it.
         """
         override = alpha or {}
         for name in (*override, *([] if start is None else [start])):
             # refuses a misspelt name, which would silently measure the whole network
             self.slot(name)
-        return self._run(x, override, start, None)
+        return self._run(inputs, named, override, start, None)
 
-    def forward_keeping(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and what entered each slot, in order of execution, for `forward` to start from.
+    def forward_keeping(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, Tensor]]:
+        """What the head gives, and what entered each slot, in order of execution, for `forward` to
+        start from.
 
         Nothing is kept where a segment changes its input in place. Not for inference mode, which
         would hide that.
         """
         entered: dict[str, tuple[Tensor, int]] = {}
-        logits = self._run(x, {}, None, entered)
+        output = self._run(inputs, named, {}, None, entered)
         intact = torch.compiler.is_compiling() or all(
             kept._version == v for kept, v in entered.values()
         )
-        return logits, {name: kept for name, (kept, _) in entered.items()} if intact else {}
+        return output, {name: kept for name, (kept, _) in entered.items()} if intact else {}
 
-    def forward_feeding(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and a copy of what entered each slot whose seed learns beside the network, for
-        its pass."""
+    def forward_feeding(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, Tensor]]:
+        """What the head gives, and a copy of what entered each slot whose seed learns beside the
+        network, for its pass."""
         entered: dict[str, tuple[Tensor, int]] = {}
-        logits = self._run(x, {}, None, entered, copied=self.learning)
-        return logits, {name: kept for name, (kept, _) in entered.items()}
+        output = self._run(inputs, named, {}, None, entered, copied=self.learning)
+        return output, {name: kept for name, (kept, _) in entered.items()}
 
     def _run(
         self,
-        x: Tensor,
+        inputs: tuple[Any, ...],
+        named: Mapping[str, Any],
         alpha: Mapping[str, float],
         start: str | None,
         entered: dict[str, tuple[Tensor, int]] | None,
         copied: Sequence[str] | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """The network, from slot `start` on. What enters each slot goes into `entered`, with its
         version; of the slots in `copied` alone a copy, where that is given."""
         copies = (
@@ -97,15 +104,18 @@ class MorphModel(nn.Module):
         )  # versions do not exist under a compiler
         for name, segment in self.host.segments.items():
             if start is None:
-                x = segment(x)
-            elif name != start:
+                x = segment(*inputs, **named)
+            elif name == start:
+                (x,) = inputs
+            else:
                 continue
             start = None
             if name in self.seed_slots:
                 if entered is not None and (copied is None or name in copied):
                     entered[name] = (x.detach().clone(), 0) if copies else (x, x._version)
                 x = self.seed_slots[name](x, alpha.get(name))
-        return self.host.head(x)
+            inputs, named = (x,), {}
+        return self.host.head(*inputs)
 
     @property
     def learning(self) -> tuple[str, ...]:

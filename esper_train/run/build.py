@@ -4,12 +4,15 @@ call it."""
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper_train.base.device import plain_defaults, resolve_device
-from esper_train.base.state import RandomState
+from esper_train.base.modes import evaluating
+from esper_train.base.state import RandomState, seeded
 from esper_train.config import RunConfig
 from esper_train.control.governor import Governor
 from esper_train.control.signals import SignalTracker
@@ -19,9 +22,10 @@ from esper_train.morph.model import MorphModel
 from esper_train.run.episode import Episode
 from esper_train.run.trial import Trial
 from esper_train.tasks import Task, get_task, load_splits, registry_of
-from esper_train.train.batches import described, read_batch
+from esper_train.train.batches import changed, moved, read_batch
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.data import Data
+from esper_train.train.forward import call, logits_of
 from esper_train.train.optimizers import OptimizerRegistry
 from esper_train.train.sources import ReadSource, Source, make_source
 from esper_train.train.step import TrainStep, build_train_step
@@ -41,7 +45,7 @@ def build_episode(
     config = replace(config, task=task.name)
     device = resolve_device(config.device)
     resolve_device(config.governor.snapshot_device)
-    with plain_defaults():
+    with seeded(config.seed), plain_defaults():  # a task may draw samples, and loaders seeds
         splits = load_splits(task)
     order = torch.Generator().manual_seed(config.seed)
     step = _step(config, task, device, grows=bool(slots))
@@ -51,18 +55,16 @@ def build_episode(
         return made if task.batch is None else ReadSource(made, device, read=task.batch)
 
     train = _training_source(config, task, splits.train, order, device)
-    example = _example(task, train, config.batch_size, device)
+    example = _example(train, config.batch_size, device)
     host = _host(config, task, device, example)
+    registry = registry_of(task, registry)
+    model = MorphModel(host, slots, growth=config.growth, seed=config.seed, registry=registry)
+    for slot in model.seed_slots:
+        registry.check(host.topology, slot, host.slot_channels[slot])
     episode = Episode(
         config=config,
         task=task,
-        model=MorphModel(
-            host,
-            slots,
-            growth=config.growth,
-            seed=config.seed,
-            registry=registry_of(task, registry),
-        ),
+        model=model,
         optimizers=OptimizerRegistry(schedule_each=config.optim.schedule.each),
         tracker=SignalTracker(plateau_threshold=config.policy.plateau_threshold),
         trial=Trial(config.growth),
@@ -111,27 +113,27 @@ def _training_source(
     return ReadSource(source, device, read=task.batch, augment=task.augment)
 
 
-def _example(task: Task, source: Source, rows: int, device: torch.device) -> Tensor:
+def _example(source: Source, rows: int, device: torch.device) -> Any:
     """Inputs of a training batch."""
     with plain_defaults():
         inputs, _ = read_batch(source.example())
-    if not isinstance(inputs, Tensor):
-        raise TypeError(
-            f"task {task.name!r}: a host takes its inputs as one tensor, got {described(inputs)}; "
-            "give the task a function batch=, from what the loader gives to (inputs, targets)"
-        )
-    return inputs[:rows].to(device)
+    return moved(changed(inputs, lambda x: x[:rows] if x.dim() else x), device)
 
 
-def _host(config: RunConfig, task: Task, device: torch.device, example: Tensor) -> Host:
+def _host(config: RunConfig, task: Task, device: torch.device, example: Any) -> Host:
     """The host on its device, after a batch of zeros went through it."""
+    zeros = changed(example, lambda x: torch.zeros_like(x[:2] if x.dim() else x))
     with RandomState(config.seed, device).active(), plain_defaults():
         host = task.build_host(config.host).to(device)
-        logits = check_host(host, torch.zeros_like(example[:2]))
+        if task.forward is None:
+            logits = logits_of(call(partial(check_host, host), zeros, {}))
+        else:
+            with evaluating(host), torch.no_grad():
+                logits = logits_of(task.forward(host, zeros))
     if _channels_last(config, host, device):
         host.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     classes = task.num_classes
-    if classes is not None and isinstance(logits, Tensor):
+    if classes is not None:
         found = logits.shape[1 if task.task_type == "dense" else -1]
         if found < classes:
             raise ValueError(

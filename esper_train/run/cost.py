@@ -2,16 +2,16 @@
 `epoch` asks once per seed, and of a whole run."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper_train.base.state import PlainState
 from esper_train.morph.model import MorphModel
+from esper_train.train.forward import call, logits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,29 +35,31 @@ class SeedCost:
         return asdict(self) | {"ratio": self.ratio}
 
 
-def seed_cost(model: MorphModel, slot: str, inputs: Tensor) -> SeedCost:
+def seed_cost(model: MorphModel, slot: str, inputs: Any) -> SeedCost:
     """Count the work of a batch like `inputs`, on a copy of the model."""
     model = copy.deepcopy(model).train()
     seed = model.slot(slot).seed
     assert seed is not None
     parameters = [p for p in seed.parameters() if p.requires_grad]
     with torch.random.fork_rng(), torch.enable_grad():
-        _, entered = model.forward_feeding(inputs)
+        _, entered = call(model.forward_feeding, inputs, {})
         features = entered.get(slot)
+
+        def host() -> None:
+            logits_of(call(model, inputs, {})).sum().backward()
+
         if features is None or not parameters:
-            return SeedCost(
-                host=_multiply_adds(lambda: model(inputs).sum().backward()), learning=0, seed=0
-            )
+            return SeedCost(host=_multiply_adds(host), learning=0, seed=0)
 
         def learn() -> None:
             out = model(features, alpha={slot: 1.0}, start=slot)
-            out.sum().backward(inputs=parameters)
+            logits_of(out).sum().backward(inputs=parameters)
 
         def seed_alone() -> None:
             seed(features).sum().backward(inputs=parameters)
 
         return SeedCost(
-            host=_multiply_adds(lambda: model(inputs).sum().backward()),
+            host=_multiply_adds(host),
             learning=_multiply_adds(learn),
             seed=_multiply_adds(seed_alone),
         )
@@ -74,7 +76,7 @@ class TrainingCost(PlainState):
         """Slot, blueprint and part of a seed to what it adds to an epoch. Runs with the same host
         and the same batches may share it."""
 
-    def add_epoch(self, model: MorphModel, inputs: Tensor) -> None:
+    def add_epoch(self, model: MorphModel, inputs: Any) -> None:
         """Add an epoch of the network as it is, trained with batches like `inputs`."""
         self.epochs += 1.0
         for slot in model.slots:
@@ -85,7 +87,7 @@ class TrainingCost(PlainState):
                 self.epochs += self.known[key]
 
 
-def added_cost(model: MorphModel, slot: str, inputs: Tensor) -> float:
+def added_cost(model: MorphModel, slot: str, inputs: Any) -> float:
     """Multiply-adds that the seed of a slot adds to a step of the host, as a multiple of that step:
     of its own pass where it learns beside the network, of its part in the network otherwise. The
     other slots are left out, so that costs add up."""
@@ -96,18 +98,20 @@ def added_cost(model: MorphModel, slot: str, inputs: Tensor) -> float:
     assert seed is not None
     parameters = [p for p in seed.parameters() if p.requires_grad]
     with torch.random.fork_rng(), torch.enable_grad():
-        _, entered = model.forward_feeding(inputs)
-        host = _multiply_adds(lambda: model(inputs, alpha=without).sum().backward())
+        _, entered = call(model.forward_feeding, inputs, {})
+
+        def step(alpha: Mapping[str, float]) -> None:
+            logits_of(call(model, inputs, {"alpha": alpha})).sum().backward()
+
+        def learn() -> None:
+            out = model(entered[slot], alpha=alone, start=slot)
+            logits_of(out).sum().backward(inputs=parameters)
+
+        host = _multiply_adds(lambda: step(without))
         if slot not in entered:
-            added = _multiply_adds(lambda: model(inputs, alpha=alone).sum().backward()) - host
-        elif parameters:
-            added = _multiply_adds(
-                lambda: (
-                    model(entered[slot], alpha=alone, start=slot).sum().backward(inputs=parameters)
-                )
-            )
+            added = _multiply_adds(lambda: step(alone)) - host
         else:
-            added = 0
+            added = _multiply_adds(learn) if parameters else 0
     return added / host if host else 0.0
 
 

@@ -243,8 +243,16 @@ def load_run(
 
 
 def load_config(path: Path) -> RunConfig:
-    """The config of a run directory. Raises as `read_config` and `from_dict` do."""
-    config = from_dict(RunConfig, read_config(path))
+    """The config of a run directory. Raises as `read_config` does, and `ValueError` for settings
+    that this version does not have."""
+    values = read_config(path)
+    try:
+        config = from_dict(RunConfig, values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path / CONFIG} does not fit this version: {error}; {ENVIRONMENT} beside it says "
+            "which version wrote it, or start a new run (`report` reads the old one)"
+        ) from error
     if is_place(config.task):  # nothing in a run directory has a module imported
         raise ValueError(
             f"{path / CONFIG} names the task {config.task!r}, which is no name of a task; bring it "

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper_train.base.device import resolve_device
 from esper_train.base.state import PlainState, RandomState, copied, no_random_numbers
@@ -78,7 +78,7 @@ class Episode(PlainState):
     train: Source
     validation: Source
     test: Source
-    example: Tensor  # inputs of a batch, on the device
+    example: Any  # inputs of a batch, on the device
     steps: int  # of an epoch
     data_record: Mapping[str, Any]
     random: RandomState

@@ -30,6 +30,7 @@ from esper_train.run.directory import (
 from esper_train.run.episode import Episode
 from esper_train.run.profile import write_profile
 from esper_train.run.report import write_report
+from esper_train.run.report.draw import require_matplotlib
 from esper_train.run.run import (
     EpisodeResult,
     PolicyMaker,
@@ -87,7 +88,9 @@ def run_job(
         BlockingIOError: another process writes to `out`.
         ValueError: `out` is resumed with another task, or a task of one's own has the name of one
             of the package.
+        ImportError: the report could not be drawn.
     """
+    require_matplotlib()
     config = _with_own_name(config, job.task)
     if job.resume and (out / CONFIG).is_file():
         task_of_run(load_config(out).task, config.task_config(), job.task)

@@ -150,8 +150,8 @@ class EpisodeRun:
         if episode.epoch == 0:
             episode.policy.reset()
             episode.hub.emit(run_started(episode))
-            for event in inexact_resumes(episode):
-                episode.hub.emit(event)
+        for event in inexact_resumes(episode):
+            episode.hub.emit(event)
         return self
 
     def __exit__(
@@ -306,20 +306,17 @@ def run_finished(episode: Episode, ending: Ending) -> Event:
 
 
 def inexact_resumes(episode: Episode) -> list[Event]:
-    """A warning for each split whose loader cannot promise the same batches to a resumed run."""
+    """A warning for each split whose loader cannot promise the same batches to a resumed run: at
+    the start of a run, and where it is resumed."""
     advice = "give it state_dict and load_state_dict, or return the data set itself"
-    return [
-        Event(
-            EventType.INEXACT_RESUME,
-            0,
-            {
-                "split": name,
-                "message": f"a resumed run may get other {name} batches than this one: {reason}; "
-                f"{advice}",
-            },
-        )
-        for name, reason in episode.sources.inexact().items()
-    ]
+    found = []
+    for split, reason in episode.sources.inexact().items():
+        words = f"a resumed run may get other {split} batches than this one"
+        if episode.epoch:
+            words = f"resumed, perhaps with other {split} batches than an unbroken run has"
+        data = {"split": split, "message": f"{words}: {reason}; {advice}"}
+        found.append(Event(EventType.INEXACT_RESUME, episode.epoch, data))
+    return found
 
 
 def run_started(episode: Episode) -> Event:

@@ -55,7 +55,8 @@ class Task:
     """Number of classes, or size of the vocabulary; None where there are none."""
     load: Callable[[], Splits]
     """Returns the data, or raises if they are missing or damaged; it never substitutes other
-    data."""
+    data. Python's, NumPy's and torch's global random numbers start from the run's seed in it, so
+    that a resumed run is given the same."""
     build_host: Callable[[HostConfig], Host]
     """Makes a new host, initialized from torch's global random state."""
     criterion: Callable[[Any, Any], Tensor] | None = None
@@ -65,7 +66,9 @@ class Task:
     """(parameters, learning rate, group) to an optimizer; the group is "host", a slot's name for
     its seed, or "SLOT.gate". None takes what `optim` in the config says."""
     batch: Callable[[Any], tuple[Any, Any]] | None = None
-    """From what a loader gives to (inputs, targets), the inputs as one tensor. None takes pairs."""
+    """From what a loader gives to (inputs, targets). None takes pairs, and dicts with targets under
+    "labels", "targets", "label" or "target". Inputs go to the host's first segment: a dict as
+    keyword arguments, a tuple or list as one argument after another."""
     forward: Callable[[nn.Module, Any], Any] | None = None
     """(model, inputs) to its output, in place of model(inputs), where the host is trained alone.
     Seeds learn by the host's own forward."""

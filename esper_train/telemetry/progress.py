@@ -19,18 +19,19 @@ from esper_train.telemetry.sinks import describe, describe_measures, describe_sl
 class ProgressSink:
     """Shows epochs in one line that changes, and other events as lines above it.
 
-    On a narrow terminal, only the losses and slots at the end of the line are cut short.
+    On a narrow terminal the bar is short, and what does not fit is cut from the end of the line:
+    first the training loss, then the slots.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(
             TextColumn("epoch"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TimeRemainingColumn(),
             TextColumn(
                 "{task.description}",
-                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+                table_column=Column(ratio=7, no_wrap=True, overflow="ellipsis"),
             ),
             console=console,
             expand=True,

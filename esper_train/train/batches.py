@@ -118,7 +118,14 @@ def moved(nest: Any, device: torch.device | None, copy: bool = False) -> Any:
 
 def cloned(nest: Any) -> Any:
     """Copies of the tensors in dicts, tuples and lists."""
-    return nest.clone() if isinstance(nest, Tensor) else _rebuilt(nest, cloned)
+    return changed(nest, Tensor.clone)
+
+
+def changed(nest: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Dicts, tuples and lists with their tensors changed; anything else as it is."""
+    if isinstance(nest, Tensor):
+        return change(nest)
+    return _rebuilt(nest, partial(changed, change=change))
 
 
 def tensors(nest: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper_kernels import Meter, compute_all
+from esper_train.base.modes import evaluating
 from esper_train.train.batches import Batch, Batches, ReadBatch, drawn, grouped
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
@@ -229,19 +230,13 @@ def evaluate(
     alphas = list(overrides.values())
     entered = [(scopes or {}).get(name, nullcontext) for name in overrides]
     right: list[Tensor] = []
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # inference mode would hide what the model changes in place
-        with torch.inference_mode(False), torch.no_grad():
-            for inputs, targets in drawn(loader, device, max_batches, step.spans.data, step.batch):
-                with step.spans.evaluation:
-                    right.append(
-                        step.measure(model, inputs, targets, meters, alphas, entered).flatten()
-                    )
-    finally:
-        for module, training in modes:
-            module.training = training
+    # inference mode would hide what the model changes in place
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        for inputs, targets in drawn(loader, device, max_batches, step.spans.data, step.batch):
+            with step.spans.evaluation:
+                right.append(
+                    step.measure(model, inputs, targets, meters, alphas, entered).flatten()
+                )
     rows = torch.cat(right).long()
     result, *others, predicted = compute_all(*meters, rows, strict=config.on_bad_numbers == "stop")
     counts = step.loss.counts

@@ -167,10 +167,10 @@ class LoaderSource:
     """A loader of the user's own, as it is.
 
     With `state_dict` and `load_state_dict`, as torchdata's `StatefulDataLoader` has, these are its
-    state. Of torch's `DataLoader` over a map-style data set with one of torch's own samplers, it is
-    the state of the generators; without generators they draw from the run's random numbers. Any
-    other loader is used, but cannot promise that a resumed run gets the same batches: `inexact`
-    says why.
+    state once it has begun; before, it is as it was made. Of torch's `DataLoader` over a map-style
+    data set with one of torch's own samplers, it is the state of the generators; without generators
+    they draw from the run's random numbers. A list of batches needs none. Any other loader is used,
+    but cannot promise that a resumed run gets the same batches: `inexact` says why.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
@@ -178,13 +178,14 @@ class LoaderSource:
         self._guarded = GuardedLoader(loader)
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self._begun = False
+        self._loaded: Mapping[str, Any] = {}  # what it is to begin from
         self.inexact = None if self._stateful else _why_inexact(loader)
 
     def __iter__(self) -> Iterator[Any]:
         # An epoch may end within the loader's, by max_batches. Going on from a state is then not
         # the same as beginning anew, so every run does it, not only a resumed one.
         if self._stateful and self._begun:
-            self.load_state_dict(self.state_dict())
+            self.load_state_dict(self._state())
         self._begun = True
         return iter(self._guarded)
 
@@ -195,28 +196,38 @@ class LoaderSource:
             return None
 
     def example(self) -> Any:
-        before = self.state_dict()
         with seeded(0):
+            before = self._state()
             batch = next(iter(self._guarded), None)
-        if batch is None:
-            raise ValueError(
-                "a loader gave no batch: is the data set smaller than a batch with drop_last=True?"
-            )
-        self.load_state_dict(before)
+            if batch is None:
+                raise ValueError(
+                    "a loader gave no batch: is the data set smaller than a batch with "
+                    "drop_last=True?"
+                )
+            self.load_state_dict(before)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
+        # A loader that has not begun may have to begin for its state, which starts its workers
+        # and draws from the run's random numbers.
+        if self._stateful and not self._begun:
+            return dict(self._loaded)
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         if self._stateful:
-            return {"loader": cast(Any, self._loader).state_dict()}
+            with self._guarded.starting():
+                return {"loader": cast(Any, self._loader).state_dict()}
         return {name: each.get_state() for name, each in self._generators().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        if self._stateful:
-            if state_dict:
-                cast(Any, self._loader).load_state_dict(state_dict["loader"])
-            return
-        for name, each in self._generators().items():
-            each.set_state(state_dict[name])
+        if not self._stateful:
+            for name, each in self._generators().items():
+                each.set_state(state_dict[name])
+        elif state_dict:
+            cast(Any, self._loader).load_state_dict(state_dict["loader"])
+            self._loaded = state_dict
+            self._begun = False
 
     def _generators(self) -> dict[str, torch.Generator]:
         """The generators of a `DataLoader`, by where they are."""
@@ -274,6 +285,8 @@ class ReadSource:
 
 def _why_inexact(loader: Iterable[Any]) -> str | None:
     """Why a loader without a state of its own cannot promise the same batches, if so."""
+    if type(loader) in (list, tuple):
+        return None  # the same batches in each epoch
     if type(loader) is not DataLoader:
         return f"{type(loader).__name__} has no state_dict and load_state_dict"
     if isinstance(loader.dataset, IterableDataset):

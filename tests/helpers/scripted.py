@@ -58,6 +58,18 @@ class Recorder:
         return [(e.epoch, e.data["slot"], e.data["stage"]) for e in self.of(EventType.SEED_STAGE)]
 
 
+class StopAfter(Recorder):
+    """Ends the run after an epoch, as Ctrl-C would."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def write(self, event: Event) -> None:
+        if event.type is EventType.EPOCH and event.epoch == self.epoch + 1:
+            raise KeyboardInterrupt
+
+
 class Script(PlainState):
     """A controller that asks for given operations at given epochs, and keeps the signals it saw."""
 

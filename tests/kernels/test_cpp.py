@@ -97,7 +97,7 @@ def test_every_instruction_set_agrees_with_torch_in_float64(name: str, dtype: to
 @pytest.mark.parametrize("place", ["step", "inplace", "backward"])
 @pytest.mark.parametrize("v", [10, 40, 1025, 9000, 70_001])
 def test_gradients_of_negligible_classes_are_exactly_zero(v: int, place: str, name: str) -> None:
-    """86 or more below the largest logit of a row, wherever that stands: in another chunk too."""
+    """Their logits are 86 or more below the row's largest, which may be in another chunk."""
     config = KernelConfig(backend="cpp", instruction_set=name)
     below = torch.tensor([0.0, 1.0, 40.0, 85.0, 85.75, 86.0, 86.5, 87.0, 87.25, 88.0, torch.inf])
     rows = torch.stack([-below[torch.arange(v) % 11].roll(row * v // 4) for row in range(4)])

@@ -74,8 +74,8 @@ def test_class_counts(v: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("hidden", [slice(0, 4100), slice(4000, 8200), slice(4900, 9000)], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_chunks_of_minus_infinity(hidden: slice, smoothing: float) -> None:
-    """As a mask of the vocabulary makes them; with smoothing the loss is infinite, and its gradient
-    finite."""
+    """Masking part of a vocabulary makes such rows. With smoothing their loss is infinite, but
+    their gradient is finite."""
     logits, targets = batch(5, 9000)
     logits[1:, hidden] = -torch.inf
     targets[1:] = logits[1].isfinite().nonzero()[[0, 1, -2, -1], 0]

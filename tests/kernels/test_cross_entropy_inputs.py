@@ -327,7 +327,7 @@ def test_wrong_tensors_are_named(
         ),
         ({"normalizer": -1}, ValueError, r"normalizer must be in \[0.0, inf\], got -1"),
         ({"normalizer": NAN}, ValueError, "normalizer .* got nan"),
-        ({"normalizer": "2"}, TypeError, "normalizer must be a number or a 0-d tensor"),
+        ({"normalizer": "2"}, TypeError, "normalizer must be an int or a float, got str"),
         ({"normalizer": torch.ones(2)}, ValueError, "normalizer as a tensor must be 0-d"),
         ({"normalizer": torch.ones((), device="meta")}, ValueError, "on cpu or the CPU.*meta"),
         ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0.0, 1.0\], got 1.1"),
@@ -335,19 +335,11 @@ def test_wrong_tensors_are_named(
         ({"label_smoothing": torch.ones(1)}, ValueError, "label_smoothing as a tensor must be 0-d"),
         ({"z_loss": -1e-4}, ValueError, "z_loss"),
         ({"z_loss": NAN}, ValueError, "z_loss"),
-        ({"softcap": 0}, ValueError, "softcap must be None or a number above 0, got 0"),
-        (
-            {"softcap": float("inf")},
-            ValueError,
-            r"softcap must be in \[1.4.*e-45, 3.40.*e\+38\], got inf",
-        ),
-        (
-            {"softcap": 1e300},
-            ValueError,
-            r"softcap must be in \[1.4.*e-45, 3.40.*e\+38\], got 1e\+300",
-        ),
+        ({"softcap": 0}, ValueError, r"softcap \(None for no cap\) must be in .* got 0"),
+        ({"softcap": float("inf")}, ValueError, "softcap .* got inf"),
+        ({"softcap": 1e300}, ValueError, r"in \[7.8.*e-31, 1.2.*e\+30\], got 1e\+300"),
         ({"softcap": -1.0}, ValueError, "softcap"),
-        ({"softcap": torch.tensor(3.0)}, ValueError, "softcap"),
+        ({"softcap": torch.tensor(3.0)}, TypeError, "softcap"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int"),
         (
             {"weight": torch.ones(2)},
@@ -393,19 +385,13 @@ def test_different_devices_are_all_named(
             call()
 
 
-def test_dtensor_is_refused_by_name(config: KernelConfig) -> None:
-    class DTensor(Tensor):
-        """Stands for torch.distributed.tensor.DTensor, which needs a process group."""
-
-    with pytest.raises(TypeError, match=r"to_local.*DTensor"):
-        cross_entropy(X.as_subclass(DTensor), T, config=config)
-
-
 def test_meta_tensors_give_shapes(config: KernelConfig) -> None:
-    if config.backend == "triton":
-        pytest.skip("refused on the meta device")
     logits = torch.empty(4, 5, device="meta", requires_grad=True)
     targets = torch.empty(4, dtype=torch.int64, device="meta")
+    if config.backend == "triton":
+        with pytest.raises(ValueError, match="not on meta"):
+            cross_entropy(logits, targets, config=config)
+        return
     cross_entropy(logits, targets, meter=Meter("meta"), config=config).backward()
     assert logits.grad is not None
     assert logits.grad.shape == (4, 5)

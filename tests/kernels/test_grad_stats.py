@@ -286,8 +286,8 @@ def test_out_of_another_layout_is_refused(config: KernelConfig) -> None:
         (
             [torch.ones(2)],
             {"inv_scale": torch.ones(1)},
-            TypeError,
-            "inv_scale must be a 0-d tensor",
+            ValueError,
+            "inv_scale as a tensor must be 0-d",
         ),
         ([torch.ones(2)], {"inv_scale": 0.5}, TypeError, "inv_scale must be a 0-d tensor"),
         (
@@ -303,14 +303,6 @@ def test_wrong_input_is_named(
 ) -> None:
     with pytest.raises(error, match=words):
         grad_stats(grads, **options, config=config)
-
-
-def test_dtensor_is_refused_by_name(config: KernelConfig) -> None:
-    class DTensor(Tensor):
-        """Stands for torch.distributed.tensor.DTensor, which needs a process group."""
-
-    with pytest.raises(TypeError, match=r"to_local.*DTensor"):
-        grad_stats([torch.ones(2).as_subclass(DTensor)], config=config)
 
 
 def test_same_bits_at_any_thread_count(config: KernelConfig) -> None:
@@ -434,3 +426,58 @@ def test_clip_takes_a_generator_and_a_single_tensor(config: KernelConfig) -> Non
         (p for p in model.parameters()), 9.0, config=config
     ).item() == pytest.approx(1.0)
     assert clip_grad_norm_(model.weight, 9.0, config=config) < 1
+
+
+def test_clip_counts_a_parameter_that_comes_twice_once(config: KernelConfig) -> None:
+    """torch would give a norm of sqrt(50) and scale the gradient twice, to a norm of 0.1."""
+    tied = parameter(tensor(3.0, 4.0))
+    norm = clip_grad_norm_([tied, parameter(None), tied], 1.0, config=config)
+    assert norm.item() == 5
+    assert tied.grad is not None
+    assert tied.grad.tolist() == pytest.approx([0.6, 0.8])
+    stats = grad_stats([tied.grad], config=config)
+    assert clip_grad_norm_([tied, tied], 0.5, stats=stats, config=config).item() == pytest.approx(1)
+    assert tied.grad.tolist() == pytest.approx([0.3, 0.4], rel=1e-5)
+    twice = grad_stats([tied.grad, tied.grad], config=config)
+    with pytest.raises(ValueError, match=r"stats are of 2 tensors .* params have 1 gradients"):
+        clip_grad_norm_([tied, tied], 0.5, stats=twice, config=config)
+
+
+def test_clip_of_an_empty_generator_warns_as_torch_does(config: KernelConfig) -> None:
+    used_up = (p for p in [parameter(tensor(3.0))])
+    assert clip_grad_norm_(used_up, 1.0, config=config).item() == 3
+    with pytest.warns(UserWarning, match="empty generator"):
+        assert clip_grad_norm_(used_up, 1.0, config=config).item() == 0
+    with pytest.warns(UserWarning, match="empty generator"):
+        torch.nn.utils.clip_grad_norm_(used_up, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda model: model,
+        lambda model: model.named_parameters(),
+        lambda model: dict(model.named_parameters()),
+        lambda model: [*model.parameters(), None],
+        lambda model: 3.0,
+    ],
+    ids=["module", "named", "dict", "None among them", "number"],
+)
+def test_clip_refuses_params_that_are_not_tensors(config: KernelConfig, wrong: Any) -> None:
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(TypeError, match="params must be a tensor or an iterable of tensors"):
+        clip_grad_norm_(wrong(model), 1.0, config=config)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_clip_of_a_gradient_that_has_a_graph(config: KernelConfig) -> None:
+    leaf = torch.nn.Parameter(torch.ones(2))
+    (leaf.square() * tensor(3.0, 4.0)).sum().backward(create_graph=True)
+    graph = leaf.grad
+    assert graph is not None
+    assert graph.requires_grad
+    assert clip_grad_norm_([leaf], 1.0, config=config).item() == 10
+    assert torch.is_grad_enabled()
+    assert leaf.grad is graph
+    assert graph.detach().norm().item() == pytest.approx(1.0)

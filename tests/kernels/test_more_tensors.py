@@ -75,7 +75,7 @@ def test_no_view_of_a_parameter_is_written_over(
 @pytest.mark.parametrize(
     "value", [-1.0, 0.0, -0.0, float("inf"), float("nan"), 2.0**-149, torch.finfo().max]
 )
-def test_no_number_means_that_there_is_none(config: KernelConfig, value: float) -> None:
+def test_no_value_of_a_tensor_means_none(config: KernelConfig, value: float) -> None:
     """As 0-d tensors, of which no value is looked at, on every backend alike."""
     number = torch.tensor(value)
     reference = KernelConfig(backend="eager")

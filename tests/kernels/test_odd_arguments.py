@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from esper_kernels import (
     GradStats,
@@ -19,6 +23,7 @@ from esper_kernels import (
     record_loss,
     select_backend,
 )
+from esper_kernels.testing import relative_error
 
 X = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([0, 1, 2, 3, 4, -100, 1, 2])
@@ -31,13 +36,14 @@ T = torch.tensor([0, 1, 2, 3, 4, -100, 1, 2])
         ("meter", {"sums": torch.zeros(3)}),
         ("config", "eager"),
         ("config", {"backend": "eager"}),
-        ("class_dim", True),
-        ("class_dim", 0.0),
-        ("ignore_index", 2**70),
+        ("class_dim", 2**70),
+        ("ignore_index", 2**63),
+        ("ignore_index", -(2**63) - 1),
         ("ignore_index", -100.0),
         ("z_loss", 10**400),
         ("normalizer", 10**400),
-        ("softcap", 1e-50),
+        ("softcap", 2.0**-101),
+        ("softcap", 2.0**101),
         ("softcap", math.nan),
         ("label_smoothing", torch.tensor(0.1 + 1j)),
         ("z_loss", "0.1"),
@@ -57,6 +63,101 @@ def test_cross_entropy_names_what_it_cannot_take(
         with pytest.raises((TypeError, ValueError), match=name):
             function(**{**arguments, name: value})
     assert not meter.counts.any()
+
+
+LOSS_NUMBERS = ("label_smoothing", "z_loss", "softcap", "normalizer")
+NO_NUMBERS = (
+    True,
+    False,
+    np.bool_(True),
+    np.float32(0.5),
+    np.int64(1),
+    np.array(0.5),
+    Decimal("0.5"),
+    0.5 + 0j,
+    "0.5",
+    [0.5],
+    torch.bool,
+)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: f"{type(value).__name__} {value}")
+def test_every_option_refuses_what_is_not_a_number(config: KernelConfig, value: object) -> None:
+    """An op would convert some of these to numbers, and refuse others."""
+    meter = Meter("cpu")
+    calls: dict[str, list[Callable[..., object]]] = {
+        name: [partial(cross_entropy, X, T, meter=meter), partial(cross_entropy_step, X, T, meter)]
+        for name in (*LOSS_NUMBERS, "ignore_index", "class_dim")
+    }
+    calls["grad_scale"] = [partial(cross_entropy_step, X, T, meter)]
+    calls["vanishing"] = calls["exploding"] = [partial(grad_stats, [X])]
+    calls["max_norm"] = [partial(clip_grad_norm_, nn.Parameter(X))]
+    for name, functions in calls.items():
+        if isinstance(value, np.int64) and name == "class_dim":
+            continue
+        for function in functions:
+            with pytest.raises(TypeError, match=rf"{name}.* must be an int"):
+                function(**{name: value}, config=config)
+    with pytest.raises(TypeError, match="ignore_index must be an int"):
+        record_loss(torch.tensor(1.0), X, T, meter, ignore_index=value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="topk must be"):
+        Meter("cpu", topk=value)  # type: ignore[arg-type]
+    assert not meter.counts.any()
+
+
+@pytest.mark.parametrize("name", ["reduction", "backend", "instruction_set"])
+@pytest.mark.parametrize("value", [True, 0, None, b"mean", ["mean"], {}])
+def test_unknown_names_are_refused(config: KernelConfig, name: str, value: Any) -> None:
+    def use() -> None:
+        if name == "reduction":
+            cross_entropy(X, T, reduction=value, config=config)
+        else:
+            KernelConfig(**{name: value})
+
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        use()
+
+
+@pytest.mark.parametrize("name", [*LOSS_NUMBERS, "grad_scale"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 10**400, -(10**400)])
+def test_numbers_that_no_kernel_can_use_are_refused(
+    config: KernelConfig, name: str, value: float
+) -> None:
+    if name == "grad_scale" and value == -math.inf:
+        value = math.nan  # a scale may be any number
+    with pytest.raises(ValueError, match=name):
+        cross_entropy_step(X, T, None, **{name: value}, config=config)
+
+
+@pytest.mark.parametrize("softcap", [2.0**-100, 1e-10, 1.0, 1e10, 1e20, 2.0**100])
+def test_softcap_over_its_whole_range(config: KernelConfig, softcap: float) -> None:
+    """Far outside of it, logit / softcap or its inverse would be flushed to 0 or overflow."""
+    leaf = X.clone().requires_grad_()
+    loss = cross_entropy(leaf, T, softcap=softcap, config=config)
+    loss.backward()
+    exact = X.double().requires_grad_()
+    true_loss = F.cross_entropy(softcap * torch.tanh(exact / softcap), T)
+    true_loss.backward()
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    assert relative_error(loss, true_loss) < 1e-6
+    assert relative_error(leaf.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss"])
+def test_none_is_not_a_number(config: KernelConfig, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an int or a float, got None"):
+        cross_entropy(X, T, **{name: None}, config=config)
+
+
+def test_floats_of_numpy_that_are_python_floats_are_numbers(config: KernelConfig) -> None:
+    numbers = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "normalizer": 3.0}
+    numpy_numbers = {name: np.float64(number) for name, number in numbers.items()}
+    found = cross_entropy_step(X, T, None, **numpy_numbers, grad_scale=np.float64(2), config=config)
+    expected = cross_entropy_step(X, T, None, **numbers, grad_scale=2.0, config=config)
+    assert torch.equal(found, expected)
+    stats = grad_stats([X], vanishing=np.float64(0), exploding=np.float64(1), config=config)
+    assert stats.compute().has_exploding
 
 
 @pytest.mark.parametrize(
@@ -82,9 +183,7 @@ def test_grad_stats_names_what_it_cannot_take(
 
 
 @pytest.mark.parametrize("max_norm", [math.nan, -1.0, "1", True, None])
-def test_clipping_to_what_is_no_norm_changes_no_gradient(
-    config: KernelConfig, max_norm: Any
-) -> None:
+def test_a_refused_max_norm_changes_no_gradient(config: KernelConfig, max_norm: Any) -> None:
     parameter = torch.nn.Parameter(X.clone())
     parameter.grad = X.clone()
     with pytest.raises((TypeError, ValueError), match="max_norm"):
@@ -101,9 +200,9 @@ def test_clipping_to_infinity_or_zero_is_torchs(config: KernelConfig) -> None:
     assert not parameter.grad.any()
 
 
-@pytest.mark.parametrize("topk", [(0,), (-1,), (True,), (1.0,), "5", (2**63,)])
+@pytest.mark.parametrize("topk", [(0,), (-1,), (True,), (1.0,), "5", (2**63,), 5, {5}, None])
 def test_a_meter_counts_for_positive_integers_only(topk: Any) -> None:
-    with pytest.raises(ValueError, match="topk"):
+    with pytest.raises((TypeError, ValueError), match="topk"):
         Meter("cpu", topk=topk)
 
 

@@ -85,8 +85,6 @@ def test_a_negative_bit_of_grad_output_is_not_lost(config: KernelConfig) -> None
 
 
 def test_gradients_with_a_negative_bit_are_measured(config: KernelConfig) -> None:
-    if config.backend == "triton":
-        pytest.skip("grad_stats by Triton has no interpreter form here")
     stats = grad_stats([negated(X), X], inv_scale=negated(torch.tensor(2.0)), config=config)
     torch.testing.assert_close(stats.norms, 2 * X.double().norm().expand(2))
 
@@ -237,8 +235,6 @@ def test_topk_cannot_be_replaced() -> None:
 
 @pytest.mark.parametrize("name", ["magnitudes", "counts", "total_norm", "found_inf"])
 def test_grad_stats_out_of_the_wrong_size_is_refused(config: KernelConfig, name: str) -> None:
-    if config.backend == "triton":
-        pytest.skip("grad_stats by Triton has no interpreter form here")
     fresh = grad_stats([X, X, X], config=config)
     value = getattr(fresh, name)
     for wrong in (value.new_empty(2), value.to(torch.int16), freed(value)):
@@ -248,8 +244,6 @@ def test_grad_stats_out_of_the_wrong_size_is_refused(config: KernelConfig, name:
 
 
 def test_a_mapping_of_tensors_has_groups_of_one(config: KernelConfig) -> None:
-    if config.backend == "triton":
-        pytest.skip("grad_stats by Triton has no interpreter form here")
     health = grad_stats(
         {"w": X, "b": X[0], "none": None, "two": [X, X[1]]}, config=config
     ).compute()
@@ -267,7 +261,7 @@ def test_a_mapping_of_tensors_has_groups_of_one(config: KernelConfig) -> None:
 
 
 @pytest.mark.parametrize("normalizer", [-1.0, -2.5])
-def test_no_normalizer_means_none(config: KernelConfig, normalizer: float) -> None:
+def test_a_negative_normalizer_does_not_mean_none(config: KernelConfig, normalizer: float) -> None:
     leaf = X.clone().requires_grad_()
     loss = cross_entropy(leaf, T, normalizer=torch.tensor(normalizer), config=config)
     loss.backward()
@@ -300,7 +294,7 @@ def test_parameters_are_not_written_over(
     assert torch.equal(parameter, X)
 
 
-def test_without_grad_they_are_not_either(config: KernelConfig) -> None:
+def test_parameters_are_not_written_over_under_no_grad(config: KernelConfig) -> None:
     parameter = torch.nn.Parameter(X.clone())
     with torch.no_grad(), pytest.raises(ValueError, match="leaf that requires grad"):
         cross_entropy_step(parameter[:4], T[:4], None, inplace=True, config=config)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from esper_kernels import checks
-from esper_kernels.config import KernelConfig
+from esper_kernels.config import DTYPES, KernelConfig
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cpp, reference, triton
 from esper_kernels.ops.cross_entropy.reference import Number, Options
+from esper_kernels.values import has_memory
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
 _MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
@@ -50,7 +51,8 @@ def cross_entropy(
         raise IndexError on the CPU; elsewhere they get zero gradient, and `meter` counts them or
         the loss is NaN.
     weight: [V] floating, the class weights. label_smoothing in [0, 1] and z_loss >= 0: numbers or
-        0-d tensors. None of these gets a gradient.
+        0-d tensors. None of these gets a gradient. A number is an int or a float, not a bool.
+    softcap: None, or a number in [2**-100, 2**100].
     reduction: "mean" divides the sum over valid rows by `normalizer`, by default the sum of their
         weights; if that is 0, the loss is NaN and the gradient 0. "sum", or "none": one loss per
         row, 0 if ignored.
@@ -85,7 +87,10 @@ def cross_entropy(
             return loss
         return _MODULES[backend].forward(logits, targets, run_options, meter, False)[0]
 
-    return checks.serve(backend, run, lambda: _find_fault(backend, logits, targets, meter, options))
+    def find_fault() -> None:
+        _find_fault(backend, logits, targets, meter, options)
+
+    return checks.serve(backend, (logits, targets, *options), run, find_fault)
 
 
 def cross_entropy_step(
@@ -130,9 +135,9 @@ def cross_entropy_step(
     checks.refuse_transforms("cross_entropy_step", logits)
     compiling = torch.compiler.is_compiling()
     given_out = out
-    if class_dim != -1:
-        logits = _classes_last(logits, class_dim)
-        out = None if out is None else _classes_last(out, class_dim)
+    logits = _classes_last(logits, class_dim)
+    if class_dim != -1 and out is not None:
+        out = _classes_last(out, class_dim)
     backend = _choose(logits, targets, meter, config)
     if reduction == "none":
         raise ValueError(
@@ -141,7 +146,7 @@ def cross_entropy_step(
     written = _destination(logits, out, inplace)
 
     def run() -> Tensor:
-        if out is not None and not compiling and not _is_separate(out, logits):
+        if out is not None and has_memory(logits) and not _is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
         run_options = _traceable(options, logits)
         scale = _as_tensor(grad_scale, logits) if compiling else grad_scale
@@ -159,7 +164,8 @@ def cross_entropy_step(
             read = {**options._asdict(), "targets": targets, "grad_scale": grad_scale}
             checks.check_apart(written, read)
 
-    grad = checks.serve(backend, run, find_fault)
+    arguments = (logits, targets, *options, grad_scale, out)
+    grad = checks.serve(backend, arguments, run, find_fault)
     if written is not None and not compiling:
         torch.autograd.graph.increment_version(written)
     if class_dim == -1:
@@ -182,21 +188,21 @@ def record_loss(
         raise TypeError("meter must be a Meter, got None")
     backend = _choose(logits, targets, meter, None)
     _find_fault(backend, logits, targets, meter, options)
-    if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() != 0:
+    if not checks.is_dense(loss) or loss.dtype not in DTYPES or loss.dim() != 0:
         raise TypeError(
             "loss must be a 0-d floating tensor, the mean over the batch, got "
             f"{checks.describe(loss)}"
         )
+    checks.check_storage("loss", loss)
     if loss.device != logits.device:
         raise ValueError(f"loss must be on the logits' device {logits.device}, got {loss.device}")
     _MODULES[backend].record(loss.detach(), logits.detach(), targets, meter, options)
 
 
 def _classes_last(x: Tensor, class_dim: int) -> Tensor:
+    checks.check_integer("class_dim", class_dim)
     if class_dim == -1:
         return x
-    if type(class_dim) is not int:
-        raise TypeError(f"class_dim must be an int, got {class_dim!r}")
     checks.check_dense("logits", x)
     if not -x.dim() <= class_dim < x.dim():
         raise ValueError(
@@ -292,15 +298,23 @@ class _CrossEntropy(torch.autograd.Function):
         options = list(ctx.options)
         for place, value in zip(ctx.places, tensors[first_option:], strict=True):
             options[place] = value
-        checks.check_storage("logits", logits)
-        backward = _MODULES[ctx.backend].backward
-        if not torch.is_grad_enabled():
-            grad = backward(grad_output, logits, targets, *saved, Options(*options))
-        else:  # create_graph=True, or traced
+
+        def run() -> Tensor:
+            backward = _MODULES[ctx.backend].backward
             with torch.no_grad():
-                grad = backward(grad_output, logits, targets, *saved, Options(*options))
-            if not torch.compiler.is_compiling():
-                grad = _DifferentiableOnce.apply(grad, logits, grad_output)
+                return backward(grad_output, logits, targets, *saved, Options(*options))
+
+        def find_fault() -> None:
+            if torch.compiler.is_compiling():
+                return
+            given = {"grad_output": grad_output, "logits": logits, "targets": targets}
+            for name, x in {**given, **Options(*options)._asdict()}.items():
+                if isinstance(x, Tensor):
+                    checks.check_dense(name, x)
+
+        grad = checks.serve(ctx.backend, (grad_output,), run, find_fault)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grad = _DifferentiableOnce.apply(grad, logits, grad_output)
         return grad, *_NO_GRADS
 
 

@@ -19,11 +19,11 @@ from esper_kernels.ops.cross_entropy.reference import Number, Options
 
 def forward(
     logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, for_backward: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor | None]:
     """The loss, and what `backward` needs if it will follow."""
     loss, saved = loss_and_saved(logits, targets, options.reduction, for_backward)
     _call(logits, targets, options, meter, loss=loss, saved=saved)
-    return (loss,) if saved is None else (loss, saved)
+    return loss, saved
 
 
 def backward(
@@ -36,8 +36,8 @@ def backward(
         targets,
         options.weight,
         options.ignore_index,
-        numbers[0] or 0.0,
-        numbers[1] or 0.0,
+        numbers[0],
+        numbers[1],
         numbers[2],
         INSTRUCTION_SETS.index(options.instruction_set),
         grad_output,
@@ -97,8 +97,8 @@ def _call(
         targets,
         weight,
         ignore_index,
-        numbers[0] or 0.0,
-        numbers[1] or 0.0,
+        numbers[0],
+        numbers[1],
         numbers[2],
         REDUCTIONS.index(reduction),
         numbers[3],
@@ -115,12 +115,12 @@ def _call(
 def _split(
     options: tuple[Number | None, ...],
 ) -> tuple[Sequence[float | None], Sequence[Tensor | None]]:
-    """The numbers, None in place of tensors; then the tensors, None in place of numbers, or ()
-    without any."""
+    """The numbers, 0 in place of tensors; then the tensors, None in place of numbers, or () without
+    any."""
     for option in options:
         if isinstance(option, Tensor):
             break
     else:
         return options, ()  # type: ignore[return-value]  # none is a tensor
-    numbers = [None if isinstance(x, Tensor) else x for x in options]
+    numbers = [0.0 if isinstance(x, Tensor) else x for x in options]
     return numbers, [x if isinstance(x, Tensor) else None for x in options]

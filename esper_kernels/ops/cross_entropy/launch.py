@@ -16,9 +16,9 @@ _CACHE_FRACTION = 0.6
 _COUNT_BYTES = 512 << 10
 _REGISTERS = 65536  # of a multiprocessor
 
-# Rows that fit into registers, by `heavy`: longest, warps, stages, and as many programs at once on
-# a multiprocessor as compile without spilling. Programs that wait let others work; one that is
-# alone reads a tile ahead.
+# For rows that fit into registers, by `heavy`: the longest such row, warps, stages, and the largest
+# number of programs per multiprocessor that compiles without spilling. While some of them wait for
+# memory, others compute; a program that is alone reads one tile ahead instead.
 _RESIDENT = {
     False: ((1024, 4, 1, 5), (2048, 4, 1, 5), (4096, 8, 1, 3), (8192, 16, 1, 2), (16384, 16, 2, 1)),
     True: ((1024, 4, 1, 5), (2048, 4, 1, 4), (4096, 8, 1, 2), (8192, 16, 1, 1)),
@@ -31,11 +31,10 @@ class Launch:
 
     resident: a tile is whole rows, and logits are read once. Otherwise a row is read in pieces of
         `block` classes, and again from its end for the gradient, while the cache still has it.
-    stages: how many tiles (resident) or pieces are on their way at once.
-    registers: the most a thread may use, so that the programs of a multiprocessor fit.
-    programs: each takes every programs-th tile, so that few of them have sums to add up at the end.
-    count_first: the rows' weights are added up by a launch of its own, else by every program for
-    itself.
+    stages: how many tiles (resident) or pieces are being loaded at a time.
+    registers: the limit per thread with which all programs of a multiprocessor fit.
+    programs: they stride over the tiles, so few partial sums remain to be added up at the end.
+    count_first: a separate launch adds up the rows' weights; otherwise each program does it.
     """
 
     rows: int

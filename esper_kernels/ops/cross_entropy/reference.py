@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from esper_kernels.meter import Meter
 from esper_kernels.sums import ordered_sum
 
 LOWEST_EXPONENT = -86.0
-"""In float32 the exponential of this and less is 0 by definition: beside 1 it is nothing, and the
-share of zero gradients must not depend on the backend."""
+"""Float32 exponentials of this and of smaller numbers are defined to be 0: they vanish beside 1,
+and the share of zero gradients must not depend on the backend."""
 SMALLEST = torch.finfo(torch.float32).tiny
 """Likewise float32 gradients below the normal numbers are 0."""
 Number = float | Tensor  # a tensor is [], on the logits' device or the CPU
@@ -65,7 +66,7 @@ def classify(targets: Tensor, num_classes: int, ignore_index: int) -> Rows:
 
 def refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> None:
     """On the CPU only: elsewhere looking would mean waiting for the device."""
-    if targets.device.type != "cpu":
+    if targets.device.type != "cpu" or isinstance(targets, FakeTensor):
         return
     bad = classify(targets, num_classes, ignore_index).bad
     if torch.compiler.is_compiling():
@@ -229,7 +230,7 @@ def _capped(logits: Tensor, softcap: Number | None) -> Tensor:
 
 
 def _factor(value: Number, x: Tensor) -> Number:
-    return value.to(x.dtype) if isinstance(value, Tensor) else value
+    return value.to(x.dtype) if isinstance(value, Tensor) else float(value)  # of numpy too
 
 
 def _is_on(factor: Number) -> bool:

@@ -1,8 +1,9 @@
-"""Cross entropy by the Triton kernels of `triton_kernels`: one launch a batch, whatever is asked of
-it.
+"""Cross entropy by the Triton kernels of `triton_kernels`: one launch per batch computes the loss,
+the gradient and the metrics that are wanted.
 
-More where the gradient of a mean needs the weights of more rows than every program can look through
-by itself. `torch.compile` sees the launch as an op of its own.
+A second launch comes first where the gradient of a mean needs the weights of more rows than each
+program should add up by itself. `torch.compile` and torch's dispatch modes see the launch as an op
+of its own.
 
 Long functions: `_launch` is mostly the list of a kernel's arguments.
 """
@@ -15,21 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from esper_kernels.meter import COUNTS, Meter
 from esper_kernels.ops.cross_entropy import launch
 from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
 from esper_kernels.ops.cross_entropy.reference import Number, Options
-from esper_kernels.ops.values import materialized
+from esper_kernels.values import are_fake, materialized
 
 
 def forward(
     logits: Tensor, targets: Tensor, options: Options, meter: Meter | None, for_backward: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor | None]:
     """The loss, and what `backward` needs if it will follow."""
     loss, saved = loss_and_saved(logits, targets, options.reduction, for_backward)
     _call(logits, targets, options, meter, loss=loss, saved=saved)
-    return (loss,) if saved is None else (loss, saved)
+    return loss, saved
 
 
 def backward(
@@ -88,7 +90,7 @@ def _call(
     logits = materialized(logits)
     targets = materialized(targets)
     *meters, topk = accumulators(meter)
-    run = _op if torch.compiler.is_compiling() else _launch
+    run = _op if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() else _launch
     per_row = options.reduction == "none"
     run(
         logits,
@@ -173,6 +175,8 @@ def _launch(
 ) -> None:
     from esper_kernels.ops.cross_entropy import triton_kernels as kernels
 
+    if are_fake((logits, targets, *tensors, grad)):
+        return
     device = logits.device
     rows = targets.numel()
     classes = logits.shape[-1]

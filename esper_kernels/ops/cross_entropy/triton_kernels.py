@@ -109,7 +109,7 @@ def count(
 
 @triton.jit
 def _offset(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
-    """Of a row in memory, by strides in units; rows are [outer, inner] where inner is not None."""
+    """Where a row begins, by strides in units; rows are [outer, inner] where inner is not None."""
     if inner is None:
         return row * inner_stride * UNIT
     else:
@@ -117,8 +117,17 @@ def _offset(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
 
 
 @triton.jit
+def _ahead(stored, c, target_logit, target):
+    """1 for each class of a tile [rows, block] that ranks before the target: larger, or equal and
+    earlier."""
+    earlier = (stored == target_logit[:, None]) & (c < target[:, None])
+    return ((stored > target_logit[:, None]) | earlier).to(tl.int32)
+
+
+@triton.jit
 def _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, softcap, V):
-    """Of a tile [rows, block]; p times of_softmax is the softmax' part, x is after softcap."""
+    """The gradient of a tile [rows, block]. x is after softcap, and p * of_softmax is the softmax's
+    share."""
     grad = p * of_softmax[:, None]
     grad = tl.where(c == target[:, None], grad - at_target[:, None], grad)
     if everywhere is not None:
@@ -162,8 +171,8 @@ def batch(
     PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
     STAGES: tl.constexpr, COUNT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whatever a batch needs: row losses, gradient, counts, and by the program that ends last,
-    their sums."""
+    """Row losses, gradient and counts of a batch, as wanted; the program that ends last adds them
+    up."""
     COLUMNS: tl.constexpr = 6 + len(TOPK)
     PADDED: tl.constexpr = triton.next_power_of_2(COLUMNS)
     program = tl.program_id(0)
@@ -212,8 +221,7 @@ def batch(
             mask = valid[:, None] & (c < V)
             stored, x = _read(x_row, c, mask, softcap, "")
             if counts is not None:
-                earlier = (stored == target_logit[:, None]) & (c < target[:, None])
-                rank = tl.sum(((stored > target_logit[:, None]) | earlier).to(tl.int32), 1)
+                rank = tl.sum(_ahead(stored, c, target_logit, target), 1)
             if saved_in is None:
                 row_max = tl.max(x, 1)
             p = _exp(x - row_max[:, None])
@@ -224,8 +232,8 @@ def batch(
                     tl.where(mask, _class_weights(weight, c, V) * (x - row_max[:, None]), 0.0), 1
                 )
         elif saved_in is None:
-            # A maximum and a sum a lane, from below all logits, so that no lane subtracts -inf from
-            # -inf.
+            # Each lane has a maximum and a sum. The maximum starts below all logits, because a lane
+            # must not subtract -inf from -inf.
             lane_max = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
             lane_sum = tl.zeros([ROWS, BLOCK], tl.float32)
             lane_rank = tl.zeros([ROWS, BLOCK], tl.int32)
@@ -238,8 +246,7 @@ def batch(
                 at = block * BLOCK + c
                 stored, x = _read(x_row, at, at < V, softcap, "")
                 if counts is not None:
-                    earlier = (stored == target_logit[:, None]) & (at < target[:, None])
-                    lane_rank += ((stored > target_logit[:, None]) | earlier).to(tl.int32)
+                    lane_rank += _ahead(stored, at, target_logit, target)
                 if label_smoothing is not None:
                     lane_smooth += tl.where(
                         at < V, _class_weights(weight, at, V) * (x - origin[:, None]), 0.0
@@ -369,8 +376,8 @@ def _finish(
     COLUMNS,
     PER_ROW: tl.constexpr,
 ):
-    """Into the meter and the loss. total [PADDED] float64: the columns of all programs, added up in
-    their order."""
+    """Write the meter and the loss. total [PADDED] float64: the columns, summed over the programs
+    in order."""
     valid = tl.sum(tl.where(column == 0, total, 0.0))
     bad = tl.sum(tl.where(column == 3, total, 0.0))
     loss_sum = tl.sum(tl.where(column == 4, total, 0.0))

@@ -4,7 +4,8 @@
 the definition. Call them after backward, outside a compiled region.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from esper_kernels.backends import select_backend
 from esper_kernels.config import DTYPES, KernelConfig
 from esper_kernels.ops.grad_stats import cpp, reference, triton
 from esper_kernels.ops.grad_stats.stats import GradHealth, GradStats
-from esper_kernels.ops.values import materialized
+from esper_kernels.values import materialized
 
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
@@ -48,9 +49,13 @@ def grad_stats(
     Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is
     not.
     """
-    for name, threshold in (("vanishing", vanishing), ("exploding", exploding)):
-        _check_magnitude(name, threshold)
+    checks.check_plain_number("vanishing", vanishing)
+    checks.check_plain_number("exploding", exploding)
     tensors, groups = _flatten(grads)
+    first = next((x for x in tensors if x is not None), None)
+    checks.refuse_transforms("grad_stats", first, instead="linalg.vector_norm")
+    if isinstance(out, GradStats):
+        checks.refuse_inference("out", out.found_inf)
     stats = _measure_natively(tensors, inv_scale, out, config)
     if stats is None:
         device, dtype = _check(tensors, inv_scale, out)
@@ -89,7 +94,8 @@ def _measure_natively(
     """The statistics from a compiled op, which checks the tensors itself; None if it refuses
     them."""
     first = next((x for x in tensors if x is not None), None)
-    if not isinstance(first, Tensor) or not all(x is None or type(x) in _PLAIN for x in tensors):
+    given = (*tensors, inv_scale)
+    if not isinstance(first, Tensor) or not all(x is None or type(x) in _PLAIN for x in given):
         return None  # a subclass may mean something else by its memory
     choice = select_backend("grad_stats", first.device.type, torch.float32, config)
     if choice.name not in checks.NATIVE:
@@ -112,6 +118,9 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients of `params` in place by min(1, max_norm / (norm + 1e-6)).
 
+    params: tensors, or one. A tensor that comes twice, as tied weights may, counts once; torch
+        would count its norm twice and scale it twice. As in torch, those without a gradient are
+        left out, and an empty generator warns.
     max_norm: a number >= 0; infinity clips nothing.
     stats: what `grad_stats` measured on these gradients, in any order, so that they are not read
         again for the norm; ValueError if the sizes differ. With an inv_scale, it is the norm of the
@@ -122,10 +131,8 @@ def clip_grad_norm_(
 
     Returns the norm before clipping, float64 [].
     """
-    _check_magnitude("max_norm", max_norm)
-    with_grad = [
-        p for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None
-    ]
+    checks.check_plain_number("max_norm", max_norm)
+    with_grad = [p for p in _distinct(params) if p.grad is not None]
     grads = [p.grad for p in with_grad if p.grad is not None]
     if stats is None:
         stats = grad_stats(grads, config=config)
@@ -149,6 +156,26 @@ def clip_grad_norm_(
         members = [p for p in with_grad if p.grad is not None and p.grad.dtype == dtype]
         torch.nn.utils.clip_grads_with_norm_(members, max_norm, norm)
     return total_norm
+
+
+def _distinct(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor once, in the order in which they come."""
+    alone = isinstance(params, Tensor) or not isinstance(params, Iterable)
+    members = [params] if alone else list(params)
+    distinct: dict[int, Tensor] = {}
+    for p in members:
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                "params must be a tensor or an iterable of tensors, such as model.parameters(), "
+                f"got {checks.describe(p)}"
+            )
+        distinct[id(p)] = p
+    if not members and isinstance(params, Generator):
+        warnings.warn(
+            "params is an empty generator, so nothing is clipped; was it used up before?",
+            stacklevel=3,
+        )
+    return list(distinct.values())
 
 
 def _check(
@@ -175,27 +202,16 @@ def _check(
             )
     if device is None:
         device = torch.device("cpu") if out is None else out.found_inf.device
-    if inv_scale is not None and (not isinstance(inv_scale, Tensor) or inv_scale.dim() != 0):
-        raise TypeError(f"inv_scale must be a 0-d tensor, got {inv_scale!r}")
-    if inv_scale is not None and inv_scale.is_complex():
-        raise TypeError(f"inv_scale must be a real number, got {inv_scale!r}")
-    if inv_scale is not None and inv_scale.device != device:
-        raise ValueError(
-            f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}"
-        )
     if inv_scale is not None:
-        checks.check_storage("inv_scale", inv_scale)
+        checks.check_number_tensor("inv_scale", inv_scale)
+        if inv_scale.device != device:
+            raise ValueError(
+                f"inv_scale must be on the gradients' device {device}, got {inv_scale.device}"
+            )
     if out is not None:
         _check_result(out, len(tensors), device)
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return device, torch.float64 if wide else torch.float32
-
-
-def _check_magnitude(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not value >= 0:  # NaN too
-        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> None:

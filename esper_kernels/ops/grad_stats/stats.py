@@ -54,7 +54,7 @@ class GradHealth:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers as plain values, those of the groups too."""
+        """Every number, also those of the groups, as a dict that JSON can hold."""
         return asdict(self)
 
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from esper_kernels.ops.grad_stats.stats import GradStats
+from esper_kernels.values import are_fake
 
 BLOCK_BYTES = 16384  # the kernel's block
 # in the order of the kernel's branches
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 80}  # three programs a multiprocessor
-# and one a tensor: enough to level the load, few enough to be added up at once
+NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 80}  # three programs per multiprocessor
+# Besides one per tensor: enough to balance the load, few enough to add up in a single pass.
 _MOST_PIECES = 16384
 
 
@@ -48,6 +49,8 @@ def fill(
 ) -> None:
     from esper_kernels.ops.grad_stats.triton_kernels import kernel
 
+    if are_fake((*tensors, inv_scale, stats.found_inf)):
+        return
     columns = *stats.magnitudes.unbind(), *stats.counts.unbind()
     totals = stats.total_norm, stats.found_inf
     if not tensors:

@@ -9,7 +9,7 @@ belong to the one launch.
 import triton
 import triton.language as tl
 
-WORDS = tl.constexpr(1024)  # of 16 bytes, the widest load: a block, what a program reads at a time
+WORDS = tl.constexpr(1024)  # of 16 bytes, the widest load; a program reads one such block at a time
 LANES = tl.constexpr(256)  # results of other programs that a last program reads at a time
 
 
@@ -137,7 +137,7 @@ def kernel(
     norms, max_abs, zeros, nans, infs, total_norm, found_inf,
     num_tensors, num_pieces, piece_blocks,
 ):  # fmt: skip
-    """One piece; what the arguments are says `triton._Tables`."""
+    """The statistics of one piece; `triton._Tables` explains the arguments."""
     piece = tl.program_id(0)
     tensor = tl.load(layout + 3 * num_tensors + 1 + piece)
     address = tl.load(addresses + tensor)

@@ -117,12 +117,14 @@ def _words(run: History) -> str:
         f"({start['backend']})"
     )
     lines = [f"Status: {run.status}, {where}.", *([f"What ended the run: {why}."] if why else [])]
-    return tag(
-        "p",
-        " ".join(
-            lines + [f"In epoch {event['epoch']}: {event['message']}." for event in run.troubles]
-        ),
-    )
+    lines += [f"{_when(event)}: {event['message']}." for event in run.troubles]
+    return tag("p", " ".join(lines))
+
+
+def _when(event: Record) -> str:
+    if event["event"] == "inexact_resume":
+        return f"After epoch {event['epoch']}" if event["epoch"] else "At the start"
+    return f"In epoch {event['epoch']}"
 
 
 def _summary(runs: Mapping[str, History]) -> str:

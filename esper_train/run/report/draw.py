@@ -1,6 +1,7 @@
 """Panels of curves as inline SVG pictures; the only module of the report that draws with
 matplotlib, which escapes the text."""
 
+import importlib.util
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -83,6 +84,14 @@ def legend(axes: Axes, columns: int = 4, **given: Any) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False, **given)
 
 
+def require_matplotlib() -> None:
+    """`ImportError` where pictures could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "the report's pictures need matplotlib: pip install 'esper-kernels[train]'"
+        )
+
+
 def draw_picture(
     name: str, title: str, panels: Sequence[Panel], height: float | None = None
 ) -> list[str]:
@@ -92,13 +101,10 @@ def draw_picture(
     """
     if not panels:
         return []
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "the report's pictures need matplotlib: install esper-kernels[train]"
-        ) from error
+    require_matplotlib()
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     with style.context(["default", dict(STYLE)]):
         figure = Figure(figsize=(5.0, height or 0.5 + 1.8 * len(panels)), layout="constrained")
         rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]

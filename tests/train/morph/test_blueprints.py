@@ -3,11 +3,14 @@
 Long file: one blueprint after the other.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from esper_train.morph.blueprints import (
+    PROBE_SHAPES,
     Blueprint,
     BlueprintRegistry,
     CausalAttention,
@@ -283,6 +286,43 @@ def test_register_refuses_what_is_not_identity_or_dead_and_stays_as_it_was(
     assert registry.names("cnn") == before
     with pytest.raises(ValueError, match="unknown cnn blueprint 'new'"):
         registry.require("cnn", "new")
+
+
+def for_eight(channels: int) -> nn.Module:
+    return Residual(nn.Conv2d(8, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("build", "error"),
+    [
+        (for_eight, "RuntimeError: .*expected input.* to have 8 channels"),
+        (lambda c: Residual(nn.Conv2d(c, c, 1, groups=4)), "ValueError: .*divisible by groups"),
+        (lambda c: Residual(nn.Conv2d(c, 8 // (c // 8), 1)), "ZeroDivisionError"),
+        (lambda c: {8: nn.Identity()}[c], "KeyError: 6"),
+    ],
+)
+def test_a_blueprint_for_other_channels_than_a_slots_is_named_with_the_slot(
+    build: Callable[[int], nn.Module], error: str
+) -> None:
+    registry = BlueprintRegistry([Blueprint("mine", "cnn", build)])
+    registry.check("cnn", "late", 8)
+    registry.check("transformer", "late", 6)  # which has none
+    words = r"blueprint 'mine', with the 6 channels of slot 'mid', fails on .*\[2, 6, 4, 4\]"
+    with pytest.raises(ValueError, match=rf"{words}.*{error}"):
+        registry.check("cnn", "mid", 6)
+
+
+def test_a_blueprint_that_raises_when_it_is_registered_is_named() -> None:
+    """The error of a layer's own check says nothing of the blueprint."""
+    recipe = Blueprint("thirds", "cnn", lambda channels: nn.GroupNorm(3, channels))
+    with pytest.raises(ValueError, match=r"blueprint 'thirds' fails on .*ValueError: num_channels"):
+        BlueprintRegistry([recipe])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 7, 48])
+@pytest.mark.parametrize("topology", list(PROBE_SHAPES))
+def test_the_packages_own_pass_the_check_for_any_channels(topology: str, channels: int) -> None:
+    default_registry().check(topology, "early", channels)
 
 
 def test_register_refuses_a_taken_name_and_keeps_the_first() -> None:

@@ -55,9 +55,9 @@ def test_a_model_with_seeds_stays_causal(blueprint: str) -> None:
     changed = x.clone()
     changed[:, 4] = (x[:, 4] + 1) % 11
     full = dict.fromkeys(("early", "mid", "late"), 1.0)
-    before = model(x, full)
-    after = model(changed, full)
-    assert not torch.allclose(before, model(x, dict.fromkeys(full, 0.0))), (
+    before = model(x, alpha=full)
+    after = model(changed, alpha=full)
+    assert not torch.allclose(before, model(x, alpha=dict.fromkeys(full, 0.0))), (
         "the seeds must have a part in the output"
     )
     torch.testing.assert_close(after[:, :4], before[:, :4])

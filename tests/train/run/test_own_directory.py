@@ -1,12 +1,15 @@
 """A task of one's own is a full run: a directory with all that the command leaves, resumed, loaded,
 and refused under another name."""
 
+import importlib.util
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from esper_train import (
     NonFiniteLossError,
     OptimConfig,
     ScheduleConfig,
+    Splits,
     Task,
     TelemetryHub,
     cli,
@@ -28,7 +32,7 @@ from esper_train.run.directory import read_metrics
 from tests.helpers import own
 from tests.helpers.growing_run import reported
 from tests.helpers.own import CONFIG, SLOTS
-from tests.helpers.scripted import Recorder
+from tests.helpers.scripted import Recorder, StopAfter
 
 LEFT = {
     "config.json",
@@ -201,6 +205,37 @@ def test_several_episodes_have_a_directory_each(tmp_path: Path) -> None:
         run_heuristic_episode(config, task=own.table, out=tmp_path / "other")
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_a_random_split_is_the_same_in_a_resumed_run(tmp_path: Path) -> None:
+    """`load` draws from the run's seed, whatever its caller drew before."""
+    drawn: list[Any] = []
+
+    def load() -> Splits:
+        inputs, targets = own.table_data()
+        order = torch.randperm(96)
+        drawn.append((order.tolist(), random.random(), float(numpy.random.rand())))
+        parts = (part[order].split(32) for part in (inputs, targets))
+        train, validation, test = zip(*parts, strict=True)
+        return Splits(train=train, validation=validation, test=test)
+
+    task = replace(own.table, load=load)
+    config = replace(CONFIG, max_epochs=1)
+    run_fit(config, task=task, out=tmp_path / "run")
+    torch.randn(1)
+    run_fit(replace(config, max_epochs=2), task=task, out=tmp_path / "run", resume=True)
+    run_fit(replace(config, seed=1), task=task)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_run_without_matplotlib_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"need matplotlib: pip install 'esper-kernels\[train\]'"):
+        run_fit(CONFIG, task=own.table, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_needs_a_directory() -> None:
     with pytest.raises(ValueError, match="name it with out="):
         run_fit(CONFIG, task=own.table, resume=True)
@@ -232,15 +267,3 @@ def test_an_optimizer_of_ones_own_is_resumed(tmp_path: Path) -> None:
     weights = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
     assert whole.accuracy == resumed.accuracy
-
-
-class StopAfter(Recorder):
-    """Ends the run after an epoch, as Ctrl-C would."""
-
-    def __init__(self, epoch: int) -> None:
-        super().__init__()
-        self.epoch = epoch
-
-    def write(self, event: Any) -> None:
-        if event.type is EventType.EPOCH and event.epoch == self.epoch + 1:
-            raise KeyboardInterrupt

@@ -1,84 +1,106 @@
-"""The whole life of the task in `examples/`: grown by the command, killed, resumed, reported,
+"""The whole life of the README's task, by the README's commands: grown, killed, resumed, reported,
 loaded, exported, and loaded again without our packages."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from esper_train import cli, export, load_run
+from esper_train import load_run
 from esper_train.run.checkpoint import saved
 from esper_train.run.directory import read_metrics
-from tests.helpers.growing_run import config_file, reported
+from esper_train.tasks import import_task
+from tests.helpers.growing_run import reported
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).parents[3]
-PLACE = "examples.own_task:task"
-KILLED_AFTER = 5
-KILL = f"""
-import os, signal, sys
-from esper_train.cli import main
-from esper_train.run.checkpoint import Checkpoints
-
-take = Checkpoints.take
-def take_and_die(self, episode):
-    take(self, episode)
-    if episode.epoch == {KILLED_AFTER}:
-        os.kill(os.getpid(), signal.SIGKILL)
-Checkpoints.take = take_and_die
-sys.exit(main())
-"""
+README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+SECTION = README[README.index("## Grow a network") : README.index("## How fast")]
+MAIN = "import sys; from esper_train.cli import main; sys.exit(main())"
 WITHOUT = """
 import sys
 sys.modules.update({"esper_kernels": None, "esper_train": None})
 import torch
-program = torch.export.load(sys.argv[1]).module()
-inputs, expected = torch.load(sys.argv[2])
+program = torch.export.load("mine.pt2").module()
+inputs, expected = torch.load("expected.pt")
 torch.testing.assert_close(program(inputs), expected)  # with another number of threads
 """
 
 
-def test_an_own_task_from_the_first_command_to_a_network_without_us(tmp_path: Path) -> None:
-    settings = ["--task", PLACE, "--config", config_file(tmp_path), "--no-baseline"]
-    settings += ["--max-epochs", "14", "--checkpoint.every", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def commands() -> list[list[str]]:
+    """Arguments for this interpreter, of each command of the README."""
+    found = []
+    for line in re.findall(r"^\.venv/bin/(.*)$", SECTION, re.MULTILINE):
+        program, *arguments = shlex.split(line, comments=True)
+        found.append((["-c", MAIN] if program == "esper-train" else []) + arguments)
+    return found
 
-    def child(code: str, *arguments: str) -> int:
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        return done.returncode
 
-    main = "import sys; from esper_train.cli import main; sys.exit(main())"
-    whole = tmp_path / "whole"
-    out = tmp_path / "run"
-    assert child(main, "heuristic", *settings, "--out", str(whole)) == 0
-    assert child(KILL, "heuristic", *settings, "--out", str(out)) == -signal.SIGKILL
-    assert saved(out / "checkpoints")[-1].name == f"epoch-{KILLED_AFTER}.pt"
-    assert not (out / "network.pt").exists()
-    resume = ["--resume", str(out), "--no-baseline"]
-    assert child(main, "heuristic", *resume) == cli.EXIT_USAGE  # the task is asked for again
-    assert child(main, "heuristic", *resume, "--task", PLACE) == 0
-    assert reported(out) == reported(whole)
-    stages = {e["stage"] for e in read_metrics(out) if e["event"] == "seed_stage"}
+def begun(command: list[str], directory: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def done(command: list[str], directory: Path) -> str:
+    """What a command that succeeds says on standard error."""
+    with begun(command, directory) as child:
+        stderr = child.communicate(timeout=240)[1]
+    assert child.returncode == 0, stderr
+    return stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_task_of_the_readme_from_its_first_command_to_a_network_without_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)[0]
+    directories = [tmp_path / "whole", tmp_path / "killed"]
+    for directory in directories:
+        directory.mkdir()
+        (directory / "mine.py").write_text(code)
+    grow, resume, report, export = commands()
+    done([*grow, "--no-baseline"], directories[0])
+    whole, run = (directory / "runs" / "mine" for directory in directories)
+
+    with begun(grow, directories[1]) as child:
+        try:
+            while child.poll() is None and not saved(run / "checkpoints"):
+                time.sleep(0.01)
+        finally:
+            child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert not (run / "network.pt").exists()
+    done([*resume, "--no-baseline"], directories[1])
+    assert reported(run) == reported(whole)
+    stages = {e["stage"] for e in read_metrics(run) if e["event"] == "seed_stage"}
     assert {"GERMINATED", "TRAINING", "BLENDING"} <= stages
 
-    (out / "report.html").unlink()
-    assert cli.main(["report", str(out)]) == 0
-    assert "shifted-digits, heuristic" in (out / "report.html").read_text()
+    (run / "report.html").unlink()
+    done(report, directories[1])
+    assert "mine, heuristic" in (run / "report.html").read_text()
 
-    from examples.own_task import task
-
-    network = load_run(out, task=task)
-    inputs = torch.rand(6, 1, 8, 8)
-    expected = network(inputs)
-    same = zip(load_run(whole, task=task).parameters(), network.parameters(), strict=True)
+    done(export, directories[1])
+    monkeypatch.chdir(directories[1])
+    monkeypatch.syspath_prepend(directories[1])
+    task = import_task("mine:task")
+    networks = [load_run(directory, task=task) for directory in (whole, run)]
+    same = zip(*(network.parameters() for network in networks), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
-    torch.export.save(export(network, inputs), tmp_path / "network.pt2")  # type: ignore[arg-type]
-    torch.save((inputs, expected), tmp_path / "expected.pt")
-    assert child(WITHOUT, str(tmp_path / "network.pt2"), str(tmp_path / "expected.pt")) == 0
+    inputs = torch.rand(6, 1, 8, 8)
+    torch.save((inputs, networks[1](inputs)), "expected.pt")
+    done(["-c", WITHOUT], directories[1])

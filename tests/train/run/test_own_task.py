@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_train import (
+    Blueprint,
     EventType,
     OptimConfig,
     RunConfig,
@@ -18,6 +19,7 @@ from esper_train import (
     run_fit,
     run_heuristic_episode,
 )
+from esper_train.morph.blueprints import Residual
 from tests.helpers import own
 from tests.helpers.own import CONFIG
 from tests.helpers.scripted import Recorder, Script, germinate
@@ -95,19 +97,6 @@ def test_training_batches_are_augmented_and_no_others() -> None:
     assert flipped.test.loss == expected.test.loss
 
 
-def test_a_loader_that_cannot_promise_is_reported() -> None:
-    inputs, targets = own.table_data(32)
-    batches = list(zip(inputs.split(8), targets.split(8), strict=True))
-    splits = own.load_table()
-    task = replace(own.table, load=lambda: replace(splits, train=batches))
-    recorder = Recorder()
-    run_fit(replace(CONFIG, max_epochs=1), task=task, hub=TelemetryHub([recorder]))
-    (warning,) = recorder.of(EventType.INEXACT_RESUME)
-    assert warning.data["split"] == "train"
-    assert "a resumed run may get other train batches" in warning.data["message"]
-    assert "list has no state_dict" in warning.data["message"]
-
-
 def named(splits: Splits) -> Splits:
     """The same batches as dicts with names of their own."""
 
@@ -133,7 +122,8 @@ def test_any_batch_is_read_by_the_tasks_own_function() -> None:
     assert result.accuracy == plain.accuracy
     grown = run_heuristic_episode(config, task=task, policy=Script(e1=germinate("early", "norm")))
     assert grown.action_counts["GERMINATE"] == 1
-    with pytest.raises(TypeError, match="takes its inputs as one tensor, got a dict with 'row'"):
+    words = r"segment 'early' of the host fails on row: shape \[2, 6\], kind: shape \[2\]: TypeErr"
+    with pytest.raises(ValueError, match=words):
         run_fit(config, task=replace(task, batch=lambda batch: (batch, batch["kind"])))
 
 
@@ -195,6 +185,17 @@ def test_a_residual_network_grows() -> None:
 def test_default_slots_that_a_host_lacks_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'early'.*Known: one, two"):
         run_heuristic_episode(RunConfig(max_epochs=1), task=own.images)
+
+
+def test_a_blueprint_that_fits_no_slot_is_refused_before_the_first_epoch() -> None:
+    """It works for 8 channels; the slots have 12. A run without seeds does not ask."""
+    narrow = Blueprint("narrow", "features", lambda channels: Residual(nn.Linear(8, 8)))
+    task = replace(own.table, blueprints=(narrow,))
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="'narrow', with the 12 channels of slot 'early', fails"):
+        run_heuristic_episode(CONFIG, task=task)
+    assert torch.equal(torch.get_rng_state(), before)
+    run_fit(replace(CONFIG, max_epochs=1), task=task)
 
 
 def test_a_host_with_fewer_classes_than_the_task_is_refused() -> None:

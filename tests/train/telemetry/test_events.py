@@ -270,7 +270,7 @@ def test_every_kind_of_event_is_emitted_and_described(
 ) -> None:
     events = [*run_events, *broken_events, *troubled_events]
     # An undone seed needs a trial that fails, and an inexact resume a loader without a state:
-    # run/test_trial.py and run/test_own_task.py have them.
+    # run/test_trial.py and run/test_own_loaders.py have them.
     elsewhere = {EventType.UNDONE, EventType.INEXACT_RESUME}
     assert {event.type for event in events} == set(EventType) - elsewhere
     for event in events:

@@ -93,12 +93,12 @@ def test_progress_sink_shows_the_number_of_an_epoch_once(run_events: list[Event]
 
 @pytest.mark.parametrize("width", [60, 80, 100, 110])
 @pytest.mark.parametrize("epochs", [75, 100_000])
-def test_a_narrow_terminal_keeps_epoch_bar_and_time(width: int, epochs: int) -> None:
-    """Only the words at the end are cut short; the line stays one line."""
+def test_a_narrow_terminal_keeps_epoch_bar_time_and_validation(width: int, epochs: int) -> None:
+    """Only the words at the end are cut off; the line stays one line."""
     stream = io.StringIO()
     sink = ProgressSink(Console(file=stream, width=width, force_terminal=False))
     sink.write(Event(EventType.RUN_STARTED, 0, STARTED | {"max_epochs": epochs}))
-    measures = {"loss": 1.23456, "accuracy": 0.5}
+    measures = {"loss": 1.23456, "accuracy": 50.0}
     slots = [{"slot": name, "stage": "PROBATIONARY"} for name in ("early", "mid", "late")]
     data = {"max_epochs": epochs, "train": measures, "validation": measures, "slots": slots}
     sink.write(Event(EventType.EPOCH, epochs, data))
@@ -108,6 +108,7 @@ def test_a_narrow_terminal_keeps_epoch_bar_and_time(width: int, epochs: int) -> 
     assert len(bar) <= width
     assert lines[-1] == bar
     assert f" {epochs}/{epochs} " in bar
-    assert bar.count("━") == 20
+    assert bar.count("━") >= 3
     assert " 0:00:00 " in bar
-    assert " validation" in bar
+    assert " validation loss 1.2346" in bar
+    assert " acc 50.00% " in bar or epochs > 75

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
+from esper_kernels.ops.cross_entropy import reference
 from esper_train import CompileConfig, EpochResult, TrainConfig, evaluate, train_one_epoch
 from esper_train.train.batches import cloned, moved, read_batch, tensors
 from esper_train.train.forward import logits_of
@@ -274,10 +275,15 @@ def test_variants_are_measured_on_the_same_dict_of_inputs(own: bool) -> None:
     assert result.loss == result.variants["whole"].loss
 
 
-@pytest.mark.parametrize("name", ["dict batches, .logits", "dense"])
-def test_captured_steps_take_any_batch(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["dict batches, .logits", "dense", "dense, shares", "MixUp", "MixUp, weighted and smoothed"],
+)
+def test_captured_steps_take_any_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs find the tensors of a dict where the first batch's were; another form runs
-    eagerly."""
+    eagerly. Of soft targets, rows are counted by the largest share."""
+    # targets on a GPU are not looked at on the host
+    monkeypatch.setattr(reference, "refuse_bad_targets", lambda *_: None)
     problem = PROBLEMS[name]
     found = []
     for capture in (True, False):
@@ -286,7 +292,8 @@ def test_captured_steps_take_any_batch(name: str) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-4, fused=True)
         if capture:
             step, _ = captured(config)
-            step.loss.__init__(problem.task_type, config, None)  # type: ignore[misc]
+            criterion = problem.options.get("criterion")
+            step.loss.__init__(problem.task_type, config, criterion)  # type: ignore[misc]
         batches = [*problem.batches[:2] * 4, problem.batches[2]]
         results = [
             train_one_epoch(
@@ -296,10 +303,13 @@ def test_captured_steps_take_any_batch(name: str) -> None:
                 config,
                 task_type=problem.task_type,
                 step=step if capture else None,
+                **({} if capture else problem.options),
             )
             for _ in range(2)
         ]
         found.append((model.state_dict(), [repr(measures(result)) for result in results]))
+        backend = "cpp" if name.startswith("d") and "shares" not in name else "eager (soft targets)"
+        assert [result.backend for result in results] == [backend] * 2
         assert results[1].replayed == (8 if capture else 0)
     assert_same(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]

@@ -42,7 +42,7 @@ class Plain(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, alpha: Mapping[str, float] | None = None) -> Tensor:
-        return self.model(x, alpha)
+        return self.model(x, alpha=alpha)
 
 
 def grown(host: Host, blueprint: str) -> MorphModel:

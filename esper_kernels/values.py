@@ -1,0 +1,41 @@
+"""Tensors whose memory does not hold their values."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def materialized(x: Tensor) -> Tensor:
+    """x, or a copy if its memory holds -x, as that of `.conj().imag`, or there is none, as
+    autograd's zeros.
+
+    For code that passes addresses: torch's own ops and the compiled ones get such copies from the
+    dispatcher.
+    """
+    if torch.compiler.is_compiling():
+        return x
+    return torch.zeros_like(x) if x._is_zerotensor() else x.resolve_neg()
+
+
+def has_memory(x: Tensor) -> bool:
+    """False where x has a shape only: traced by a compiler, on the meta device, or a fake one."""
+    return not (
+        torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor)
+    )
+
+
+def are_fake(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether these have shapes but no memory, as under FakeTensorMode; TypeError if only some do.
+
+    For code that passes addresses: torch's own ops and the compiled ones are never called for fake
+    tensors.
+    """
+    fake = {isinstance(x, FakeTensor) for x in tensors if x is not None}
+    if len(fake) > 1:
+        raise TypeError(
+            "expected either fake or real tensors, got both; make all of them under the same "
+            "FakeTensorMode"
+        )
+    return True in fake
