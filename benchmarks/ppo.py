@@ -154,20 +154,21 @@ def _gains(learned: list[Episode], others: list[Episode]) -> list[str]:
 
 
 def curve(figures: dict[str, Any]) -> str:
-    """Markdown: the learning curve, at the evaluations."""
+    """Markdown: the learning curve, at every fourth update and at the evaluations."""
     lines = [["steps", "return in training", "return", "accuracy, %", "training cost"]]
     for line in figures["progress"]:
-        if line["evaluation"] is not None:
-            found = line["evaluation"]
-            lines.append(
-                [
-                    f"{line['steps']:,}",
-                    f"{line['return']:.2f}",
-                    f"{found['return']:.2f}",
-                    f"{found['accuracy']:.2f}",
-                    f"{found['cost']:.1f}",
-                ]
-            )
+        found = line["evaluation"]
+        if found is not None:
+            measured = [
+                f"{found['return']:.2f}",
+                f"{found['accuracy']:.2f}",
+                f"{found['cost']:.1f}",
+            ]
+        elif line["update"] % 4 == 0 and line["return"] is not None:
+            measured = [""] * 3
+        else:
+            continue
+        lines.append([f"{line['steps']:,}", f"{line['return']:.2f}", *measured])
     return record.markdown(lines)
 
 

@@ -47,11 +47,17 @@ def test_the_tables_pair_the_controllers_by_seed() -> None:
     assert gains.splitlines()[2:] == [f"| never | {gain} | {gain} | +0.00 (+0.00 to +0.00) |"]
 
 
-def test_the_curve_has_the_evaluations() -> None:
-    line = {"steps": 3200, "return": 1.5, "evaluation": None}
+def test_the_curve_has_every_fourth_update_and_the_evaluations() -> None:
     measured = {"return": 2.25, "accuracy": 95.0, "cost": 41.0}
-    figures = {"progress": [line, {**line, "steps": 6400, "evaluation": measured}]}
-    assert ppo.curve(figures).splitlines()[2:] == ["| 6,400 | 1.50 | 2.25 | 95.00 | 41.0 |"]
+    lines = [
+        {"update": update, "steps": 320 * update, "return": 1.5, "evaluation": None}
+        for update in (3, 4, 5)
+    ]
+    lines.append({"update": 10, "steps": 3200, "return": 1.75, "evaluation": measured})
+    assert ppo.curve({"progress": lines}).splitlines()[2:] == [
+        "| 1,280 | 1.50 |  |  |  |",
+        "| 3,200 | 1.75 | 2.25 | 95.00 | 41.0 |",
+    ]
 
 
 def test_held_out_seeds_are_no_seeds_of_training() -> None:
