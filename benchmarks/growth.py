@@ -36,6 +36,8 @@ class Pair:
     undone_epochs: int
     harm: int
     """Longest time in epochs; see `longest_harm`."""
+    harm_fit: int
+    """The same for the host alone, measured from the same epochs."""
 
     @property
     def gain(self) -> float:
@@ -82,8 +84,18 @@ def measure(task: str, epochs: int, seed: int) -> Pair:
     """Train both networks."""
     config = replace(preset(task), seed=seed, max_epochs=epochs)
     watch = Watch()
+    watch_fit = Watch()
     grown = run_heuristic_episode(config, hub=TelemetryHub([watch]))
-    fit = run_fit(config)
+    fit = run_fit(config, hub=TelemetryHub([watch_fit]))
+    harm, harm_fit = (
+        longest_harm(
+            accuracies,
+            watch.blended,
+            window=config.growth.window,
+            points=config.growth.harm,
+        )
+        for accuracies in (watch.accuracies, watch_fit.accuracies)
+    )
     return Pair(
         epochs=epochs,
         seed=seed,
@@ -93,12 +105,8 @@ def measure(task: str, epochs: int, seed: int) -> Pair:
         fossils=grown.fossils,
         undone=grown.undone,
         undone_epochs=grown.undone_epochs,
-        harm=longest_harm(
-            watch.accuracies,
-            watch.blended,
-            window=config.growth.window,
-            points=config.growth.harm,
-        ),
+        harm=harm,
+        harm_fit=harm_fit,
     )
 
 
@@ -117,8 +125,8 @@ def table(figures: list[dict[str, Any]]) -> str:
     pairs = [Pair(**row) for row in figures]
     lines = [
         "| epochs | seeds | grown, % | fit, % | gain, points | below by more than 1 / 2 | kept | "
-        "undone | harm, epochs |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "undone | harm, epochs | of fit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for epochs in dict.fromkeys(pair.epochs for pair in pairs):
         rows = [pair for pair in pairs if pair.epochs == epochs]
@@ -134,6 +142,7 @@ def table(figures: list[dict[str, Any]]) -> str:
             str(sum(row.fossils for row in rows)),
             str(sum(row.undone for row in rows)),
             str(max(row.harm for row in rows)),
+            str(max(row.harm_fit for row in rows)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

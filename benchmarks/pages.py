@@ -42,6 +42,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gradient statistics": ("cpu", cpu.grad_table),
     "epoch": ("epoch", epoch.table),
     "growth on digits": ("growth-digits", growth.table),
+    "growth on pysource": ("growth-pysource", growth.table),
     "gate": ("gate", gate.table),
     "seed cost": ("seed-cost", seed_cost.table),
     "ppo on digits": ("ppo-digits", ppo.table),

@@ -57,6 +57,7 @@ def pair(epochs: int, seed: int, grown: float) -> growth.Pair:
         undone=2,
         undone_epochs=9,
         harm=seed,
+        harm_fit=2,
     )
 
 
@@ -64,8 +65,8 @@ def test_the_growth_table_has_means_and_the_worst_of_each_length() -> None:
     figures = [asdict(pair(75, 0, 96.0)), asdict(pair(75, 1, 92.0)), asdict(pair(150, 0, 95.0))]
     rows = growth.table(figures).splitlines()[2:]
     assert rows == [
-        "| 75 | 2 | 94.00 | 95.00 | -1.00 ± 2.00 | 1 / 1 | 2 | 4 | 1 |",
-        "| 150 | 1 | 95.00 | 95.00 | +0.00 ± nan | 0 / 0 | 1 | 2 | 0 |",
+        "| 75 | 2 | 94.00 | 95.00 | -1.00 ± 2.00 | 1 / 1 | 2 | 4 | 1 | 2 |",
+        "| 150 | 1 | 95.00 | 95.00 | +0.00 ± nan | 0 / 0 | 1 | 2 | 0 | 2 |",
     ]
 
 

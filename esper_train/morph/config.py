@@ -57,8 +57,9 @@ class GrowthConfig(Settings, table="growth."):
     fossilize_errors: PositiveOrZero = 1.0
     """G5: mean accuracy may be below its mean before blending by this many standard errors of the
     paired difference."""
-    probation_timeout: Count = 8
-    """Epochs after which a seed on probation is culled."""
+    probation_timeout: Count = 16
+    """Epochs after which a seed on probation is culled. The network comes to depend on a seed
+    gradually, so its contribution is still rising in the first epochs."""
     harm: PositiveOrZero = 3.0
     """A seed with alpha above 0 is culled if accuracy stays this many points below its mean before
     blending for `governor.patience` epochs in a row."""
