@@ -2,7 +2,8 @@
 
     python -m benchmarks pages    # after results/*.json have changed
 
-A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, where NAME is a key of `TABLES`.
+A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, where NAME is a key of `TABLES`
+or of `DESCRIPTIONS`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cpu, epoch, gate, growth, linear, linear_run, record, seed_cost
+from benchmarks import (
+    cpu,
+    epoch,
+    gate,
+    growth,
+    hosts,
+    linear,
+    linear_run,
+    ppo,
+    record,
+    seed_cost,
+)
+from esper_train import SeedStage
+from esper_train.rl.observation import RUN_FIELDS, SLOT_FIELDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/rl.md")
 PICTURE = ROOT / "docs" / "pictures" / "cpu.svg"
+
+
+def observation_table() -> str:
+    """Every field of an observation, with its range."""
+    rows = [["field", "range", "meaning"]]
+    rows += [[f.name, f"{f.low:g} to {f.high:g}", f.meaning] for f in RUN_FIELDS]
+    flags = [
+        ["stage, one field each", "0 or 1", ", ".join(stage.name for stage in SeedStage)],
+        ["blueprint, one field each", "0 or 1", "those for the host's topology, in their order"],
+    ]
+    rows += [[f"per slot: {name}", *rest] for name, *rest in flags]
+    rows += [[f"per slot: {f.name}", f"{f.low:g} to {f.high:g}", f.meaning] for f in SLOT_FIELDS]
+    return record.markdown(rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "cpu in short": ("cpu", cpu.short_table),
     "cpu": ("cpu", cpu.table),
@@ -29,8 +58,13 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "growth on pysource": ("growth-pysource", growth.table),
     "gate": ("gate", gate.table),
     "seed cost": ("seed-cost", seed_cost.table),
+    "ppo on digits": ("ppo-digits", ppo.table),
+    "learning curve": ("ppo-digits", ppo.curve),
+    "hosts": ("hosts", hosts.table),
 }
 """The results and the function that make each table."""
+DESCRIPTIONS: dict[str, Callable[[], str]] = {"observation": observation_table}
+"""Tables that are made from the code alone."""
 BARS = {"eager PyTorch": ("eager", "#9aa5b1"), "torch.compile": ("compile", "#5b7c99")}
 """What the picture compares with: the name in the results, and a colour."""
 
@@ -44,8 +78,12 @@ def filled(page: str) -> str:
 
 def _block(found: re.Match[str]) -> str:
     name = found[1]
+    if name in DESCRIPTIONS:
+        return f"<!-- {name} -->\n{DESCRIPTIONS[name]()}\n<!-- end of {name} -->"
     if name not in TABLES:
-        raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+        raise ValueError(
+            f"there is no table {name!r}; there are {', '.join(TABLES | DESCRIPTIONS)}"
+        )
     results, table = TABLES[name]
     measured = record.read(results)
     lines = [f"<!-- {name} -->", table(measured["figures"]), "", caption(measured["environment"])]

@@ -9,6 +9,7 @@ command imports the packages that it uses, so that `info` works beside torch alo
 import argparse
 import importlib.util
 import json
+import re
 import signal
 import sys
 import time
@@ -21,7 +22,8 @@ from esper_kernels import info as kernel_info
 from esper_train.base.console import lasting_output
 from esper_train.base.stop import Stopped, StopRequest
 from esper_train.config import RunConfig, load_toml, preset
-from esper_train.run.directory import METRICS, load_config, runs_in
+from esper_train.rl.learned import SavedPolicy, load_policy
+from esper_train.run.directory import METRICS, POLICY, load_config, runs_in
 from esper_train.run.job import Job, run_job
 from esper_train.run.report import write_comparison, write_report
 from esper_train.run.report.history import read_history
@@ -29,18 +31,22 @@ from esper_train.tasks import import_task, is_place
 from esper_train.telemetry.sinks import ConsoleSink, Sink
 from esper_train.train.errors import BadNumbersError
 
-USAGE = """usage: esper-train {heuristic,fit,report,info} [options]
+USAGE = """usage: esper-train {grow,fit,ppo,report,info} [options]
 
-  heuristic  grow a network under the heuristic controller (the main job)
+  grow       grow a network under a controller: the heuristic one, or a learned --policy
   fit        train the same host without slots, by the same loop
+  ppo        train a policy that `grow` can use, by PPO
   report     write the report of a run again, or compare runs on one page
   info       versions, and which kernel backend serves what, and why
 
-`esper-train heuristic --help` lists every option; `esper-train --version` prints the version.
-heuristic, fit and report need the extra: pip install 'esper-kernels[train]'"""
+`esper-train grow --help` lists every option; `esper-train --version` prints the version.
+`esper-train heuristic` is the earlier name of grow.
+grow, fit, ppo and report need the extra: pip install 'esper-kernels[train]'
+ppo also needs: pip install 'esper-kernels[rl]'"""
 DESCRIPTIONS = {
-    "heuristic": "Grow a network under the heuristic controller.",
+    "grow": "Grow a network under the heuristic controller, or under a learned policy.",
     "fit": "Train the same host network without slots, by the same loop.",
+    "ppo": "Train a policy by PPO, on many hosts; the settings under rl are its own.",
 }
 EXIT_USAGE = 2
 EXIT_BAD_NUMBERS = 3
@@ -71,7 +77,9 @@ def _main(arguments: list[str]) -> int:
     if command == "--version":
         print(f"esper-train {__version__}")
         return 0
-    if command not in ("heuristic", "fit", "report", "info"):
+    if command == "heuristic":
+        command = "grow"
+    if command not in ("grow", "fit", "ppo", "report", "info"):
         print(f"{USAGE}\n\nesper-train: error: unknown command {command!r}", file=sys.stderr)
         return EXIT_USAGE
     try:
@@ -98,13 +106,17 @@ def _dispatch(command: str, arguments: Sequence[str]) -> None:
         config = options.run_config()
         if options.resume is not None and options.out is not None:
             raise ValueError("--resume continues in the directory that it names; leave out --out")
+        if command == "ppo":
+            _ppo(config, options)
+            return
         with StopRequest() as stop:
             _run(config, command, stop, options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options(RunConfig):
-    """The settings of a run, which `--config` takes too, and six options of the command itself."""
+    """The settings of a run, which `--config` takes too, and seven options of the command
+    itself."""
 
     config: str | None = None
     """A TOML file with settings of the run; options on the command line override it."""
@@ -117,7 +129,10 @@ class _Options(RunConfig):
     backend: str | None = None
     """Kernel backend; short for --train.kernel.backend."""
     baseline: bool = True
-    """For heuristic: also train the host without slots, so that the report can compare."""
+    """For grow: also train the host without slots, so that the report can compare."""
+    policy_file: str | None = None
+    """For grow, in place of the heuristic: a policy that `esper-train ppo` trained. --policy FILE
+    is the same."""
     profile: bool = False
     """First profile a few batches into profile.md and profile.json. It does not change the run."""
 
@@ -137,6 +152,9 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     finder.add_argument("--task")
     finder.add_argument("--resume")
     given = finder.parse_known_args(arguments)[0]
+    arguments = [  # the settings of the heuristic have the name "policy"
+        re.sub("^--policy(?=$|=)", "--policy-file", argument) for argument in arguments
+    ]
     task = given.task or (load_toml(given.config).task if given.config else RunConfig().task)
     run = load_config(Path(given.resume)) if given.resume is not None else preset(task)
     run = run if given.config is None else load_toml(given.config, base=run)
@@ -199,13 +217,17 @@ def _report(arguments: Sequence[str]) -> None:
     print(f"report: {page}")
 
 
-def _run(config: RunConfig, mode: str, stop: StopRequest, options: _Options) -> None:
+def _run(config: RunConfig, command: str, stop: StopRequest, options: _Options) -> None:
     task = import_task(config.task) if is_place(config.task) else None
     name = task.name if task else config.task
     out = options.out if options.resume is None else options.resume
+    mode = "heuristic" if command == "grow" else command
+    policy = _policy(command, options)
     job = Job(
         mode=mode,
         task=task,
+        policy=None if policy is None else policy.maker(config),
+        policy_file=None if policy is None else policy.to_bytes(),
         resume=options.resume is not None,
         baseline=options.baseline,
         profile=options.profile,
@@ -215,6 +237,33 @@ def _run(config: RunConfig, mode: str, stop: StopRequest, options: _Options) -> 
     )
     new = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{mode}-{name}"
     run_job(config, job, Path(new if out is None else out), numbered=out is None)
+
+
+def _policy(command: str, options: _Options) -> SavedPolicy | None:
+    """The policy named, or the one that a resumed run began with; None is the heuristic."""
+    named = options.policy_file
+    if named is not None:
+        if command != "grow" or options.resume is not None:
+            raise ValueError(
+                "--policy is for a new run of `grow`: a resumed one has its policy in its "
+                "directory, and fit has none"
+            )
+        return load_policy(Path(named))
+    kept = sorted(Path(options.resume).rglob(POLICY)) if options.resume is not None else []
+    return load_policy(kept[0]) if kept else None
+
+
+def _ppo(config: RunConfig, options: _Options) -> None:
+    if options.policy_file is not None or options.profile:
+        raise ValueError("--policy and --profile are for other commands than ppo; leave them out")
+    task = import_task(config.task) if is_place(config.task) else None
+    name = task.name if task else config.task
+    out = options.out if options.resume is None else options.resume
+    directory = Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-ppo-{name}" if out is None else out)
+    from esper_train.rl import train_ppo
+
+    train_ppo(config, directory, task=task, resume=options.resume is not None, say=print)
+    print(f"policy: {directory / POLICY}")
 
 
 def _display() -> Sink:

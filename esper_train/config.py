@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from esper_train.base.settings import Count, CountOrNone, Limit, Settings, from_dict, require
 from esper_train.control.config import GovernorConfig, HeuristicConfig
 from esper_train.morph.config import GrowthConfig, HostConfig
+from esper_train.rl.config import RLConfig
 from esper_train.run.config import CheckpointConfig
 from esper_train.tasks.config import PRESETS, TaskConfig
 from esper_train.telemetry.config import TelemetryConfig
@@ -72,6 +73,7 @@ class RunConfig(Settings):
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

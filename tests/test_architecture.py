@@ -41,14 +41,16 @@ TRAIN_ARROWS = {
         "base",
         "control.config",
         "morph.config",
+        "rl.config",
         "run.config",
         "tasks.config",
         "telemetry.config",
         "train.config",
     },
     "run": {"base", "config", "control", "morph", "tasks", "telemetry", "train"},
+    "rl": {"base", "config", "control", "morph", "run", "tasks", "train.data", "train.errors"},
     "audited": {"base", "train.loss"},
-    "cli": {"base", "config", "control", "run", "tasks", "telemetry", "train.errors"},
+    "cli": {"base", "config", "control", "rl", "run", "tasks", "telemetry", "train.errors"},
 }
 
 
@@ -140,6 +142,17 @@ def test_loop_holds_the_only_loops_over_batches() -> None:
             assert found == [], path
 
 
+def test_one_place_makes_the_epochs_of_a_run() -> None:
+    """The command and the environment drive the same `EpisodeRun`."""
+    made = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "esper_train").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Epoch"
+    }
+    assert made == {"esper_train/run/run.py"}
+
+
 def test_only_step_calls_the_loss() -> None:
     for group, tree in modules("esper_train"):
         assert not {n for n in imported(tree) if "cross_entropy" in n} or group in (
@@ -197,13 +210,13 @@ def test_no_module_level_mutable_state(package: str) -> None:
 
 
 def test_importing_the_training_package_loads_no_extra() -> None:
-    """tyro, rich, matplotlib and scikit-learn are loaded by those who use them."""
+    """Packages of the extras are loaded by those who use them."""
     import subprocess
     import sys
 
     code = (
-        "import sys, esper_train; print([m for m in ('tyro', 'rich', 'matplotlib', 'sklearn') "
-        "if m in sys.modules])"
+        "import sys, esper_train, esper_train.rl; print([m for m in ('tyro', 'rich', 'matplotlib', "
+        "'sklearn', 'gymnasium', 'stable_baselines3', 'sb3_contrib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

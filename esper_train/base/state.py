@@ -74,8 +74,8 @@ class RandomState:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Draw from the run's stream inside, from its beginning or from where `load_state_dict` put
-        it."""
+        """Draw from the run's stream inside: from its beginning, from where it was last left, or
+        from where `load_state_dict` put it."""
         callers = _get(self._device)
         try:
             random.seed(self._seed)
@@ -86,6 +86,7 @@ class RandomState:
                 _set(self._restored, self._device)
             yield
         finally:
+            self._restored = _get(self._device)
             _set(callers, self._device)
 
     def state_dict(self) -> dict[str, Any]:

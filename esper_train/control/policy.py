@@ -1,5 +1,6 @@
 """What a controller is: it looks at an epoch's signals and decides on one operation."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -28,6 +29,8 @@ class Decision:
     blend: str | None = None
     reason: str = ""
     confidence: float = 1.0
+    probabilities: Mapping[str, float] | None = None
+    """Of each action that was possible, by name, from a controller that has them."""
 
 
 class Policy(Stateful, Protocol):

@@ -22,6 +22,9 @@ class Observation:
     slots: tuple[SlotState, ...] = ()
     germination_wait: int = 0
     """Epochs for which no seed may germinate yet, after a seed was undone."""
+    host_parameters: int = 0
+    training_cost: float = 0.0
+    """Multiply-adds of training so far, in epochs of the host without a seed."""
 
 
 @dataclass(frozen=True, kw_only=True)

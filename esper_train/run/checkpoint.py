@@ -31,7 +31,7 @@ from esper_train.run.episode import Episode
 
 FORMAT = 2
 """Version of the layout of a checkpoint."""
-ADDED = ("sources",)
+ADDED = ("sources", "cost")
 """Parts that older checkpoints do not have, because they had no state then."""
 FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
 """Config keys that may change when a run is resumed."""
@@ -54,6 +54,7 @@ def parts(episode: Episode) -> dict[str, Stateful]:
         "streams": episode.model.streams,
         "trial": episode.trial,
         "kept": episode.kept,
+        "cost": episode.cost,
     }
 
 
@@ -96,10 +97,7 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         save(self._directory / f"epoch-{epoch}.pt", buffer.getvalue())
         self._unwritten = None
-        for old in saved(self._directory)[: -self._config.keep]:
-            old.unlink()
-            digest_file(old).unlink(missing_ok=True)
-        remove_unfinished(self._directory)
+        drop_old(self._directory, self._config.keep)
 
     def _metrics_size(self) -> int:
         """Bytes that the run has reported so far."""
@@ -107,11 +105,19 @@ class Checkpoints:
         return metrics.stat().st_size if metrics.exists() else 0
 
 
-def saved(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, oldest first."""
+def saved(directory: Path, kind: str = "epoch") -> list[Path]:
+    """The checkpoints in a directory, `KIND-N.pt`, oldest first."""
     return sorted(
-        directory.glob("epoch-[0-9]*.pt"), key=lambda path: int(path.stem.removeprefix("epoch-"))
+        directory.glob(f"{kind}-[0-9]*.pt"), key=lambda path: int(path.stem.rpartition("-")[2])
     )
+
+
+def drop_old(directory: Path, keep: int, kind: str = "epoch") -> None:
+    """Remove all checkpoints but the newest, and what a kill left unfinished."""
+    for old in saved(directory, kind)[:-keep]:
+        old.unlink()
+        digest_file(old).unlink(missing_ok=True)
+    remove_unfinished(directory)
 
 
 def save(path: Path, data: bytes) -> None:
@@ -140,7 +146,11 @@ def load(path: Path, metrics: Path | None = None) -> dict[str, Any]:
             if isinstance(error, (ValueError, OSError))
             else "it is more than tensors and plain values"
         )
-        older = [other.name for other in saved(path.parent) if other != path]
+        older = [
+            other.name
+            for other in saved(path.parent, path.stem.rpartition("-")[0])
+            if other != path
+        ]
         way_out = (
             f"remove it to go on from {older[-1]}"
             if older

@@ -1,14 +1,15 @@
-"""What a seed that trains costs beside its host, in multiply-adds counted by torch. `epoch` asks
-once per seed."""
+"""What training costs, in multiply-adds counted by torch: of a seed beside its host, for which
+`epoch` asks once per seed, and of a whole run."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper_train.base.state import PlainState
 from esper_train.morph.model import MorphModel
 from esper_train.train.forward import call, logits_of
 
@@ -62,6 +63,56 @@ def seed_cost(model: MorphModel, slot: str, inputs: Any) -> SeedCost:
             learning=_multiply_adds(learn),
             seed=_multiply_adds(seed_alone),
         )
+
+
+class TrainingCost(PlainState):
+    """What a run's training has cost so far. An epoch of the host without a seed is 1."""
+
+    STATE = ("epochs",)
+
+    def __init__(self) -> None:
+        self.epochs = 0.0
+        self.known: dict[tuple[str, str | None, str], float] = {}
+        """Slot, blueprint and part of a seed to what it adds to an epoch. Runs with the same host
+        and the same batches may share it."""
+
+    def add_epoch(self, model: MorphModel, inputs: Any) -> None:
+        """Add an epoch of the network as it is, trained with batches like `inputs`."""
+        self.epochs += 1.0
+        for slot in model.slots:
+            if slot.seed is not None:
+                key = slot.state.slot, slot.state.blueprint, slot.part
+                if key not in self.known:
+                    self.known[key] = added_cost(model, slot.state.slot, inputs)
+                self.epochs += self.known[key]
+
+
+def added_cost(model: MorphModel, slot: str, inputs: Any) -> float:
+    """Multiply-adds that the seed of a slot adds to a step of the host, as a multiple of that step:
+    of its own pass where it learns beside the network, of its part in the network otherwise. The
+    other slots are left out, so that costs add up."""
+    model = copy.deepcopy(model).train()
+    without = {each.state.slot: 0.0 for each in model.slots}
+    alone = {**without, slot: 1.0}
+    seed = model.slot(slot).seed
+    assert seed is not None
+    parameters = [p for p in seed.parameters() if p.requires_grad]
+    with torch.random.fork_rng(), torch.enable_grad():
+        _, entered = call(model.forward_feeding, inputs, {})
+
+        def step(alpha: Mapping[str, float]) -> None:
+            logits_of(call(model, inputs, {"alpha": alpha})).sum().backward()
+
+        def learn() -> None:
+            out = model(entered[slot], alpha=alone, start=slot)
+            logits_of(out).sum().backward(inputs=parameters)
+
+        host = _multiply_adds(lambda: step(without))
+        if slot not in entered:
+            added = _multiply_adds(lambda: step(alone)) - host
+        else:
+            added = _multiply_adds(learn) if parameters else 0
+    return added / host if host else 0.0
 
 
 def _multiply_adds(work: Callable[[], None]) -> int:

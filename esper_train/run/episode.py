@@ -19,6 +19,7 @@ from esper_train.control.policy import Idle, Policy
 from esper_train.control.signals import SignalTracker
 from esper_train.morph.incubation import Incubation
 from esper_train.morph.model import MorphModel
+from esper_train.run.cost import TrainingCost
 from esper_train.run.kept import Kept
 from esper_train.run.trial import Trial
 from esper_train.tasks import Task
@@ -83,6 +84,7 @@ class Episode(PlainState):
     random: RandomState
     trial: Trial
     kept: Kept = field(default_factory=Kept)
+    cost: TrainingCost = field(default_factory=TrainingCost)
     mode: str = "fit"
     policy: Policy = field(default_factory=Idle)
     hub: TelemetryHub = field(default_factory=TelemetryHub)

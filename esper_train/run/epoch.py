@@ -38,7 +38,8 @@ class Epoch:
     def __init__(self, episode: Episode, number: int) -> None:
         self._episode = episode
         self._number = number
-        self._finding: Finding | None = None
+        self.finding: Finding | None = None
+        """What the governor found; None where the losses are good, or were not measured yet."""
         self._verdict = False  # whether a trial ended
         self._events: list[Event] = []  # to be written after the epoch's own line
 
@@ -57,14 +58,14 @@ class Epoch:
         # a skipped batch is in the training loss, so that is no finding
         skips = episode.config.train.on_bad_numbers == "skip"
         training = validation.loss if skips else train.loss
-        self._finding = episode.governor.check(training=training, validation=validation.loss)
-        if self._finding is not None and episode.trial.slot is not None:
-            self._leave_undecided(self._finding)
-            self._undo_trial(self._finding)
+        self.finding = episode.governor.check(training=training, validation=validation.loss)
+        if self.finding is not None and episode.trial.slot is not None:
+            self._leave_undecided(self.finding)
+            self._undo_trial(self.finding)
             return None
-        if self._finding is not None and episode.good is not None:
-            self._leave_undecided(self._finding)
-            self._answer(self._finding)
+        if self.finding is not None and episode.good is not None:
+            self._leave_undecided(self.finding)
+            self._answer(self.finding)
             return None
         self._measured = observe_slots(episode, train, validation)
         signals = episode.tracker.update(observation(episode, number, train, validation))
@@ -105,11 +106,11 @@ class Epoch:
             refused=refused,
             joint=joint_contribution(self._validation),
         )
-        self._report(line, self._finding)
+        self._report(line, self.finding)
         reward: float = line.data["reward"]
         episode.decided.append((decision.op.name, reward))
-        if self._finding is not None:
-            self._answer(self._finding)
+        if self.finding is not None:
+            self._answer(self.finding)
         else:
             episode.kept.offer(episode.model, number, self._validation.loss)
             due = number % episode.config.governor.snapshot_epochs == 0

@@ -19,17 +19,26 @@ from esper_train.run.directory import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    POLICY,
     claimed,
     create,
     cut_back,
     load_config,
     save_network,
+    write_file,
 )
 from esper_train.run.episode import Episode
 from esper_train.run.profile import write_profile
 from esper_train.run.report import write_report
 from esper_train.run.report.draw import require_matplotlib
-from esper_train.run.run import EpisodeResult, episode_configs, prepare, run_episode, run_started
+from esper_train.run.run import (
+    EpisodeResult,
+    PolicyMaker,
+    episode_configs,
+    prepare,
+    run_episode,
+    run_started,
+)
 from esper_train.tasks import TASKS, Task, task_of_run
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.loggers import logger_makers
@@ -48,7 +57,9 @@ class Job:
     """"heuristic" or "fit"."""
     task: Task | None = None
     """A task of one's own; None is the task that the config names."""
-    policy: Policy | None = None
+    policy: Policy | PolicyMaker | None = None
+    policy_file: bytes | None = None
+    """What is written beside the run, so that a resumed one has the same policy."""
     registry: BlueprintRegistry | None = None
     hub: TelemetryHub | None = None
     resume: bool = False
@@ -136,6 +147,8 @@ def _run_in(
     if whole is not None:
         create(directory.parent, whole)
     create(directory, config)
+    if job.policy_file is not None:
+        write_file(directory / POLICY, job.policy_file)
     if job.profile:
         slots = config.slots if job.growing else ()
         job.say(write_profile(config, slots, directory, task=job.task))
@@ -145,7 +158,7 @@ def _run_in(
         result = _run_episode(episode, directory, job)
         del episode  # its worker processes end here
         if job.growing and job.baseline:
-            plain = replace(job, mode="fit", policy=None, hub=None, profile=False)
+            plain = replace(job, mode="fit", policy=None, policy_file=None, hub=None, profile=False)
             with claimed(directory / BASELINE, resume=job.resume):
                 _run_in(directory / BASELINE, config, plain)
     finally:

@@ -34,6 +34,7 @@ def train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalR
         learners=episode.learners(),
         governed=True,
     )
+    episode.cost.add_epoch(model, episode.example)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [
         state.slot
@@ -101,6 +102,8 @@ def observation(
         val_accuracy=validation.points,
         guess_loss=episode.governor.guess,
         slots=slot_states(episode.model),
+        host_parameters=sum(p.numel() for p in episode.model.get_host_parameters()),
+        training_cost=episode.cost.epochs,
     )
 
 

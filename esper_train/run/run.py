@@ -6,12 +6,17 @@ training is the same run with no slots and a controller that never acts.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
 
 from esper_train.base.names import require_known
 from esper_train.config import SEED_STEP, RunConfig
+from esper_train.control.governor import Finding
 from esper_train.control.heuristic import HeuristicTamiyo
-from esper_train.control.policy import Op, Policy
+from esper_train.control.policy import Decision, Op, Policy
+from esper_train.control.signals import Signals
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.run.build import build_episode
@@ -25,6 +30,8 @@ from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
 from esper_train.train.loop import evaluate
 from esper_train.train.results import EvalResult, Measures
+
+PolicyMaker = Callable[[MorphModel], Policy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,8 @@ class EpisodeResult:
     """Seeds that failed after blending began, so that the network went back."""
     undone_epochs: int
     """Epochs that those took, which are training cost too."""
+    cost: float
+    """Multiply-adds of training, in epochs of the host without a seed."""
     seconds: float
     model: MorphModel = field(repr=False)
 
@@ -72,12 +81,15 @@ def prepare(
     mode: str,
     *,
     task: Task | None = None,
-    policy: Policy | None = None,
+    policy: Policy | PolicyMaker | None = None,
     hub: TelemetryHub | None = None,
     registry: BlueprintRegistry | None = None,
 ) -> Episode:
-    """What a "heuristic" or "fit" run owns; the latter has no controller. `ValueError` for what
-    could not work."""
+    """What a "heuristic" or "fit" run owns; the latter has no controller.
+
+    `policy` may be a function that makes the controller for the network, and refuses those that it
+    cannot control. `ValueError` for what could not work.
+    """
     require_known("mode", mode, ("heuristic", "fit"))
     growing = mode == "heuristic"
     if policy is not None and not growing:
@@ -96,62 +108,118 @@ def prepare(
     episode.hub = hub or TelemetryHub()
     if growing:
         names = episode.model.registry.names(episode.model.host.topology)
-        episode.policy = policy or HeuristicTamiyo(config.policy, config.growth, names)
+        made = policy(episode.model) if callable(policy) else policy
+        episode.policy = made or HeuristicTamiyo(config.policy, config.growth, names)
     return episode
 
 
 def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> EpisodeResult:
-    """Run every epoch in the one order there is: train, evaluate, track, slots step, decide,
-    execute.
+    """Run every epoch under the episode's policy.
 
-    An episode restored from a checkpoint goes on with the epoch after it. One that the governor
-    finds gone bad is, by policy, reported, the last, or undone: then nothing is tracked or decided.
-    However the run ends, its network is the one that `config.keep` names, and its last event is
-    RUN_FINISHED with the status "completed", "interrupted", "nonfinite", "diverged" or "failed";
-    what ended it is raised again.
+    An episode restored from a checkpoint goes on with the epoch after it.
     """
-    config = episode.config
-    hub = episode.hub
-    started = time.perf_counter() - episode.seconds
-    if episode.epoch == 0:
-        episode.policy.reset()
-        hub.emit(run_started(episode))
-    for event in inexact_resumes(episode):
-        hub.emit(event)
-    ending = Ending(status="failed", epoch=episode.epoch)
-    try:
-        with episode.random.active():
+    with EpisodeRun(episode, checkpoints) as run, episode.random.active():
+        while not run.over:
+            signals = run.observe()
+            if signals is not None:
+                run.apply(episode.policy.decide(signals))
+        return run.finish()
+
+
+class EpisodeRun:
+    """A run one decision at a time, in the one order there is: train, evaluate, track, slots step,
+    decide, execute. Whoever decides drives it: `run_episode`, or an environment of `rl`.
+
+    Until `over`, `observe` runs an epoch and `apply` carries out the decision about it; then
+    `finish` measures the test split. All three are called while `episode.random` is active. An
+    epoch that the governor finds gone bad is, by policy, reported, the last, or undone: then
+    nothing is tracked or decided. However the run ends, on leaving `with` its network is the one
+    that `config.keep` names, and its last event is RUN_FINISHED with the status "completed",
+    "interrupted", "nonfinite", "diverged" or "failed"; what ended it is raised again.
+    """
+
+    def __init__(self, episode: Episode, checkpoints: Checkpoints | None = None) -> None:
+        self._episode = episode
+        self._checkpoints = checkpoints
+        self._ending = Ending(status="failed", epoch=episode.epoch)
+        self._epoch: Epoch | None = None
+
+    def __enter__(self) -> Self:
+        episode = self._episode
+        self._started = time.perf_counter() - episode.seconds
+        if episode.epoch == 0:
+            episode.policy.reset()
+            episode.hub.emit(run_started(episode))
+        for event in inexact_resumes(episode):
+            episode.hub.emit(event)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        ending = self._ending
+        if error is not None:
+            ending.blame(error)
+        _give_kept(self._episode)
+        ending.seconds = self._seconds()
+        self._episode.hub.emit(run_finished(self._episode, ending))
+        if self._checkpoints is not None:
+            self._checkpoints.write()
+
+    @property
+    def over(self) -> bool:
+        """Whether every epoch is done."""
+        return self._episode.epoch >= self._episode.config.max_epochs
+
+    @property
+    def finding(self) -> Finding | None:
+        """What the governor found in the epoch that was observed last."""
+        return None if self._epoch is None else self._epoch.finding
+
+    def observe(self) -> Signals | None:
+        """Run the next epoch up to its decision; None where it was undone, without a decision."""
+        episode = self._episode
+        if self._epoch is None:
             keep_good(episode, episode.epoch)
-            for number in range(episode.epoch + 1, config.max_epochs + 1):
-                ending.epoch = number
-                epoch = Epoch(episode, number)
-                signals = epoch.observe()
-                if signals is not None:
-                    epoch.apply(episode.policy.decide(signals))
-                episode.epoch = number
-                episode.seconds = time.perf_counter() - started
-                if checkpoints is not None:
-                    checkpoints.take(episode)
-            _give_kept(episode)
-            ending.test = evaluate(
-                episode.model,
-                map(episode.stop.before, episode.test),
-                config.train,
-                task_type=episode.task.task_type,
-                step=episode.step,
-            )
-            ending.status = "completed"
-    except BaseException as error:
-        ending.blame(error)
-        raise
-    finally:
+        self._ending.epoch = episode.epoch + 1
+        self._epoch = Epoch(episode, episode.epoch + 1)
+        signals = self._epoch.observe()
+        if signals is None:
+            self._end_epoch()
+        return signals
+
+    def apply(self, decision: Decision) -> float:
+        """Carry out the decision about the epoch just observed, and return its reward."""
+        assert self._epoch is not None
+        reward = self._epoch.apply(decision)
+        self._end_epoch()
+        return reward
+
+    def finish(self) -> EpisodeResult:
+        """Measure the network that `config.keep` names on the test split."""
+        episode = self._episode
         _give_kept(episode)
-        ending.seconds = time.perf_counter() - started
-        hub.emit(run_finished(episode, ending))
-        if checkpoints is not None:
-            checkpoints.write()
-    assert ending.test is not None
-    return _result(episode, ending.test, ending.seconds)
+        self._ending.test = evaluate(
+            episode.model,
+            map(episode.stop.before, episode.test),
+            episode.config.train,
+            task_type=episode.task.task_type,
+            step=episode.step,
+        )
+        self._ending.status = "completed"
+        return _result(episode, self._ending.test, self._seconds())
+
+    def _end_epoch(self) -> None:
+        self._episode.epoch = self._ending.epoch
+        self._episode.seconds = self._seconds()
+        if self._checkpoints is not None:
+            self._checkpoints.take(self._episode)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
 
 
 def _result(episode: Episode, test: EvalResult, seconds: float) -> EpisodeResult:
@@ -167,6 +235,7 @@ def _result(episode: Episode, test: EvalResult, seconds: float) -> EpisodeResult
         refused=tuple(episode.refused),
         undone=episode.trial.undone,
         undone_epochs=episode.trial.epochs,
+        cost=episode.cost.epochs,
         seconds=seconds,
         model=episode.model,
     )
@@ -230,6 +299,7 @@ def run_finished(episode: Episode, ending: Ending) -> Event:
         "refused": tuple(episode.refused),
         "undone": episode.trial.undone,
         "undone_epochs": episode.trial.epochs,
+        "cost": episode.cost.epochs,
         "seconds": ending.seconds,
     }
     return Event(EventType.RUN_FINISHED, ending.epoch, data)
@@ -255,6 +325,7 @@ def run_started(episode: Episode) -> Event:
     model = episode.model
     data = {
         "mode": episode.mode,
+        "policy": type(episode.policy).__name__,
         "task": episode.task.name,
         "seed": config.seed,
         "max_epochs": config.max_epochs,

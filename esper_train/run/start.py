@@ -10,7 +10,13 @@ from esper_train.config import RunConfig
 from esper_train.control.policy import Policy
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.run.job import Job, run_job
-from esper_train.run.run import EpisodeResult, episode_configs, prepare, run_episode
+from esper_train.run.run import (
+    EpisodeResult,
+    PolicyMaker,
+    episode_configs,
+    prepare,
+    run_episode,
+)
 from esper_train.tasks import Task
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.sinks import ConsoleSink
@@ -20,7 +26,7 @@ def run_heuristic_episode(
     config: RunConfig,
     *,
     task: Task | None = None,
-    policy: Policy | None = None,
+    policy: Policy | PolicyMaker | None = None,
     hub: TelemetryHub | None = None,
     registry: BlueprintRegistry | None = None,
     out: str | Path | None = None,
@@ -32,7 +38,7 @@ def run_heuristic_episode(
     Args:
         config: the run's settings; its `episodes` are for `train_heuristic`.
         task: a task of your own; None takes the one that `config.task` names.
-        policy: the controller.
+        policy: the controller, or a function that makes it for the network.
         hub: where events go. With `out`, further sinks are added to it, and it is closed at the
             end.
         registry: the blueprints, in place of the package's and the task's own.

@@ -111,7 +111,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["grow"], "unknown command 'grow'"),
+        (["plant"], "unknown command 'plant'"),
         (["fit", "--task", "digit"], "unknown task 'digit'; perhaps 'digits'?"),
         (["heuristic", *QUICK, "--slots", "early", "middle"], "'middle'"),
         (["heuristic", *QUICK, "--slots"], "no slots"),

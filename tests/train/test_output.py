@@ -70,7 +70,7 @@ def test_a_run_goes_on_without_a_console(form: str, tmp_path: Path) -> None:
         ("{} > /dev/full", "--help", 0),
         ("{} | true", "fit --help", 0),
         ("{} >&-", "report run", 2),
-        ("{} 2>&1 | true", "grow", 2),
+        ("{} 2>&1 | true", "plant", 2),
         ("{} 2> /dev/full", "fit --task nothing", 2),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_run_in_this_process_goes_on(
     for number in (1, 2):
         assert read_metrics(tmp_path / "run" / f"episode-{number}")[-1]["status"] == "completed"
     assert cli.main(["info"]) == 0
-    assert cli.main(["grow"]) == 2
+    assert cli.main(["plant"]) == 2
     assert sys.stdout is stream
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from esper_train.base.settings import differing
 from esper_train.run.directory import BASELINE, METRICS, REPORT, load_config, read_config
+from esper_train.run.report.decisions import decisions_of_runs, decisions_part
 from esper_train.run.report.draw import curve_panel, draw_picture
 from esper_train.run.report.history import (
     History,
@@ -60,7 +61,8 @@ def write_report(directory: Path) -> Path:
         with suppress(OSError, ValueError, TypeError):  # missing, or written by another version
             growth = load_config(directory).growth
         parts += [*curves_part(run, baseline), *stages_part(run, growth), *gradients_part(run)]
-        parts += [*layers_part(run), *rewards_part(run), *_seeds(run), *_costs(run)]
+        parts += [*layers_part(run), *rewards_part(run), *decisions_part(run)]
+        parts += [*_seeds(run), *_costs(run)]
     return write_page(directory / REPORT, title, parts)
 
 
@@ -83,7 +85,7 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
         panels += curve_panel(unit, curves, log=key == "loss", columns=1)
     height = 4 + 0.3 * len(runs)  # the legend has one line per run
     picture = draw_picture("comparison", "Validation loss and accuracy of each run", panels, height)
-    parts = [_summary(runs), *_settings(runs), *picture]
+    parts = [_summary(runs), *_settings(runs), *picture, *decisions_of_runs(runs)]
     return write_page(path, f"Comparison of {len(runs)} runs", parts)
 
 
@@ -145,6 +147,7 @@ def _summary(runs: Mapping[str, History]) -> str:
             "network given": _given(r.finished),
             "seeds fossilized": str(len(r.fossilized)),
             "epochs undone": show(r.finished.get("undone_epochs"), "d"),
+            "training cost": show(r.finished.get("cost"), ".1f", " epochs of the host"),
             "seconds": show(r.finished.get("seconds"), ".1f"),
         }
 

@@ -68,7 +68,7 @@ def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) 
         "telemetry",
         "random",
     }
-    parts |= {"streams", "trial", "kept", "sources"}
+    parts |= {"streams", "trial", "kept", "sources", "cost"}
     assert set(state) == {"format", "run", "parts", "metrics"}
     assert set(state["parts"]) == parts
     assert {"python", "numpy", "torch", "order"} <= set(state["parts"]["random"])
@@ -82,6 +82,7 @@ def test_a_checkpoint_holds_every_part_as_tensors_and_plain_values(whole: Path) 
 def test_a_checkpoint_from_before_data_had_a_state_is_read(whole: Path) -> None:
     state = load(whole / "checkpoints" / "epoch-6.pt")
     del state["parts"]["sources"]
+    del state["parts"]["cost"]
     episode = prepare(load_config(whole), "heuristic")
     restore(state, episode)
     assert episode.epoch == 6
