@@ -15,7 +15,7 @@ endif
 .PHONY: run test test-all test-long lint format wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
 
 run: $(READY)
-	$(BIN)/esper-train heuristic
+	$(BIN)/esper-train grow
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not long" --durations=10

@@ -82,7 +82,8 @@ def _linear_difference(config: KernelConfig, logits: Tensor, targets: Tensor) ->
     row as its hidden state."""
     hidden = logits[:, :8].detach().clone().requires_grad_()
     weight = logits.new_ones(logits.shape[1], hidden.shape[1])
-    weight.copy_(torch.linspace(-1.0, 1.0, weight.numel()).view_as(weight)).requires_grad_()
+    values = torch.linspace(-1.0, 1.0, weight.numel(), device=weight.device)
+    weight.copy_(values.view_as(weight)).requires_grad_()
     meters = [Meter(logits.device, topk=(1, 5)) for _ in range(2)]
     actual, expected = (
         linear_cross_entropy_step(hidden, weight, targets, meter, **_OPTIONS, config=c)

@@ -51,7 +51,7 @@ def decisions_of_runs(runs: Mapping[str, History]) -> list[str]:
         for epoch in run.epochs
         for name in epoch.get("reward_parts") or ()
     )
-    rows = [["", "controller", "return", *names, *(op.name.lower() for op in Op)]]
+    rows = [["run", "controller", "return", *names, *(op.name.lower() for op in Op)]]
     for label, run in runs.items():
         counts = run.finished.get("action_counts", {})
         rows.append(

@@ -144,7 +144,7 @@ def test_step_epoch_prefers_the_gate_to_the_timeout() -> None:
 def test_step_epoch_culls_at_the_end_of_probation(contribution: float | None) -> None:
     """Not measured is not the same as 0."""
     slot, _ = raised()
-    for i in range(7):
+    for i in range(slot.growth.probation_timeout - 1):
         assert epoch(slot, 50.0, contribution) == [], f"epoch {i + 1}"
     assert moves(epoch(slot, 50.0, contribution))[0] == (
         "PROBATIONARY",

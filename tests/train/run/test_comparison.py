@@ -22,7 +22,8 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert shown.row("") == [str(directory) for directory in directories]
     assert shown.row("test accuracy") == ["91.75%", "91.00%", "92.00%"]
     assert shown.row("seeds fossilized") == ["0", "1", "1"]
-    (picture,) = shown.pictures.values()
+    picture, decisions = shown.pictures.values()
+    assert "first" in decisions
     for word in ("validation loss (nats)", "validation accuracy (%)", *map(str, directories)):
         assert word in picture
     assert not {"script", "link", "img", "image"} & set(shown.tags)
