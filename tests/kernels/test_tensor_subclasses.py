@@ -130,9 +130,14 @@ def test_a_gradient_of_the_loss_is_a_plain_tensor(config: KernelConfig, kind: st
 
 @pytest.fixture
 def distributed() -> Iterator[Callable[[Tensor], Tensor]]:
-    """Makes DTensors, in a group of this process alone."""
+    """Makes DTensors, in a group of this process alone.
+
+    torch keeps the group for as long as the process lives. One of gloo has threads, for which a
+    process forked in a thread would wait for ever at its end; the fake one has none.
+    """
     module = pytest.importorskip("torch.distributed.tensor")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    pytest.importorskip("torch.testing._internal.distributed.fake_pg")  # registers "fake"
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
         yield lambda x: module.distribute_tensor(x, mesh)
