@@ -60,6 +60,7 @@ def test_no_masked_step_is_illegal() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_masked_step_of_ten_thousand_is_illegal() -> None:
     counts = masked_steps(MorphogenesisEnv(replace(TINY, max_epochs=40)), 10_000, seed=1)
     assert min(counts.values()) > 0
