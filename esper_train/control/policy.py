@@ -49,4 +49,4 @@ class Idle(PlainState):
         return Decision(op=Op.WAIT, reason="plain training")
 
     def reset(self) -> None:
-        """There is nothing to forget."""
+        """Nothing to reset."""

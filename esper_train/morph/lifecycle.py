@@ -12,7 +12,7 @@ from typing import Any, Self
 
 
 class SeedStage(IntEnum):
-    """Where a slot stands. Numbers are those of the audited system, so that records stay
+    """The stage of a slot. Numbers are those of the audited system, so that records stay
     comparable."""
 
     DORMANT = 1
@@ -56,7 +56,7 @@ TRIAL = frozenset({SeedStage.BLENDING, SeedStage.PROBATIONARY})
 
 
 class RefusedError(ValueError):
-    """A gate or the state of a slot does not allow what was asked. An unknown name is a plain
+    """A gate or the state of a slot does not allow the request. An unknown name is a plain
     `ValueError`."""
 
 

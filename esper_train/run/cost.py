@@ -31,7 +31,7 @@ class SeedCost:
         return 1.0 + self.learning / self.host
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain values, for an event."""
+        """The numbers as plain values, for an event."""
         return asdict(self) | {"ratio": self.ratio}
 
 

@@ -68,7 +68,7 @@ class GradConfig(Settings, table="train.grad."):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings, table="train."):
-    """What the epoch loop obeys, the same for every way of training."""
+    """Settings of the epoch loop, the same for every way of training."""
 
     kernel: KernelConfig = field(default_factory=KernelConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)

@@ -102,5 +102,5 @@ def test_settings_that_cannot_work_are_refused() -> None:
         GovernorConfig(patience=0)
     with pytest.raises(ValueError, match="min_history must not exceed window, got 30"):
         GovernorConfig(min_history=30)
-    with pytest.raises(ValueError, match="'cuda:99' is not there"):
+    with pytest.raises(ValueError, match="'cuda:99' does not exist here"):
         build_episode(replace(SHORT, governor=GovernorConfig(snapshot_device="cuda:99")), slots=())

@@ -157,9 +157,9 @@ def test_language_model_task_grows() -> None:
         ({"slots": ("early", "middle")}, "'middle'.*'mid'"),
         ({"slots": ("late",), "host": HostConfig(depth=2)}, "'late'"),
         ({"task": "digit"}, "'digit'.*'digits'"),
-        ({"device": "cuda:99"}, "'cuda:99' is not there.*cpu"),
-        ({"device": "toaster"}, "'toaster' names no device"),
-        ({"device": "meta"}, "'meta' is not there"),
+        ({"device": "cuda:99"}, "'cuda:99' does not exist here.*cpu"),
+        ({"device": "toaster"}, "'toaster' is no name of a device"),
+        ({"device": "meta"}, "'meta' does not exist here"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(
