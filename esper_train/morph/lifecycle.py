@@ -105,8 +105,8 @@ class SlotState:
     gradient_ratio: float | None = None
     """Gradient norm of the seed over that of the host, corrected for their sizes."""
     accuracies: tuple[float, ...] = ()
-    """Of the last epochs in the present stage, as many as the window has; an empty slot counts as
-    one stage with TRAINING."""
+    """Accuracies of the last epochs in the present stage, as many as the window has; an empty slot
+    counts as one stage with TRAINING."""
     potentials: tuple[tuple[float, float], ...] = ()
     """`potential` and `potential_loss` of the last epochs in TRAINING, as many as the window
     has."""

@@ -23,7 +23,7 @@ class SeedCost:
     learning: int
     """The seed's own pass: through the seed, and through what lies after its slot."""
     seed: int
-    """Of that, the seed alone."""
+    """The part of `learning` in the seed itself."""
 
     @property
     def ratio(self) -> float:

@@ -30,7 +30,7 @@ class Loader:
     """Batches (inputs, targets) of a split, the ragged last one included, for a model on `device`.
 
     `shuffle` gives the order, another one each epoch; nothing else draws from it. Without workers
-    the tensors are indexed where they are, one operation a batch: on a CUDA device, unless they
+    the tensors are indexed where they are, one operation per batch: on a CUDA device, unless they
     would take more than half of what is free there. Otherwise a `DataLoader` makes the same
     batches, in pinned memory for a CUDA device.
     """

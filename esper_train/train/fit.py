@@ -21,7 +21,7 @@ class EpochEnd:
     """The argument of `on_epoch`, after each epoch."""
 
     number: int
-    """Of the epoch, from 1."""
+    """The number of the epoch, from 1."""
     train: EpochResult
     validation: EvalResult | None
     """None where no validation data were given."""

@@ -106,7 +106,7 @@ class StepEnd:
     """The argument of `on_step`, after each optimizer step."""
 
     number: int
-    """Of the step within the epoch, from 1."""
+    """The number of the step within the epoch, from 1."""
     counts: bool = field(repr=False)
     meter: Meter = field(repr=False, compare=False)
 

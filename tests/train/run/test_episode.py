@@ -83,7 +83,7 @@ def test_same_seed_same_numbers_twice() -> None:
     config = replace(SHORT, max_epochs=9, growth=EASY)
     lines = []
     for _ in range(2):
-        torch.rand(7)  # the caller's own use of the generator has no part in it
+        torch.rand(7)  # the caller's use of the generator changes nothing
         policy = Script(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early"))
         _, recorder = scripted(config, policy)
         lines.append(
