@@ -139,7 +139,7 @@ class TrainStep:
             self._logits_dtype = logits.dtype
         if not logits.requires_grad:
             raise _without_gradient()
-        # of a fused batch nothing more is asked
+        # a fused batch needs nothing more
         fused = loss.own is None and not targets.is_floating_point()
         if not fused and not loss.is_fused(logits, targets):
             self._learn_by_criterion(logits, targets, meter, divisor, scale, parameters)
@@ -149,7 +149,7 @@ class TrainStep:
             values = logits.detach()
             if loss.is_dense:
                 values = loss.classes_last(values)
-            del logits  # whoever still holds this memory now is not this step
+            del logits  # this step no longer holds the memory, so any holder is somebody else
             classes = values.shape[-1]
             destination = self._memory.destination(values)
             grad = cross_entropy_step(
@@ -256,7 +256,7 @@ class TrainStep:
             del output
         self._measure(logits, targets, meters[0])
         right = self.loss.right(logits, targets)
-        del logits  # the next ones can have its memory
+        del logits  # its memory is free for the next ones
         for alpha, scope, meter in zip(
             alphas, scopes or [nullcontext] * len(alphas), meters[1:], strict=True
         ):
@@ -329,11 +329,11 @@ class TrainStep:
         return self._compiler is not None and self._compiler.failure is None
 
     def state_dict(self) -> dict[str, Any]:
-        """What it carries from step to step: the loss scaler's state, if it has one."""
+        """The state that lasts over steps: that of the loss scaler, if there is one."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         if self.scaler is not None and state_dict:  # a resumed run may change its precision
             self.scaler.load_state_dict(state_dict)
 

@@ -40,8 +40,8 @@ from tests.cuda_shim.build import ROOT, SANITIZERS, build, load
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EAGER = KernelConfig(backend="eager")
 CPP = KernelConfig(backend="cpp")
-# Multiprocessors, bytes of shared memory a block, architecture: rows whole in a block; in clusters;
-# read twice.
+# Multiprocessors, bytes of shared memory per block, architecture. Rows lie whole in a block, or in
+# a cluster, or are read twice.
 DEVICES = {"whole": (3, 227 << 10, 9), "clusters": (16, 6000, 9), "twice": (2, 2000, 8)}
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
 
