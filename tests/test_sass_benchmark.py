@@ -120,6 +120,33 @@ def test_the_hot_path_is_wide_and_works_and_leaves_out_options() -> None:
     assert around.loads == {8: 1}
 
 
+# The compiler executes stores and then leaves, both by P1; else the edge of a row comes.
+EDGE = """
+	.section	.text.edge,"ax",@progbits
+.text.edge:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.again:
+        /*0010*/               @P1 LDG.E.U16 R8, desc[UR4][R6.64] ;
+        /*0020*/                   ISETP.GE.AND P1, PT, R0, 0x8, PT ;
+        /*0030*/              @!P1 STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0040*/               @P1 LDG.E.U8 R9, desc[UR4][R6.64] ;
+        /*0050*/              @!P1 BRA `(.next) ;
+        /*0060*/               @P2 STG.E.U16 desc[UR4][R2.64], R4 ;
+.next:
+        /*0070*/               @P0 BRA `(.again) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_a_branch_tells_which_guarded_instructions_are_executed() -> None:
+    graph = graph_of(EDGE, "edge")
+    assert [i.guard for i in parse.executed(graph, 1, 3)] == ["P1", "", "!P1", "!PT", "!P1"]
+    assert [i.guard for i in parse.executed(graph, 1, 2)] == ["P1", "", "!PT", "P1", "!P1"]
+    (loop,) = parse.loops(graph)
+    found = count.count(count.hot_path(graph, loop))
+    assert (found.instructions, found.loads, found.stores) == (6, {2: 1}, {2: 1})
+
+
 def test_a_copy_is_counted_as_by_hand() -> None:
     graph = graph_of(COPY, "copy")
     found = count.count(count.hot_path(graph, parse.loops(graph)[0]))
@@ -297,8 +324,8 @@ ROW = {
     "instructions": 52.5,
     "purposes": {"convert": 4.0},
     "passes": [
-        {"counts": {"loads": {"16": 4}, "stores": {}}},
-        {"counts": {"loads": {}, "stores": {"2": 6, "4": 1}}},
+        {"loads": {"16": 4}, "stores": {}},
+        {"loads": {}, "stores": {"2": 6, "4": 1}},
     ],
     "bytes_in_flight": 8192,
     "barriers": 3,
@@ -312,13 +339,15 @@ ROW = {
 
 def test_tables_have_a_line_for_each_usual_kernel() -> None:
     rows = [ROW, {**ROW, "sm": 80}, {**ROW, "kernel": "cross_entropy, 10 classes, float16, x"}]
-    *_, line = table.table(rows).splitlines()
+    figures = {"compilers": "nvcc 13.0", "rows": rows}
+    *lines, line, _, compilers = table.table(figures).splitlines()
+    assert compilers == "Compiled with nvcc 13.0."
+    assert len(lines) == 2
     assert line == (
         "| cross_entropy, 8192 classes, bfloat16 | cuda | 52.5 | 16 | 2, 4 | 8 | 3 |  | 96 | 2 "
         "| 59 % | issue |"
     )
-    assert len(table.table(rows).splitlines()) == 3
-    *_, line = table.by_purpose(rows).splitlines()
+    *_, line = table.by_purpose(figures).splitlines()
     assert line.endswith("| cuda | 4.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |")
 
 

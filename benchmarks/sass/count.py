@@ -23,6 +23,7 @@ from benchmarks.sass.parse import (
 WIDE = 16  # bytes of the widest access that every chip has
 _TRIPS = 24  # around a path, to average its waits; a multiple of the usual numbers of stages
 _BYTES = re.compile(r"\.(?:[US](8|16)|(64|128|256))(?=\.|$)")
+_BARRIER = re.compile(r"BAR\.(SYNC|RED)|UCGABAR_WAIT")
 _REGISTER = re.compile(r"\bR(\d+)")
 
 LOADS = frozenset({"LDG", "LD", "LDGSTS"})
@@ -48,7 +49,8 @@ UNITS: dict[str, str] = {
     "special": r"MUFU|F2F\b|F2I|I2F\b|POPC|FLO|BREV",
     "double": r"D(ADD|MUL|FMA|SETP)",
     "float": r"F(ADD|MUL|FMA)|IMAD|H(ADD|MUL|FMA)2",
-    "none": r"U[A-Z]|R2UR|S2U|B(RA|SSY|SYNC|REAK|AR)\b|EXIT|NOP|\w*(MEM|ERR|DEP)BAR|CALL|RET|WARPSYNC",
+    "none": r"U[A-Z]|R2UR|S2U|B(RA|SSY|SYNC|REAK|AR)\b|EXIT|NOP|\w*(MEM|ERR|DEP)BAR|CALL|RET"
+    r"|WARPSYNC",
     "integer": r"",
 }
 """How the opcodes begin that each unit of a multiprocessor executes, in the order in which they are
@@ -88,7 +90,9 @@ def count(instructions: Sequence[Instruction]) -> Counts:
         loads=_accesses(instructions, LOADS),
         stores=_accesses(instructions, STORES),
         waits=_waits(instructions),
-        barriers=sum(bool(re.match(r"BAR\.(SYNC|RED)|UCGABAR_WAIT", i.opcode)) for i in instructions),
+        barriers=sum(
+            bool(re.match(r"BAR\.(SYNC|RED)|UCGABAR_WAIT", i.opcode)) for i in instructions
+        ),
         memory_barriers=sum(_is_memory_barrier(i) for i in instructions),
     )
 
@@ -169,9 +173,7 @@ def _read(instruction: Instruction) -> set[int]:
 def element_loops(graph: Sequence[Block], size: int) -> list[Loop]:
     """The innermost loops that stream through elements of `size` bytes: those with 16 byte loads,
     or with exponentials and accesses of single elements."""
-    return [
-        loop for loop in innermost(loops(graph)) if _streams(hot_path(graph, loop), size)
-    ]
+    return [loop for loop in innermost(loops(graph)) if _streams(hot_path(graph, loop), size)]
 
 
 def _streams(instructions: Sequence[Instruction], size: int) -> bool:

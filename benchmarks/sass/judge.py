@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.sass import count, model
@@ -20,6 +20,16 @@ class Pass:
     counts: Counts
     elements: float  # of a thread and trip; those outside of the row are left out
 
+    def figures(self) -> dict[str, Any]:
+        counts = self.counts
+        return {
+            "instructions": counts.instructions,
+            "elements": self.elements,
+            "loads": counts.loads,
+            "stores": counts.stores,
+            "waits": counts.waits,
+        }
+
 
 @dataclass(frozen=True)
 class Row:
@@ -31,7 +41,7 @@ class Row:
     instructions: float  # per element, all passes together
     purposes: dict[str, float]
     units: dict[str, float]
-    passes: list[dict[str, Any]]
+    passes: list[dict[str, Any]]  # per thread and trip, in the order of the machine code
     bytes_in_flight: float  # per multiprocessor, when a thread waits for them
     barriers: float | None  # per row; None where a program has no loop over rows
     memory_barriers: float | None
@@ -76,7 +86,7 @@ def judge(subject: Subject) -> Row:
         instructions=instructions,
         purposes=_per_element(found, "purposes"),
         units=units,
-        passes=[asdict(one) for one in found],
+        passes=[one.figures() for one in found],
         bytes_in_flight=_in_flight(found) * subject.threads * blocks,
         barriers=None if around is None else around.barriers / rows,
         memory_barriers=None if around is None else around.memory_barriers / rows,
@@ -129,9 +139,7 @@ def _around(subject: Subject, found: Sequence[Pass]) -> Counts | None:
     return count.count(count.row_path(graph, loop, inner, shared))
 
 
-def _waits(
-    subject: Subject, found: Sequence[Pass], around: Counts | None
-) -> tuple[float, float]:
+def _waits(subject: Subject, found: Sequence[Pass], around: Counts | None) -> tuple[float, float]:
     """How often a block waits for memory, one after the other, and for how many elements."""
     if subject.rows:
         (one,) = found

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
@@ -51,7 +52,9 @@ class Subject:
     threads: int
     shared_bytes: int
     cluster: int = 1
-    rows: int = 0  # of a trip around the loop that takes whole rows; 0 where loops stream through one
+    rows: int = (
+        0  # of a trip around the loop that takes whole rows; 0 where loops stream through one
+    )
     # of a thread and trip; None to read them off the accesses
     elements: float | None = None
     filled: float = 1.0  # the share of a trip's elements that lie within the row
@@ -66,6 +69,12 @@ def subjects(sm: int, backend: str, only: str = "") -> Iterator[Subject]:
     contain `only`."""
     found = _triton(sm, only) if backend == "triton" else _cuda(sm, only)
     return (subject for subject in found if only in subject.name)
+
+
+def compilers() -> str:
+    """The names and versions of those that make the machine code."""
+    release = re.search(r"release ([\d.]+)", _output("nvcc", "--version"))
+    return f"nvcc {release[1] if release else 'of unknown version'} and Triton {triton.__version__}"
 
 
 def disassembled(cubin: Path) -> dict[str, Code]:

@@ -179,9 +179,7 @@ def innermost(found: Sequence[Loop]) -> list[Loop]:
     return [a for a in found if not any(b.body < a.body for b in found)]
 
 
-def path(
-    graph: Sequence[Block], loop: Loop, value: Callable[[Instruction], Value]
-) -> list[int]:
+def path(graph: Sequence[Block], loop: Loop, value: Callable[[Instruction], Value]) -> list[int]:
     """The blocks on the way once around a loop on which the sum of `value` is largest, from the
     header to the header. Nested loops are passed once."""
     order = [block for block in _order(graph) if block in loop.body]

@@ -20,7 +20,9 @@ int main(int count, char** arguments) {
       p.out = gradient;
       const Plan plan = plan_of(p, device);
       std::printf("%s %d %d %d %d %d %d\n",
-                  dtype == esper::kFloat32 ? "float32" : dtype == esper::kBFloat16 ? "bfloat16" : "float16",
+                  dtype == esper::kFloat32    ? "float32"
+                  : dtype == esper::kBFloat16 ? "bfloat16"
+                                              : "float16",
                   number(i), plan.lanes, plan.kept, plan.grid.threads,
                   static_cast<int>(plan.grid.shared_bytes), plan.grid.cluster);
     }

@@ -13,30 +13,31 @@ PURPOSES = (
 )  # fmt: skip
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per kernel in its usual form, for an H200."""
+def table(figures: Mapping[str, Any], sm: int = 90) -> str:
+    """A line per kernel in its usual form, for one architecture."""
     head = [
         "kernel", "backend", "instructions per element", "loads", "stores", "KiB in flight",
         "barriers per row", "memory barriers", "registers", "blocks", "share of a copy", "bound by",
     ]  # fmt: skip
-    return record.markdown([head, *(_line(row) for row in usual(rows))])
+    lines = record.markdown([head, *(_line(row) for row in usual(figures["rows"], sm))])
+    return f"{lines}\n\nCompiled with {figures['compilers']}."
 
 
-def usual(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those for sm_90 in bfloat16 or float32 without options, in a step."""
+def usual(rows: Sequence[Mapping[str, Any]], sm: int = 90) -> list[Mapping[str, Any]]:
+    """Those for an architecture in bfloat16 or float32 without options, in a step."""
     left_out = ("softcap", "heavy", "autograd", " float16,", "inv_scale b", "inv_scale f")
     return [
         row
         for row in rows
-        if row["sm"] == 90 and not any(word in f"{row['kernel']}," for word in left_out)
+        if row["sm"] == sm and not any(word in f"{row['kernel']}," for word in left_out)
     ]
 
 
-def by_purpose(rows: Sequence[Mapping[str, Any]]) -> str:
+def by_purpose(figures: Mapping[str, Any]) -> str:
     """The instructions per element of the same kernels, by purpose."""
     lines = [
         [row["kernel"], row["backend"], *(f"{row['purposes'].get(p, 0):.1f}" for p in PURPOSES)]
-        for row in usual(rows)
+        for row in usual(figures["rows"])
     ]
     return record.markdown([["kernel", "backend", *PURPOSES], *lines])
 
@@ -63,5 +64,5 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 
 def _widths(row: Mapping[str, Any], name: str) -> str:
     """Bytes of the accesses of all passes, such as "16" or "2, 4"."""
-    found = {int(width) for one in row["passes"] for width in one["counts"][name]}
+    found = {int(width) for one in row["passes"] for width in one[name]}
     return ", ".join(map(str, sorted(found)))
