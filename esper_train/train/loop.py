@@ -125,7 +125,7 @@ def _train(
     max_batches: int | None,
     on_step: Callable[[StepEnd], object] | None,
 ) -> OptimizerSteps:
-    """Train on every batch; what the steps added up is still on the device."""
+    """Train on every batch; the sums of the steps stay on the device."""
     device = _device(model)
     for scaler in (step.scaler, *(learner.scaler for learner in learners)):
         if scaler is not None:
@@ -168,7 +168,7 @@ def _epoch_result(
     device: torch.device,
     started: float,
 ) -> EpochResult:
-    """Read what an epoch's steps added up: the host sync."""
+    """Read the sums of an epoch: the host sync."""
     result, units = steps.read(strict=config.on_bad_numbers == "stop")
     grad, skipped = units.pop(NETWORK)
     capture = step.capture if config.capture else None
