@@ -1,5 +1,5 @@
-"""The kernels of the GPU backends as their launches use them, compiled and disassembled without a
-GPU. Needs `nvcc` for CUDA, and Triton, whose wheel has the disassembler, for both."""
+"""The GPU kernels of cross entropy and gradient statistics as their launches use them, compiled and
+disassembled without a GPU. Needs `nvcc` for CUDA, and Triton, whose wheel has the disassembler, for both."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _cuda_grad_stats(sm: int) -> Iterator[Subject]:
 
 
 def _triton(sm: int, only: str) -> Iterator[Subject]:
-    for variants in triton_resources.VARIANTS:
+    for variants in (triton_resources.grad_stats_variants, triton_resources.cross_entropy_variants):
         for variant in variants():
             if only not in _name(variant):
                 continue  # compiling takes seconds
