@@ -1,5 +1,6 @@
 """The GPU kernels of cross entropy and gradient statistics as their launches use them, compiled and
-disassembled without a GPU. Needs `nvcc` for CUDA, and Triton, whose wheel has the disassembler, for both."""
+disassembled without a GPU. Needs `nvcc` for CUDA, and Triton, whose wheel has the disassembler, for
+both."""
 
 from __future__ import annotations
 
