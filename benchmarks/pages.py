@@ -27,6 +27,7 @@ from benchmarks import (
     record,
     seed_cost,
 )
+from benchmarks.sass import table as sass
 from esper_train import SeedStage
 from esper_train.rl.observation import RUN_FIELDS, SLOT_FIELDS
 
@@ -63,6 +64,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ppo on digits": ("ppo-digits", ppo.table),
     "learning curve": ("ppo-digits", ppo.curve),
     "hosts": ("hosts", hosts.table),
+    "sass": ("sass", sass.table),
+    "sass purposes": ("sass", sass.by_purpose),
 }
 """The results and the function that make each table."""
 DESCRIPTIONS: dict[str, Callable[[], str]] = {"observation": observation_table}
