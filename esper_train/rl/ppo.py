@@ -25,6 +25,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecNormalize
 
+from esper_train.base.device import plain_defaults
 from esper_train.base.settings import differing
 from esper_train.base.state import CPU, RandomState, copied
 from esper_train.base.stop import StopRequest
@@ -86,7 +87,7 @@ class Training:
             "about": json.dumps(plain),
             "policy": parameters["policy"],
             "optimizer": parameters["policy.optimizer"],
-            "observations": torch.as_tensor(self.model._last_obs),
+            "observations": torch.as_tensor(self.model._last_obs, device="cpu"),
         }
         found: dict[str, Any] = copied(state, "cpu")
         return found
@@ -172,7 +173,7 @@ def train_ppo(
         random = RandomState(config.seed + 1, CPU)
         update = 0
         reported: int | None = 0
-        with RandomState(config.seed, CPU).active():
+        with RandomState(config.seed, CPU).active(), plain_defaults():
             training = _make(config, task)
             newest = saved(out / CHECKPOINTS, "update")[-1:] if resume else []
             for path in newest:
