@@ -51,6 +51,7 @@ TRAIN_ARROWS = {
     "rl": {"base", "config", "control", "morph", "run", "tasks", "train.data", "train.errors"},
     "audited": {"base", "train.loss"},
     "cli": {"base", "config", "control", "rl", "run", "tasks", "telemetry", "train.errors"},
+    "__main__": {"cli"},
 }
 
 

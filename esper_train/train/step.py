@@ -235,12 +235,13 @@ class TrainStep:
         alphas: Sequence[Mapping[str, float]] = (),
         scopes: Sequence[Scope] = (),
     ) -> Tensor:
-        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then
-        under each alpha, within its scope. Returns which targets were predicted by the model as it
-        is: bool, of the shape of the targets' classes; [0] for a task without classes.
+        """Forward alone, under the caller's `no_grad`: the model as it is, into the first meter,
+        then the model under each alpha, within its scope. Returns for each target whether the model
+        as it is predicts it: bool, of the shape of the targets' classes; [0] for a task without
+        classes.
 
-        What a model keeps of the first pass (`forward_keeping`) is not computed again for the
-        others: each begins at the first slot that its alpha names.
+        Later passes begin at the first slot that their alpha names, from what the model kept of the
+        first pass (`forward_keeping`).
         """
         keeping: Forward | None = None
         if alphas and self.forward is None:
