@@ -7,9 +7,10 @@
 Each with and without entropies, forward alone and with the backward pass. Candidates alternate in
 one process, and medians are reported; memory is the peak of one call in a process of its own,
 besides the logits. Nothing is timed before results and gradients were checked against float64, on a
-few rows. "reads" is the time of our forward pass over that of `logits.amax(-1)`, which reads every
-logit once and computes next to nothing: an upper bound of how often the logits are read. Figures of
-all shapes together are written to results/logprobs.json.
+few rows. The time of our forward pass is also given over that of `logits.amax(-1)`, which reads
+every logit once and computes next to nothing. How often the logits are read from memory is counted
+in tests/kernels/test_token_logprobs_reads.py. Figures of all shapes together are written to
+results/logprobs.json.
 """
 
 from __future__ import annotations
@@ -175,7 +176,9 @@ def in_new_process(*arguments: str) -> Any:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line per shape and form, with seconds and MiB of each candidate."""
     names = list(CANDIDATES)
-    lines = [["rows x classes", "form", *names, "ours / better of torch's", "reads", "logits, MiB"]]
+    lines = [
+        ["rows x classes", "logits, MiB", "form", *names, "ours / better of torch's", "ours / amax"]
+    ]
     for row in rows:
         label = str(row["shape"]).replace("bf16:", "bfloat16 ").replace("x", " x ")
         label += " (busy)" if row["busy"] else ""
@@ -183,10 +186,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             seconds = row["seconds"][form]
             memory = row["MiB"][form]
             rival = min(seconds[name] for name in names if name != OURS)
-            reads = f"{seconds[OURS] / row['seconds of a read']:.2f}"
+            over_read = f"{seconds[OURS] / row['seconds of a read']:.2f}"
             cells = [f"{seconds[name]:.3g} s, {memory[name]:.0f} MiB" for name in names]
-            cells += [f"{seconds[OURS] / rival:.2f}", reads if form.startswith("forward") else ""]
-            lines.append([label, form, *cells, f"{row['logits_MiB']:.0f}"])
+            cells += [f"{seconds[OURS] / rival:.2f}"]
+            cells += [over_read if form.startswith("forward") else ""]
+            lines.append([label, f"{row['logits_MiB']:.0f}", form, *cells])
     return record.markdown(lines)
 
 

@@ -55,6 +55,16 @@ def test_values_and_gradients(
         assert relative_error(grad, true_grad) < ROUNDING[dtype]
 
 
+def test_gradients_are_those_of_finite_differences() -> None:
+    """In float64, where both results have another factor for each row."""
+    logits, targets = inputs(6, dtype=torch.float64)
+    for temperature in (1.0, 0.3):
+        assert torch.autograd.gradcheck(
+            lambda x, t=temperature: token_logprobs(x, targets, temperature=t, entropy=True),
+            logits,
+        )
+
+
 @with_dtypes
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_from_hidden_states(

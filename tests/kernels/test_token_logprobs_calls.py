@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels import KernelConfig, linear_token_logprobs, token_logprobs
+from esper_kernels.ops.linear_cross_entropy import sizes
 from esper_kernels.ops.token_logprobs import reference
 from tests.helpers.logprobs import inputs, weighted
 
@@ -176,6 +177,25 @@ def test_nothing_of_the_size_of_the_logits_is_allocated(
         torch.autograd.grad(results, logits, [torch.ones(64), torch.ones(64)])
     sizes_made = [e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0]
     assert [size for size in sizes_made if size > 4 * 64 * 8] == [logits.nbytes]
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_the_logits_of_hidden_states_exist_in_chunks(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 7 of 64 rows; the other tensors are no larger."""
+    monkeypatch.setattr(sizes, "chunk_rows", lambda *arguments: 7)
+    monkeypatch.setattr(sizes, "CPU_PANEL", 16)
+    _, targets = inputs(64)
+    hidden = torch.randn(64, 3, requires_grad=True)
+    weight = torch.randn(33, 3, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        results = linear_token_logprobs(
+            hidden, weight, targets, entropy=True, config=KernelConfig(backend=backend)
+        )
+        torch.autograd.grad(weighted(*results), [hidden, weight])
+    largest = max(e.self_cpu_memory_usage for e in profile.events())
+    assert 4 * 7 * 33 <= largest < 4 * 64 * 33 // 4
 
 
 def test_a_pure_python_install_serves_large_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 LOWEST_EXPONENT = tl.constexpr(-86.0)  # as in `reference` of cross entropy
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
+STAGES = tl.constexpr(4)  # pieces of a row that are being loaded at a time
 NOT_SPECIALIZED = ["inner", "inverse_temperature"]
 
 
@@ -55,7 +56,7 @@ def logprobs_of_rows(
     lane_top = tl.full([BLOCK], LOWEST, tl.float32)
     lane_sum = tl.zeros([BLOCK], tl.float32)
     lane_weighted = tl.zeros([BLOCK], tl.float32)
-    for block in tl.range(0, tl.cdiv(V, BLOCK) * valid.to(tl.int32)):
+    for block in tl.range(0, tl.cdiv(V, BLOCK) * valid.to(tl.int32), num_stages=STAGES):
         c = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(start + c, c < V, other=-float("inf")).to(tl.float32)
         drop = _bounded(-tl.abs(x - lane_top) * inverse_temperature)
@@ -111,7 +112,7 @@ def gradients_of_rows(
     if grad_entropy is not None:
         of_entropy = tl.load(grad_entropy + row) * inverse_temperature
         constant += of_entropy * (tl.load(entropy + row) - tl.log(total))
-    for block in tl.range(0, tl.cdiv(V, BLOCK)):
+    for block in tl.range(0, tl.cdiv(V, BLOCK), num_stages=STAGES):
         c = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(start + c, c < tl.where(valid, V, 0), other=0.0).to(tl.float32)
         z = _bounded((x - top) * inverse_temperature)
