@@ -223,9 +223,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         totals = Totals(*saved[4:7])
         with torch.no_grad():
             if ctx.computes_later:
-                for name, x in zip(("hidden", "weight", "bias"), batch, strict=False):
-                    if x is not None:
-                        checks.check_storage(name, x)
+                arguments.check_storages(*batch[:3])
                 options = Options(
                     *(
                         given if tensor is None else tensor
