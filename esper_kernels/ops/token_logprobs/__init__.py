@@ -145,7 +145,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if inputs.weight is None:
             checks.check_storage("logits", inputs.x)
         else:
-            arguments.check_storages(*inputs[:3])
+            arguments.check_storages(inputs.x, inputs.weight, inputs.bias)
         with torch.no_grad():
             grads = op.backward(
                 inputs,
