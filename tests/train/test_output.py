@@ -140,6 +140,7 @@ def test_a_failing_sink_ends_no_training_though_standard_error_is_gone(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("form", ["{} 2>&-", "{} | true", "{} > /dev/full 2> /dev/full"])
 def test_every_command_that_writes_files_goes_on_without_a_console(
     form: str, tmp_path: Path
