@@ -242,7 +242,7 @@ def evaluate(
     counts = step.loss.counts
     return EvalResult(
         **measures_of(result, counts),
-        right=torch.tensor(predicted, dtype=torch.bool),
+        right=torch.tensor(predicted, dtype=torch.bool, device="cpu"),
         seconds=time.perf_counter() - started,
         backend=step.backend(device),
         variants={

@@ -60,7 +60,7 @@ def criterion_options(criterion: Criterion | None) -> Options | None:
     """
     if criterion is None:
         return {}
-    if type(criterion) is not nn.CrossEntropyLoss or _is_customised(criterion):
+    if type(criterion) is not nn.CrossEntropyLoss or is_customised(criterion):
         return None
     if criterion.reduction == "none":
         raise ValueError(
@@ -74,7 +74,7 @@ def criterion_options(criterion: Criterion | None) -> Options | None:
     }
 
 
-def _is_customised(module: nn.Module) -> bool:
+def is_customised(module: nn.Module) -> bool:
     """Whether calling the module does more than the `forward` of its class."""
     hooks = (
         module._forward_hooks,

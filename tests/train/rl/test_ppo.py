@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from esper_train import HostConfig, RunConfig
+from esper_train.rl import ppo
 from esper_train.rl.config import RLConfig
 from esper_train.rl.learned import load_policy
 from esper_train.rl.ppo import train_ppo
@@ -116,3 +117,40 @@ def test_ppo_learns_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = lines(tmp_path)
     assert found[-1]["evaluation"]["return"] == 1.0
     assert found[-1]["return"] > found[0]["return"]
+
+
+def test_an_update_cut_off_before_its_checkpoint_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In `progress.jsonl` and in TensorBoard, as if the training had never stopped."""
+    tensorboard = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    config = with_rl(CONFIG, steps=32, tensorboard=True)
+    train_ppo(config, tmp_path / "whole")
+    inner = ppo.save
+
+    def save_one(path: Path, data: bytes) -> None:
+        if path.stem == "update-2":
+            raise OSError("the disk went away")
+        inner(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "save", save_one)
+        with pytest.raises(OSError, match="the disk went away"):
+            train_ppo(config, tmp_path / "run")
+    assert [line["update"] for line in lines(tmp_path / "run")] == [1, 2]
+    train_ppo(config, tmp_path / "run", resume=True)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    steps = {}
+    for name in ("whole", "run"):
+        curves = tensorboard.EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
+        steps[name] = [event.step for event in curves.Scalars("time/fps")]
+    assert steps["run"] == steps["whole"]
+
+
+def test_a_report_that_lost_lines_is_refused(tmp_path: Path) -> None:
+    train_ppo(with_rl(CONFIG, steps=32), tmp_path)
+    (tmp_path / "progress.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"progress.jsonl has 0 bytes .* last lines are lost"):
+        train_ppo(CONFIG, tmp_path, resume=True)
