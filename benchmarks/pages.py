@@ -58,8 +58,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "growth on pysource": ("growth-pysource", growth.table),
     "gate": ("gate", gate.table),
     "seed cost": ("seed-cost", seed_cost.table),
-    "ppo on digits": ("ppo-digits", ppo.table),
-    "learning curve": ("ppo-digits", ppo.curve),
+    "ppo on digits": ("ppo-digits-shaped", ppo.table),
+    "learning curve": ("ppo-digits-shaped", ppo.curve),
     "hosts": ("hosts", hosts.table),
 }
 """The results and the function that make each table."""

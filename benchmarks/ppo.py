@@ -1,10 +1,11 @@
 """Does a learned controller pay? PPO on digits against the heuristic, random and no growth.
 
-    python -m benchmarks ppo    # goes on with the training in --out, if there is one
+    python -m benchmarks ppo                    # goes on with the training in --out, if any
+    python -m benchmarks ppo --reward sparse    # pays by another reward
 
 Trains a policy, then lets each controller grow a network with each of 20 seeds that training and
 evaluations never had. Differences are paired by seed, with the 95 % interval of 10,000 bootstrap
-samples. Writes `results/ppo-digits.json`, with the learning curve.
+samples. Writes `results/ppo-digits-REWARD.json`, with the learning curve.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks import record
 from esper_train import EpisodeResult, Idle, RunConfig, run_heuristic_episode
 from esper_train.config import preset
 from esper_train.control.policy import Policy
+from esper_train.control.rewards import RewardMode
 from esper_train.morph.model import MorphModel
 from esper_train.rl import train_ppo
 from esper_train.rl.actions import ActionTable
@@ -30,7 +32,8 @@ from esper_train.rl.learned import SavedPolicy
 from esper_train.rl.policies import RandomLegal
 from esper_train.run.run import PolicyMaker
 
-NAME = "ppo-digits"
+NAME = "ppo-digits-{reward}"
+"""Of the results, and of the directory of the training."""
 HELD_OUT = range(20)
 """Seeds of the comparison. Training has those from 10,000 on."""
 SAMPLES = 10_000
@@ -43,12 +46,13 @@ MEASURES = {
 """Measures that are compared, with the heads and the format of their columns."""
 
 
-def config_of_training(steps: int) -> RunConfig:
+def config_of_training(steps: int, reward: RewardMode = RewardMode.SHAPED) -> RunConfig:
     """Short runs on digits."""
     rl = RLConfig(
         hosts=8, steps=steps, rollout=40, batch=160, passes=8, evaluate_every=10, evaluations=4
     )
-    return replace(preset("digits"), max_epochs=40, batch_size=128, seed=10_000, rl=rl)
+    config = replace(preset("digits"), max_epochs=40, batch_size=128, seed=10_000)
+    return replace(config, reward=reward, rl=rl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,17 +193,20 @@ def measure(
 def main() -> None:
     """Train, compare, write the figures."""
     parser = record.parser("ppo", __doc__)
+    parser.add_argument("--reward", type=RewardMode, default=RewardMode.SHAPED)
     parser.add_argument("--steps", type=int, default=7_680)
-    parser.add_argument("--out", type=Path, default=Path("runs/ppo-digits"))
+    parser.add_argument("--out", type=Path, help="default: runs/ppo-digits-REWARD")
     options = parser.parse_args()
-    config = config_of_training(options.steps)
-    learned = train_ppo(config, options.out, resume=options.out.exists(), say=print)
-    text = (options.out / "progress.jsonl").read_text(encoding="utf-8")
+    config = config_of_training(options.steps, options.reward)
+    name = NAME.format(reward=config.reward)
+    out = options.out or Path("runs") / name
+    learned = train_ppo(config, out, resume=out.exists(), say=print)
+    text = (out / "progress.jsonl").read_text(encoding="utf-8")
     figures = {
         "progress": [json.loads(line) for line in text.splitlines()],
         "episodes": measure(config, learned),
     }
-    path = record.write(NAME, figures)
+    path = record.write(name, figures)
     print(f"\n{table(figures)}\n\n{curve(figures)}\n\n{path}")
 
 
