@@ -38,6 +38,8 @@ HELD_OUT = range(20)
 """Seeds of the comparison. Training has those from 10,000 on."""
 SAMPLES = 10_000
 LEARNED = "learned"
+COLOURS = {LEARNED: "#2f6690", "heuristic": "#c8553d", "random": "#9aa5b1", "never": "#588157"}
+"""Of the controllers in the picture."""
 MEASURES = {
     "return": ("return", "+.2f"),
     "accuracy": ("accuracy, points", "+.2f"),
@@ -174,6 +176,29 @@ def curve(figures: dict[str, Any]) -> str:
             continue
         lines.append([f"{line['steps']:,}", f"{line['return']:.2f}", *measured])
     return record.markdown(lines)
+
+
+def draw(path: Path, figures: dict[str, Any]) -> None:
+    """Draw return and accuracy of the training episodes over its steps, next to what every
+    controller reaches on the held-out seeds."""
+    found = compared(figures)
+    progress = [line for line in figures["progress"] if line["return"] is not None]
+    steps = [line["steps"] for line in progress]
+    panels = {"return": "return of an episode", "accuracy": "accuracy on the test split, %"}
+    with record.picture(path, 7.5, 3.4, columns=len(panels)) as columns:
+        for axes, (name, label) in zip(columns, panels.items(), strict=True):
+            values = [line[name] for line in progress]
+            axes.plot(steps, values, color=COLOURS[LEARNED], label="learned, in training")
+            for controller, episodes in found.items():
+                mean = fmean(episode.measure(name) for episode in episodes)
+                colour = COLOURS[controller]
+                if controller == LEARNED:
+                    axes.plot(steps[-1], mean, "o", color=colour, label="learned, held-out seeds")
+                else:
+                    axes.axhline(mean, color=colour, linestyle="--", label=controller)
+            axes.set_xlabel("steps of training (epochs of a host)")
+            axes.set_ylabel(label)
+        columns[0].legend(frameon=False, fontsize=8)
 
 
 def measure(

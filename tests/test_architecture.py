@@ -48,7 +48,17 @@ TRAIN_ARROWS = {
         "train.config",
     },
     "run": {"base", "config", "control", "morph", "tasks", "telemetry", "train"},
-    "rl": {"base", "config", "control", "morph", "run", "tasks", "train.data", "train.errors"},
+    "rl": {
+        "base",
+        "config",
+        "control",
+        "morph",
+        "run",
+        "tasks",
+        "train.data",
+        "train.errors",
+        "train.launched",
+    },
     "audited": {"base", "train.loss"},
     "cli": {"base", "config", "control", "rl", "run", "tasks", "telemetry", "train.errors"},
 }

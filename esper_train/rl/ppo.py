@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
@@ -241,9 +241,7 @@ def _make(config: RunConfig, task: Task | None) -> Training:
         seed=config.seed,
         device="cpu",  # a small network, called once per epoch of the hosts
     )
-    hosts = [host.unwrapped for host in vector.envs]
-    assert all(isinstance(host, MorphogenesisEnv) for host in hosts)
-    return Training(model=model, rewards=rewards, hosts=cast(list[MorphogenesisEnv], hosts))
+    return Training(model=model, rewards=rewards, hosts=vector.hosts)
 
 
 def evaluation(config: RunConfig, training: Training) -> dict[str, float]:
