@@ -37,12 +37,15 @@ HEADERS = [
     "kernels.h",
     "simd.inc",
     "cross_entropy.inc",
+    "token_logprobs.inc",
     "grad_stats.inc",
     "vector_functions.inc",
 ]
 # those that nvcc knows; newer GPUs compile from the last
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-CUDA_KERNELS = ["csrc/cuda/cross_entropy.cu", "csrc/cuda/grad_stats.cu"]
+CUDA_KERNELS = [
+    f"csrc/cuda/{name}.cu" for name in ("cross_entropy", "token_logprobs", "grad_stats")
+]
 CUDA_LIBRARIES = ["-ltorch", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDA_DEPENDS = [
     "csrc/call.h",

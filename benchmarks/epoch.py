@@ -66,8 +66,8 @@ def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """What `grad_stats` measures, one gradient at a time; stays on the device until the epoch
-    ends."""
+    """The numbers of `grad_stats`, computed gradient by gradient; they stay on the device until the
+    epoch ends."""
     grads = [p.grad.detach() for p in model.parameters() if p.grad is not None]
     return {
         "norms": torch.stack([g.norm() for g in grads]),

@@ -201,8 +201,7 @@ def peak(shape: str, name: str) -> float:
 
 
 def start_of_peak() -> int:
-    """Give memory that is not in use back to the system, forget the peak so far, and say what is
-    left, in KiB."""
+    """Return unused memory to the system and reset the peak. Returns the memory in use, in KiB."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return peak_kib()

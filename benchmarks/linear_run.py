@@ -24,7 +24,7 @@ from esper_train.run.run import prepare
 
 VOCAB = 32768
 WIDTHS = (24, 192)
-"""Of the host: the task's own, and a wider one."""
+"""Widths of the host: the task's own, and a larger one."""
 BATCHES = 16
 
 

@@ -29,6 +29,8 @@ from esper_kernels import Meter, grad_stats
 from esper_kernels.ops.cross_entropy import triton as cross_entropy
 from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.ops.grad_stats import triton as grad_stats_triton
+from esper_kernels.ops.token_logprobs import triton as token_logprobs
+from esper_kernels.ops.token_logprobs.reference import Options as LogprobOptions
 
 CLASSES = (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144)  # at least one for every launch choice
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
@@ -183,9 +185,35 @@ def _autograd(logits: torch.Tensor, targets: torch.Tensor, options: Options, met
     cross_entropy.backward(torch.ones_like(loss), logits, targets, kept, options)
 
 
+def token_logprobs_variants() -> Iterator[Variant]:
+    """Both passes for every size of block, with and without entropies."""
+    for classes in (10, 1000, 50257):
+        for dtype in (torch.bfloat16, torch.float32):
+            for entropy in (True, False):
+                name = f"token_logprobs, {classes} classes, {dtype}"
+                name += ", entropy" if entropy else ""
+                logits = torch.zeros(64, classes, dtype=dtype)
+                yield from recorded(
+                    name, lambda logits=logits, entropy=entropy: _logprobs(logits, entropy)
+                )
+
+
+def _logprobs(logits: torch.Tensor, entropy: bool) -> None:
+    targets = torch.zeros(len(logits), dtype=torch.int64)
+    options = LogprobOptions(1.0, -100)
+    numbers = torch.zeros(len(logits))
+    entropies = numbers if entropy else None
+    row_sums = torch.zeros(len(logits), 2)
+    token_logprobs.forward(logits, targets, options, numbers, entropies, row_sums)
+    token_logprobs.backward(
+        logits, targets, options, entropies, row_sums, numbers, entropies, logits
+    )
+
+
 VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (
     grad_stats_variants,
     cross_entropy_variants,
+    token_logprobs_variants,
 )
 
 

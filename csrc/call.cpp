@@ -195,6 +195,21 @@ void check_backward(const LossCall& call, const Array& grad_output) {
   check_out(call);
 }
 
+void check(const LogprobCall& call) {
+  check_inputs(call.batch);
+  require(call.temperature >= 0x1p-100 && call.temperature <= 0x1p100, "temperature in [2**-100, 2**100]");
+  const int64_t rows = call.batch.targets.numel();
+  if (call.logprobs) memory_of<float>("logprobs", *call.logprobs, kFloat32, rows);
+  if (call.entropy) memory_of<float>("entropy", *call.entropy, kFloat32, rows);
+  if (call.row_sums) memory_of<float>("row_sums", *call.row_sums, kFloat32, 2 * rows);
+  if (call.grad_logprobs) memory_of<float>("grad_logprobs", *call.grad_logprobs, kFloat32, rows);
+  if (call.grad_entropy) memory_of<float>("grad_entropy", *call.grad_entropy, kFloat32, rows);
+  if (!call.batch.out) return;
+  require(call.row_sums && call.grad_logprobs, "row_sums and grad_logprobs");
+  require(!call.grad_entropy || call.entropy, "entropy with grad_entropy");
+  check_out(call.batch);
+}
+
 GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays& out) {
   for (const Array& x : tensors) {
     require(x.dtype <= kFloat16, "gradients of float32, bfloat16 or float16");
@@ -239,6 +254,21 @@ LossRows rows_of(const LossCall& call, const Array* grad_output) {
     p.scale_of_row = static_cast<const float*>(grad_output->data);
     p.scale_stride = grad_output->dims == 0 ? 0 : 1;
   }
+  return p;
+}
+
+LogprobRows rows_of(const LogprobCall& call) {
+  const auto numbers = [](const std::optional<Array>& x) {
+    return x ? static_cast<float*>(x->data) : nullptr;
+  };
+  LogprobRows p{rows_of(call.batch)};
+  p.temperature = call.temperature;
+  p.logprobs = numbers(call.logprobs);
+  p.entropy = numbers(call.entropy);
+  p.row_sums = numbers(call.row_sums);
+  p.grad_logprobs = numbers(call.grad_logprobs);
+  p.grad_entropy = numbers(call.grad_entropy);
+  p.backward = p.out != nullptr;
   return p;
 }
 

@@ -128,6 +128,26 @@ ESPER_ANYWHERE inline bool is_valid(const LossRows& p, int64_t target) {
   return target != p.ignore_index && target >= 0 && target < p.classes;
 }
 
+// One call of token_logprobs: log-probabilities and entropies or, if `batch.out` is given, the gradient.
+struct LogprobCall {
+  LossCall batch;  // logits, targets, ignore_index and out; the other fields stay empty
+  double temperature = 1;
+  std::optional<Array> logprobs;                     // float32 [N], written forward
+  std::optional<Array> entropy;                      // float32 [N], written forward, read backward
+  std::optional<Array> row_sums;                     // float32 [N, 2], written forward, read backward
+  std::optional<Array> grad_logprobs, grad_entropy;  // float32 [N], read backward
+};
+
+// What kernels on every device read of it. With z_c = (logit_c - top) / temperature, top the largest logit
+// of a row and S the sum of exp(z_c), the log-probability of a class is z_c - log(S), and the entropy
+// log(S) - sum_c z_c exp(z_c) / S. A row whose top or S is not finite gives NaN.
+struct LogprobRows : LossRows {
+  double temperature;
+  float *logprobs, *entropy;  // [rows]; entropy may be null
+  float* row_sums;            // [rows, 2], top and S of each row; null where no backward follows
+  const float *grad_logprobs, *grad_entropy;  // [rows]; grad_entropy may be null
+};
+
 // Where the statistics of T tensors go; the fields of esper_kernels.GradStats.
 struct GradStatsArrays {
   Array magnitudes;  // float64 [2, T]: norms, max_abs
@@ -145,11 +165,13 @@ struct GradStatsOut {
 // sense, before anything is written. Values in device memory are not checked.
 void check(const LossCall&);
 void check_backward(const LossCall&, const Array& grad_output);
+void check(const LogprobCall&);
 GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays&);
 
 // A checked call as the kernels see it. Logits, targets, weight and out have been replaced by copies where
 // `usable` is false. backward: grad_output, which is [] or one number per row.
 LossRows rows_of(const LossCall&, const Array* grad_output = nullptr);
+LogprobRows rows_of(const LogprobCall&);
 bool usable(const Array& x, bool as_rows);  // as_rows: read by rows; otherwise it has to be contiguous
 
 }  // namespace esper

@@ -66,6 +66,46 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
              [&] { device.cross_entropy_backward(call, gradient); });
 }
 
+inline LogprobCall logprob_call(const Arrays& arrays, const Tensor& logits, const Tensor& targets,
+                                int64_t ignore_index, double temperature) {
+  LogprobCall call{{arrays.of(logits), arrays.of(targets)}};
+  call.batch.ignore_index = ignore_index;
+  call.temperature = temperature;
+  return call;
+}
+
+template <class Device>
+void token_logprobs_op(Tensor logits, Tensor targets, int64_t ignore_index, double temperature,
+                       int64_t instruction_set, Tensor logprobs, MaybeTensor entropy, MaybeTensor row_sums) {
+  Device device(logits, instruction_set);
+  Arrays arrays{logits};
+  LogprobCall call = logprob_call(arrays, logits, targets, ignore_index, temperature);
+  call.logprobs = arrays.of(logprobs);
+  call.entropy = arrays.of(entropy);
+  call.row_sums = arrays.of(row_sums);
+  check(call);
+  run_usable(call.batch, arrays, logits, targets, std::nullopt, std::nullopt,
+             [&] { device.token_logprobs(call); });
+}
+
+template <class Device>
+void token_logprobs_backward_op(Tensor logits, Tensor targets, int64_t ignore_index, double temperature,
+                                int64_t instruction_set, MaybeTensor entropy, Tensor row_sums,
+                                Tensor grad_logprobs, MaybeTensor grad_entropy, Tensor out) {
+  Device device(logits, instruction_set);
+  Arrays arrays{logits};
+  LogprobCall call = logprob_call(arrays, logits, targets, ignore_index, temperature);
+  call.entropy = arrays.of(entropy);
+  call.row_sums = arrays.of(row_sums);
+  call.grad_logprobs = arrays.of(grad_logprobs);
+  call.grad_entropy = arrays.of(grad_entropy);
+  arrays.make_usable(grad_logprobs, false, &*call.grad_logprobs);
+  if (grad_entropy) arrays.make_usable(*grad_entropy, false, &*call.grad_entropy);
+  call.batch.out = arrays.of(out);
+  check(call);
+  run_usable(call.batch, arrays, logits, targets, std::nullopt, out, [&] { device.token_logprobs(call); });
+}
+
 template <class Device>
 void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t instruction_set,
                    Tensor magnitudes, Tensor counts, Tensor total_norm, Tensor found_inf) {

@@ -45,6 +45,7 @@ struct Cuda {
   void cross_entropy_backward(const LossCall& call, const Array& grad_output) {
     cuda::cross_entropy_backward(call, grad_output, stream);
   }
+  void token_logprobs(const LogprobCall& call) { cuda::token_logprobs(call, stream); }
   void grad_stats(const std::vector<Array>& tensors, const Number& inv_scale, const GradStatsOut& out) {
     cuda::grad_stats(tensors, inv_scale, out, std::ref(workspace), stream);
   }
@@ -61,5 +62,7 @@ extern "C" __attribute__((visibility("default"))) void esper_cuda_refusal(char* 
 STABLE_TORCH_LIBRARY_IMPL(esper, CUDA, m) {
   m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy_op<esper::Cuda>));
   m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward_op<esper::Cuda>));
+  m.impl("token_logprobs", TORCH_BOX(&esper::token_logprobs_op<esper::Cuda>));
+  m.impl("token_logprobs_backward", TORCH_BOX(&esper::token_logprobs_backward_op<esper::Cuda>));
   m.impl("grad_stats", TORCH_BOX(&esper::grad_stats_op<esper::Cuda>));
 }

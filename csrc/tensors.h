@@ -27,6 +27,11 @@ constexpr const char* kSchemas[] = {
     "float label_smoothing, float z_loss, float? softcap, int instruction_set, Tensor grad_output, "
     "Tensor saved, Tensor(a!) out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
     "Tensor? softcap_at=None) -> ()",
+    "token_logprobs(Tensor logits, Tensor targets, int ignore_index, float temperature, "
+    "int instruction_set, Tensor(a!) logprobs, Tensor(b!)? entropy, Tensor(c!)? row_sums) -> ()",
+    "token_logprobs_backward(Tensor logits, Tensor targets, int ignore_index, float temperature, "
+    "int instruction_set, Tensor? entropy, Tensor row_sums, Tensor grad_logprobs, Tensor? grad_entropy, "
+    "Tensor(a!) out) -> ()",
     "grad_stats(Tensor[] tensors, Tensor? inv_scale, int instruction_set, Tensor(a!) magnitudes, "
     "Tensor(b!) counts, Tensor(c!) total_norm, Tensor(d!) found_inf) -> ()",
     "use_huge_pages(Tensor x) -> ()",

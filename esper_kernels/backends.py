@@ -18,7 +18,7 @@ import torch
 from esper_kernels import native
 from esper_kernels.config import KernelConfig
 
-OPS = ("cross_entropy", "linear_cross_entropy", "grad_stats")
+OPS = ("cross_entropy", "linear_cross_entropy", "token_logprobs", "grad_stats")
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
 # The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the

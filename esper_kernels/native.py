@@ -17,7 +17,14 @@ from esper_kernels.config import INSTRUCTION_SETS as _NAMES
 
 _LIBRARY = Path(__file__).with_name("lib") / "esper_cpu.so"
 _CUDA_LIBRARY = _LIBRARY.with_name("esper_cuda.so")
-_OPS = ("cross_entropy", "cross_entropy_backward", "grad_stats", "use_huge_pages")
+_OPS = (
+    "cross_entropy",
+    "cross_entropy_backward",
+    "token_logprobs",
+    "token_logprobs_backward",
+    "grad_stats",
+    "use_huge_pages",
+)
 
 
 class _Loaded(NamedTuple):

@@ -23,7 +23,7 @@ SEED_STEP = 1000
 """Distance between the seeds of successive episodes."""
 
 
-# A slip of the keyboard must not start so many processes that the machine stops answering.
+# A typing error must not start so many processes that the machine stops responding.
 Workers = Annotated[int, Limit("between 0 and 512", lambda value: 0 <= value <= 512)]
 
 

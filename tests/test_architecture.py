@@ -61,6 +61,7 @@ TRAIN_ARROWS = {
     },
     "audited": {"base", "train.loss"},
     "cli": {"base", "config", "control", "rl", "run", "tasks", "telemetry", "train.errors"},
+    "__main__": {"cli"},
 }
 
 

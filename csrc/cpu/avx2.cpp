@@ -10,9 +10,10 @@
 namespace esper::avx2 {
 #include "simd.inc"
 #include "cross_entropy.inc"
+#include "token_logprobs.inc"
 #include "grad_stats.inc"
 #include "vector_functions.inc"
 
-extern const Kernels kernels{"avx2", cross_entropy, grad_chunk, vector_functions};
+extern const Kernels kernels{"avx2", cross_entropy, token_logprobs, grad_chunk, vector_functions};
 }  // namespace esper::avx2
 #endif

@@ -11,8 +11,9 @@
 namespace esper::baseline {
 #include "simd.inc"
 #include "cross_entropy.inc"
+#include "token_logprobs.inc"
 #include "grad_stats.inc"
 #include "vector_functions.inc"
 
-extern const Kernels kernels{"baseline", cross_entropy, grad_chunk, vector_functions};
+extern const Kernels kernels{"baseline", cross_entropy, token_logprobs, grad_chunk, vector_functions};
 }  // namespace esper::baseline

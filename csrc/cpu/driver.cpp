@@ -36,7 +36,7 @@ struct Sums {
   std::vector<int64_t> counts = {};  // rows that are not finite, then correct@k for each k of topk
 };
 
-[[noreturn]] void throw_bad_target(const CrossEntropy& p, int64_t bad) {
+[[noreturn]] void throw_bad_target(const LossRows& p, int64_t bad) {
   int64_t i = 0;
   while (target_of(p, i) == p.ignore_index || is_valid(p, target_of(p, i))) ++i;
   throw std::out_of_range("target " + std::to_string(target_of(p, i)) + " of row " + std::to_string(i) +
@@ -46,7 +46,7 @@ struct Sums {
 
 // Counts the targets and adds up their weights; throws for one that is bad.
 template <class T>
-Sums scan(const T* targets, const CrossEntropy& p) {
+Sums scan(const T* targets, const LossRows& p) {
   int64_t bad = 0, ignored = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     const int64_t t = targets[i];
@@ -66,7 +66,7 @@ Sums scan(const T* targets, const CrossEntropy& p) {
   return sums;
 }
 
-Sums scan_targets(const CrossEntropy& p) {
+Sums scan_targets(const LossRows& p) {
   if (p.target_bytes == 8) return scan(static_cast<const int64_t*>(p.targets), p);
   if (p.target_bytes == 4) return scan(static_cast<const int32_t*>(p.targets), p);
   return scan(static_cast<const uint8_t*>(p.targets), p);
@@ -90,6 +90,11 @@ Sums run(const Kernels& kernels, ParallelFor parallel_for, const CrossEntropy& p
   return sums;
 }
 
+// Whether the gradient is to be stored past the caches.
+bool exceeds_caches(const LossRows& p) {
+  return p.out && p.out != p.logits && p.rows * p.classes * bytes_of(p.dtype) > kStreamBytes;
+}
+
 // What both passes have in common.
 CrossEntropy start(const LossCall& call, const Array* grad_output) {
   CrossEntropy p{rows_of(call, grad_output)};
@@ -102,7 +107,7 @@ CrossEntropy start(const LossCall& call, const Array* grad_output) {
     for (int64_t c = 0; c < p.classes; ++c) sum += p.weight[c];
     p.weight_sum = sum;
   }
-  p.stream = p.out && p.out != p.logits && p.rows * p.classes * bytes_of(p.dtype) > kStreamBytes;
+  p.stream = exceeds_caches(p);
   return p;
 }
 
@@ -157,6 +162,17 @@ void cross_entropy_backward(const LossCall& call, const Array& grad_output, cons
     p.scale_of_row = nullptr;
   }
   run(kernels, parallel_for, p, false, {});
+}
+
+void token_logprobs(const LogprobCall& call, const Kernels& kernels, ParallelFor parallel_for) {
+  TokenLogprobs p{rows_of(call)};
+  scan_targets(p);
+  p.stream = exceeds_caches(p);
+  const int64_t step = rows_per_block(p.classes), blocks = (p.rows + step - 1) / step;
+  for_blocks(blocks, p.rows * p.classes <= kSerial, 0, parallel_for, [&](int64_t block, float*) {
+    const int64_t begin = block * step;
+    kernels.token_logprobs(p, begin, begin + step < p.rows ? begin + step : p.rows);
+  });
 }
 
 void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradStatsOut& out,

@@ -20,6 +20,10 @@ void cross_entropy(const LossCall&, const Kernels&, ParallelFor);
 // The gradient, from what `cross_entropy` saved. grad_output: [], or one number per row.
 void cross_entropy_backward(const LossCall&, const Array& grad_output, const Kernels&, ParallelFor);
 
+// Log-probabilities and entropies, or the gradient. Throws std::out_of_range for a bad target, before
+// anything is written.
+void token_logprobs(const LogprobCall&, const Kernels&, ParallelFor);
+
 // Tensors are contiguous.
 void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradStatsOut&, const Kernels&,
                 ParallelFor);

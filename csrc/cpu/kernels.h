@@ -24,6 +24,11 @@ struct CrossEntropy : LossRows {
   bool stream;  // store the gradient past the caches
 };
 
+// Likewise a call of token_logprobs.
+struct TokenLogprobs : LogprobRows {
+  bool stream;
+};
+
 // The exponentials of the first kKept classes of a row are kept in a thread's scratch, in floats; those of
 // later classes are computed twice. So a thread needs at most 256 KiB, whatever the number of classes.
 constexpr int64_t kKept = 65536;
@@ -47,6 +52,7 @@ struct Kernels {
   // each k of topk.
   void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end, float* scratch, double* loss,
                         int64_t* counts);
+  void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);  // rows [begin, end)
   // n contiguous elements, each multiplied by inv_scale.
   GradChunk (*grad_chunk)(const void*, Dtype, int64_t n, double inv_scale);
   const VectorFunctions* vector_functions;  // null, except in the build for tests

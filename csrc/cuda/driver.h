@@ -26,6 +26,9 @@ void cross_entropy(const LossCall&, const Allocate&, cudaStream_t);
 // The gradient, from what `cross_entropy` saved. grad_output: [], or one number per row.
 void cross_entropy_backward(const LossCall&, const Array& grad_output, cudaStream_t);
 
+// Log-probabilities and entropies, or the gradient. Rows with bad targets give NaN, and a gradient of 0.
+void token_logprobs(const LogprobCall&, cudaStream_t);
+
 // Tensors are contiguous.
 void grad_stats(const std::vector<Array>& tensors, const Number& inv_scale, const GradStatsOut&,
                 const Allocate&, cudaStream_t);

@@ -12,6 +12,7 @@ from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cross_entropy, cross_entropy_step
 from esper_kernels.ops.grad_stats import grad_stats
 from esper_kernels.ops.linear_cross_entropy import linear_cross_entropy_step
+from esper_kernels.ops.token_logprobs import token_logprobs
 from esper_kernels.testing import assert_no_worse_than_eager, plain_torch_cross_entropy
 
 # rows of every kind, ragged ones too
@@ -37,7 +38,11 @@ def check() -> Iterator[tuple[str, bool]]:
                         f"{shape[0]} x {shape[1]}"
                     )
                     sample = _sample(device, dtype, *shape)
-                    difference = _difference(config, *sample) or _linear_difference(config, *sample)
+                    difference = (
+                        _difference(config, *sample)
+                        or _linear_difference(config, *sample)
+                        or _logprob_difference(config, *sample)
+                    )
                     yield f"{what}: {difference or 'ok'}", difference is None
 
 
@@ -101,4 +106,24 @@ def _linear_difference(config: KernelConfig, logits: Tensor, targets: Tensor) ->
         torch.testing.assert_close(meters[0].sums, meters[1].sums, rtol=1e-2, atol=0)
     except AssertionError as error:
         return "linear: " + " ".join(str(error).split())
+    return None
+
+
+def _logprob_difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | None:
+    """The first thing in which log-probabilities, entropies or their gradient differ from eager."""
+    found = []
+    for x, c in (
+        (logits, config),
+        (logits, KernelConfig(backend="eager")),
+        (logits.double(), KernelConfig(backend="eager")),
+    ):
+        leaf = x.detach().requires_grad_()
+        results = token_logprobs(leaf, targets, temperature=0.7, entropy=True, config=c)
+        (grad,) = torch.autograd.grad(results, leaf, [torch.ones_like(r) for r in results])
+        found.append((*(r.detach() for r in results), grad))
+    try:
+        for ours, eager, true in zip(*found, strict=True):
+            assert_no_worse_than_eager(ours, eager, true)
+    except AssertionError as error:
+        return "token_logprobs: " + " ".join(str(error).split())
     return None

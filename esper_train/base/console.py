@@ -9,8 +9,8 @@ from typing import Any, TextIO
 
 
 class Lasting:
-    """A stream like the one it is given; what that one cannot take is dropped, from its first
-    failure on."""
+    """A stream whose writes never fail: after the first error of the one it wraps, text is
+    dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -33,8 +33,8 @@ class Lasting:
             self._drop()
 
     def _drop(self) -> None:
-        """Lead the descriptor elsewhere, so that what is still in a buffer, or written by others,
-        does not fail too."""
+        """Point the descriptor at the null device, so that buffered text and other writers do not
+        fail either."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         with suppress(OSError, ValueError):  # a stream without a descriptor
             os.dup2(nowhere, self._stream.fileno())
@@ -46,7 +46,8 @@ class Lasting:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, no fault of standard output or standard error reaches who prints."""
+    """Within it, a standard output or error that fails raises nothing where something is
+    printed."""
     for descriptor in (0, 1, 2):  # a closed one would be given to the next file that is opened
         try:
             os.fstat(descriptor)

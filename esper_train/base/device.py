@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Inside, new tensors are float32 on the CPU, whatever `torch.set_default_dtype` and
+    """Within it, new tensors are float32 on the CPU, whatever `torch.set_default_dtype` and
     `torch.set_default_device` say outside."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"{name!r} names no device; usable here: {', '.join(usable)}") from error
+        raise ValueError(f"{name!r} is no name of a device; usable: {', '.join(usable)}") from error
     if f"{device.type}:{device.index or 0}" not in ("cpu:0", *usable):
-        raise ValueError(f"device {name!r} is not there; usable here: {', '.join(usable)}")
+        raise ValueError(f"device {name!r} does not exist here; usable: {', '.join(usable)}")
     return device

@@ -65,7 +65,7 @@ class Settings:
 
 
 def _check(where: str, value: Any, hint: Any) -> None:
-    """Raise an error that names the setting `where` if `value` is none of its values."""
+    """Raise an error that names the setting `where` if it cannot have this value."""
     if typing.get_origin(hint) is Literal:
         choices = ", ".join(c or "left out" for c in typing.get_args(hint))
         require(value in typing.get_args(hint), f"{where} must be one of {choices}", value)
@@ -165,7 +165,7 @@ def _convert(hint: Any, value: Any, path: str, base: Any = None) -> Any:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
-    """Where several configs, as nested plain values, are not the same.
+    """The settings in which several configs, given as nested plain values, differ.
 
     Returns the path of each such setting, as "optim.host_lr", with its value in each config: None
     where a config does not have it.

@@ -1,5 +1,5 @@
-"""State that can be saved and given back: the interface, objects of a few plain attributes, random
-numbers."""
+"""State that can be saved and restored: the interface, objects with a few plain attributes, and
+random numbers."""
 
 import copy
 import random
@@ -44,7 +44,7 @@ def copied(value: Any, device: torch.device | str | None = None) -> Any:
 
 
 class PlainState:
-    """An object whose whole state is the attributes that `STATE` names, with plain values."""
+    """An object whose state is the plain values of the attributes that `STATE` names."""
 
     STATE: ClassVar[tuple[str, ...]] = ()
 
@@ -74,8 +74,8 @@ class RandomState:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Draw from the run's stream inside: from its beginning, from where it was last left, or
-        from where `load_state_dict` put it."""
+        """Within it, numbers come from the run's stream, which goes on where it was left, or where
+        `load_state_dict` put it."""
         callers = _get(self._device)
         try:
             random.seed(self._seed)
@@ -90,7 +90,7 @@ class RandomState:
             _set(callers, self._device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every generator stands; called while `active`."""
+        """The state of every generator; call it while `active`."""
         return _get(self._device) | {"order": self._order.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
@@ -100,8 +100,8 @@ class RandomState:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, python's, numpy's and torch's generators on the CPU start from `seed`; outside they
-    are as if nothing had drawn from them. Those of other devices are left alone."""
+    """Within it, the CPU generators of python, numpy and torch start from `seed`; afterwards they
+    are restored. Generators of other devices are left alone."""
     callers = _get(CPU)
     try:
         random.seed(seed)
@@ -114,7 +114,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class RandomStreams:
-    """Torch's random numbers, apart by name: each stream goes on where it was last left.
+    """Independent streams of torch's random numbers, by name: each goes on where it was last left.
 
     What draws inside `active` does not show in the random numbers outside.
     """
@@ -125,7 +125,7 @@ class RandomStreams:
 
     @contextmanager
     def active(self, name: str, device: torch.device) -> Iterator[None]:
-        """Draw from the stream `name` inside, on the CPU and on `device`."""
+        """Within it, random numbers on the CPU and on `device` come from the stream `name`."""
         callers = _torch_states(device)
         state = self._states.get(name)
         try:
@@ -139,7 +139,7 @@ class RandomStreams:
             _set_torch_states(callers, device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every stream stands."""
+        """The state of every stream."""
         return {name: dict(state) for name, state in self._states.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:

@@ -49,7 +49,8 @@ class HeuristicTamiyo(PlainState):
         self._seated: dict[str, str] = {}
 
     def decide(self, signals: Signals) -> Decision:
-        """One decision from one epoch's signals, which show the slots after their own moves."""
+        """The decision about one epoch, from its signals, which show the slots after their own
+        moves."""
         self._penalties = {
             name: p * self._config.penalty_decay for name, p in self._penalties.items()
         }

@@ -30,7 +30,7 @@ class Decision:
     reason: str = ""
     confidence: float = 1.0
     probabilities: Mapping[str, float] | None = None
-    """Of each action that was possible, by name, from a controller that has them."""
+    """The probability of each possible action, by name, from a controller that has them."""
 
 
 class Policy(Stateful, Protocol):
@@ -49,4 +49,4 @@ class Idle(PlainState):
         return Decision(op=Op.WAIT, reason="plain training")
 
     def reset(self) -> None:
-        """There is nothing to forget."""
+        """Nothing to reset."""

@@ -124,7 +124,7 @@ def compute_contribution_reward(
     """
     config = config or ContributionReward()
     seed = seed_info or SeedInfo(0, None, None, 0)
-    # an improvement that was not measured speaks against nothing
+    # an improvement that was not measured limits nothing
     gained = math.inf if seed.total_improvement is None else seed.total_improvement
     progress = None if acc_at_germination is None else val_acc - acc_at_germination
     credit = config.proxy * max(0.0, acc_delta or 0.0) if seed_info else 0.0
@@ -182,7 +182,7 @@ def _warning(op: Op, seed: SeedInfo, gained: float, credit: float, most: float) 
 def _operation(
     op: Op, seed: SeedInfo, contribution: float | None, gained: float, config: ContributionReward
 ) -> float:
-    """The reward of an operation, which is negative if it is wrong or impossible, less its cost."""
+    """The reward of an operation less its cost; negative where it is wrong or impossible."""
     c = math.nan if contribution is None else contribution  # NaN satisfies no comparison
     if op is Op.GERMINATE:
         germination = config.shaping * GAMMA * POTENTIALS[SeedStage.GERMINATED]

@@ -52,14 +52,14 @@ def judge(stage: SeedStage, state: SlotState, growth: GrowthConfig) -> GateResul
 
 
 def _blending(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
-    """Would the seed clearly harm a network that has never adapted to it?
+    """Would the seed clearly harm a network that has not adapted to it?
 
-    The gate asks no more, because no threshold told seeds that help from others on rows that no
-    decision saw (`python -m benchmarks gate`). Whether a seed helps is G5's question.
+    The gate asks no more, because no threshold separated seeds that help from others on held-out
+    rows (`python -m benchmarks gate`). Whether a seed helps is G5's question.
     """
     checks = [_at_least("epochs in TRAINING", state.epochs_in_stage, growth.training_min_epochs)]
     if growth.incubation == "straight_through":
-        return checks  # a seed without an effect has no potential; G5 alone judges it
+        return checks  # a seed that has no effect yet has no potential, so only G5 judges it
     if len(state.potentials) < growth.window:
         measured = len(state.potentials)
         window = growth.window

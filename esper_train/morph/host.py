@@ -67,7 +67,7 @@ class Host(nn.Module):
 
 
 def check_host(host: Host, *inputs: Any, **named: Any) -> Any:
-    """Send a batch through every segment, in evaluation mode, and return what the head gives.
+    """Send a batch through every segment, in evaluation mode, and return the output of the head.
 
     Raises `ValueError` where the features are not those that the host's topology and
     `slot_channels` promise, or where a segment fails.

@@ -1,4 +1,4 @@
-"""A seed in TRAINING learns beside the network, which must not notice: what its pass may not touch.
+"""A seed in TRAINING learns beside the network without changing it: its pass is isolated here.
 
 `model` makes `Statistics` for each slot whose seed is in TRAINING; `run` enters `incubating` around
 the seed's own pass.
@@ -31,7 +31,7 @@ class Statistics(nn.Module):
 
     @contextmanager
     def bound(self) -> Iterator[None]:
-        """Inside, the batch norms use these statistics and, in training mode, update them."""
+        """Within it, the batch norms use these statistics and, in training mode, update them."""
         own = [dict(norm._buffers) for norm in self.norms]
         try:
             for number, norm in enumerate(self.norms):
@@ -63,7 +63,7 @@ class Incubation:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Enter; on leaving, everything is as it was before, whatever happened."""
+        """The context of one pass; leaving it restores everything, also after an error."""
         training = [module for module in self._others if module.training]
         own: list[tuple[nn.Module, str, Tensor | None]] = []
         try:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 
 class SeedStage(IntEnum):
-    """Where a slot stands. Numbers are those of the audited system, so that records stay
+    """The stage of a slot. Numbers are those of the audited system, so that records stay
     comparable."""
 
     DORMANT = 1
@@ -56,7 +56,7 @@ TRIAL = frozenset({SeedStage.BLENDING, SeedStage.PROBATIONARY})
 
 
 class RefusedError(ValueError):
-    """A gate or the state of a slot does not allow what was asked. An unknown name is a plain
+    """A gate or the state of a slot does not allow the request. An unknown name is a plain
     `ValueError`."""
 
 
@@ -105,8 +105,8 @@ class SlotState:
     gradient_ratio: float | None = None
     """Gradient norm of the seed over that of the host, corrected for their sizes."""
     accuracies: tuple[float, ...] = ()
-    """Of the last epochs in the present stage, as many as the window has; an empty slot counts as
-    one stage with TRAINING."""
+    """Accuracies of the last epochs in the present stage, as many as the window has; an empty slot
+    counts as one stage with TRAINING."""
     potentials: tuple[tuple[float, float], ...] = ()
     """`potential` and `potential_loss` of the last epochs in TRAINING, as many as the window
     has."""

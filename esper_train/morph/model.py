@@ -55,8 +55,8 @@ class MorphModel(nn.Module):
         start: str | None = None,
         **named: Any,
     ) -> Any:
-        """What the head gives for the inputs of the first segment. `alpha` overrides the alpha of
-        some slots for this call only; 0 leaves the seed out.
+        """The output of the head for the inputs of the first segment. `alpha` overrides the alpha
+        of some slots for this call only; 0 leaves the seed out.
 
         `start` names a slot to begin at: the input is then what entered it, as `forward_keeping`
         gave it.
@@ -68,7 +68,8 @@ class MorphModel(nn.Module):
         return self.host.head(self._run(inputs, named, override, start, None))
 
     def features(self, *inputs: Any, **named: Any) -> Tensor:
-        """What `output_layer` makes the logits of: for a loss that does without them."""
+        """The hidden states from which `output_layer` computes the logits, for a loss that does
+        without logits."""
         return self.host.before_output(self._run(inputs, named, {}, None, None))
 
     @property
@@ -77,8 +78,8 @@ class MorphModel(nn.Module):
         return self.host.output_layer
 
     def forward_keeping(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, Tensor]]:
-        """What the head gives, and what entered each slot, in order of execution, for `forward` to
-        start from.
+        """The output of the head, and what entered each slot, in order of execution, from which
+        `forward` can start.
 
         Nothing is kept where a segment changes its input in place. Not for inference mode, which
         would hide that.
@@ -91,8 +92,8 @@ class MorphModel(nn.Module):
         return output, {name: kept for name, (kept, _) in entered.items()} if intact else {}
 
     def forward_feeding(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, Tensor]]:
-        """What the head gives, and a copy of what entered each slot whose seed learns beside the
-        network, for its pass."""
+        """The output of the head, and for each seed that learns beside the network a copy of what
+        entered its slot."""
         entered: dict[str, tuple[Tensor, int]] = {}
         output = self.host.head(self._run(inputs, named, {}, None, entered, copied=self.learning))
         return output, {name: kept for name, (kept, _) in entered.items()}
@@ -161,8 +162,8 @@ class MorphModel(nn.Module):
 
     @property
     def structure(self) -> tuple[tuple[str | None, str], ...]:
-        """Seed and part of each slot: as long as it is the same, so is the program that `forward`
-        is."""
+        """The seed and the part of each slot: `forward` runs the same operations as long as these
+        are the same."""
         return tuple((slot.state.seed_id, slot.part) for slot in self.slots)
 
     def slot(self, name: str) -> SeedSlot:

@@ -39,8 +39,8 @@ PARTS: Mapping[SeedStage, str] = {
 
 
 class SeedSlot(nn.Module):
-    """Holds at most one seed. All it knows of the seed's life is `state`, a frozen record replaced
-    on change."""
+    """Holds at most one seed. `state` is a frozen record of the seed's life, replaced at each
+    change."""
 
     def __init__(self, slot: str, channels: int, growth: GrowthConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class SeedSlot(nn.Module):
 
     @property
     def state(self) -> SlotState:
-        """Where the seed is in its life. `forward` reads only `part`, so that a new record does not
+        """The seed's place in its life. `forward` reads only `part`, so that a new record does not
         recompile it."""
         return self._state
 
@@ -122,7 +122,7 @@ class SeedSlot(nn.Module):
         return [germinated, self._enter(SeedStage.TRAINING, "training begins")]
 
     def observe(self, measured: Measurement) -> None:
-        """Record what one epoch measured."""
+        """Record the measurements of one epoch."""
         state = self.state
         growth = self.growth
         seated = self.seed is not None
@@ -209,8 +209,8 @@ class SeedSlot(nn.Module):
         return []
 
     def start_anew(self) -> None:
-        """After the network went back to an earlier state: forget the epochs in between, and let a
-        seed in TRAINING begin its time again."""
+        """After the network returned to an earlier state: forget the epochs in between, and restart
+        the time of a seed in TRAINING."""
         state = replace(self.state, accuracies=(), potentials=())
         training = state.stage is SeedStage.TRAINING
         self.state = replace(state, epochs_in_stage=0) if training else state

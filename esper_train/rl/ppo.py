@@ -209,6 +209,7 @@ def _train(
             **{name: float(model.logger.name_to_value[key]) for name, key in UPDATE.items()},
             "evaluation": evaluation(config, training) if due else None,
         }
+        model.logger.dump(model.num_timesteps)  # `learn` itself would write it with the next update
         with (out / PROGRESS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         say(_in_words(line))
@@ -217,7 +218,6 @@ def _train(
         (out / CHECKPOINTS).mkdir(exist_ok=True)
         save(out / CHECKPOINTS / f"update-{update}.pt", data.getvalue())
         drop_old(out / CHECKPOINTS, config.checkpoint.keep, "update")
-    model.logger.dump(model.num_timesteps)
 
 
 def _make(config: RunConfig, task: Task | None) -> Training:

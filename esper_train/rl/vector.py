@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+import gymnasium
 import numpy
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
@@ -157,7 +158,7 @@ def _and_begin_anew(host: MorphogenesisEnv, step: Work[Step]) -> Work[tuple[Step
 
 def _makers(
     config: RunConfig, hosts: int, task: Task | None
-) -> list[Callable[[], MorphogenesisEnv]]:
+) -> list[Callable[[], gymnasium.Env[Any, Any]]]:
     """Each host has a config of its own, and all have the same data."""
     if hosts < 1:
         raise ValueError(f"expected at least one host, got {hosts}")

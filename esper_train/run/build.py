@@ -38,8 +38,7 @@ def build_episode(
     slots: Sequence[str],
     registry: BlueprintRegistry | None = None,
 ) -> Episode:
-    """Make everything a run owns. Raises `ValueError` for whatever in the config or the data cannot
-    work."""
+    """Make everything a run owns. Raises `ValueError` for settings or data that cannot work."""
     if task is None:
         task = get_task(config.task, config.task_config())
     config = replace(config, task=task.name)
@@ -96,7 +95,7 @@ def _step(config: RunConfig, task: Task, device: torch.device, *, grows: bool) -
             f"task {task.name!r}; write it into the host's segments, or train the host alone, with "
             "run_fit, or `esper-train fit`"
         )
-    step.backend(device)  # refuses here, not at the first batch, what cannot serve
+    step.backend(device)  # a backend that cannot be used is refused here, not at the first batch
     if config.train.capture:
         step.capture = Capture(CudaGraphs(device))
     return step
@@ -144,8 +143,8 @@ def _host(config: RunConfig, task: Task, device: torch.device, example: Any) -> 
 
 
 def _guess_loss(config: RunConfig, task: Task) -> float:
-    """The loss of guessing, in nats; 0 where it is not known, so that a run is judged by its own
-    losses alone."""
+    """The loss of a random guess, in nats; 0 where it is not known: then only a run's own losses
+    judge it."""
     known = task.criterion is None or isinstance(task.criterion, nn.CrossEntropyLoss)
     if task.num_classes is not None and known:
         return math.log(task.num_classes)
@@ -172,8 +171,8 @@ def _steps(config: RunConfig, length: int | None) -> int:
 
 
 def _channels_last(config: RunConfig, host: nn.Module, device: torch.device) -> bool:
-    """What the config says, or whether convolutions gain by it: on CPUs half the time from 16
-    channels on, and a fifth more below."""
+    """What the config says, or whether convolutions gain from it: on CPUs they take half the time
+    from 16 channels on, and a fifth more below."""
     if config.channels_last is not None:
         return config.channels_last
     if device.type == "cuda":

@@ -71,8 +71,8 @@ class Checkpoints:
         self._unwritten: tuple[int, dict[str, Any]] | None = None
 
     def take(self, episode: Episode) -> None:
-        """At the end of an epoch. `OSError` as `write`; `TypeError` for a state beyond tensors and
-        plain values."""
+        """Keep the state at the end of an epoch. Raises `OSError` as `write` does, and `TypeError`
+        for a state that is more than tensors and plain values."""
         state = {name: copied(part.state_dict(), "cpu") for name, part in parts(episode).items()}
         record = {
             "format": FORMAT,
@@ -85,12 +85,12 @@ class Checkpoints:
             self.write()
 
     def write(self) -> None:
-        """Write what is not on disk yet, if anything; `OSError` where the disk does not take it."""
+        """Write what is not on disk yet, if anything; `OSError` where that fails."""
         if self._unwritten is None:
             return
         epoch, record = self._unwritten
         if record["metrics"]:
-            # what a checkpoint follows must not be lost when it is not
+            # a checkpoint must not outlive the metrics that lead to it
             sync_metrics(self._directory.parent)
         buffer = io.BytesIO()
         torch.save(record, buffer)
@@ -140,7 +140,7 @@ def load(path: Path, metrics: Path | None = None) -> dict[str, Any]:
             raise ValueError(f"expected format {FORMAT}, got {found!r}")
         if metrics is not None:
             _require_metrics(metrics, state.get("metrics", 0))
-    except Exception as error:  # the unpickler fails in many ways on what is not its own
+    except Exception as error:  # the unpickler fails in many ways on foreign files
         why = (
             error
             if isinstance(error, (ValueError, OSError))
@@ -188,8 +188,8 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
 
 
 def _require_same_run(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to resume as another run; the message names the settings that differ."""
-    # a key that the checkpoint does not have is a setting that did not exist then
+    """Refuse to resume with other settings; the message names those that differ."""
+    # a key that is missing in the checkpoint is a setting that did not exist then
     fixed = [key for key in now if key in was and key not in FREE]
     runs = [{key: run[key] for key in fixed} for run in (was, now)]
     for run in runs:
@@ -203,7 +203,7 @@ def _require_same_run(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _require_metrics(path: Path, size: int) -> None:
-    """Refuse metrics that end before the checkpoint. Older checkpoints do not know the size."""
+    """Refuse metrics that end before the checkpoint. Older checkpoints did not record the size."""
     there = path.stat().st_size if path.exists() else 0
     if there < size:
         raise ValueError(
@@ -212,6 +212,6 @@ def _require_metrics(path: Path, size: int) -> None:
 
 
 def _identity(episode: Episode) -> dict[str, Any]:
-    """The config, and what else makes it another run."""
+    """What has to be equal for a run to be the same: the config, and what the task and data say."""
     data = json.dumps(dict(episode.data_record), sort_keys=True)
     return {"mode": episode.mode, "data_record": data, **asdict(episode.config)}

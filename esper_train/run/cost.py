@@ -23,7 +23,7 @@ class SeedCost:
     learning: int
     """The seed's own pass: through the seed, and through what lies after its slot."""
     seed: int
-    """Of that, the seed alone."""
+    """The part of `learning` in the seed itself."""
 
     @property
     def ratio(self) -> float:
@@ -31,7 +31,7 @@ class SeedCost:
         return 1.0 + self.learning / self.host
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain values, for an event."""
+        """The numbers as plain values, for an event."""
         return asdict(self) | {"ratio": self.ratio}
 
 

@@ -74,16 +74,16 @@ def claimed(path: Path, *, resume: bool = False, numbered: bool = False) -> Iter
         remove_unfinished(path)
         yield path
     finally:
-        # before it is given free, so that whoever comes next makes a new one
+        # before the lock is released, so that the next process makes a new directory
         (path / LOCK).unlink(missing_ok=True)
         lock.close()
-        with suppress(OSError):  # there is something in it
+        with suppress(OSError):  # it is not empty
             for each in made:
                 each.rmdir()
 
 
 def _new(path: Path) -> Path:
-    """A directory that this call made: `path`, or with a number added where there is one
+    """Make a directory and return it: `path`, or one with a number added where that exists
     already."""
     for number in count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -94,11 +94,11 @@ def _new(path: Path) -> Path:
 
 
 def _lock(path: Path) -> BinaryIO:
-    """The file, locked and with our number in it. Made anew where its last owner removed it
-    meanwhile."""
+    """The lock file, locked, with our process number in it. Made again where its last owner has
+    just removed it."""
     while True:
         lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
-        os.register_at_fork(after_in_child=lock.close)  # workers must not hold it longer than we do
+        os.register_at_fork(after_in_child=lock.close)  # worker processes must not inherit the lock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -141,7 +141,7 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         new.replace(path)
     except BaseException:
-        new.unlink(missing_ok=True)  # a leftover must not keep a full disk full
+        new.unlink(missing_ok=True)  # the unfinished file must not fill the disk
         raise
     _sync(path.parent)
 
@@ -253,7 +253,7 @@ def load_config(path: Path) -> RunConfig:
             f"{path / CONFIG} does not fit this version: {error}; {ENVIRONMENT} beside it says "
             "which version wrote it, or start a new run (`report` reads the old one)"
         ) from error
-    if is_place(config.task):  # nothing in a run directory has a module imported
+    if is_place(config.task):  # a run directory cannot cause an import
         raise ValueError(
             f"{path / CONFIG} names the task {config.task!r}, which is no name of a task; bring it "
             "back, or start a new run"
@@ -302,7 +302,7 @@ def runs_in(path: Path) -> list[Path]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The events of a run directory; a last line cut short by a kill is left out."""
+    """The events in a run directory, without a last line that a kill cut short."""
     events = []
     lines = (path / METRICS).read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):

@@ -35,13 +35,13 @@ UNDONE = ("model", "optimizers", "tracker")
 
 
 class SourceStates:
-    """What is to be known of the sources of a run's splits to resume it."""
+    """The state of the sources of a run's splits, by which it is resumed."""
 
     def __init__(self, **sources: Source) -> None:
         self._sources = sources
 
     def inexact(self) -> dict[str, str]:
-        """Split to why a resumed run may get other batches of it."""
+        """By split, why a resumed run may get other batches than an unbroken one."""
         reasons = {name: source.inexact for name, source in self._sources.items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -55,7 +55,7 @@ class SourceStates:
 
 @dataclass(kw_only=True)
 class Episode(PlainState):
-    """Everything one run changes, and nothing another run can see."""
+    """Everything that one run changes; runs share none of it."""
 
     STATE = (
         "epoch",
@@ -104,7 +104,7 @@ class Episode(PlainState):
         self.sources = SourceStates(train=self.train, validation=self.validation, test=self.test)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run has come, and what grew; weights, momentum and the rest have their own
+        """Progress, and which seeds there are; weights, momentum and the rest have their own
         state."""
         return super().state_dict() | {
             "slots": self.model.topology(),
@@ -148,7 +148,7 @@ class Episode(PlainState):
 
     @contextmanager
     def _incubate(self, name: str, incubation: Incubation) -> Iterator[None]:
-        """Around a seed's own pass: it changes nothing of the network, nor of the run's random
+        """Surrounds a seed's own pass, which changes neither the network nor the run's random
         numbers."""
         advice = "a captured step would repeat those of a seed: leave train.capture out"
         if self.config.train.capture:
@@ -159,14 +159,14 @@ class Episode(PlainState):
             yield
 
     def snapshot(self) -> dict[str, Any]:
-        """What `go_back` needs, on `governor.snapshot_device`."""
+        """The state that `go_back` needs, on `governor.snapshot_device`."""
         state = {"episode": self.state_dict()} | {
             name: getattr(self, name).state_dict() for name in UNDONE
         }
         return copied(state, resolve_device(self.config.governor.snapshot_device))
 
     def go_back(self, snapshot: Mapping[str, Any]) -> None:
-        """Network, seeds, optimizers and tracker as they were. The snapshot stays as it is."""
+        """Restore network, seeds, optimizers and tracker. The snapshot is not changed."""
         self._grow_again(snapshot["episode"])
         for name in UNDONE:
             getattr(self, name).load_state_dict(copied(snapshot[name]))
@@ -176,7 +176,7 @@ class Episode(PlainState):
         self.model.rebuild(state["slots"])
         for group in self.optimizers.parameters():
             self.optimizers.detach(group)
-        for group in state["groups"]:  # in their order, which is that of the gradient statistics
+        for group in state["groups"]:  # in this order, because gradient statistics follow it
             self.attach_optimizer(group)
 
     def _make_optimizer(

@@ -60,7 +60,7 @@ class Epoch:
         number = self._number
         train, validation = self._train, self._validation = measured
         episode.accuracy = validation.points
-        # a skipped batch is in the training loss, so that is no finding
+        # the training loss includes skipped batches, so it is not judged
         skips = episode.config.train.on_bad_numbers == "skip"
         training = validation.loss if skips else train.loss
         self.finding = episode.governor.check(training=training, validation=validation.loss)
@@ -141,8 +141,8 @@ class Epoch:
         self._report(line, finding)
 
     def _report(self, line: Event, finding: Finding | None) -> None:
-        """The epoch's line, what happened to seeds, bad numbers, and gradients by layer if asked
-        for."""
+        """Write the epoch's line, what happened to seeds, bad numbers, and gradients by layer if
+        asked for."""
         episode = self._episode
         hub = self._episode.hub
         hub.emit(line)
@@ -215,7 +215,7 @@ class Epoch:
         self._events.append(Event(EventType.UNDONE, self._number, data))
 
     def _undo_trial(self, finding: Finding) -> None:
-        """Losses went bad while a seed was on trial: it is the seed that goes."""
+        """Losses went bad while a seed was on trial: cull the seed."""
         episode = self._episode
         assert episode.trial.slot is not None
         for change in episode.model.cull_seed(slot=episode.trial.slot, reason=finding.message):
@@ -224,15 +224,15 @@ class Epoch:
         episode.governor.restart()
 
     def _answer(self, finding: Finding) -> None:
-        """Do what the policy says: go on, return to the last good state and train on new batches,
-        or end."""
+        """Follow the policy: go on, return to the last good state and train on new batches, or
+        end."""
         episode = self._episode
         number = self._number
         config = episode.config
         governor = episode.governor
         policy = config.train.on_bad_numbers
         most = config.governor.max_rollbacks
-        # skipping helps no longer when the weights are bad themselves
+        # skipping does not help once the weights themselves are bad
         if policy == "warn" or (policy == "skip" and finding.kind != "nonfinite"):
             return
         if episode.good is None or governor.rollbacks == most:
@@ -246,7 +246,7 @@ class Epoch:
         gone = slot_states(episode.model)
         to_epoch = episode.good["epoch"]
         episode.go_back(episode.good)
-        del episode.contributions[episode.model.fossils :]  # of seeds that are no fossils any more
+        del episode.contributions[episode.model.fossils :]  # of seeds that are not fossils any more
         states = slot_states(episode.model)
         pairs = zip(gone, states, strict=True)
         moved = [(a, b) for a, b in pairs if (a.stage, a.seed_id) != (b.stage, b.seed_id)]

@@ -1,5 +1,5 @@
-"""What a decision does: what it earns, the request to a slot, and the optimizers that follow from
-it. `epoch` calls it."""
+"""Carries out a decision: its reward, the request to a slot, and the optimizers of new seeds.
+`epoch` calls it."""
 
 from esper_train.control.policy import Decision, Op
 from esper_train.control.rewards import REWARDS
@@ -9,8 +9,8 @@ from esper_train.run.episode import Episode
 
 
 def reward_parts(episode: Episode, signals: Signals, decision: Decision) -> dict[str, float]:
-    """What a decision earns by parts, before it is executed: on the slot it names, or that of the
-    first live seed."""
+    """The reward of a decision by parts, before it is executed: for the slot it names, or that of
+    the first live seed."""
     named = [
         s
         for s in signals.slots
@@ -22,8 +22,7 @@ def reward_parts(episode: Episode, signals: Signals, decision: Decision) -> dict
 
 
 def execute(episode: Episode, decision: Decision) -> tuple[list[StageChange], str | None]:
-    """Do what the controller asked; what slots and gates refuse comes back as the reason in
-    words."""
+    """Carry out the decision. Where a slot or a gate refuses, its reason comes back in words."""
     model = episode.model
     slot = decision.slot or ""
     try:

@@ -51,7 +51,7 @@ def _silent(words: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is run into a directory, beside its config, and how it is shown."""
+    """What is run in a directory, beside its config, and how it is shown."""
 
     mode: str
     """"heuristic" or "fit"."""
@@ -106,7 +106,7 @@ def run_job(
 
 
 def _with_own_name(config: RunConfig, task: Task | None) -> RunConfig:
-    """The config with the name of a task of one's own, as the directory will have it."""
+    """The config as the directory will have it, with the name of the user's task."""
     if task is None:
         return config
     if task.name in TASKS:
@@ -118,8 +118,8 @@ def _with_own_name(config: RunConfig, task: Task | None) -> RunConfig:
 
 
 def _signals(stop: StopRequest) -> AbstractContextManager[object]:
-    """Let signals end the run after a whole batch, unless the caller listens already or this is no
-    main thread, where nobody can."""
+    """Let signals end the run after a whole batch, unless the caller listens already. Only the main
+    thread can listen."""
     if stop.listening or threading.current_thread() is not threading.main_thread():
         return nullcontext()
     return stop
@@ -143,7 +143,7 @@ def _run_in(
     checkpoints = saved(directory / CHECKPOINTS) if job.resume else []
     if checkpoints:
         restore(load(checkpoints[-1], directory / METRICS), episode)
-    # up to here whatever cannot work was refused, and nothing was written
+    # whatever cannot work was refused above, before anything is written
     if whole is not None:
         create(directory.parent, whole)
     create(directory, config)

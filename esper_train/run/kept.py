@@ -1,4 +1,4 @@
-"""The network that a run gives: the best by validation, or the last. `run` offers it every
+"""The network that a run returns: the best by validation, or the last. `run` offers one every
 epoch."""
 
 import math
@@ -13,7 +13,8 @@ from esper_train.morph.model import MorphModel
 class Kept(PlainState):
     """The network with the lowest validation loss so far.
 
-    Not by accuracy, which moves in steps of a row: the best of many epochs is then the luckiest.
+    Accuracy moves in steps of one row, so the epoch with the best accuracy would often be the
+    luckiest one.
     """
 
     STATE = ("epoch", "loss")
@@ -36,7 +37,7 @@ class Kept(PlainState):
             self._network = copied(network, "cpu")
 
     def give(self, model: MorphModel) -> None:
-        """Make the model what was kept, if anything was."""
+        """Restore into the model what was kept, if anything was."""
         if self._network is not None:
             model.rebuild(self._network["slots"])
             model.load_state_dict(self._network["weights"])

@@ -1,5 +1,5 @@
-"""What an epoch measures: `epoch` calls it to train and evaluate the network, and to pass the
-results to slots and controller."""
+"""Trains and evaluates the network for an epoch, and passes the results to slots and controller;
+`epoch` calls it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -63,7 +63,7 @@ def launch_epoch(episode: Episode, epoch: int) -> Launched[Measured]:
 def observe_slots(
     episode: Episode, train: EpochResult, validation: EvalResult
 ) -> tuple[SlotState, ...]:
-    """Tell every slot what was measured; the states before the slots move."""
+    """Record the measurements in every slot, and return the states from before the slots move."""
     for slot in episode.model.slots:
         name = slot.state.slot
         stage = slot.state.stage
@@ -108,7 +108,7 @@ def observation(
 
 
 def joint_contribution(validation: EvalResult) -> dict[str, Any] | None:
-    """What the seeds measured in this epoch contribute together, where there were several."""
+    """The joint contribution of the seeds measured in this epoch, where there were several."""
     if JOINT not in validation.variants:
         return None
     slots = [name for name in validation.variants if name != JOINT]

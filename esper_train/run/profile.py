@@ -52,7 +52,7 @@ def write_profile(
         )
 
     with RandomState(config.seed, episode.device).active():
-        epoch()  # what is made or compiled once
+        epoch()  # work that is done once, such as compiling
         episode.step.spans = Spans.made(record_function)
         with profile() as profiler:
             epoch()

@@ -25,7 +25,7 @@ def epoch_event(
     refused: str | None = None,
     joint: Mapping[str, Any] | None = None,
 ) -> Event:
-    """The epoch's line; slots are as they were while it was trained and measured."""
+    """The event of an epoch; slots are as they were while it was trained and measured."""
     how = ("compiled", "compile_failure", "replayed", "not_replayed", "seconds")
     learners = {name: learner.grad for name, learner in train.learners.items()}
     data = {
@@ -55,7 +55,7 @@ def with_learners(
 def trouble_events(
     epoch: int, train: EpochResult, validation: EvalResult, finding: Finding | None
 ) -> list[Event]:
-    """What was wrong with the numbers of an epoch; each event says so in words too."""
+    """Events about bad numbers in an epoch; each has a message."""
     found = []
     logits = train.nonfinite + validation.nonfinite
     parts: list[EpochResult | LearnerResult] = [train, *train.learners.values()]

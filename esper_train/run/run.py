@@ -38,7 +38,7 @@ PolicyMaker = Callable[[MorphModel], Policy]
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeResult:
-    """What came of a run."""
+    """The result of a run."""
 
     accuracy: float
     """Validation accuracy after the last epoch, a fraction (0..1); NaN for a regression."""
@@ -65,8 +65,8 @@ class EpisodeResult:
     model: MorphModel = field(repr=False)
 
     def as_audited(self) -> tuple[float, dict[str, int], list[float]]:
-        """What the audited `run_heuristic_episode` returned: accuracy in percent, action counts,
-        rewards."""
+        """The return value of the audited `run_heuristic_episode`: accuracy in percent, action
+        counts, rewards."""
         return 100.0 * self.accuracy, self.action_counts, list(self.rewards)
 
 
@@ -180,7 +180,7 @@ class EpisodeRun:
 
     @property
     def finding(self) -> Finding | None:
-        """What the governor found in the epoch that was observed last."""
+        """What the governor found in the last observed epoch."""
         return None if self._epoch is None else self._epoch.finding
 
     def launch(self) -> Launched[Measured]:
@@ -264,7 +264,7 @@ class Ending:
     seconds: float = 0.0
 
     def blame(self, error: BaseException) -> None:
-        """What ended the run before its time."""
+        """The error that ended the run early."""
         self.status = "failed"
         if isinstance(error, KeyboardInterrupt):
             self.status = "interrupted"
@@ -276,14 +276,14 @@ class Ending:
 
 
 def _give_kept(episode: Episode) -> None:
-    """Make the episode's network the one that the run gives."""
+    """Make the episode's network the one that the run returns."""
     if episode.config.keep == "best":
         episode.kept.give(episode.model)
-        del episode.contributions[episode.model.fossils :]  # of seeds that came later
+        del episode.contributions[episode.model.fossils :]  # of seeds that were added later
 
 
 def kept_epoch(episode: Episode) -> int:
-    """The epoch whose network the run gives."""
+    """The epoch whose network the run returns."""
     best = episode.config.keep == "best" and episode.kept.epoch > 0
     return episode.kept.epoch if best else episode.epoch
 

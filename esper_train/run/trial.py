@@ -1,7 +1,7 @@
 """The trial of a seed: from the moment blending begins until it is kept, or undone.
 
-`epoch` begins and ends it. Meanwhile the network adapts to a seed whose fate is open, so the state
-from before is remembered, in checkpoints too, and comes back bit for bit if the seed fails.
+`epoch` begins and ends it. Meanwhile the network adapts to a seed that may still fail. So the
+earlier state is remembered, in checkpoints too, and is restored bit for bit if it does.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ class Trial(PlainState):
         return paired_error(int(gained), int(lost), rows)
 
     def end_kept(self) -> None:
-        """The seed is permanent."""
+        """The seed became permanent."""
         self._next_wait = self._growth.undo_wait
         self._end()
 
@@ -109,7 +109,7 @@ class Trial(PlainState):
         self._end()
 
     def tick(self) -> None:
-        """An epoch begins."""
+        """Count one epoch."""
         self.wait = max(0, self.wait - 1)
 
     def check(self, model: MorphModel) -> None:

@@ -28,8 +28,8 @@ def get_task(name: str, config: TaskConfig | None = None) -> Task:
 
 
 def task_of_run(name: str, config: TaskConfig, given: Task | None) -> Task:
-    """The task of a run directory, which knows its name only: one of the package, or the one that
-    the caller gives again.
+    """The task of a run directory, which records only its name: a task of the package, or the one
+    that the caller passes again.
 
     Raises `ValueError` where a task of one's own is not given, or has another name.
     """

@@ -140,7 +140,7 @@ def _read(path: Path) -> Split:
             raise ValueError(
                 f"expected images [{len(labels)}, {PIXELS}] and labels below {CLASSES}, got {found}"
             )
-    except Exception as error:  # a damaged pickle can raise any exception
+    except Exception as error:  # loading a damaged pickle can raise any exception
         raise ValueError(
             f"{path} is damaged, or not a file of CIFAR-10: {type(error).__name__}: {error}"
         ) from error

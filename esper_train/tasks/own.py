@@ -1,4 +1,4 @@
-"""Tasks of one's own, by the place where they are defined: MODULE:NAME on the command line."""
+"""Tasks written by users, found by where they are defined: MODULE:NAME on the command line."""
 
 import importlib
 import importlib.util
@@ -9,20 +9,20 @@ from esper_train.tasks.task import Task
 
 
 def is_place(name: str) -> bool:
-    """Whether the name of a task is a place, MODULE:NAME; no task's own name has a colon."""
+    """Whether a task is named by its place, MODULE:NAME; a task's own name has no colon."""
     return ":" in name
 
 
 def import_task(place: str) -> Task:
     """The task at MODULE:NAME; the working directory is searched first, as `python -m` does.
 
-    Only for what the user wrote, never for what a run directory says. Raises `ValueError` where
-    there is no such module or name, and `TypeError` where it is no `Task`.
+    Only for names that the user typed, never for those in a run directory. Raises `ValueError`
+    where there is no such module or name, and `TypeError` where it is no `Task`.
     """
     module_name, _, name = place.partition(":")
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.insert(0, here)  # it stays, since workers may import the module too
+        sys.path.insert(0, here)  # and stays there, for worker processes
     top = module_name.partition(".")[0]
     if not top or importlib.util.find_spec(top) is None:
         raise ValueError(

@@ -148,7 +148,8 @@ def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
             "a vocab above 256 needs tokenizers: pip install 'esper-kernels[text]'"
         ) from error
     path = cache / f"bpe-{vocab}-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:16]}.json"
-    with suppress(Exception):  # not cached yet, or damaged: the package raises no narrower error
+    # not cached yet, or damaged; the package raises only this general error
+    with suppress(Exception):
         return Tokenizer.from_file(str(path))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
@@ -162,7 +163,8 @@ def load_tokenizer(texts: Sequence[str], vocab: int, cache: Path) -> Any:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             tokenizer.save(str(Path(scratch, "whole")))
-            os.replace(Path(scratch, "whole"), path)  # atomic: nobody reads half a file
+            # atomic, so that no other process reads half a file
+            os.replace(Path(scratch, "whole"), path)
     except OSError as error:
         raise ValueError(
             f"cannot write a tokenizer to {cache}: {error}; give another directory as data"

@@ -1,4 +1,5 @@
-"""Generated data for tests and first tries: noisy patterns, and sequences of a Markov chain."""
+"""Generated data for tests and first experiments: noisy patterns, and sequences of a Markov
+chain."""
 
 import torch
 from torch import Tensor

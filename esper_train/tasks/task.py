@@ -44,7 +44,7 @@ class Splits:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What to learn, and with which host network."""
+    """The data and type of a problem, and the host network that learns it."""
 
     name: str
     """What `config.json` and reports call it; without a colon or slash."""

@@ -1,4 +1,4 @@
-"""What a run reports: a few kinds of event, each a record of plain values. `run.records` makes
+"""The events that a run reports: a few kinds, each a record of plain values. `run.records` makes
 them from results."""
 
 import json

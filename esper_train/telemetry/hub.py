@@ -65,12 +65,12 @@ class TelemetryHub(PlainState):
     def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # no error of a sink may end the training that it reports on
-            with suppress(OSError, ValueError):  # standard error may be gone as well
+        except Exception as error:  # an error of a sink must not end the training
+            with suppress(OSError, ValueError):  # standard error may have failed as well
                 print(
                     f"telemetry: {type(sink).__name__} failed and is left out: {error}",
                     file=sys.stderr,
                 )
             self._sinks.remove(sink)
-            with suppress(Exception):  # the fault has been reported
+            with suppress(Exception):  # the first error has been reported
                 sink.close()

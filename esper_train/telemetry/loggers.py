@@ -26,7 +26,7 @@ class TensorBoardSink:
                 self._writer.add_scalar(name, value, event.epoch)
         else:
             self._writer.add_text(words_name(event), describe(event), event.epoch)
-        self._writer.flush()  # so that a kill loses no event
+        self._writer.flush()  # so that no event is lost when the process is killed
 
     def close(self) -> None:
         self._writer.close()
@@ -67,7 +67,7 @@ def logger_makers(config: TelemetryConfig) -> list[Callable[[Path, int | None], 
         board = _imported("torch.utils.tensorboard", "tensorboard")
 
         def tensorboard_sink(directory: Path, done: int | None) -> Sink:
-            # first epoch that is reported again; None or 0 if there is no old record to keep
+            # first epoch that is reported again; None or 0 where there is no earlier record
             first = done + 1 if done else done
             return TensorBoardSink(
                 board.SummaryWriter(str(directory / "tensorboard"), purge_step=first)
@@ -104,7 +104,7 @@ def words_name(event: Event) -> str:
 
 
 def _wandb_id(directory: Path, *, anew: bool) -> str:
-    """The name by which W&B knows a run, also when it is resumed; a new run gets a new one."""
+    """The id of the run at W&B, which a resumed run keeps; a new run gets a new one."""
     path = directory / "wandb" / "run-id.txt"
     if anew or not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -113,7 +113,8 @@ def _wandb_id(directory: Path, *, anew: bool) -> str:
 
 
 def numbers(data: Mapping[str, Any], where: str = "") -> dict[str, float]:
-    """Every number in the data of an event, by its path; items of a list go by their slot."""
+    """Every number in the data of an event, by its path; items of a list are named by their
+    slot."""
     found: dict[str, float] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):

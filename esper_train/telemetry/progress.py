@@ -40,7 +40,7 @@ class ProgressSink:
 
     def write(self, event: Event) -> None:
         if event.type is EventType.EPOCH and self._task is not None:
-            words = [  # the end of the line may be cut off
+            words = [  # what is last in the line is cut off first
                 describe_measures("validation", event.data),
                 describe_slots(event.data),
                 describe_measures("train", event.data),

@@ -9,7 +9,7 @@ from esper_train.telemetry.event import Event, EventType
 
 
 class Sink(Protocol):
-    """What a hub gives its events to, one by one."""
+    """Receives the events of a hub, one by one."""
 
     def write(self, event: Event) -> None: ...
 
@@ -40,7 +40,7 @@ class ConsoleSink:
         print(describe(event), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the stream open: the sink did not open it."""
+        """Leave the stream open, because the sink did not open it."""
 
 
 def describe_epoch(data: Mapping[str, Any]) -> str:
@@ -60,7 +60,7 @@ def describe_slots(data: Mapping[str, Any]) -> str:
 
 
 def _percent(part: Mapping[str, Any] | None, name: str, form: str) -> str:
-    """The accuracy among some measures, after its name; empty where there is none."""
+    """The accuracy in some measures, after its name; empty where there is none."""
     accuracy = None if part is None else part["accuracy"]
     return "" if accuracy is None else f"{name}{accuracy:{form}}%"
 

@@ -23,7 +23,7 @@ class LossScaler:
         self._good_steps = torch.zeros((), dtype=torch.int32, device="cpu")
 
     def to(self, device: torch.device) -> None:
-        """Move the state to `device`, where it is not there yet."""
+        """Move the state to `device`, if it is elsewhere."""
         self.scale = self.scale.to(device)
         self._good_steps = self._good_steps.to(device)
 
@@ -42,6 +42,6 @@ class LossScaler:
         return {"scale": self.scale.clone(), "good_steps": self._good_steps.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         self.scale.copy_(state["scale"])
         self._good_steps.copy_(state["good_steps"])

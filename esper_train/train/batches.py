@@ -69,10 +69,10 @@ def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def read_batch(batch: object) -> Batch:
-    """Inputs and targets of a pair (inputs, targets), or of a dict, whose targets have one of the
-    names in `TARGET_KEYS` and whose other values are the inputs, as a dict.
+    """Inputs and targets of a pair (inputs, targets), or of a dict.
 
-    Raises `TypeError`, which says what came, for anything else.
+    In a dict the targets have one of the names in `TARGET_KEYS`, and the other values are the
+    inputs, as a dict. Raises `TypeError` for anything else.
     """
     if isinstance(batch, (tuple, list)):
         if len(batch) == 2 and batch[0] is not None and batch[1] is not None:
@@ -90,7 +90,7 @@ def read_batch(batch: object) -> Batch:
 
 
 def read_by(read: ReadBatch, batch: object) -> Batch:
-    """What the caller's own function makes of a batch."""
+    """What the caller's own function returns for a batch."""
     found: object = read(batch)
     if not isinstance(found, tuple) or len(found) != 2:
         raise TypeError(
@@ -111,7 +111,7 @@ def moved(nest: Any, device: torch.device | None, copy: bool = False) -> Any:
         if device is None or (nest.device == device and not copy):
             return nest
         return nest.to(device, non_blocking=True, copy=copy)
-    if hasattr(nest, "to") and not isinstance(nest, Mapping):  # a PackedSequence, for one
+    if hasattr(nest, "to") and not isinstance(nest, Mapping):  # such as a PackedSequence
         return nest if device is None else nest.to(device, non_blocking=True)
     return _rebuilt(nest, partial(moved, device=device, copy=copy))
 
@@ -151,7 +151,7 @@ def _rebuilt(nest: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def described(batch: object) -> str:
-    """What a batch or an output is, in words for an error."""
+    """A batch or an output in words, for an error."""
     kind = type(batch).__name__
     if isinstance(batch, (tuple, list)):
         return f"a {kind} ({', '.join(type(part).__name__ for part in batch)})"

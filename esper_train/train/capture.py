@@ -31,8 +31,8 @@ OTHER_SHAPE = "another shape than the first batch"
 
 
 class CudaGraphs:
-    """All that depends on CUDA. One stream serves warm-up and capture, for what libraries keep by
-    stream."""
+    """Everything that depends on CUDA. One stream serves warm-up and capture, because libraries
+    keep memory by stream."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -49,13 +49,13 @@ class CudaGraphs:
         try:
             with torch.cuda.stream(self._stream):
                 work()
-        finally:  # whoever saves what is left reads it on the callers' stream
+        finally:  # whoever saves the state afterwards reads it on the caller's stream
             callers.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
-        """Capture the work without doing it, and give what does it.
+        """Capture the work without doing it, and return what does it.
 
-        Where the capture fails, the process can go on, or the error has a note that it cannot.
+        After a failed capture the process can go on, or the error has a note that it cannot.
         """
         try:
             return self._capture(work)
@@ -75,8 +75,8 @@ class CudaGraphs:
         return graph.replay
 
     def _end_failed_capture(self, error: Exception) -> None:
-        """Capture something that succeeds: torch's generator otherwise stays in the capture that
-        failed."""
+        """Capture something that succeeds, because torch's generator stays in the failed capture
+        otherwise."""
         device = self._stream.device
 
         def fill() -> None:
@@ -88,7 +88,7 @@ class CudaGraphs:
             torch.rand((), device=device)
             torch.cuda.set_rng_state(state, device)
             torch.cuda.synchronize(device)
-        except Exception as remaining:  # torch raises various kinds here
+        except Exception as remaining:  # torch raises various exceptions here
             error.add_note(
                 f"CUDA is not usable after the failed capture ({remaining}): restart the process"
             )
@@ -100,7 +100,7 @@ class Capture:
     def __init__(self, graphs: CudaGraphs) -> None:
         self._graphs = graphs
         self._device: torch.device | None = None
-        # what the graphs hold for, once an epoch ended well
+        # the conditions under which the graphs are valid, once an epoch ended well
         self._kept: tuple[object, ...] | None = None
 
     def begin(
@@ -146,11 +146,11 @@ class Capture:
                 # a gradient of 0 would decay the weights of what has no part in the step
                 p.grad = None
             self._steps: Any = make()
-            self._replays: dict[bool, Work] = {}  # by whether the step measures
+            self._replays: dict[bool, Work] = {}  # keyed by whether the step measures
             self._warm: Counter[bool] = Counter()
-            self._held: list[Batch] = []  # of a step, where its graphs find them
+            self._held: list[Batch] = []  # of a step, at the addresses in its graphs
             self._form: object = None  # of these batches
-            self._memory: list[Tensor] = []  # of the run, that graphs use: nobody else may get it
+            self._memory: list[Tensor] = []  # memory that the graphs use, so it is not reused
             self._lrs = [group["lr"] for group in self._groups]
             self._rates = [
                 torch.full((), lr, dtype=torch.float32, device=self._device) for lr in self._lrs
@@ -222,7 +222,7 @@ class Capture:
                 group.update(values)
 
     def _tensors(self) -> list[Tensor]:
-        """The run's own memory that a step uses."""
+        """The memory of the run that a step uses."""
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         states = [
             state for optimizer in self._optimizers.present() for state in optimizer.state.values()
@@ -264,7 +264,7 @@ def _require_capturable(optimizers: OptimizerRegistry) -> None:
 
 
 def _settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a captured step holds of the optimizers as plain numbers."""
+    """The settings of the optimizers that a captured step holds as plain numbers."""
     return [
         {key: value for key, value in group.items() if key not in ("params", "lr")}
         for group in groups

@@ -21,8 +21,8 @@ from esper_train.train.forward import Forward, call
 
 
 class Compiler:
-    """Calls models through programs that it compiles, until that fails and the config allows to
-    go on without.
+    """Calls models through compiled programs, until compiling fails and the config allows eager
+    calls.
 
     Raises `ValueError` for a backend or a mode that torch does not know.
     """
@@ -43,7 +43,7 @@ class Compiler:
     def call(
         self, model: nn.Module, forward: Forward, inputs: Any, arguments: Mapping[str, Any]
     ) -> Any:
-        """What the function `call` gives, from a compiled program."""
+        """The result of the function `call`, from a compiled program."""
         if self.failure is not None:
             return call(forward, inputs, arguments)
         structure = id(model), getattr(model, "structure", None)
@@ -85,9 +85,10 @@ class Compiler:
         try:
             work()
             self._proven.add(use)
-        except Exception as error:  # compilers fail in many ways; what eager fails at is raised
+        # compilers fail in many ways; what fails in eager mode too is raised
+        except Exception as error:
             if self.failure is not None:
-                raise  # it was the eager forward that failed
+                raise  # the eager forward failed
             before.restore()
             self._give_up(error)
             try:
@@ -101,8 +102,8 @@ class Compiler:
         self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
     def program(self) -> Forward:
-        """A compiled call of a forward that shares nothing with another: torch keeps what it
-        compiled by code object, limits how often, and goes on eagerly beyond."""
+        """A compiled call of a forward with a code object of its own: torch keeps compiled programs
+        by code object, limits their number, and runs eagerly beyond it."""
         c = self._config
         function = _call_unbroken if c.error_on_graph_break else call
         own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -112,7 +113,7 @@ class Compiler:
 
 
 class _Before:
-    """What a batch changes, as it was: gradients, running statistics and counts."""
+    """A copy of what a batch changes: gradients, running statistics and counts."""
 
     def __init__(self, model: nn.Module, meter: Meter) -> None:
         gradients = [(p, p.grad) for p in model.parameters()]

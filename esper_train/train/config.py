@@ -45,8 +45,8 @@ class AmpConfig(Settings, table="train.amp."):
     dtype: Literal["bfloat16", "float16", None] = None
     """"bfloat16" or "float16"; None computes in the model's own."""
     init_scale: Positive = 65536.0
-    """Of the loss, in float16. It halves after a step with NaN or Inf gradients, which is
-    skipped."""
+    """The first scale of the loss, in float16. It halves after a step with NaN or Inf gradients,
+    which is skipped."""
     growth_interval: Count = 2000
     """Steps without any after which the scale doubles."""
 
@@ -68,7 +68,7 @@ class GradConfig(Settings, table="train.grad."):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings, table="train."):
-    """What the epoch loop obeys, the same for every way of training."""
+    """Settings of the epoch loop, the same for every way of training."""
 
     kernel: KernelConfig = field(default_factory=KernelConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)

@@ -1,4 +1,4 @@
-"""Batches of tensors in memory, on the model's device or from worker processes."""
+"""Batches from tensors in memory, made on the model's device or by worker processes."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard
@@ -30,7 +30,7 @@ class Loader:
     """Batches (inputs, targets) of a split, the ragged last one included, for a model on `device`.
 
     `shuffle` gives the order, another one each epoch; nothing else draws from it. Without workers
-    the tensors are indexed where they are, one operation a batch: on a CUDA device, unless they
+    the tensors are indexed where they are, one operation per batch: on a CUDA device, unless they
     would take more than half of what is free there. Otherwise a `DataLoader` makes the same
     batches, in pinned memory for a CUDA device.
     """
@@ -58,7 +58,7 @@ class Loader:
             and sum(part.nbytes for part in split) <= torch.cuda.mem_get_info(device)[0] // 2
         ):
             self._split = split[0].to(device), split[1].to(device)
-        elif cuda or workers:  # its own generator, so that it does not draw from torch's global one
+        elif cuda or workers:  # a generator of its own, so that torch's global one is not used
             data = TensorDataset(*split)
             own = torch.Generator()
             self._loader = WorkerLoader(data, self._order, workers, pin_memory=cuda, generator=own)

@@ -1,4 +1,4 @@
-"""What is raised when a run or an epoch cannot go on because of its numbers."""
+"""The errors of a run or an epoch that cannot go on because of its numbers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Several epochs of a model of one's own: train, validate, say what came of it."""
+"""Several epochs of a user's model: train, validate, and return the results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from esper_train.train.step import build_train_step
 
 @dataclass(frozen=True, kw_only=True)
 class EpochEnd:
-    """What `on_epoch` is called with after each epoch."""
+    """The argument of `on_epoch`, after each epoch."""
 
     number: int
-    """Of the epoch, from 1."""
+    """The number of the epoch, from 1."""
     train: EpochResult
     validation: EvalResult | None
     """None where no validation data were given."""

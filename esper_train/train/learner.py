@@ -1,4 +1,4 @@
-"""What learns beside a network, from the same batches, without the network noticing.
+"""A learner: parameters that learn beside a network, from the same batches, without changing it.
 
 `step` makes a learner's pass after a batch's backward; `loop` steps its optimizers apart.
 """

@@ -143,7 +143,7 @@ def _train(
     max_batches: int | None,
     on_step: Callable[[StepEnd], object] | None,
 ) -> OptimizerSteps:
-    """Train on every batch; what the steps added up is still on the device."""
+    """Train on every batch; the sums of the steps stay on the device."""
     device = _device(model)
     for scaler in (step.scaler, *(learner.scaler for learner in learners)):
         if scaler is not None:
@@ -186,12 +186,10 @@ def _training_to_read(
     device: torch.device,
     watch: Stopwatch,
 ) -> Launched[EpochResult]:
-    """What an epoch's steps added up."""
+    """The sums of an epoch, not read yet."""
     counts = step.loss.counts
     backend = step.backend(device)
     capture = step.capture if config.capture else None
-    replayed = capture.replayed if capture else 0
-    not_replayed = dict(capture.eager) if capture else {}
 
     def result(read: Sequence[Any]) -> EpochResult:
         meter, units = steps.results(read)
@@ -207,8 +205,8 @@ def _training_to_read(
             backend=backend,
             compiled=step.compiled,
             compile_failure=step.compile_failure,
-            replayed=replayed,
-            not_replayed=not_replayed,
+            replayed=capture.replayed if capture else 0,
+            not_replayed=dict(capture.eager) if capture else {},
         )
 
     strict = config.on_bad_numbers == "stop"
@@ -249,15 +247,10 @@ def evaluate(
     """
     _require(config, TrainConfig, "config")
     step = _step(step, task_type, config, criterion, forward, batch)
-    return launch_evaluation(
-        model,
-        loader,
-        config,
-        step=step,
-        max_batches=max_batches,
-        variants=variants,
-        scopes=scopes,
-    ).read()
+    launched = launch_evaluation(
+        model, loader, config, step=step, max_batches=max_batches, variants=variants, scopes=scopes
+    )
+    return launched.read()
 
 
 def launch_evaluation(

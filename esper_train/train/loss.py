@@ -1,4 +1,4 @@
-"""What a batch loses and counts, by task type and criterion: the fused op with its options, torch's
+"""Loss and counts of a batch, by task type and criterion: the fused op with its options, torch's
 own op for soft targets, or a criterion of the caller's own. `step` asks; nothing here calls a
 model."""
 
@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
 
 
 def criterion_options(criterion: Criterion | None) -> Options | None:
-    """The options of the fused op that do what the criterion does; None where it cannot.
+    """The options with which the fused op does what the criterion does; None where it cannot.
 
     Only an `nn.CrossEntropyLoss` itself is read: a subclass, hooks or a replaced `forward` may
     compute something else.
@@ -198,14 +198,15 @@ class Loss:
         record_loss(loss, self.classes_last(logits), self._labels(logits, targets), meter)
 
     def measure(self, logits: Tensor, targets: Tensor, meter: Meter) -> None:
-        """Loss and counts of a batch that the fused op serves, without a gradient, into the
-        meter."""
+        """Add loss and counts of a batch that the fused op serves to the meter, without a
+        gradient."""
         targets = self.within(targets, self.classes(logits), meter)
         logits = self.classes_last(logits)
         cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self.options)
 
     def right(self, logits: Tensor, targets: Any) -> Tensor:
-        """Which targets are predicted: bool [...], of the targets' shape; [0] without classes."""
+        """Which rows are predicted correctly: bool [...], of the targets' shape; [0] without
+        classes."""
         if not self.counts:
             return torch.zeros(0, dtype=torch.bool, device=logits.device)
         best = logits.max(self._class_dim)
@@ -225,7 +226,7 @@ class Loss:
         if meter is not None:
             counts = meter.on_device()
             counts["bad_targets"] += bad.sum()
-            counts["ignored"] -= bad.sum()  # the op is about to add them
+            counts["ignored"] -= bad.sum()  # the op adds to them next
         return targets.long().masked_fill(bad, ignored)
 
     def divisor(self, targets: Sequence[Any]) -> Divisor | None:
@@ -247,7 +248,7 @@ class Loss:
         def weight_of_rows(t: Tensor, classes: int) -> Tensor:
             if t.is_floating_point():
                 return t.new_full((), t.numel() // classes)
-            t = t.long()  # -100 is another number in uint8
+            t = t.long()  # uint8 cannot hold -100
             valid = (t != ignored) & (t >= 0) & (t < classes)
             if weight is None:
                 return valid.sum()

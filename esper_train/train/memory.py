@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a gradient is written: over the logits, into `out`, or, with neither, into new
+    """Where the gradient is written: over the logits, into `out`, or, with neither, into new
     memory."""
 
     inplace: bool = False
@@ -32,14 +32,14 @@ class GradientMemory:
 
         Args:
             logits: the values of the model's output, as `detach` gives them. The caller must have
-                given up the output itself: then whoever still holds the memory (autograd, which
-                saved it for the backward pass; a hook; the model; a parameter) is somebody else.
+                given up the output itself: then any holder that is left is somebody else: autograd,
+                which saved it for the backward pass; a hook; the model; a parameter.
 
         Returns:
             Over the logits where nobody else holds their memory; otherwise a workspace, which is
             made anew if somebody, such as a hook that stores gradients, still holds the last one.
-            New memory on devices whose allocator hands out memory for nothing, and for logits that
-            are not contiguous.
+            New memory on devices whose allocator makes that free, and for logits that are not
+            contiguous.
         """
         if not logits.is_cpu or not logits.is_contiguous():
             return Destination()

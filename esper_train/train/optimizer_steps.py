@@ -1,4 +1,4 @@
-"""The steps of an epoch's optimizers, and what they add up on the device until its end."""
+"""The steps of an epoch's optimizers, and the sums that they keep on the device until its end."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ class OptimizerSteps:
     """One call per optimizer step: forward and backward of its batches, gradient statistics, and
     the step itself.
 
-    A captured step finds all of this where it was, so it serves for more than one epoch then.
+    Under capture all of this stays at its addresses, so the object then serves for several epochs.
     """
 
     def __init__(

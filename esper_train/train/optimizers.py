@@ -1,5 +1,5 @@
-"""One optimizer a group: the host's, and one for each slot, attached and detached as seeds come and
-go."""
+"""One optimizer per group: the host's, and one for each slot, attached and detached as seeds come
+and go."""
 
 import inspect
 import math
@@ -108,17 +108,17 @@ class OptimizerRegistry:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
     def advance(self, each: str) -> None:
-        """Step the schedules after a "step" or an "epoch", if that is when they do; one at its end
-        stays there."""
+        """Step the schedules after a "step" or an "epoch", if `schedule_each` says so; a finished
+        one stays at its end."""
         if each == self._schedule_each:
             for schedule in self._schedules.values():
                 if schedule.last_epoch < _length(schedule):
                     schedule.step()
 
     def fit_schedules(self, config: ScheduleConfig, left: int) -> None:
-        """Let every schedule end after `left` more changes of the rate, where it would not.
+        """Let every schedule end after `left` more changes of the rate.
 
-        For a run that is resumed with another length: the rate is then that of a schedule which
+        For a run that is resumed with another length: its rates are then those of a schedule that
         had this length from the start.
         """
         for group, schedule in self._schedules.items():
@@ -138,8 +138,8 @@ class OptimizerRegistry:
         return states
 
     def return_momentum(self, group: str, state: Mapping[str, Any]) -> None:
-        """Give a group's optimizer what it knew of its parameters in an earlier `state_dict`;
-        learning rates and schedules stay where they are."""
+        """Restore what a group's optimizer knew of its parameters in an earlier `state_dict`;
+        learning rates and schedules stay as they are."""
         optimizer = self._optimizers[group]
         if optimizer is not None:
             groups = optimizer.state_dict()["param_groups"]
@@ -193,10 +193,10 @@ def make_schedule(
     With `done`, the optimizer must have had a schedule of this kind before.
     """
     lr = optimizer.defaults["lr"]
-    last = done - 1  # torch takes one step when it makes a schedule
+    last = done - 1  # making a schedule takes one step of it
     if config.kind == "cosine":
         cosine = CosineAnnealingLR(optimizer, total, eta_min=config.final * lr, last_epoch=last)
-        if done:  # torch derives each rate from the one before, which was another schedule's
+        if done:  # torch computes each rate from the one before, which came from another schedule
             cosine._last_lr = cosine._get_closed_form_lr()
             for group, rate in zip(optimizer.param_groups, cosine._last_lr, strict=True):
                 group["lr"] = rate

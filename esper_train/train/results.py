@@ -1,4 +1,4 @@
-"""What the loop gives back: loss and counts of a pass, and what an epoch was like."""
+"""The results of the loop: loss and counts of a pass, and the other measurements of an epoch."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ class Measures:
 
     @property
     def points(self) -> float:
-        """The accuracy in percentage points, as gates and controllers take it; NaN for a
+        """The accuracy in percentage points, as gates and controllers use it; NaN for a
         regression."""
         return math.nan if self.accuracy is None else 100.0 * self.accuracy
 
@@ -94,7 +94,7 @@ class EvalResult(Measures):
     """The same data under each variant's alpha."""
 
     def contribution(self, variant: str) -> float | None:
-        """Percentage points of accuracy that the variant lacks; None where it was not measured."""
+        """Percentage points of accuracy that the variant lost; None where it was not measured."""
         without = self.variants.get(variant)
         if without is None or without.accuracy is None:
             return None
@@ -103,10 +103,10 @@ class EvalResult(Measures):
 
 @dataclass(frozen=True, kw_only=True)
 class StepEnd:
-    """What `on_step` is called with after each optimizer step."""
+    """The argument of `on_step`, after each optimizer step."""
 
     number: int
-    """Of the step within the epoch, from 1."""
+    """The number of the step within the epoch, from 1."""
     counts: bool = field(repr=False)
     meter: Meter = field(repr=False, compare=False)
 

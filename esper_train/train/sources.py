@@ -1,6 +1,6 @@
-"""Where a run's batches come from: tensors in memory, a data set, or a loader of the user's own.
+"""Where a run's batches come from: tensors in memory, a data set, or a user's loader.
 
-`make_source` chooses; the run iterates over what it gives, once per epoch, and saves its state.
+`make_source` chooses; the run iterates over the source once per epoch, and saves its state.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -32,7 +32,7 @@ SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRando
 
 
 class Source(Protocol):
-    """The batches of one split. The state is where its random numbers and its data stand between
+    """The batches of one split. Its state is the position of its random numbers and data between
     two epochs."""
 
     inexact: str | None
@@ -42,7 +42,7 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
     def length(self) -> int | None:
-        """Batches per epoch; None where only the end tells."""
+        """Batches per epoch; None where that is not known in advance."""
 
     def example(self) -> Any:
         """A batch, without any change to the batches that follow."""
@@ -77,7 +77,7 @@ def make_source(
 
 
 class _Stateless:
-    """What draws only from the run's own random numbers: nothing to save, and exact."""
+    """A source that draws only from the run's random numbers: exact, with nothing to save."""
 
     inexact: str | None = None
 
@@ -122,7 +122,7 @@ class DatasetSource(_Stateless):
         self._shuffle = shuffle
         self._batches = _SeededBatches(data)
         self._order: list[tuple[int, list[int]]] = []
-        # its own generator, so that it does not draw from torch's global one
+        # a generator of its own, so that torch's global one is not used
         self._loader = WorkerLoader(
             self._batches,
             self._order,
@@ -164,7 +164,7 @@ class _SeededBatches(Dataset[Any]):
 
 
 class LoaderSource:
-    """A loader of the user's own, as it is.
+    """A user's loader, used as it is.
 
     With `state_dict` and `load_state_dict`, as torchdata's `StatefulDataLoader` has, these are its
     state once it has begun; before, it is as it was made. Of torch's `DataLoader` over a map-style
@@ -178,7 +178,7 @@ class LoaderSource:
         self._guarded = GuardedLoader(loader)
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self._begun = False
-        self._loaded: Mapping[str, Any] = {}  # what it is to begin from
+        self._loaded: Mapping[str, Any] = {}  # the state to begin from
         self.inexact = None if self._stateful else _why_inexact(loader)
 
     def __iter__(self) -> Iterator[Any]:
@@ -273,7 +273,7 @@ class ReadSource:
         return self._source.length()
 
     def example(self) -> Batch:
-        """A batch that was not augmented."""
+        """A batch before it is augmented."""
         return self._on_device(self._source.example())
 
     def state_dict(self) -> dict[str, Any]:

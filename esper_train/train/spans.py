@@ -11,7 +11,7 @@ Span = AbstractContextManager[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Spans:
-    """What is entered around each part of the work, once per batch or more often."""
+    """Context managers around each part of the work, entered once per batch or more often."""
 
     data: Span
     forward: Span
@@ -32,8 +32,8 @@ class Spans:
 def no_spans() -> Spans:
     """Spans that do nothing.
 
-    Each is one reentrant lock, owned by the step, which only one thread enters: it is entered
-    without a call of Python code, unlike `contextlib.nullcontext`, of which a batch would make 18.
+    Each is one reentrant lock, owned by the step and used by one thread: entering it runs no Python
+    code, unlike the 18 `contextlib.nullcontext` that a batch would make.
     """
     nothing = threading.RLock()
     return Spans.made(lambda name: nothing)

@@ -139,7 +139,7 @@ class TrainStep:
             self._logits_dtype = logits.dtype
         if not logits.requires_grad:
             raise _without_gradient()
-        # of a fused batch nothing more is asked
+        # a fused batch needs nothing more
         fused = loss.own is None and not targets.is_floating_point()
         if not fused and not loss.is_fused(logits, targets):
             self._learn_by_criterion(logits, targets, meter, divisor, scale, parameters)
@@ -149,7 +149,7 @@ class TrainStep:
             values = logits.detach()
             if loss.is_dense:
                 values = loss.classes_last(values)
-            del logits  # whoever still holds this memory now is not this step
+            del logits  # this step no longer holds the memory, so any holder is somebody else
             classes = values.shape[-1]
             destination = self._memory.destination(values)
             grad = cross_entropy_step(
@@ -235,12 +235,13 @@ class TrainStep:
         alphas: Sequence[Mapping[str, float]] = (),
         scopes: Sequence[Scope] = (),
     ) -> Tensor:
-        """Forward alone, under the caller's `no_grad`: into the first meter as the model is, then
-        under each alpha, within its scope. Returns which targets were predicted by the model as it
-        is: bool, of the shape of the targets' classes; [0] for a task without classes.
+        """Forward alone, under the caller's `no_grad`: the model as it is, into the first meter,
+        then the model under each alpha, within its scope. Returns for each target whether the model
+        as it is predicts it: bool, of the shape of the targets' classes; [0] for a task without
+        classes.
 
-        What a model keeps of the first pass (`forward_keeping`) is not computed again for the
-        others: each begins at the first slot that its alpha names.
+        Later passes begin at the first slot that their alpha names, from what the model kept of the
+        first pass (`forward_keeping`).
         """
         keeping: Forward | None = None
         if alphas and self.forward is None:
@@ -256,7 +257,7 @@ class TrainStep:
             del output
         self._measure(logits, targets, meters[0])
         right = self.loss.right(logits, targets)
-        del logits  # the next ones can have its memory
+        del logits  # its memory is free for the next ones
         for alpha, scope, meter in zip(
             alphas, scopes or [nullcontext] * len(alphas), meters[1:], strict=True
         ):
@@ -329,11 +330,11 @@ class TrainStep:
         return self._compiler is not None and self._compiler.failure is None
 
     def state_dict(self) -> dict[str, Any]:
-        """What it carries from step to step: the loss scaler's state, if it has one."""
+        """The state that lasts over steps: that of the loss scaler, if there is one."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         if self.scaler is not None and state_dict:  # a resumed run may change its precision
             self.scaler.load_state_dict(state_dict)
 

@@ -24,5 +24,7 @@ STABLE_TORCH_LIBRARY(esper_shim, m) {
 STABLE_TORCH_LIBRARY_IMPL(esper_shim, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy_op<esper::Cuda>));
   m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward_op<esper::Cuda>));
+  m.impl("token_logprobs", TORCH_BOX(&esper::token_logprobs_op<esper::Cuda>));
+  m.impl("token_logprobs_backward", TORCH_BOX(&esper::token_logprobs_backward_op<esper::Cuda>));
   m.impl("grad_stats", TORCH_BOX(&esper::grad_stats_op<esper::Cuda>));
 }

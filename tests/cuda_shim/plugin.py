@@ -33,7 +33,13 @@ class _Op:
 
 class _Ops:
     def __init__(self) -> None:
-        for name in ("cross_entropy", "cross_entropy_backward", "grad_stats"):
+        for name in (
+            "cross_entropy",
+            "cross_entropy_backward",
+            "token_logprobs",
+            "token_logprobs_backward",
+            "grad_stats",
+        ):
             setattr(self, name, _Op(name))
 
 

@@ -13,7 +13,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is passed to the loop, and what plain PyTorch makes of the same batches."""
+    """The arguments of the loop, and the same training in plain PyTorch."""
 
     task_type: str
     model: Callable[[], nn.Module]

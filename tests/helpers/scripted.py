@@ -22,7 +22,7 @@ from esper_train.run.checkpoint import Checkpoints
 from esper_train.run.episode import Episode
 from esper_train.run.run import run_episode
 
-# a seed's whole life in few epochs: every threshold that asks for a gain is taken away
+# a seed's whole life in few epochs: no threshold asks for a gain
 EASY = GrowthConfig(
     window=1,
     training_min_epochs=3,

@@ -79,7 +79,7 @@ def features(seed: int = 0) -> Tensor:
 
 
 def snapshot(slot: SeedSlot) -> tuple[Any, ...]:
-    """All that a refused request must leave alone."""
+    """Everything that a refused request must leave alone."""
     parameters = {
         name: (p.detach().clone(), p.requires_grad) for name, p in slot.named_parameters()
     }
@@ -102,7 +102,7 @@ def observe(
     ratio: float | None = None,
     potential: tuple[float, float] | None = None,
 ) -> None:
-    """Tell a slot of an epoch."""
+    """Give a slot the measurements of an epoch."""
     gain, loss = potential or (None, None)
     slot.observe(
         Measurement(

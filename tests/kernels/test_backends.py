@@ -241,6 +241,7 @@ def test_info_has_a_row_for_every_op_device_and_dtype() -> None:
     assert len(rows) == len(facts.choices) == len(OPS) * 4 * 4
     assert rows["cross_entropy", "cpu", "float32"].backend == "cpp"
     assert rows["cross_entropy", "cpu", "float64"].backend == "eager"
+    assert rows["token_logprobs", "cpu", "bfloat16"].backend == "cpp"
     assert rows["grad_stats", "mps", "float32"].backend is None
 
 

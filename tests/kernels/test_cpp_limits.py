@@ -15,7 +15,8 @@ from esper_kernels.testing import plain_torch_cross_entropy, relative_error
 
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 CONFIGS = [KernelConfig(backend="cpp", instruction_set=name) for name in INSTRUCTION_SETS]
-# A lane a row up to 32 classes; chunks of 1024, 2048 or 4096; exponentials kept up to 65536.
+# One lane per row up to 32 classes; chunks of 1024, 2048 or 4096; exponentials are kept up to
+# 65536.
 CLASSES = [around + by for around in (16, 32, 1024, 2048, 4096, 65536) for by in (-1, 0, 1)]
 
 
@@ -205,7 +206,7 @@ def test_info_names_the_instruction_sets_of_this_machine() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.instruction_set)
 @pytest.mark.parametrize("shape", [(4, 10, 3), (2, 40, 3, 5), (3, 5000, 2)], ids=str)
 def test_classes_in_the_second_dimension(shape: tuple[int, ...], config: KernelConfig) -> None:
-    """As torch has them: moved to the end, they lie apart, and a copy is made."""
+    """Torch's layout: classes that are moved to the end are not contiguous, so they are copied."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(shape, generator=generator, requires_grad=True)
     targets = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)

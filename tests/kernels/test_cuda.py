@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import cuda_resources
-from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats, native
+from esper_kernels import (
+    KernelConfig,
+    Meter,
+    cross_entropy,
+    cross_entropy_step,
+    grad_stats,
+    native,
+    token_logprobs,
+)
 from esper_kernels.testing import (
     assert_no_worse_than_eager,
     plain_torch_cross_entropy,
@@ -32,8 +40,8 @@ from tests.cuda_shim.build import ROOT, SANITIZERS, build, load
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EAGER = KernelConfig(backend="eager")
 CPP = KernelConfig(backend="cpp")
-# Multiprocessors, bytes of shared memory a block, architecture: rows whole in a block; in clusters;
-# read twice.
+# Multiprocessors, bytes of shared memory per block, architecture. Rows lie whole in a block, or in
+# a cluster, or are read twice.
 DEVICES = {"whole": (3, 227 << 10, 9), "clusters": (16, 6000, 9), "twice": (2, 2000, 8)}
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
 
@@ -277,6 +285,53 @@ def test_more_k_than_a_launch_counts_are_refused(device: Device) -> None:
         cross_entropy_step(logits, targets, Meter("cpu", topk=range(1, 18)), config=CPP)
 
 
+def logprob_results(
+    logits: Tensor, targets: Tensor, config: KernelConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies, and the gradient of a sum of both."""
+    leaf = logits.detach().requires_grad_()
+    results = token_logprobs(leaf, targets, temperature=0.7, entropy=True, config=config)
+    weights = [torch.linspace(-1.0, 2.0, len(targets)) + shift for shift in (0.0, 0.5)]
+    (grad,) = torch.autograd.grad(
+        results, leaf, [w.to(r.dtype) for w, r in zip(weights, results, strict=True)]
+    )
+    return *(r.detach() for r in results), grad
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probabilities_of_rows_of_every_kind_agree_with_float64(
+    device: Device, dtype: torch.dtype, backwards: bool
+) -> None:
+    device("twice", backwards)
+    for v in (1, 9, 257, 1024, 1025, 3001):
+        logits, targets = arguments(5, v, dtype, seed=v)
+        odd = torch.nn.functional.pad(logits, (1, 2))[:, 1:-2]  # rows begin and end anywhere
+        truth = logprob_results(logits.double(), targets, EAGER)
+        eager = logprob_results(logits, targets, EAGER)
+        for actual in (logprob_results(x, targets, CPP) for x in (logits, odd)):
+            for ours, theirs, true in zip(actual, eager, truth, strict=True):
+                assert_no_worse_than_eager(ours, theirs, true)
+
+
+@pytest.mark.parametrize("v", [3, 2000])
+def test_bad_targets_have_no_log_probability_and_no_gradient(device: Device, v: int) -> None:
+    """As on a GPU, where nothing looks at the targets before."""
+    logits, _ = arguments(4, v)
+    targets = torch.tensor([-1, 1, v, -100])
+    results = [torch.empty(4), torch.empty(4), torch.empty(4, 2)]
+    torch.ops.esper.token_logprobs.default(logits, targets, -100, 1.0, 0, *results)
+    for values in results[:2]:
+        assert values.isnan().tolist() == [True, False, True, False]
+        assert values[3] == 0
+    grad = torch.full_like(logits, 7.0)
+    torch.ops.esper.token_logprobs_backward.default(
+        logits, targets, -100, 1.0, 0, *results[1:], torch.ones(4), torch.ones(4), grad
+    )
+    assert not grad[[0, 2, 3]].any()
+    assert grad[1].all()
+
+
 @pytest.mark.parametrize(
     "count", [0, 1, 111, 321, *(pytest.param(n, marks=pytest.mark.slow) for n in (771, 2241))]
 )
@@ -342,6 +397,7 @@ def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path
         "ESPER_SHIM": str(library),
     }
     names = ("cross_entropy", "cross_entropy_step", "cross_entropy_inputs", "grad_stats", "meter")
+    names += ("token_logprobs",)
     files = [f"tests/kernels/test_{name}.py" for name in names]
     for tests in (
         ["-k", "cpp", "-p", "tests.cuda_shim.plugin", *files],
@@ -371,7 +427,7 @@ def test_kernels_compile_for_gpus_without_spilling(source: str, architecture: in
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
     rows = cuda_resources.resources(source, architecture)
-    assert len(rows) == {"cross_entropy": 25, "grad_stats": 2}[source]
+    assert len(rows) == {"cross_entropy": 25, "token_logprobs": 6, "grad_stats": 2}[source]
     for row in rows:
         assert 0 < row["registers"] <= 255, row
         assert row["spilled_bytes"] == 0, row

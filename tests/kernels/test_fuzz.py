@@ -1,4 +1,4 @@
-"""Random calls of the two CPU ops, with unusual memory layouts and every option, against float64.
+"""Random calls of the CPU ops, with unusual memory layouts and every option, against float64.
 
 Call i is drawn from the seed i alone, so `python tests/kernels/test_fuzz.py 1 I` repeats call I by
 itself. The slow test makes many calls under the address and undefined-behaviour sanitizers.
@@ -15,7 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
+from esper_kernels import (
+    KernelConfig,
+    Meter,
+    cross_entropy,
+    cross_entropy_step,
+    grad_stats,
+    token_logprobs,
+)
 from esper_kernels.native import INSTRUCTION_SETS
 from tests.helpers.builds import SANITIZERS, copy_with_ops, run_python, sanitizer_environment
 
@@ -233,6 +240,40 @@ def check_refused_call(call: LossCall, fault: str) -> None:
         assert call.out.eq(7).all()
 
 
+# --- log-probabilities ---
+
+
+def check_logprobs(r: random.Random) -> None:
+    classes = r.choice(LONG_ROWS if r.random() < 0.05 else CLASSES)
+    leading = tuple(r.choice((0, 1, 2, 3, 5, 19)) for _ in range(r.choice((0, 1, 1, 1, 2, 3))))
+    if classes > 1000:
+        leading = (r.randint(0, 3),)
+    logits = r.choice(READABLE)(draw_values(r, (*leading, classes), r.choice(DTYPES)))
+    ignore_index = r.choice((-100, 0, classes - 1))
+    targets = draw_targets(r, logits, ignore_index)
+    temperature = r.choice((0.5, 1.0, 3.0))
+    entropy = r.random() < 0.5
+    factors = [torch.randn(targets.shape) * r.choice((0, 1)) for _ in range(1 + entropy)]
+    config = KernelConfig(backend="cpp", instruction_set=r.choice(INSTRUCTION_SETS))
+    found = []
+    for x, c in ((logits, config), (logits.double(), EAGER)):
+        leaf = x.detach().requires_grad_()
+        results = token_logprobs(
+            leaf,
+            targets,
+            temperature=temperature,
+            entropy=entropy,
+            ignore_index=ignore_index,
+            config=c,
+        )
+        results = results if isinstance(results, tuple) else (results,)
+        grads = [factor.to(y.dtype) for factor, y in zip(factors, results, strict=True)]
+        found.append((*(y.detach() for y in results), *torch.autograd.grad(results, leaf, grads)))
+    for actual, true in zip(*found, strict=True):
+        rtol = max(torch.finfo(actual.dtype).eps, 3e-6)
+        torch.testing.assert_close(actual.double(), true, rtol=rtol, atol=2e-5, equal_nan=True)
+
+
 # --- gradient statistics ---
 
 
@@ -269,9 +310,11 @@ def check_call(seed: int) -> None:
     r = random.Random(seed)
     torch.manual_seed(seed)
     kind = r.random()
-    if kind < 0.25:
+    if kind < 0.2:
         check_grad_stats(r)
-    elif kind < 0.3:
+    elif kind < 0.4:
+        check_logprobs(r)
+    elif kind < 0.45:
         check_refused_call(draw_loss_call(r), r.choice(("bad target", "freed storage")))
     else:
         check_loss_call(draw_loss_call(r))

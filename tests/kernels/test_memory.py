@@ -68,7 +68,7 @@ def test_inplace_needs_less_than_a_mebibyte(
 
 
 def test_a_fresh_gradient_needs_more() -> None:
-    """The limit is one: what allocates a gradient does not get by."""
+    """The limit works: what allocates a gradient exceeds it."""
     done = run(512, 32768, "float32", "fresh")
     assert done.returncode != 0
     assert "can't allocate memory" in done.stderr

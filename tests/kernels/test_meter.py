@@ -318,6 +318,6 @@ def test_all_reduce_adds_up_two_ranks(tmp_path: Path) -> None:
         outputs = [process.communicate(timeout=50)[0].strip() for process in ranks]
     finally:
         for process in ranks:
-            process.kill()  # one that waits for a dead peer would wait for ever
+            process.kill()  # a process that waits for a dead peer would never end
     # 3 ln 2; rank 0's one row is correct, rank 1's two are not
     assert outputs == ["3 1 2 2.079442"] * 2

@@ -1,4 +1,4 @@
-"""Further tensors of users, on every backend: served as torch does, or refused by name."""
+"""More kinds of tensors, on every backend: served as torch does, or refused by name."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ T = torch.tensor([0, 1, 2, 3, 4, -100, 1, 2])
 
 
 class Tagged(Tensor):
-    """A subclass that means nothing else."""
+    """A subclass that changes nothing."""
 
 
 @pytest.mark.parametrize(

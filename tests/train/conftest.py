@@ -26,7 +26,7 @@ from tests.helpers.scripted import (
 
 @pytest.fixture(scope="session")
 def run_events() -> list[Event]:
-    """Those of a run of 12 epochs, in which a seed reaches blending and another is culled."""
+    """Events of a run of 12 epochs, in which a seed reaches blending and another is culled."""
     recorder = Recorder()
     config = RunConfig(
         task="synthetic",
@@ -39,7 +39,7 @@ def run_events() -> list[Event]:
 
 @pytest.fixture(scope="session")
 def broken_events() -> list[Event]:
-    """Those of a run that ends because its loss is not a number."""
+    """Events of a run that ends because its loss is not a number."""
     recorder = Recorder()
     config = RunConfig(
         task="synthetic", max_epochs=2, max_batches=4, optim=OptimConfig(host_lr=1e30)
@@ -51,8 +51,8 @@ def broken_events() -> list[Event]:
 
 @pytest.fixture(scope="session")
 def troubled_events() -> list[Event]:
-    """Those, at the level debug, of a run that meets a bad label in epoch 2 and goes back once, in
-    epoch 3."""
+    """Events, at the level debug, of a run that meets a bad label in epoch 2 and is rolled back
+    once, in epoch 3."""
     recorder = Recorder()
     base = RunConfig(task="synthetic", max_epochs=4, max_batches=4)
     train = TrainConfig(on_bad_numbers="rollback")

@@ -183,7 +183,7 @@ def test_task_loss_of_a_classifier() -> None:
 
 
 def test_task_loss_refuses_an_unknown_task_type() -> None:
-    """A misspelt one ran as classification."""
+    """A misspelt task type used to run as classification."""
     with pytest.raises(
         ValueError, match="unknown task type 'clasification'; perhaps 'classification'"
     ):

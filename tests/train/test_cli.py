@@ -117,7 +117,10 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
         (["heuristic", *QUICK, "--slots"], "no slots"),
         (["heuristic", *QUICK, "--policy.blueprints", "conv_lite"], "'conv_lite'"),
         (["heuristic", *QUICK, "--policy.blend", "sigmoidal"], "perhaps 'sigmoid'"),
-        (["fit", *QUICK, "--device", "cuda:42"], "device 'cuda:42' is not there; usable here: cpu"),
+        (
+            ["fit", *QUICK, "--device", "cuda:42"],
+            "device 'cuda:42' does not exist here; usable: cpu",
+        ),
         (["fit", *QUICK, "--backend", "cuda"], "cuda"),
         (["fit", *QUICK, "--sed", "3"], "--seed"),
         (["fit", "--max-batches", "0"], "max_batches must be at least 1"),

@@ -50,6 +50,16 @@ def test_the_command_needs_no_extra_to_say_what_it_is() -> None:
     assert torch.__version__ in done.stdout
 
 
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "esper_train"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"esper-train {esper_kernels.__version__}\n"
+    refused = subprocess.run([*command, "grwo"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "unknown command 'grwo'" in refused.stderr
+
+
 def test_info_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out

@@ -26,7 +26,9 @@ def loss_and_saved(
 def gradient_like(logits: Tensor) -> Tensor:
     """Contiguous memory for the gradient [..., V]."""
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    if grad.numel() > _HUGE and grad.is_cpu and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or grad.numel() <= _HUGE or not grad.is_cpu:
+        return grad
+    if hasattr(torch.ops.esper, "use_huge_pages"):  # it is not in a pure Python install
         torch.ops.esper.use_huge_pages.default(grad)
     return grad
 

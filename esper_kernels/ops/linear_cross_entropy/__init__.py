@@ -113,7 +113,7 @@ def linear_cross_entropy_step(
 
     Returns a gradient for each of hidden, weight and bias that requires grad or has memory given:
     `hidden.backward(gradients.hidden)` goes on from there. Sums over rows are float32, and are
-    rounded once to the dtype of what they are the gradient of.
+    rounded once, to the dtype of the argument or of the memory given.
     """
     options = Options(
         class_weight,

@@ -12,14 +12,14 @@ from esper_kernels.ops.cross_entropy.reference import Options
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """In which the logits are: that of autocast where it is on, as for `F.linear`."""
+    """The dtype of the logits: that of autocast where it is on, as for `F.linear`."""
     if _in_autocast(hidden) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """For products of tensors that have the dtype of the logits already."""
+    """Autocast off, for products of tensors that already have the dtype of the logits."""
     if not torch.amp.is_autocast_available(x.device.type):  # of the meta device
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)

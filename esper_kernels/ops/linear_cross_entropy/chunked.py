@@ -62,7 +62,7 @@ def run(
 
 
 def _divisor(batch: Batch, options: Options) -> Tensor:
-    """What the sum over all rows is divided by: float64 []."""
+    """The divisor of the sum over all rows: float64 []."""
     one = torch.ones((), dtype=torch.float64, device=batch.hidden.device)
     if options.reduction != "mean":
         return one

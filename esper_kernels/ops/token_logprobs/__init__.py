@@ -1,7 +1,8 @@
 """Log-probabilities of targets and entropies, from logits or from hidden states and a head: what
 policy-gradient training of language models computes for every batch.
 
-In eager torch on every device, a few rows at a time; there are no kernels of its own yet.
+`token_logprobs` reads the logits once, and once more for their gradient; `linear_token_logprobs`
+calls the same kernels for each chunk of rows. `reference` is the definition.
 """
 
 from typing import Any
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from esper_kernels import checks
+from esper_kernels.config import KernelConfig
 from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.ops.linear_cross_entropy import arguments
 from esper_kernels.ops.token_logprobs import op
 from esper_kernels.ops.token_logprobs.op import Inputs
 
 _INSTEAD = "torch.log_softmax"  # where derivatives or traces are refused
-_NUMBERS = 4  # arguments of the autograd function after the tensors: they get no gradient
 
 
 def token_logprobs(
@@ -26,31 +27,37 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
+    config: KernelConfig | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`log_softmax(logits / temperature)` at the targets, and the entropy of each row in nats.
 
-    logits: [..., V] float32, bfloat16, float16 (arithmetic in float32) or float64.
+    logits: [..., V] float32, bfloat16, float16 (arithmetic in float32) or float64 (in float64, for
+        checks). Those of -inf have probability 0; a row with NaN or inf, or of -inf alone, gives
+        NaN.
     targets: [...] int64, int32 or uint8 in [0, V), or ignore_index: such a row gives 0 and gets a
-        zero gradient. Others raise IndexError on the CPU; elsewhere their row gives NaN.
-    temperature: above 0.
+        zero gradient. Others raise IndexError on the CPU; elsewhere their row gives NaN and gets a
+        zero gradient.
+    temperature: in [2**-100, 2**100].
 
     Returns the log-probabilities [...], with `entropy` also the entropies [...], float32 (float64
-    for float64 logits); both are differentiable once. Keeps the logits for the backward pass, no
-    copy. Raises as `cross_entropy` does.
+    for float64 logits); both are differentiable once. Keeps the logits and three numbers per row
+    for the backward pass. Raises as `cross_entropy` does.
     """
     checks.refuse_transforms("token_logprobs", logits, _INSTEAD)
     checks.check_batch(logits, targets, None)
     _check_numbers(temperature, ignore_index)
     inputs = Inputs(
-        logits.reshape(targets.numel(), logits.shape[-1]),
+        logits,
         None,
         None,
-        targets.reshape(-1),
+        targets,
+        checks.choose_backend("token_logprobs", logits, config, "logits"),
         logits.dtype,
         float(temperature),
         ignore_index,
+        "auto" if config is None else config.instruction_set,
     )
-    return _shaped(_TokenLogprobs.apply(entropy, "token_logprobs", *inputs), targets)
+    return _call("token_logprobs", inputs, entropy, targets.shape)
 
 
 def linear_token_logprobs(
@@ -62,6 +69,7 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
+    config: KernelConfig | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs(F.linear(hidden, weight, bias), targets)` without the logits of the batch:
     they are computed in chunks of rows, and again in the backward pass.
@@ -73,34 +81,39 @@ def linear_token_logprobs(
         checks.refuse_transforms("linear_token_logprobs", x, _INSTEAD)
     arguments.check_linear(hidden, weight, bias)
     dtype = arguments.compute_dtype(hidden)
-    checks.check_batch(arguments.logits_stand_in(hidden, weight, dtype), targets, None)
+    logits = arguments.logits_stand_in(hidden, weight, dtype)
+    checks.check_batch(logits, targets, None)
     _check_numbers(temperature, ignore_index)
     inputs = Inputs(
         hidden.reshape(targets.numel(), hidden.shape[-1]),
         weight,
         bias,
         targets.reshape(-1),
+        checks.choose_backend("token_logprobs", logits, config, "hidden"),
         dtype,
         float(temperature),
         ignore_index,
+        "auto" if config is None else config.instruction_set,
     )
-    return _shaped(_TokenLogprobs.apply(entropy, "linear_token_logprobs", *inputs), targets)
+    return _call("linear_token_logprobs", inputs, entropy, targets.shape)
 
 
 def _check_numbers(temperature: object, ignore_index: object) -> None:
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < torch.inf:
-        raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    # In float32, logit / temperature leaves the normal numbers outside of this range.
+    checks.check_plain_number("temperature", temperature, low=2.0**-100, high=2.0**100)
+    checks.check_integer("ignore_index", ignore_index)
 
 
-def _shaped(
-    results: tuple[Tensor, Tensor | None], targets: Tensor
+def _call(
+    name: str, inputs: Inputs, entropy: bool, shape: torch.Size
 ) -> Tensor | tuple[Tensor, Tensor]:
-    logprobs, entropy = results
-    if entropy is None:
-        return logprobs.view(targets.shape)
-    return logprobs.view(targets.shape), entropy.view(targets.shape)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3]):
+        logprobs, entropies = _TokenLogprobs.apply(entropy, name, *inputs)
+    else:
+        logprobs, entropies, _ = op.forward(inputs, entropy, for_backward=False)
+    if entropies is None:
+        return logprobs.view(shape)
+    return logprobs.view(shape), entropies.view(shape)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -113,26 +126,37 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         targets: Tensor,
-        *numbers: Any,
+        *settings: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        inputs = Inputs(x, weight, bias, targets, *settings)
+        logprobs, entropies, row_sums = op.forward(inputs, entropy, for_backward=True)
         ctx.name = name
-        ctx.numbers = numbers
-        ctx.save_for_backward(x, weight, bias, targets)
-        return op.forward(Inputs(x, weight, bias, targets, *numbers), entropy)
+        ctx.settings = settings
+        ctx.save_for_backward(x, weight, bias, targets, entropies, row_sums)
+        return logprobs, entropies
 
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         checks.refuse_transforms(f"the gradient of {ctx.name}", grad_logprobs, _INSTEAD)
-        inputs = Inputs(*ctx.saved_tensors, *ctx.numbers)
+        *tensors, entropies, row_sums = ctx.saved_tensors
+        inputs = Inputs(*tensors, *ctx.settings)
         checks.check_storage("logits" if inputs.weight is None else "hidden", inputs.x)
         with torch.no_grad():
-            grads = op.backward(inputs, grad_logprobs, grad_entropy, ctx.needs_input_grad[2:5])
+            grads = op.backward(
+                inputs,
+                entropies,
+                row_sums,
+                grad_logprobs,
+                grad_entropy,
+                ctx.needs_input_grad[2:5],
+            )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            depends_on = [x for x in (*inputs[:3], grad_logprobs) if x is not None]
+            given = (*inputs[:3], grad_logprobs, grad_entropy)
+            depends_on = [x for x in given if x is not None]
             grads = tuple(
                 None if grad is None else DifferentiableOnce.apply(ctx.name, grad, *depends_on)
                 for grad in grads
             )
-        return None, None, *grads, *(None,) * _NUMBERS
+        return None, None, *grads, *(None,) * (len(Inputs._fields) - 3)

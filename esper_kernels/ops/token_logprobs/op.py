@@ -1,35 +1,46 @@
-"""Forward and backward of both forms, a few rows at a time, so that nothing of the size of the
-logits exists besides them and their gradient. `torch.compile` sees each as an op of its own."""
+"""Forward and backward of both forms: one call of the backend for logits that are given, and one
+per chunk of rows for those of a linear layer, so that the logits of the batch never exist.
+`torch.compile` sees each as an op of its own."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from esper_kernels.ops.cross_entropy.reference import classify, refuse_bad_targets
+from esper_kernels.ops.cross_entropy.memory import gradient_like
+from esper_kernels.ops.cross_entropy.reference import refuse_bad_targets
 from esper_kernels.ops.linear_cross_entropy.arguments import without_autocast
 from esper_kernels.ops.linear_cross_entropy.chunked import add_gradients, chunks
 from esper_kernels.ops.linear_cross_entropy.reference import Batch, Totals
-from esper_kernels.ops.token_logprobs import reference
+from esper_kernels.ops.token_logprobs import cpp, reference, triton
+from esper_kernels.ops.token_logprobs.reference import Options
 
-_CPU_BYTES = 1 << 20  # of float32 logits, which stay in the cache then
-_GPU_BYTES = 64 << 20
+_MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
 
 
 class Inputs(NamedTuple):
-    """x: logits [N, V], or with a weight [V, H], and a bias [V] or None, hidden [N, H].
+    """x: logits [..., V] or, with a weight [V, H] and a bias [V] or None, hidden [N, H].
 
-    dtype: of the logits. Rows with target ignore_index give 0.
+    dtype: of the logits. The last three are the fields of `reference.Options`.
     """
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    targets: Tensor  # [N]
+    targets: Tensor  # [...] or [N]
+    backend: str
     dtype: torch.dtype
     temperature: float
     ignore_index: int
+    instruction_set: str
+
+
+class Results(NamedTuple):
+    """Float32, float64 for float64 logits; None for what is not wanted."""
+
+    logprobs: Tensor  # [N]
+    entropy: Tensor | None  # [N]
+    row_sums: Tensor | None  # [N, 2], for the backward pass
 
 
 @torch.no_grad()
@@ -38,24 +49,32 @@ def _forward(
     weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor,
+    backend: str,
     dtype: torch.dtype,
     temperature: float,
     ignore_index: int,
-    logprobs: Tensor,  # [N]
-    entropy: Tensor | None,  # [N]
+    instruction_set: str,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    row_sums: Tensor | None,
 ) -> None:
-    inputs = Inputs(x, weight, bias, targets, dtype, temperature, ignore_index)
-    rows = classify(targets, _classes(inputs), ignore_index)
-    refuse_bad_targets(targets, _classes(inputs), ignore_index)
-    for chunk, logits in _chunks(inputs, _batch(inputs)):
-        for part, place in _parts(chunk, logits):
-            found = reference.forward(
-                logits[part], rows.target[place], temperature, entropy is not None
+    module = _MODULES[backend]
+    options = Options(temperature, ignore_index, instruction_set)
+    if weight is None:
+        refuse_bad_targets(targets, x.shape[-1], ignore_index)
+        module.forward(x, targets, options, logprobs, entropy, row_sums)
+        return
+    refuse_bad_targets(targets, len(weight), ignore_index)
+    with without_autocast(x):
+        for rows, logits in chunks(_batch(x, weight, bias, targets, dtype), copies=1):
+            module.forward(
+                logits,
+                targets[rows],
+                options,
+                logprobs[rows],
+                None if entropy is None else entropy[rows],
+                None if row_sums is None else row_sums[rows],
             )
-            for out, values in zip((logprobs, entropy), found, strict=True):
-                if out is not None and values is not None:
-                    values = torch.where(rows.ignored[place], 0.0, values)
-                    out[place] = torch.where(rows.bad[place], torch.nan, values)
 
 
 @torch.no_grad()
@@ -64,70 +83,54 @@ def _backward(
     weight: Tensor | None,
     bias: Tensor | None,
     targets: Tensor,
+    backend: str,
     dtype: torch.dtype,
     temperature: float,
     ignore_index: int,
+    instruction_set: str,
+    entropy: Tensor | None,
+    row_sums: Tensor,
     grad_logprobs: Tensor,  # [N]
     grad_entropy: Tensor | None,  # [N]
     grad_x: Tensor | None,  # written over
     grad_weight: Tensor | None,  # float32, added to, and so is that of the bias
     grad_bias: Tensor | None,
 ) -> None:
-    inputs = Inputs(x, weight, bias, targets, dtype, temperature, ignore_index)
-    batch = _batch(inputs)
-    rows = classify(targets, _classes(inputs), ignore_index)
-    for chunk, logits in _chunks(inputs, batch):
-        grad = logits  # in place on what was computed for this chunk
-        if batch is None:
-            assert grad_x is not None
-            grad = grad_x
-        for part, place in _parts(chunk, logits):
-            grad[part] = reference.backward(
-                logits[part],
-                rows.target[place],
-                temperature,
-                grad_logprobs[place],
-                None if grad_entropy is None else grad_entropy[place],
-            ).masked_fill_(~rows.valid[place, None], 0.0)
-        if batch is not None:
-            add_gradients(grad, batch, chunk, Totals(grad_x, grad_weight, grad_bias))
-
-
-def _classes(inputs: Inputs) -> int:
-    return inputs.x.shape[-1] if inputs.weight is None else len(inputs.weight)
-
-
-def _batch(inputs: Inputs) -> Batch | None:
-    if inputs.weight is None:
-        return None
-    dtype = inputs.dtype
-    bias = None if inputs.bias is None else inputs.bias.to(dtype)
-    return Batch(inputs.x.to(dtype), inputs.weight.to(dtype), bias, inputs.targets)
-
-
-def _chunks(inputs: Inputs, batch: Batch | None) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of each chunk and their logits: of those that were given, all at once."""
-    if batch is None:
-        yield slice(0, len(inputs.x)), inputs.x
+    module = _MODULES[backend]
+    options = Options(temperature, ignore_index, instruction_set)
+    if weight is None:
+        assert grad_x is not None
+        sums = (entropy, row_sums)
+        module.backward(x, targets, options, *sums, grad_logprobs, grad_entropy, grad_x)
         return
-    with without_autocast(inputs.x):
-        yield from chunks(batch, copies=1)
+    batch = _batch(x, weight, bias, targets, dtype)
+    totals = Totals(grad_x, grad_weight, grad_bias)
+    with without_autocast(x):
+        for rows, logits in chunks(batch, copies=1):
+            module.backward(
+                logits,
+                targets[rows],
+                options,
+                None if entropy is None else entropy[rows],
+                row_sums[rows],
+                grad_logprobs[rows],
+                None if grad_entropy is None else grad_entropy[rows],
+                logits,  # in place on what was computed for this chunk
+            )
+            add_gradients(logits, batch, rows, totals)
 
 
-def _parts(chunk: slice, logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """A few rows at a time: their places in the chunk and in the batch."""
-    most = _CPU_BYTES if logits.is_cpu else _GPU_BYTES
-    size = max(1, most // (4 * logits.shape[-1]))
-    for start in range(0, len(logits), size):
-        stop = min(start + size, len(logits))
-        yield slice(start, stop), slice(chunk.start + start, chunk.start + stop)
+def _batch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype
+) -> Batch:
+    return Batch(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets)
 
 
 _forward_op = torch.library.custom_op(
-    "esper::token_logprobs", _forward, mutates_args=("logprobs", "entropy")
+    "esper::token_logprobs_call", _forward, mutates_args=("logprobs", "entropy", "row_sums")
 )
 _backward_op = torch.library.custom_op(
-    "esper::token_logprobs_backward",
+    "esper::token_logprobs_backward_call",
     _backward,
     mutates_args=("grad_x", "grad_weight", "grad_bias"),
 )
@@ -135,17 +138,23 @@ _forward_op.register_fake(lambda *arguments: None)
 _backward_op.register_fake(lambda *arguments: None)
 
 
-def forward(inputs: Inputs, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities and, if wanted, entropies [N]; IndexError for bad targets on the CPU."""
-    logprobs = inputs.x.new_empty(len(inputs.x), dtype=_sum_dtype(inputs.dtype))
-    entropies = torch.empty_like(logprobs) if entropy else None
+def forward(inputs: Inputs, entropy: bool, for_backward: bool) -> Results:
+    """IndexError for bad targets on the CPU."""
+    logprobs = inputs.x.new_empty(inputs.targets.numel(), dtype=_sum_dtype(inputs.dtype))
+    results = Results(
+        logprobs,
+        torch.empty_like(logprobs) if entropy else None,
+        logprobs.new_empty(logprobs.shape[0], 2) if for_backward else None,
+    )
     call = _forward_op if torch.compiler.is_compiling() else _forward
-    call(*inputs, logprobs, entropies)
-    return logprobs, entropies
+    call(*inputs, *results)
+    return results
 
 
 def backward(
     inputs: Inputs,
+    entropy: Tensor | None,
+    row_sums: Tensor,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
     wanted: tuple[bool, ...],  # of x, weight and bias
@@ -154,12 +163,12 @@ def backward(
     x, weight, bias = inputs[:3]
     total = _sum_dtype(inputs.dtype)
     grads = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None,
+        gradient_like(x) if wanted[0] else None,
         torch.zeros_like(weight, dtype=total) if wanted[1] and weight is not None else None,
         torch.zeros_like(bias, dtype=total) if wanted[2] and bias is not None else None,
     )
     call = _backward_op if torch.compiler.is_compiling() else _backward
-    call(*inputs, grad_logprobs, grad_entropy, *grads)
+    call(*inputs, entropy, row_sums, grad_logprobs, grad_entropy, *grads)
     return tuple(
         None if grad is None or like is None else grad.to(like.dtype)
         for grad, like in zip(grads, (x, weight, bias), strict=True)

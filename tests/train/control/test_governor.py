@@ -68,20 +68,20 @@ def test_patience_counts_suspicious_epochs_in_a_row() -> None:
 
 
 def test_suspicious_epochs_do_not_spoil_the_history() -> None:
-    """Were 9.0 in the history, its mean would be above 3 and 9.0 no divergence."""
+    """If 9.0 entered the history, the mean would rise above 3, and 9.0 would be no divergence."""
     assert judged(*(0.1,) * 5, *(9.0,) * 20) == [None] * 5 + ["divergence"] * 20
 
 
 def test_the_history_is_a_window() -> None:
-    """Old losses of 100 leave it; then 7 is far from the last ten of 1."""
+    """The old losses of 100 leave the window; 7 then diverges from the last ten, which are 1."""
     losses = (100.0,) * 5 + (1.0,) * 10 + (7.0,)
     assert judged(*losses, window=10)[-1] == "divergence"
     assert judged(*losses, window=20)[-1] is None
 
 
 def test_a_governor_goes_on_from_its_state() -> None:
-    """A fourth suspicious epoch of four needed, the history from before: without its state there
-    would be neither."""
+    """The restored state holds three suspicious epochs and the history, so that the fourth of four
+    is a finding."""
     config = GovernorConfig(patience=4)
     first, second = (Governor(config, math.log(10)) for _ in range(2))
     for loss in (*(0.1,) * 5, *(9.0,) * 3):
@@ -102,5 +102,5 @@ def test_settings_that_cannot_work_are_refused() -> None:
         GovernorConfig(patience=0)
     with pytest.raises(ValueError, match="min_history must not exceed window, got 30"):
         GovernorConfig(min_history=30)
-    with pytest.raises(ValueError, match="'cuda:99' is not there"):
+    with pytest.raises(ValueError, match="'cuda:99' does not exist here"):
         build_episode(replace(SHORT, governor=GovernorConfig(snapshot_device="cuda:99")), slots=())

@@ -1,4 +1,4 @@
-"""Numbers going bad in whole runs: what each policy does about planted faults."""
+"""Bad numbers in whole runs: what each policy does about planted faults."""
 
 import json
 import math

@@ -99,7 +99,7 @@ def test_an_optimizer_that_cannot_skip_is_refused() -> None:
 
 
 def test_an_optimizer_restored_from_one_that_cannot_skip_is_refused() -> None:
-    """A state brings the setting with it, so that what the optimizer was made with says nothing."""
+    """A restored state can replace the setting with which the optimizer was made."""
     model = network()
     other = torch.optim.SGD(model.parameters(), lr=0.1)
     restored = sgd(model)
@@ -120,6 +120,6 @@ def test_a_step_counts_bad_targets_apart_from_ignored_ones() -> None:
     )
     result = meter.compute(strict=False)
     assert (result.valid, result.ignored, result.bad_targets) == (4, 2, 2)
-    assert targets[1] == 10  # the caller's own are as they were
+    assert targets[1] == 10  # the caller's settings are unchanged
     with pytest.raises(IndexError, match="10"):
         build_train_step("classification", TrainConfig())(model, inputs, targets, meter)

@@ -75,7 +75,7 @@ def test_a_snapshot_brings_everything_back(grown: Episode) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, bits(owned(grown)), strict=True))
     assert [s.state for s in grown.model.slots] == states
     assert grown.tracker.state_dict() == tracked
-    # a second time from there, the same: so nothing was left behind
+    # the same again from there: the first time left nothing behind
     some_epochs(owned(grown), batches)
     assert all(torch.equal(a, b) for a, b in zip(moved, bits(owned(grown)), strict=True))
     grown.go_back(taken)  # it was left alone

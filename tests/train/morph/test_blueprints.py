@@ -313,7 +313,7 @@ def test_a_blueprint_for_other_channels_than_a_slots_is_named_with_the_slot(
 
 
 def test_a_blueprint_that_raises_when_it_is_registered_is_named() -> None:
-    """The error of a layer's own check says nothing of the blueprint."""
+    """The error of a layer's own check does not name the blueprint."""
     recipe = Blueprint("thirds", "cnn", lambda channels: nn.GroupNorm(3, channels))
     with pytest.raises(ValueError, match=r"blueprint 'thirds' fails on .*ValueError: num_channels"):
         BlueprintRegistry([recipe])

@@ -38,7 +38,8 @@ def count(module: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("arguments", "parameters"),
     [
-        # convolutions without bias, two numbers a channel of batch norm, the linear head with bias
+        # convolutions without bias, batch norms with two numbers per channel, the linear head with
+        # bias
         (
             {"image_size": 8, "in_channels": 1, "width": 3, "depth": 3},
             (9 * 1 * 3 + 6) + (9 * 3 * 6 + 12) + (9 * 6 * 12 + 24) + (12 * 10 + 10),

@@ -27,7 +27,7 @@ def with_rl(config: RunConfig, **changes: Any) -> RunConfig:
     return replace(config, rl=replace(config.rl, **changes))
 
 
-@pytest.mark.filterwarnings("ignore:.*WARN")  # about rendering, which there is none of
+@pytest.mark.filterwarnings("ignore:.*WARN")  # it has no rendering
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("check", [check_env, check_env_for_sb3])
 def test_checkers_pass(check: Any, factored: bool) -> None:

@@ -148,7 +148,7 @@ def test_it_is_a_vector_environment_of_gymnasium() -> None:
         assert terminated.tolist() == [step == 1] * 3
         assert not truncated.any()
     assert infos["seed"].tolist() == [1004, 2008, 1006]
-    assert infos["final_obs"].shape == observations.shape
+    assert numpy.stack(infos["final_obs"]) in recorded.observation_space
     assert infos["final_info"]["episode"]["r"] == pytest.approx(earned)
     vector.close()
 

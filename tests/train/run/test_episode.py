@@ -83,7 +83,7 @@ def test_same_seed_same_numbers_twice() -> None:
     config = replace(SHORT, max_epochs=9, growth=EASY)
     lines = []
     for _ in range(2):
-        torch.rand(7)  # the caller's own use of the generator has no part in it
+        torch.rand(7)  # the caller's use of the generator changes nothing
         policy = Script(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early"))
         _, recorder = scripted(config, policy)
         lines.append(
@@ -157,9 +157,9 @@ def test_language_model_task_grows() -> None:
         ({"slots": ("early", "middle")}, "'middle'.*'mid'"),
         ({"slots": ("late",), "host": HostConfig(depth=2)}, "'late'"),
         ({"task": "digit"}, "'digit'.*'digits'"),
-        ({"device": "cuda:99"}, "'cuda:99' is not there.*cpu"),
-        ({"device": "toaster"}, "'toaster' names no device"),
-        ({"device": "meta"}, "'meta' is not there"),
+        ({"device": "cuda:99"}, "'cuda:99' does not exist here.*cpu"),
+        ({"device": "toaster"}, "'toaster' is no name of a device"),
+        ({"device": "meta"}, "'meta' does not exist here"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(

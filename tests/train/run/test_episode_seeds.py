@@ -64,7 +64,7 @@ def test_measurements_that_let_a_seed_grow_are_always_made() -> None:
 
 
 def test_contribution_is_the_validation_accuracy_lost_without_the_seed() -> None:
-    """Measured again from the outside: same weights, slot ablated by hand."""
+    """Measured again independently: same weights, the slot ablated by hand."""
     config = replace(SHORT, max_epochs=8, growth=EASY)
     recorder = Recorder()
     episode = build_episode(config, slots=("early",))

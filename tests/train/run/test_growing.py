@@ -45,7 +45,7 @@ def record(
 
 
 def test_two_seeds_are_measured_each_and_together() -> None:
-    """The joint contribution again from outside: both slots ablated by hand on the final
+    """The joint contribution again, measured independently: both slots ablated by hand on the final
     weights."""
     recorder = Recorder()
     episode = build_episode(replace(SHORT, max_epochs=10), slots=("early", "mid"))

@@ -163,7 +163,7 @@ def epochs(episode: Episode, number: int, **by_epoch: Decision) -> list[Any]:
 
 
 def host_state(episode: Episode) -> dict[str, Any]:
-    """All of the run but its seeds."""
+    """Everything in the run except its seeds."""
     return {
         "host": episode.model.host.state_dict(),
         "optimizer": episode.optimizers.state_dict()["host"],
@@ -293,8 +293,8 @@ def test_its_own_step_falls_in_loss_as_gradient_descent_does() -> None:
 
 
 def test_an_overflow_of_the_seed_skips_its_own_step_alone() -> None:
-    """float16: the seed's scale falls and its weights stay, the host's scale and steps do not
-    notice."""
+    """In float16 the seed's scale falls and its weights stay; the host's scale and steps are
+    unchanged."""
     run_config = config(amp=AmpConfig(dtype="float16", init_scale=2.0**10))
     _, bare, without = run("batch norm", run_config)
     episode = prepared("batch norm", run_config)

@@ -1,4 +1,4 @@
-"""A resumed run cannot be told from one that never stopped; another run is refused."""
+"""A resumed run equals one that never stopped; other settings are refused."""
 
 import json
 import signal

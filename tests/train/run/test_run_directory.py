@@ -132,7 +132,7 @@ def test_read_metrics_refuses_what_is_no_event(line: bytes, tmp_path: Path) -> N
         run_directory.read_metrics(tmp_path)
 
 
-# of the 300 flips that the fault list speaks of, 110 loaded silently
+# without a digest, 110 of 300 such flips loaded silently
 @pytest.mark.parametrize("name", ["network.pt", "config.json"])
 def test_no_flipped_bit_is_read(
     name: str, run: tuple[Path, torch.nn.Module], tmp_path: Path
@@ -168,8 +168,7 @@ def test_files_of_versions_without_digests_are_read(
 def test_a_file_that_is_written_anew_is_never_left_with_the_digest_of_another(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before each call to the system that replacing it makes: the old one or the new one
-    can be read."""
+    """Killed before each system call that replaces the file: the old or the new one can be read."""
     path = tmp_path / "network.pt"
     calls = 0
     run_directory.write_with_digest(path, b"old")

@@ -168,7 +168,7 @@ while True:
 
 
 def test_killed_at_each_step_of_a_save_no_checkpoint_is_lost_or_half_there(tmp_path: Path) -> None:
-    """A process of its own kills a child before each call to the system that a save makes."""
+    """A child process is killed before each system call of a save."""
     state = {"format": FORMAT, "run": {}, "parts": {"weights": torch.zeros(3)}}
     torch.save(state, tmp_path / "made.pt")
     directory = tmp_path / "checkpoints"
@@ -190,5 +190,5 @@ def test_killed_at_each_step_of_a_save_no_checkpoint_is_lost_or_half_there(tmp_p
     assert all(names in steps for names in seen)
     assert [steps.index(names) for names in seen] == sorted(steps.index(names) for names in seen)
     assert seen[-1] == whole
-    assert not list(directory.glob(".*"))  # what one kill leaves, the next save writes over
+    assert not list(directory.glob(".*"))  # the next save overwrites what a kill left
     assert load(directory / "epoch-1.pt")["parts"]["weights"].tolist() == [0, 0, 0]

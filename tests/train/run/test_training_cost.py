@@ -40,7 +40,8 @@ def test_a_convolution_in_the_late_slot_costs_what_it_multiplies() -> None:
 
 
 def host_multiply_adds(episode: object) -> list[int]:
-    """Of each convolution and of the head, forward and backward; images need no gradient."""
+    """Multiply-adds of each convolution and of the head, forward and backward; images need no
+    gradient."""
     from torch import nn
 
     sizes: list[int] = []

@@ -40,8 +40,8 @@ CONFIG = RunConfig(
 
 
 class TurnsBad(nn.Module):
-    """Honest for the first calls in which it can learn from the network as a whole: alive and
-    harmless in TRAINING. Once blending has begun it adds what no network can live with."""
+    """Harmless in TRAINING, while it still learns. Once blending has begun, it ruins the
+    network."""
 
     def __init__(self, channels: int, value: float, after: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_a_planted_seed_never_survives_and_leaves_the_network_as_it_was(
     end = undone.epoch
     for part in ("host", "momentum"):
         assert_same(states[end][part], states[4][part])
-    if value == HARMFUL:  # of NaN, every policy but "warn" has its own idea
+    if value == HARMFUL:  # every policy but "warn" treats NaN in its own way
         assert not torch.equal(
             states[end - 1]["host"]["head.2.weight"], states[4]["host"]["head.2.weight"]
         )

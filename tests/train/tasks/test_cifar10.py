@@ -21,7 +21,7 @@ from esper_train.tasks.cifar10 import Augment, cifar10, crop_and_flip
 from esper_train.tasks.config import TaskConfig
 from esper_train.tasks.task import Splits, load_splits
 
-ROWS = 6  # images a file; 5 files make 30 for training and validation
+ROWS = 6  # images per file; 5 files make 30 for training and validation
 NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 Batches = dict[str, tuple[np.ndarray, list[int]]]
 

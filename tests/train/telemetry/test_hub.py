@@ -112,7 +112,7 @@ def test_hubs_do_not_share_sinks() -> None:
 
 
 class Broken(Recorder):
-    """Fails at whatever it is asked, and counts how often it was closed."""
+    """Fails at every call, and counts how often it was closed."""
 
     def write(self, event: Event) -> None:
         raise OSError("no space left")

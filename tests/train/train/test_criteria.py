@@ -23,7 +23,7 @@ class Focal(nn.CrossEntropyLoss):
 
 
 class Renamed(nn.CrossEntropyLoss):
-    """A subclass that computes the same: nobody can know."""
+    """A subclass that computes the same, which cannot be known."""
 
 
 def patched() -> nn.CrossEntropyLoss:
@@ -90,7 +90,7 @@ def test_a_step_built_for_something_else_is_refused() -> None:
 
 
 class Eager(torch.optim.SGD):
-    """An optimizer of somebody else's with a setting called fused, which knows no found_inf."""
+    """A third-party optimizer with a setting called fused that ignores found_inf."""
 
     def __init__(self, parameters: object) -> None:
         super().__init__(parameters, lr=0.1)  # type: ignore[arg-type]

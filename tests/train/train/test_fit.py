@@ -181,7 +181,7 @@ def test_frozen_layers_stay_as_they_are_and_the_others_learn_as_in_a_plain_loop(
 
 
 class Twice(torch.optim.SGD):
-    """An optimizer of somebody else's that wants a closure."""
+    """A third-party optimizer that needs a closure."""
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
         return closure()

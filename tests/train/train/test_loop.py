@@ -75,7 +75,7 @@ def test_digits_are_learned_alike_by_the_compiled_kernels_and_by_torch() -> None
             assert (result.backend, held_out.backend) == (backend, backend)
             curves[-1] += [result.loss, result.grad.gradient_norm, held_out.loss]
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
-    assert curves[0][6] < curves[0][0] / 2  # it did learn
+    assert curves[0][6] < curves[0][0] / 2  # it learned
 
 
 def test_language_model_training_equals_plain_torch() -> None:
@@ -106,7 +106,7 @@ def test_train_one_epoch_syncs_once_however_many_batches(count: int, every: int)
 
 
 def test_the_sync_counter_sees_a_sync() -> None:
-    """The tests above would be worth nothing otherwise."""
+    """The tests above are meaningful only if this holds."""
     with SyncCounter() as counter:
         torch.ones(()).item()
         torch.ones(2).tolist()
@@ -260,7 +260,7 @@ def test_clipping_uses_the_total_norm_over_groups() -> None:
     for inputs, targets in data:
         optimizer.zero_grad()
         F.cross_entropy(plain(inputs), targets).backward()
-        assert nn.utils.clip_grad_norm_(plain.parameters(), 0.05) > 0.05  # it does clip
+        assert nn.utils.clip_grad_norm_(plain.parameters(), 0.05) > 0.05  # it clips
         optimizer.step()
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)

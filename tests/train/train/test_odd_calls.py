@@ -1,5 +1,5 @@
-"""What users hand to `train_one_epoch` and `evaluate` that is none is refused by name, and nothing
-is trained."""
+"""Wrong arguments of `train_one_epoch` and `evaluate` are refused by name, and nothing is
+trained."""
 
 import copy
 import math

@@ -40,8 +40,8 @@ def test_a_tape_repeats_operations_alone_and_sees_what_the_host_reads() -> None:
 
 
 def test_a_number_held_by_the_step_shows_in_a_tape() -> None:
-    """The tests above would be worth nothing otherwise: a rate that is no tensor is that of the
-    capture forever."""
+    """The tests above are meaningful only if a rate that is not a tensor stays that of the
+    capture."""
     config = TrainConfig(capture=True)
     found = []
     for rates in (Capture._rates_on_device, lambda self, **more: warnings.catch_warnings()):

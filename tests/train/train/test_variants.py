@@ -35,7 +35,7 @@ VARIANTS = {
 
 
 class Plain(nn.Module):
-    """The same model, of which nothing is known but that it takes alpha."""
+    """The same model with nothing but `alpha` in its interface."""
 
     def __init__(self, model: MorphModel) -> None:
         super().__init__()

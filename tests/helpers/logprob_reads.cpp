@@ -1,0 +1,41 @@
+// Calls token_logprobs of 64 x 50257 logits, without Python or torch: for a simulator of caches, which is too
+// slow to run those. Arguments: how many calls, 1 with entropies, 1 for bfloat16.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cpu/driver.h"
+
+using namespace esper;
+
+namespace {
+
+constexpr int64_t kRows = 64, kClasses = 50257;
+
+void serial(int64_t n, const Range& f) { f(0, n); }
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const int calls = std::atoi(arguments[1]);
+  const Dtype dtype = std::atoi(arguments[3]) ? kBFloat16 : kFloat32;
+  const int64_t bytes = kRows * kClasses * bytes_of(dtype);
+  std::vector<char> logits(bytes);  // zeros
+  std::vector<int64_t> targets(kRows);
+  std::vector<float> logprobs(kRows), entropy(kRows), row_sums(2 * kRows);
+
+  const int64_t sizes[] = {kRows, kClasses}, strides[] = {kClasses, 1};
+  const int64_t pair_sizes[] = {kRows, 2}, pair_strides[] = {2, 1};
+  const auto of_rows = [&](void* data, Dtype type) {
+    return Array{data, 1, sizes, strides + 1, type, kRows * bytes_of(type)};
+  };
+  LogprobCall call{{Array{logits.data(), 2, sizes, strides, dtype, bytes}, of_rows(targets.data(), kInt64)}};
+  call.logprobs = of_rows(logprobs.data(), kFloat32);
+  if (std::atoi(arguments[2])) call.entropy = of_rows(entropy.data(), kFloat32);
+  call.row_sums = Array{row_sums.data(), 2, pair_sizes, pair_strides, kFloat32, 8 * kRows};
+  check(call);
+  const Kernels* kernels = find_kernels("avx2");  // valgrind knows no AVX-512
+  if (!kernels) kernels = find_kernels("baseline");
+  for (int i = 0; i < calls; ++i) token_logprobs(call, *kernels, serial);
+  std::printf("%lld\n", static_cast<long long>(bytes));
+}
