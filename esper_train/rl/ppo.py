@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
@@ -224,6 +224,7 @@ def _train(
             **{name: float(model.logger.name_to_value[key]) for name, key in UPDATE.items()},
             "evaluation": evaluation(config, training, stop) if due else None,
         }
+        model.logger.dump(model.num_timesteps)  # `learn` itself would write it with the next update
         reported = _report(out / PROGRESS, line)
         say(_in_words(line))
         data = io.BytesIO()
@@ -232,7 +233,6 @@ def _train(
         (out / CHECKPOINTS).mkdir(exist_ok=True)
         save(out / CHECKPOINTS / f"update-{update}.pt", data.getvalue())
         drop_old(out / CHECKPOINTS, config.checkpoint.keep, "update")
-    model.logger.dump(model.num_timesteps)
 
 
 def _report(path: Path, line: Mapping[str, Any]) -> int:
@@ -265,9 +265,7 @@ def _make(config: RunConfig, task: Task | None) -> Training:
         seed=config.seed,
         device="cpu",  # a small network, called once per epoch of the hosts
     )
-    hosts = [host.unwrapped for host in vector.envs]
-    assert all(isinstance(host, MorphogenesisEnv) for host in hosts)
-    return Training(model=model, rewards=rewards, hosts=cast(list[MorphogenesisEnv], hosts))
+    return Training(model=model, rewards=rewards, hosts=vector.hosts)
 
 
 def evaluation(config: RunConfig, training: Training, stop: StopRequest) -> dict[str, float]:

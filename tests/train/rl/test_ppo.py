@@ -103,6 +103,22 @@ def test_seeds_of_hosts_and_evaluations_never_meet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = with_rl(CONFIG, tensorboard=True, evaluate_every=0)
+    train_ppo(with_rl(config, steps=32), tmp_path)
+    train_ppo(config, tmp_path, resume=True)
+    assert [line["steps"] for line in lines(tmp_path)] == [16, 32, 48]
+    curves = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
+    curves.Reload()
+    for name in ("rollout/ep_rew_mean", "train/value_loss", "train/approx_kl"):
+        assert name in curves.Tags()["scalars"]
+    losses = curves.Scalars("train/value_loss")
+    assert [event.step for event in losses] == [16, 32, 48]
+    found = [line["value_loss"] for line in lines(tmp_path)]
+    assert [event.value for event in losses] == pytest.approx(found)
+
+
 @pytest.mark.slow
 def test_ppo_learns_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a reward that pays for one germination alone, the policy comes to ask for it."""
