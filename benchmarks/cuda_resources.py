@@ -27,33 +27,32 @@ _KERNEL = re.compile(
 )
 
 
+def compile_for(source: str, architecture: int, folder: Path) -> tuple[Path, str]:
+    """The binary of `csrc/cuda/SOURCE.cu` for one architecture, and what the assembler reports."""
+    binary = folder / f"{source}.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc", f"-arch=sm_{architecture}", "-Xptxas=-v"]
+    command += ["-cubin", f"csrc/cuda/{source}.cu", "-o", str(binary)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"nvcc does not compile {source}.cu for sm_{architecture}: {done.stderr}"
+        )
+    return binary, done.stderr
+
+
 def resources(source: str, architecture: int) -> list[dict[str, Any]]:
     """A row for each kernel of `csrc/cuda/SOURCE.cu`, compiled for one architecture.
 
     Shared memory is not in it, because its size is an argument of the launch.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            "nvcc",
-            "-std=c++17",
-            "-O3",
-            "-Icsrc",
-            f"-arch=sm_{architecture}",
-            "-Xptxas=-v",
-            "-cubin",
-        ]
-        command += [f"csrc/cuda/{source}.cu", "-o", f"{folder}/cubin"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"nvcc does not compile {source}.cu for sm_{architecture}: {done.stderr}"
-        )
-    found = [_KERNEL.search(part) for part in done.stderr.split("Compiling ")[1:]]
+        _, report = compile_for(source, architecture, Path(folder))
+    found = [_KERNEL.search(part) for part in report.split("Compiling ")[1:]]
     if None in found:
-        raise RuntimeError(f"cannot read nvcc's report about {source}.cu: {done.stderr}")
+        raise RuntimeError(f"cannot read nvcc's report about {source}.cu: {report}")
     return [
         {
-            "kernel": _readable(kernel["name"]),
+            "kernel": readable(kernel["name"]),
             "sm": architecture,
             "registers": int(kernel["registers"]),
             "spilled_bytes": int(kernel["stores"]) + int(kernel["loads"]),
@@ -63,7 +62,7 @@ def resources(source: str, architecture: int) -> list[dict[str, Any]]:
     ]
 
 
-def _readable(mangled: str) -> str:
+def readable(mangled: str) -> str:
     """The kernel's name and template arguments."""
     whole = subprocess.run(
         ["c++filt", mangled], capture_output=True, text=True, check=True

@@ -86,7 +86,7 @@ def epochs_in_training(episode: Episode, slot: str) -> Iterator[Measured]:
     model = episode.model
     for number in range(1, MOST_EPOCHS + 1):
         epoch = Epoch(episode, number)
-        signals = epoch.observe()
+        signals = epoch.observe(epoch.launch().read())
         if signals is None:
             raise RuntimeError(f"the losses went bad in epoch {number}")
         state = model.slot(slot).state

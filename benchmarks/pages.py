@@ -1,4 +1,4 @@
-"""The tables and the picture of README.md and docs/, made from the committed results.
+"""The tables and the pictures of README.md and docs/, made from the committed results.
 
     python -m benchmarks pages    # after results/*.json have changed
 
@@ -8,7 +8,6 @@ or of `DESCRIPTIONS`.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +26,14 @@ from benchmarks import (
     record,
     seed_cost,
 )
+from benchmarks.sass import table as sass
 from esper_train import SeedStage
 from esper_train.rl.observation import RUN_FIELDS, SLOT_FIELDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/benchmarks.md", "docs/rl.md")
 PICTURE = ROOT / "docs" / "pictures" / "cpu.svg"
+LEARNING = ROOT / "docs" / "pictures" / "ppo.svg"
 
 
 def observation_table() -> str:
@@ -60,9 +61,11 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "growth on pysource": ("growth-pysource", growth.table),
     "gate": ("gate", gate.table),
     "seed cost": ("seed-cost", seed_cost.table),
-    "ppo on digits": ("ppo-digits", ppo.table),
-    "learning curve": ("ppo-digits", ppo.curve),
+    "ppo on digits": ("ppo-digits-shaped", ppo.table),
+    "learning curve": ("ppo-digits-shaped", ppo.curve),
     "hosts": ("hosts", hosts.table),
+    "sass": ("sass", sass.table),
+    "sass purposes": ("sass", sass.by_purpose),
 }
 """The results and the function that make each table."""
 DESCRIPTIONS: dict[str, Callable[[], str]] = {"observation": observation_table}
@@ -110,16 +113,10 @@ def speedups() -> tuple[list[str], dict[str, list[float]]]:
 
 
 def draw(path: Path) -> None:
-    """Draw the speedups as bars; the SVG has its words as text and no date."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
+    """Draw the speedups as bars."""
     shapes, factors = speedups()
     height = 0.8 / len(factors)
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "esper", "font.size": 10}):
-        figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    with record.picture(path, 7.5, 4.2) as (axes,):
         for number, (name, values) in enumerate(factors.items()):
             places = [place + number * height for place in range(len(shapes))]
             bars = axes.barh(places, values, height, label=f"over {name}", color=BARS[name][1])
@@ -130,25 +127,19 @@ def draw(path: Path) -> None:
         axes.set_title(
             "cross_entropy_step on a CPU, for logits [rows x classes]", fontsize=11, loc="left"
         )
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawing = io.StringIO()
-        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-        plt.close(figure)
-    lines = (line.rstrip() for line in drawing.getvalue().splitlines())
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Write every table and the picture."""
+    """Write every table and both pictures."""
     record.parser("pages", __doc__).parse_args()
     for name in PAGES:
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(path)
     draw(PICTURE)
-    print(PICTURE)
+    ppo.draw(LEARNING, record.read("ppo-digits-shaped")["figures"])
+    print(PICTURE, LEARNING, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Does a learned controller pay? PPO on digits against the heuristic, random and no growth.
 
-    python -m benchmarks ppo    # goes on with the training in --out, if there is one
+    python -m benchmarks ppo                    # goes on with the training in --out, if any
+    python -m benchmarks ppo --reward sparse    # pays by another reward
 
 Trains a policy, then lets each controller grow a network with each of 20 seeds that training and
 evaluations never had. Differences are paired by seed, with the 95 % interval of 10,000 bootstrap
-samples. Writes `results/ppo-digits.json`, with the learning curve.
+samples. Writes `results/ppo-digits-REWARD.json`, with the learning curve.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks import record
 from esper_train import EpisodeResult, Idle, RunConfig, run_heuristic_episode
 from esper_train.config import preset
 from esper_train.control.policy import Policy
+from esper_train.control.rewards import RewardMode
 from esper_train.morph.model import MorphModel
 from esper_train.rl import train_ppo
 from esper_train.rl.actions import ActionTable
@@ -30,11 +32,14 @@ from esper_train.rl.learned import SavedPolicy
 from esper_train.rl.policies import RandomLegal
 from esper_train.run.run import PolicyMaker
 
-NAME = "ppo-digits"
+NAME = "ppo-digits-{reward}"
+"""Of the results, and of the directory of the training."""
 HELD_OUT = range(20)
 """Seeds of the comparison. Training has those from 10,000 on."""
 SAMPLES = 10_000
 LEARNED = "learned"
+COLOURS = {LEARNED: "#2f6690", "heuristic": "#c8553d", "random": "#9aa5b1", "never": "#588157"}
+"""Of the controllers in the picture."""
 MEASURES = {
     "return": ("return", "+.2f"),
     "accuracy": ("accuracy, points", "+.2f"),
@@ -43,12 +48,13 @@ MEASURES = {
 """Measures that are compared, with the heads and the format of their columns."""
 
 
-def config_of_training(steps: int) -> RunConfig:
+def config_of_training(steps: int, reward: RewardMode = RewardMode.SHAPED) -> RunConfig:
     """Short runs on digits."""
     rl = RLConfig(
         hosts=8, steps=steps, rollout=40, batch=160, passes=8, evaluate_every=10, evaluations=4
     )
-    return replace(preset("digits"), max_epochs=40, batch_size=128, seed=10_000, rl=rl)
+    config = replace(preset("digits"), max_epochs=40, batch_size=128, seed=10_000)
+    return replace(config, reward=reward, rl=rl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +178,29 @@ def curve(figures: dict[str, Any]) -> str:
     return record.markdown(lines)
 
 
+def draw(path: Path, figures: dict[str, Any]) -> None:
+    """Draw return and accuracy of the training episodes over its steps, next to what every
+    controller reaches on the held-out seeds."""
+    found = compared(figures)
+    progress = [line for line in figures["progress"] if line["return"] is not None]
+    steps = [line["steps"] for line in progress]
+    panels = {"return": "return of an episode", "accuracy": "accuracy on the test split, %"}
+    with record.picture(path, 7.5, 3.4, columns=len(panels)) as columns:
+        for axes, (name, label) in zip(columns, panels.items(), strict=True):
+            values = [line[name] for line in progress]
+            axes.plot(steps, values, color=COLOURS[LEARNED], label="learned, in training")
+            for controller, episodes in found.items():
+                mean = fmean(episode.measure(name) for episode in episodes)
+                colour = COLOURS[controller]
+                if controller == LEARNED:
+                    axes.plot(steps[-1], mean, "o", color=colour, label="learned, held-out seeds")
+                else:
+                    axes.axhline(mean, color=colour, linestyle="--", label=controller)
+            axes.set_xlabel("steps of training (epochs of a host)")
+            axes.set_ylabel(label)
+        columns[0].legend(frameon=False, fontsize=8)
+
+
 def measure(
     config: RunConfig, learned: SavedPolicy, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
@@ -189,17 +218,20 @@ def measure(
 def main() -> None:
     """Train, compare, write the figures."""
     parser = record.parser("ppo", __doc__)
+    parser.add_argument("--reward", type=RewardMode, default=RewardMode.SHAPED)
     parser.add_argument("--steps", type=int, default=7_680)
-    parser.add_argument("--out", type=Path, default=Path("runs/ppo-digits"))
+    parser.add_argument("--out", type=Path, help="default: runs/ppo-digits-REWARD")
     options = parser.parse_args()
-    config = config_of_training(options.steps)
-    learned = train_ppo(config, options.out, resume=options.out.exists(), say=print)
-    text = (options.out / "progress.jsonl").read_text(encoding="utf-8")
+    config = config_of_training(options.steps, options.reward)
+    name = NAME.format(reward=config.reward)
+    out = options.out or Path("runs") / name
+    learned = train_ppo(config, out, resume=out.exists(), say=print)
+    text = (out / "progress.jsonl").read_text(encoding="utf-8")
     figures = {
         "progress": [json.loads(line) for line in text.splitlines()],
         "episodes": measure(config, learned),
     }
-    path = record.write(NAME, figures)
+    path = record.write(name, figures)
     print(f"\n{table(figures)}\n\n{curve(figures)}\n\n{path}")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -67,6 +70,30 @@ def markdown(lines: list[list[str]]) -> str:
     head, *body = lines
     rows = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+@contextmanager
+def picture(path: Path, width: float, height: float, columns: int = 1) -> Iterator[list[Any]]:
+    """Axes side by side, `width` by `height` inches in all, written to `path` as an SVG with its
+    words as text and without a date."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "esper", "font.size": 10}):
+        figure, axes = plt.subplots(
+            1, columns, figsize=(width, height), layout="constrained", squeeze=False
+        )
+        for each in axes.flat:
+            each.spines[["top", "right"]].set_visible(False)
+        yield list(axes.flat)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    lines = (line.rstrip() for line in drawing.getvalue().splitlines())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _version(library: str) -> str | None:

@@ -217,13 +217,18 @@ VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (
 )
 
 
+def compiled(variant: Variant, target: GPUTarget) -> Any:
+    """What Triton makes of a variant for one GPU."""
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    return compile_ahead(source, target=target, options=variant.options)
+
+
 def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
     """Compile for one GPU. Bytes on the stack are those that do not fit into registers."""
-    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
-    compiled = compile_ahead(source, target=target, options=variant.options)
+    made = compiled(variant, target)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(made.asm["cubin"])
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(\w+):(\d+)", usage[usage.index("REG:") :]))
@@ -231,7 +236,7 @@ def resources(variant: Variant, target: GPUTarget) -> dict[str, Any]:
         "variant": variant.name,
         "sm": target.arch,
         "registers": int(found["REG"]),
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": made.metadata.shared,
         "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"]),
         **variant.options,
     }

@@ -64,12 +64,16 @@ REFUSALS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code, which is the same if nobody reads the output."""
+    """Run the command and return its exit code, which is the same if nobody reads the output.
+
+    None takes the arguments of the process, which the caller then ends with that code.
+    """
+    stop = StopRequest(ends_process=arguments is None)
     with lasting_output():
-        return _main(list(sys.argv[1:] if arguments is None else arguments))
+        return _main(list(sys.argv[1:] if arguments is None else arguments), stop)
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], stop: StopRequest) -> int:
     command = arguments.pop(0) if arguments else "--help"
     if command in ("-h", "--help"):
         print(USAGE)
@@ -83,7 +87,7 @@ def _main(arguments: list[str]) -> int:
         print(f"{USAGE}\n\nesper-train: error: unknown command {command!r}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        _dispatch(command, arguments)
+        _dispatch(command, arguments, stop)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         return EXIT_SIGNAL + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
@@ -96,7 +100,7 @@ def _main(arguments: list[str]) -> int:
     return 0
 
 
-def _dispatch(command: str, arguments: Sequence[str]) -> None:
+def _dispatch(command: str, arguments: Sequence[str], stop: StopRequest) -> None:
     if command == "info":
         _info(arguments)
     elif command == "report":
@@ -106,11 +110,11 @@ def _dispatch(command: str, arguments: Sequence[str]) -> None:
         config = options.run_config()
         if options.resume is not None and options.out is not None:
             raise ValueError("--resume continues in the directory that it names; leave out --out")
-        if command == "ppo":
-            _ppo(config, options)
-            return
-        with StopRequest() as stop:
-            _run(config, command, stop, options)
+        with stop:
+            if command == "ppo":
+                _ppo(config, stop, options)
+            else:
+                _run(config, command, stop, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +257,7 @@ def _policy(command: str, options: _Options) -> SavedPolicy | None:
     return load_policy(kept[0]) if kept else None
 
 
-def _ppo(config: RunConfig, options: _Options) -> None:
+def _ppo(config: RunConfig, stop: StopRequest, options: _Options) -> None:
     if options.policy_file is not None or options.profile:
         raise ValueError("--policy and --profile are for other commands than ppo; leave them out")
     task = import_task(config.task) if is_place(config.task) else None
@@ -262,7 +266,8 @@ def _ppo(config: RunConfig, options: _Options) -> None:
     directory = Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-ppo-{name}" if out is None else out)
     from esper_train.rl import train_ppo
 
-    train_ppo(config, directory, task=task, resume=options.resume is not None, say=print)
+    resume = options.resume is not None
+    train_ppo(config, directory, task=task, resume=resume, say=print, stop=stop)
     print(f"policy: {directory / POLICY}")
 
 

@@ -18,9 +18,14 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a run is to end. Within `with`, in the main thread, `SIGNALS` ask for it."""
+    """Whether a run is to end. Within `with`, in the main thread, `SIGNALS` ask for it.
 
-    def __init__(self) -> None:
+    `ends_process` says that the process ends after `with`: once it was asked to stop, its exit code
+    is decided, so a signal that comes later is ignored.
+    """
+
+    def __init__(self, *, ends_process: bool = False) -> None:
+        self._ends_process = ends_process
         self._signal: int | None = None
         self._asked = 0.0
         self.listening = False
@@ -40,8 +45,9 @@ class StopRequest:
 
     def __exit__(self, *error: object) -> None:
         self.listening = False
+        ignore = self._ends_process and self._signal is not None
         for each, handler in self._handlers.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_IGN if ignore else handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None:

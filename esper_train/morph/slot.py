@@ -6,14 +6,15 @@ Each of these returns the `StageChange`s that it made, from which the caller att
 writes events.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from esper_train.base.device import plain_defaults
 from esper_train.morph.blending import Gate, get_blend
 from esper_train.morph.blueprints import Blueprint
 from esper_train.morph.config import GrowthConfig
@@ -29,6 +30,7 @@ from esper_train.morph.lifecycle import (
     StageChange,
 )
 
+_Module = TypeVar("_Module", bound=nn.Module)
 PARTS: Mapping[SeedStage, str] = {
     SeedStage.TRAINING: "learns",
     SeedStage.BLENDING: "blends",
@@ -53,7 +55,7 @@ class SeedSlot(nn.Module):
         """Statistics of the batch norms behind the slot, if its seed learns beside the network."""
         self.state = SlotState(slot=slot)
         # a tensor, so that torch.compile does not recompile for a new value
-        self.register_buffer("alpha", torch.zeros(()))
+        self.register_buffer("alpha", torch.zeros((), dtype=torch.float32, device="cpu"))
         self.alpha: Tensor
 
     def forward(self, x: Tensor, alpha: float | None = None) -> Tensor:
@@ -106,7 +108,7 @@ class SeedSlot(nn.Module):
                 f"slot {self.state.slot!r}: a seed needs an id that is not empty, got {seed_id!r}"
             )
         get_blend(blend)
-        self.seed = blueprint.build(self.channels).to(self.alpha)
+        self.seed = self._made(blueprint.build)
         self.gate = self._new_gate(blend)
         self.state = SlotState(
             slot=self.state.slot,
@@ -248,7 +250,7 @@ class SeedSlot(nn.Module):
 
     def restore(self, state: SlotState, blueprint: Blueprint | None) -> None:
         """Rebuild a saved slot; the seed's weights follow through `load_state_dict`."""
-        self.seed = None if blueprint is None else blueprint.build(self.channels).to(self.alpha)
+        self.seed = None if blueprint is None else self._made(blueprint.build)
         self.statistics = None
         blending = state.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
         self.gate = self._new_gate(state.blend) if blending else None
@@ -286,7 +288,12 @@ class SeedSlot(nn.Module):
             )
 
     def _new_gate(self, blend: str | None) -> Gate | None:
-        return Gate(self.channels).to(self.alpha) if blend == "gated" else None
+        return self._made(Gate) if blend == "gated" else None
+
+    def _made(self, make: Callable[[int], _Module]) -> _Module:
+        """A new module for features of the slot, the same under any defaults of the process."""
+        with plain_defaults():
+            return make(self.channels).to(self.alpha)
 
     def _freeze_fossil(self) -> None:
         fossil = self.seed if self.state.stage is SeedStage.FOSSILIZED else None

@@ -11,13 +11,20 @@ from typing import Any
 PLACES = {
     "MorphogenesisEnv": "esper_train.rl.env",
     "FactoredActions": "esper_train.rl.env",
+    "MorphogenesisVectorEnv": "esper_train.rl.vector",
     "make_vector": "esper_train.rl.vector",
     "train_ppo": "esper_train.rl.ppo",
 }
 """Public names, and the modules that have them."""
 PACKAGES = ("gymnasium", "stable_baselines3", "sb3_contrib")
 
-__all__ = ["FactoredActions", "MorphogenesisEnv", "make_vector", "train_ppo"]
+__all__ = [
+    "FactoredActions",
+    "MorphogenesisEnv",
+    "MorphogenesisVectorEnv",
+    "make_vector",
+    "train_ppo",
+]
 
 
 def require_packages() -> None:

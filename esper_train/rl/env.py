@@ -19,6 +19,7 @@ from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
 from esper_train.rl.actions import ActionTable
 from esper_train.rl.data import shared
+from esper_train.rl.lockstep import Work, driven
 from esper_train.rl.observation import Observer
 from esper_train.run.episode import Episode
 from esper_train.run.run import EpisodeResult, EpisodeRun, prepare
@@ -27,6 +28,8 @@ from esper_train.train.errors import BadNumbersError
 
 Observation = NDArray[numpy.float32]
 Mask = NDArray[numpy.bool_]
+Step = tuple[Observation, float, bool, bool, dict[str, Any]]
+"""Observation, reward, terminated, truncated and info."""
 
 
 class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
@@ -70,6 +73,15 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode with its first epoch. `BadNumbersError` if already that goes bad."""
         super().reset(seed=seed)
+        return driven(self.resetting(seed=seed))
+
+    def step(self, action: Any) -> Step:
+        """One epoch. `RuntimeError` without an episode that is under way, `ValueError` for what is
+        no action."""
+        return driven(self.stepping(action))
+
+    def resetting(self, *, seed: int | None = None) -> Work[tuple[Observation, dict[str, Any]]]:
+        """`reset`, up to each place where the device is to be waited for."""
         if seed is not None:
             self._first_seed = seed
             self._begun = 0
@@ -83,8 +95,7 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
         self._illegal = 0
         self._return = 0.0
         self._started = time.perf_counter()
-        with self._episode.random.active():
-            _, ended = self._advance(self._run)
+        _, ended = yield from self._advance(self._run)
         if ended:
             self.close()
             raise BadNumbersError(
@@ -93,28 +104,32 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
             )
         return self._observation(), {"seed": config.seed}
 
-    def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """One epoch. `RuntimeError` without an episode that is under way, `ValueError` for what is
-        no action."""
-        run = self._run
-        if run is None:
+    def stepping(self, action: Any) -> Work[Step]:
+        """`step`, up to each place where the device is to be waited for. An action that is refused
+        is refused at once."""
+        if self._run is None:
             raise RuntimeError("there is no episode under way; call reset before step")
-        place = self._place(action)
+        return self._stepping(self._run, self._place(action))
+
+    def _stepping(self, run: EpisodeRun, place: int) -> Work[Step]:
         self._actions.append(place)
-        decision = self.table.decisions[place]
+        random = self._episode.random
         refused = len(self._episode.refused)
         result = None
-        with self._episode.random.active():
-            try:
-                reward = run.apply(decision)
-                more, ended = self._advance(run)
-            except BadNumbersError:
-                reward = more = 0.0
-                ended = True
-            if ended:
-                more -= self.config.governor.rollback_penalty
-            elif run.over:
-                result = run.finish()
+        try:
+            with random.active():
+                reward = run.apply(self.table.decisions[place])
+            more, ended = yield from self._advance(run)
+        except BadNumbersError:
+            reward = more = 0.0
+            ended = True
+        if ended:
+            more -= self.config.governor.rollback_penalty
+        elif run.over:
+            with random.active():
+                test = run.launch_test()
+            measured = yield test
+            result = run.finish(measured)
         illegal = len(self._episode.refused) > refused
         self._illegal += illegal
         reward = _finite(reward + more, self._episode)
@@ -165,13 +180,18 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
             raise ValueError(f"expected an action in [0, {len(self.table)}), got {action!r}")
         return int(number)
 
-    def _advance(self, run: EpisodeRun) -> tuple[float, bool]:
-        """Train up to the next decision. Returns what epochs that were undone earned, and whether a
+    def _advance(self, run: EpisodeRun) -> Work[tuple[float, bool]]:
+        """Train up to the next decision. Gives what epochs that were undone earned, and whether a
         finding ends the episode."""
         earned = 0.0
+        random = self._episode.random
         stops = self.config.rl.on_finding == "end" or self.config.train.on_bad_numbers == "stop"
         while not run.over:
-            signals = run.observe()
+            with random.active():
+                epoch = run.launch()
+            measured = yield epoch
+            with random.active():
+                signals = run.observe(measured)
             if run.finding is not None and stops:
                 return earned, True
             if signals is not None:

@@ -160,7 +160,7 @@ def actor_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def probabilities(logits: Tensor, mask: Sequence[bool]) -> list[float]:
     """The distribution over the legal actions; `ValueError` if none is legal, or a logit of one is
     not finite. logits: float32 [actions]."""
-    legal = torch.tensor(mask)
+    legal = torch.tensor(mask, device="cpu")
     if not bool(legal.any()):
         raise ValueError("no action is legal; WAIT has to be, so the mask is wrong")
     if not bool(logits[legal].isfinite().all()):
@@ -193,7 +193,7 @@ class LearnedPolicy(PlainState):
 
     def logits(self, observation: Sequence[float]) -> Tensor:
         """What the actor gives for an observation: float32 [actions]."""
-        x = torch.tensor(observation, dtype=torch.float32)
+        x = torch.tensor(observation, dtype=torch.float32, device="cpu")
         with torch.no_grad():
             *hidden, (weight, bias) = self._layers
             for w, b in hidden:

@@ -2,29 +2,33 @@
 
 The directory has `config.json`, a line of `progress.jsonl` per update, checkpoints, and at the end
 `policy.pt`. A checkpoint holds tensors and plain values alone, and is that of an update: an
-interrupted training is resumed from the last one, bit for bit.
+interrupted training is resumed from the last one, bit for bit, and reports the updates after it
+again.
 """
 
 import importlib.util
 import io
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
 from sb3_contrib import MaskablePPO
-from stable_baselines3.common.logger import Logger, configure
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecNormalize
 
+from esper_train.base.device import plain_defaults
 from esper_train.base.settings import differing
 from esper_train.base.state import CPU, RandomState, copied
+from esper_train.base.stop import StopRequest
 from esper_train.config import SEED_STEP, RunConfig
 from esper_train.rl.env import MorphogenesisEnv
 from esper_train.rl.learned import PolicySpaces, SavedPolicy, actor_weights
@@ -83,7 +87,7 @@ class Training:
             "about": json.dumps(plain),
             "policy": parameters["policy"],
             "optimizer": parameters["policy.optimizer"],
-            "observations": torch.as_tensor(self.model._last_obs),
+            "observations": torch.as_tensor(self.model._last_obs, device="cpu"),
         }
         found: dict[str, Any] = copied(state, "cpu")
         return found
@@ -145,11 +149,13 @@ def train_ppo(
     task: Task | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda words: None,
+    stop: StopRequest | None = None,
 ) -> SavedPolicy:
     """Train until `config.rl.steps`, and write what the module says into `out`.
 
     Hosts train with the seeds config.seed to config.seed + hosts - 1, then with those + 1000,
-    + 2000, ...; evaluations have config.seed + 999 and those below.
+    + 2000, ...; evaluations have config.seed + 999 and those below. `stop` is asked before each
+    epoch of the hosts and each episode of an evaluation; then `Stopped` is raised.
 
     Raises `ValueError` for a config that cannot run or a checkpoint that does not fit,
     `FileExistsError` if `out` is not empty and `resume` is false, and `BlockingIOError` if another
@@ -166,19 +172,23 @@ def train_ppo(
     with claimed(out, resume=resume):
         random = RandomState(config.seed + 1, CPU)
         update = 0
-        with RandomState(config.seed, CPU).active():
+        reported: int | None = 0
+        with RandomState(config.seed, CPU).active(), plain_defaults():
             training = _make(config, task)
             newest = saved(out / CHECKPOINTS, "update")[-1:] if resume else []
             for path in newest:
-                state = load(path)
+                state = load(path, out / PROGRESS)
                 update = training.load_state_dict(state, config)
                 random.load_state_dict(state["random"])
+                reported = state.get("metrics")  # None, of an older version, cuts nothing
                 say(f"resuming after update {update}, {training.model.num_timesteps} steps")
         if not newest:
             create(out, config)
-        training.model.set_logger(_logger(out, rl.tensorboard))
+        with (out / PROGRESS).open("ab") as file:
+            file.truncate(reported)
+        training.model.set_logger(_logger(out, rl.tensorboard, training.model.num_timesteps))
         with random.active():
-            _train(config, out, training, random, update, say)
+            _train(config, out, training, random, update, say, stop or StopRequest())
         policy = training.saved_policy()
         policy.save(out / POLICY)
         return policy
@@ -191,13 +201,18 @@ def _train(
     random: RandomState,
     update: int,
     say: Callable[[str], None],
+    stop: StopRequest,
 ) -> None:
     """Rollout, update, evaluation, progress, checkpoint, until there were enough steps."""
     rl = config.rl
     model = training.model
     started = time.perf_counter()
     while model.num_timesteps < rl.steps:
-        model.learn(rl.hosts * rl.rollout, reset_num_timesteps=False)
+        model.learn(
+            rl.hosts * rl.rollout,
+            callback=lambda *_: stop.before(True),
+            reset_num_timesteps=False,
+        )
         update += 1
         last = model.num_timesteps >= rl.steps
         due = last or (rl.evaluate_every > 0 and update % rl.evaluate_every == 0)
@@ -207,17 +222,26 @@ def _train(
             "seconds": time.perf_counter() - started,
             **_episode_means(model.ep_info_buffer or ()),
             **{name: float(model.logger.name_to_value[key]) for name, key in UPDATE.items()},
-            "evaluation": evaluation(config, training) if due else None,
+            "evaluation": evaluation(config, training, stop) if due else None,
         }
-        with (out / PROGRESS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        model.logger.dump(model.num_timesteps)  # `learn` itself would write it with the next update
+        reported = _report(out / PROGRESS, line)
         say(_in_words(line))
         data = io.BytesIO()
-        torch.save(training.state_dict(update, config) | {"random": random.state_dict()}, data)
+        state = training.state_dict(update, config)
+        torch.save(state | {"random": random.state_dict(), "metrics": reported}, data)
         (out / CHECKPOINTS).mkdir(exist_ok=True)
         save(out / CHECKPOINTS / f"update-{update}.pt", data.getvalue())
         drop_old(out / CHECKPOINTS, config.checkpoint.keep, "update")
-    model.logger.dump(model.num_timesteps)
+
+
+def _report(path: Path, line: Mapping[str, Any]) -> int:
+    """Add a line, on disk before the checkpoint that follows it; returns the bytes of the file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
 
 
 def _make(config: RunConfig, task: Task | None) -> Training:
@@ -241,12 +265,10 @@ def _make(config: RunConfig, task: Task | None) -> Training:
         seed=config.seed,
         device="cpu",  # a small network, called once per epoch of the hosts
     )
-    hosts = [host.unwrapped for host in vector.envs]
-    assert all(isinstance(host, MorphogenesisEnv) for host in hosts)
-    return Training(model=model, rewards=rewards, hosts=cast(list[MorphogenesisEnv], hosts))
+    return Training(model=model, rewards=rewards, hosts=vector.hosts)
 
 
-def evaluation(config: RunConfig, training: Training) -> dict[str, float]:
+def evaluation(config: RunConfig, training: Training, stop: StopRequest) -> dict[str, float]:
     """Means over the evaluation's episodes, each a run under the policy as it is now."""
     policy = training.saved_policy()
     task = training.hosts[0].task
@@ -255,7 +277,8 @@ def evaluation(config: RunConfig, training: Training) -> dict[str, float]:
         for number in range(config.rl.evaluations)
     ]
     results = [
-        run_heuristic_episode(each, task=task, policy=policy.maker(each)) for each in configs
+        run_heuristic_episode(each, task=task, policy=policy.maker(each))
+        for each in map(stop.before, configs)
     ]
     return {
         "return": fmean(math.fsum(result.rewards) for result in results),
@@ -283,7 +306,13 @@ def _in_words(line: Mapping[str, Any]) -> str:
     return words
 
 
-def _logger(out: Path, tensorboard: bool) -> Logger:
-    if tensorboard:
-        return configure(str(out / CURVES), ["tensorboard"])
-    return Logger(folder=None, output_formats=[])
+def _logger(out: Path, tensorboard: bool, done: int) -> Logger:
+    """`done` is the number of steps so far: the records of later ones are hidden."""
+    if not tensorboard:
+        return Logger(folder=None, output_formats=[])
+    from torch.utils.tensorboard import SummaryWriter
+
+    curves = TensorBoardOutputFormat(str(out / CURVES))
+    curves.writer.close()
+    curves.writer = SummaryWriter(str(out / CURVES), purge_step=done + 1)
+    return Logger(folder=None, output_formats=[curves])

@@ -26,6 +26,7 @@ from esper_train.train.batches import changed, moved, read_batch
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.data import Data
 from esper_train.train.forward import call, logits_of
+from esper_train.train.loss import criterion_options
 from esper_train.train.optimizers import OptimizerRegistry
 from esper_train.train.sources import ReadSource, Source, make_source
 from esper_train.train.step import TrainStep, build_train_step
@@ -145,7 +146,7 @@ def _host(config: RunConfig, task: Task, device: torch.device, example: Any) -> 
 def _guess_loss(config: RunConfig, task: Task) -> float:
     """The loss of a random guess, in nats; 0 where it is not known: then only a run's own losses
     judge it."""
-    known = task.criterion is None or isinstance(task.criterion, nn.CrossEntropyLoss)
+    known = criterion_options(task.criterion) is not None
     if task.num_classes is not None and known:
         return math.log(task.num_classes)
     if config.reward == "loss":

@@ -1,6 +1,7 @@
-"""One epoch of a run, split where the controller decides: `observe`, then `apply`.
+"""One epoch of a run, split where the device is waited for and where the controller decides:
+`launch`, `observe`, `apply`.
 
-`run` goes through both for every epoch; whoever steps a run by hand does the same.
+`run` goes through all three for every epoch; whoever steps a run by hand does the same.
 """
 
 from dataclasses import replace
@@ -20,20 +21,22 @@ from esper_train.run.cost import seed_cost
 from esper_train.run.episode import Episode
 from esper_train.run.execute import execute, follow_optimizers, reward_parts
 from esper_train.run.measure import (
+    Measured,
     joint_contribution,
+    launch_epoch,
     observation,
     observe_slots,
     slot_states,
-    train_and_evaluate,
 )
 from esper_train.run.records import epoch_event, refused_event, stage_event, trouble_events
 from esper_train.telemetry.event import Event, EventType
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
+from esper_train.train.launched import Launched
 
 
 class Epoch:
-    """Epoch `number` of an episode. `apply` is called once, after an `observe` that gave
-    signals."""
+    """Epoch `number` of an episode: `launch`, then `observe` with what was read of it, then `apply`
+    if that gave signals."""
 
     def __init__(self, episode: Episode, number: int) -> None:
         self._episode = episode
@@ -43,17 +46,19 @@ class Epoch:
         self._verdict = False  # whether a trial ended
         self._events: list[Event] = []  # to be written after the epoch's own line
 
-    def observe(self) -> Signals | None:
-        """Train, evaluate, track, and let the slots make their own moves; then a decision is due.
+    def launch(self) -> Launched[Measured]:
+        """Train and evaluate."""
+        self._episode.trial.tick()
+        return launch_epoch(self._episode, self._number)
+
+    def observe(self, measured: Measured) -> Signals | None:
+        """Track what was measured, and let the slots make their own moves; then a decision is due.
 
         None where the losses went bad and the epoch is undone: it is over without a decision.
         """
         episode = self._episode
         number = self._number
-        episode.trial.tick()
-        self._train, self._validation = train_and_evaluate(episode, number)
-        train = self._train
-        validation = self._validation
+        train, validation = self._train, self._validation = measured
         episode.accuracy = validation.points
         # the training loss includes skipped batches, so it is not judged
         skips = episode.config.train.on_bad_numbers == "skip"

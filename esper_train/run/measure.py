@@ -11,28 +11,29 @@ from esper_train.morph.gates import gradient_ratio
 from esper_train.morph.lifecycle import TRIAL, Measurement, SeedStage, SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.run.episode import Episode
-from esper_train.train.loop import evaluate, train_one_epoch
+from esper_train.train.launched import Launched
+from esper_train.train.loop import launch_evaluation, launch_training
 from esper_train.train.results import EpochResult, EvalResult
 
+Measured = tuple[EpochResult, EvalResult]
+"""Training and validation of an epoch."""
 JOINT = "+"
 """The variant without any of the seeds measured in an epoch; no slot has this name."""
 
 
-def train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalResult]:
+def launch_epoch(episode: Episode, epoch: int) -> Launched[Measured]:
     """Train on the epoch's batches, then validate the network as it is, without each seed that
-    contributes to it, and with each seed that learns beside it."""
+    contributes to it, and with each seed that learns beside it. Nothing is read yet."""
     config = episode.config
     model = episode.model
-    train = train_one_epoch(
+    train = launch_training(
         model,
         map(episode.stop.before, episode.train),
         episode.optimizers,
         config.train,
-        task_type=episode.task.task_type,
-        max_batches=config.max_batches,
         step=episode.step,
         learners=episode.learners(),
-        governed=True,
+        max_batches=config.max_batches,
     )
     episode.cost.add_epoch(model, episode.example)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
@@ -48,16 +49,15 @@ def train_and_evaluate(episode: Episode, epoch: int) -> tuple[EpochResult, EvalR
     for name in model.learning:
         variants[name] = {name: 1.0}
         scopes[name] = model.incubation(name).entered
-    validation = evaluate(
+    validation = launch_evaluation(
         model,
         map(episode.stop.before, episode.validation),
         config.train,
-        task_type=episode.task.task_type,
+        step=episode.step,
         variants=variants,
         scopes=scopes,
-        step=episode.step,
     )
-    return train, validation
+    return train.beside(validation)
 
 
 def observe_slots(

@@ -23,12 +23,14 @@ from esper_train.run.build import build_episode
 from esper_train.run.checkpoint import Checkpoints
 from esper_train.run.episode import Episode
 from esper_train.run.epoch import Epoch, keep_good
+from esper_train.run.measure import Measured
 from esper_train.run.records import plain
 from esper_train.tasks import Task
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.errors import BadNumbersError, NonFiniteLossError
-from esper_train.train.loop import evaluate
+from esper_train.train.launched import Launched
+from esper_train.train.loop import launch_evaluation
 from esper_train.train.results import EvalResult, Measures
 
 PolicyMaker = Callable[[MorphModel], Policy]
@@ -120,20 +122,22 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
     """
     with EpisodeRun(episode, checkpoints) as run, episode.random.active():
         while not run.over:
-            signals = run.observe()
+            signals = run.observe(run.launch().read())
             if signals is not None:
                 run.apply(episode.policy.decide(signals))
-        return run.finish()
+        return run.finish(run.launch_test().read())
 
 
 class EpisodeRun:
     """A run one decision at a time, in the one order there is: train, evaluate, track, slots step,
     decide, execute. Whoever decides drives it: `run_episode`, or an environment of `rl`.
 
-    Until `over`, `observe` runs an epoch and `apply` carries out the decision about it; then
-    `finish` measures the test split. All three are called while `episode.random` is active. An
-    epoch that the governor finds gone bad is, by policy, reported, the last, or undone: then
-    nothing is tracked or decided. However the run ends, on leaving `with` its network is the one
+    Until `over`, `launch` queues an epoch on the device, `observe` takes what was read of it, and
+    `apply` carries out the decision about it; then `launch_test` and `finish` do the same with the
+    test split. All are called while `episode.random` is active, and none but them need be: who
+    drives several runs reads their results together. An epoch that the governor finds gone bad is,
+    by policy, reported, the last, or undone: then nothing is tracked or decided. However the run
+    ends, on leaving `with` its network is the one
     that `config.keep` names, and its last event is RUN_FINISHED with the status "completed",
     "interrupted", "nonfinite", "diverged" or "failed"; what ended it is raised again.
     """
@@ -179,14 +183,19 @@ class EpisodeRun:
         """What the governor found in the last observed epoch."""
         return None if self._epoch is None else self._epoch.finding
 
-    def observe(self) -> Signals | None:
-        """Run the next epoch up to its decision; None where it was undone, without a decision."""
+    def launch(self) -> Launched[Measured]:
+        """Queue the next epoch: train and evaluate."""
         episode = self._episode
         if self._epoch is None:
             keep_good(episode, episode.epoch)
         self._ending.epoch = episode.epoch + 1
         self._epoch = Epoch(episode, episode.epoch + 1)
-        signals = self._epoch.observe()
+        return self._epoch.launch()
+
+    def observe(self, measured: Measured) -> Signals | None:
+        """Take the epoch to its decision; None where it was undone, without a decision."""
+        assert self._epoch is not None
+        signals = self._epoch.observe(measured)
         if signals is None:
             self._end_epoch()
         return signals
@@ -198,19 +207,22 @@ class EpisodeRun:
         self._end_epoch()
         return reward
 
-    def finish(self) -> EpisodeResult:
-        """Measure the network that `config.keep` names on the test split."""
+    def launch_test(self) -> Launched[EvalResult]:
+        """Queue the test split for the network that `config.keep` names."""
         episode = self._episode
         _give_kept(episode)
-        self._ending.test = evaluate(
+        return launch_evaluation(
             episode.model,
             map(episode.stop.before, episode.test),
             episode.config.train,
-            task_type=episode.task.task_type,
             step=episode.step,
         )
+
+    def finish(self, test: EvalResult) -> EpisodeResult:
+        """What came of the run, of which every epoch and the test are done."""
+        self._ending.test = test
         self._ending.status = "completed"
-        return _result(episode, self._ending.test, self._seconds())
+        return _result(self._episode, test, self._seconds())
 
     def _end_epoch(self) -> None:
         self._episode.epoch = self._ending.epoch

@@ -254,7 +254,7 @@ def _require_capturable(optimizers: OptimizerRegistry) -> None:
             group.get("fused") and not isinstance(group["lr"], Tensor)
             for group in optimizer.param_groups
         )
-        if not plain or not isinstance(optimizer, (SGD, Adam, AdamW)):
+        if not plain or type(optimizer) not in (SGD, Adam, AdamW):
             raise ValueError(
                 "train.capture needs torch's SGD, Adam or AdamW, made with fused=True, which keeps "
                 "their state on the device, and with a number as learning rate, got "

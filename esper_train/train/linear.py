@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import KernelConfig, Meter, linear_cross_entropy_step
-from esper_train.train.loss import IGNORED, Divisor, Loss
+from esper_train.train.loss import IGNORED, Divisor, Loss, is_customised
 
 TASK_TYPES = ("classification", "lm")
 
@@ -30,14 +30,22 @@ def require_linear_loss(loss: Loss, has_own_forward: bool) -> None:
 
 
 def output_layer(model: nn.Module) -> nn.Linear:
-    """The last layer of a model that has `features`; `ValueError` where it has not."""
+    """The last layer of a model that has `features`; `ValueError` where it has not, or where
+    calling the model or the layer may do more than the product: neither of them is called."""
     layer = getattr(model, "output_layer", None)
-    if not callable(getattr(model, "features", None)) or not isinstance(layer, nn.Linear):
+    if not callable(getattr(model, "features", None)) or type(layer) is not nn.Linear:
         raise ValueError(
             "train.linear_loss needs a model with features(inputs) and output_layer, an nn.Linear "
             f"whose output are the logits, got {type(model).__name__} with output_layer "
-            f"{layer!r:.80}; add them, or leave train.linear_loss out"
+            f"{layer!r:.80}; add them (a subclass may compute something else), or leave "
+            "train.linear_loss out"
         )
+    for name, module in (("the model", model), ("output_layer", layer)):
+        if is_customised(module):
+            raise ValueError(
+                f"train.linear_loss calls features alone, so it would leave out the hooks, or the "
+                f"replaced forward, of {name}; remove them, or leave train.linear_loss out"
+            )
     return layer
 
 

@@ -1,25 +1,26 @@
 """The only loops over batches: `train_one_epoch` and `evaluate`, shared by every way of training.
 
-`run` calls them once per epoch; they also serve any `nn.Module` and loader on their own. Loss,
-counts and gradient statistics stay on the device; each call reads them once, at its end, which is
-its only host sync.
+They serve any `nn.Module` and loader. Loss, counts and gradient statistics stay on the device; each
+call reads them once, at its end, which is its only host sync. `run` calls `launch_training` and
+`launch_evaluation` instead, which are the same without the reading, and reads both together.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper_kernels import Meter, compute_all
+from esper_kernels import Meter
 from esper_train.base.modes import evaluating
 from esper_train.train.batches import Batch, Batches, ReadBatch, drawn, grouped
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
 from esper_train.train.errors import NonFiniteLossError
 from esper_train.train.forward import ForwardOf
+from esper_train.train.launched import Launched, Stopwatch
 from esper_train.train.learner import Learner
 from esper_train.train.loss import Criterion
 from esper_train.train.optimizer_steps import NETWORK, OptimizerSteps
@@ -49,7 +50,6 @@ def train_one_epoch(
     max_batches: int | None = None,
     on_step: Callable[[StepEnd], object] | None = None,
     step: TrainStep | None = None,
-    governed: bool = False,
     learners: Sequence[Learner] = (),
 ) -> EpochResult:
     """Train on every batch once.
@@ -67,8 +67,6 @@ def train_one_epoch(
         on_step: called after each optimizer step. What it returns is ignored.
         step: from `build_train_step` with the same settings, to keep a compiled one over epochs;
             None makes one for this call.
-        governed: the caller judges the losses itself, as a run does by its governor: a loss that
-            is not finite is returned under every policy, and the policy "rollback" is accepted.
         learners: what learns beside the model from the same batches.
 
     Raises:
@@ -81,29 +79,44 @@ def train_one_epoch(
         IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the
             end of the epoch on other devices.
     """
-    started = time.perf_counter()
     _require(config, TrainConfig, "config")
-    if isinstance(optimizers, Optimizer):
-        optimizers = OptimizerRegistry(host=optimizers)
-    _require(optimizers, OptimizerRegistry, "optimizers")
-    step = _step(step, task_type, config, criterion, forward, batch)
-    _require_trainable(config, step, governed, learners)
-    steps = _train(model, loader, optimizers, config, step, learners, max_batches, on_step)
-    epoch = _epoch_result(steps, step, config, _device(model), started)
-    if not governed and config.on_bad_numbers == "stop":
-        _refuse_bad_numbers(epoch, step)
-    return epoch
-
-
-def _require_trainable(
-    config: TrainConfig, step: TrainStep, governed: bool, learners: Sequence[Learner]
-) -> None:
-    """`ValueError` for what `train_one_epoch` cannot do."""
-    if config.on_bad_numbers == "rollback" and not governed:
+    if config.on_bad_numbers == "rollback":
         raise ValueError(
             "train.on_bad_numbers 'rollback' needs a run, which keeps states to return to; use "
             "'stop', 'warn' or 'skip' with train_one_epoch"
         )
+    if isinstance(optimizers, Optimizer):
+        optimizers = OptimizerRegistry(host=optimizers)
+    _require(optimizers, OptimizerRegistry, "optimizers")
+    step = _step(step, task_type, config, criterion, forward, batch)
+    epoch = launch_training(
+        model,
+        loader,
+        optimizers,
+        config,
+        step=step,
+        learners=learners,
+        max_batches=max_batches,
+        on_step=on_step,
+    ).read()
+    if config.on_bad_numbers == "stop":
+        _refuse_bad_numbers(epoch, step)
+    return epoch
+
+
+def launch_training(
+    model: nn.Module,
+    loader: Batches,
+    optimizers: OptimizerRegistry,
+    config: TrainConfig,
+    *,
+    step: TrainStep,
+    learners: Sequence[Learner] = (),
+    max_batches: int | None = None,
+    on_step: Callable[[StepEnd], object] | None = None,
+) -> Launched[EpochResult]:
+    """`train_one_epoch` without its host sync. The caller judges the losses itself: one that is not
+    finite is returned under every policy."""
     if not torch.is_grad_enabled():
         raise ValueError(
             "expected gradients to be enabled, got a call of train_one_epoch within "
@@ -113,6 +126,11 @@ def _require_trainable(
         raise ValueError(
             f"learners call the model's own forward, got forward={step.forward!r}; leave it out"
         )
+    device = _device(model)
+    watch = Stopwatch(device)
+    steps = _train(model, loader, optimizers, config, step, learners, max_batches, on_step)
+    watch.stop()
+    return _training_to_read(steps, step, config, device, watch)
 
 
 def _train(
@@ -161,31 +179,38 @@ def _train(
     return steps
 
 
-def _epoch_result(
+def _training_to_read(
     steps: OptimizerSteps,
     step: TrainStep,
     config: TrainConfig,
     device: torch.device,
-    started: float,
-) -> EpochResult:
-    """Read the sums of an epoch: the host sync."""
-    result, units = steps.read(strict=config.on_bad_numbers == "stop")
-    grad, skipped = units.pop(NETWORK)
+    watch: Stopwatch,
+) -> Launched[EpochResult]:
+    """The sums of an epoch, not read yet."""
+    counts = step.loss.counts
+    backend = step.backend(device)
     capture = step.capture if config.capture else None
-    return EpochResult(
-        **measures_of(result, step.loss.counts),
-        grad=grad,
-        skipped=skipped,
-        learners={
-            name: LearnerResult(grad=health, skipped=n) for name, (health, n) in units.items()
-        },
-        seconds=time.perf_counter() - started,
-        backend=step.backend(device),
-        compiled=step.compiled,
-        compile_failure=step.compile_failure,
-        replayed=capture.replayed if capture else 0,
-        not_replayed=dict(capture.eager) if capture else {},
-    )
+
+    def result(read: Sequence[Any]) -> EpochResult:
+        meter, units = steps.results(read)
+        grad, skipped = units.pop(NETWORK)
+        return EpochResult(
+            **measures_of(meter, counts),
+            grad=grad,
+            skipped=skipped,
+            learners={
+                name: LearnerResult(grad=health, skipped=n) for name, (health, n) in units.items()
+            },
+            seconds=watch.seconds(),
+            backend=backend,
+            compiled=step.compiled,
+            compile_failure=step.compile_failure,
+            replayed=capture.replayed if capture else 0,
+            not_replayed=dict(capture.eager) if capture else {},
+        )
+
+    strict = config.on_bad_numbers == "stop"
+    return Launched(sources=steps.sources(), strict=strict, result=result)
 
 
 def _refuse_bad_numbers(epoch: EpochResult, step: TrainStep) -> None:
@@ -220,12 +245,29 @@ def evaluate(
     in the same pass: the model is called with `alpha=...` for each and nothing of it is changed.
     `scopes` has what is entered around the passes of some variants. Otherwise as `train_one_epoch`.
     """
-    started = time.perf_counter()
     _require(config, TrainConfig, "config")
     step = _step(step, task_type, config, criterion, forward, batch)
-    step.loss.saw_soft_targets = False
+    launched = launch_evaluation(
+        model, loader, config, step=step, max_batches=max_batches, variants=variants, scopes=scopes
+    )
+    return launched.read()
+
+
+def launch_evaluation(
+    model: nn.Module,
+    loader: Batches,
+    config: TrainConfig,
+    *,
+    step: TrainStep,
+    max_batches: int | None = None,
+    variants: Mapping[str, Mapping[str, float]] | None = None,
+    scopes: Mapping[str, Scope] | None = None,
+) -> Launched[EvalResult]:
+    """`evaluate` without its host sync."""
     device = _device(model)
-    overrides = variants or {}
+    watch = Stopwatch(device)
+    step.loss.saw_soft_targets = False
+    overrides = dict(variants or {})
     meters = [Meter(device, topk=config.topk) for _ in range(1 + len(overrides))]
     alphas = list(overrides.values())
     entered = [(scopes or {}).get(name, nullcontext) for name in overrides]
@@ -238,18 +280,25 @@ def evaluate(
                     step.measure(model, inputs, targets, meters, alphas, entered).flatten()
                 )
     rows = torch.cat(right).long()
-    result, *others, predicted = compute_all(*meters, rows, strict=config.on_bad_numbers == "stop")
+    watch.stop()
     counts = step.loss.counts
-    return EvalResult(
-        **measures_of(result, counts),
-        right=torch.tensor(predicted, dtype=torch.bool),
-        seconds=time.perf_counter() - started,
-        backend=step.backend(device),
-        variants={
-            name: Measures(**measures_of(other, counts))
-            for name, other in zip(overrides, others, strict=True)
-        },
-    )
+    backend = step.backend(device)
+
+    def result(read: Sequence[Any]) -> EvalResult:
+        own, *others, predicted = read
+        return EvalResult(
+            **measures_of(own, counts),
+            right=torch.tensor(predicted, dtype=torch.bool, device="cpu"),
+            seconds=watch.seconds(),
+            backend=backend,
+            variants={
+                name: Measures(**measures_of(other, counts))
+                for name, other in zip(overrides, others, strict=True)
+            },
+        )
+
+    strict = config.on_bad_numbers == "stop"
+    return Launched(sources=(*meters, rows), strict=strict, result=result)
 
 
 def _require(value: object, kind: type, name: str) -> None:

@@ -72,7 +72,7 @@ def criterion_options(criterion: Criterion | None) -> Options | None:
     if type(criterion) not in (nn.CrossEntropyLoss, CrossEntropyLoss):
         return None
     assert isinstance(criterion, nn.CrossEntropyLoss)
-    if _is_customised(criterion):
+    if is_customised(criterion):
         return None
     if criterion.reduction == "none":
         raise ValueError(
@@ -105,7 +105,7 @@ def refuse_linear_module(criterion: object) -> None:
         )
 
 
-def _is_customised(module: nn.Module) -> bool:
+def is_customised(module: nn.Module) -> bool:
     """Whether calling the module does more than the `forward` of its class."""
     hooks = (
         module._forward_hooks,

@@ -1,11 +1,12 @@
 """The steps of an epoch's optimizers, and the sums that they keep on the device until its end."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from esper_kernels import GradHealth, Meter, MeterResult, compute_all
+from esper_kernels import GradHealth, GradStats, Meter, MeterResult
 from esper_train.train.batches import Batch
 from esper_train.train.config import TrainConfig
 from esper_train.train.learner import Learner
@@ -59,15 +60,21 @@ class OptimizerSteps:
         for unit in self._units:
             unit.reset()
 
-    def read(self, strict: bool) -> tuple[MeterResult, dict[str, tuple[GradHealth | None, int]]]:
-        """Read loss and counts, and each unit's gradient health and skipped steps by its name: the
-        host sync."""
-        sources = [source for unit in self._units for source in (unit.skipped, *unit.measured())]
-        result, *read = compute_all(self.meter, *sources, strict=strict)
+    def sources(self) -> tuple[Meter | GradStats | Tensor, ...]:
+        """What was added up, on the device."""
+        units = [source for unit in self._units for source in (unit.skipped, *unit.measured())]
+        return (self.meter, *units)
+
+    def results(
+        self, read: Sequence[Any]
+    ) -> tuple[MeterResult, dict[str, tuple[GradHealth | None, int]]]:
+        """Loss and counts, and each unit's gradient health and skipped steps by its name, from what
+        was read of `sources`."""
+        result, *rest = read
         found: dict[str, tuple[GradHealth | None, int]] = {}
         for name, unit in zip(self._names, self._units, strict=True):
-            (skipped,), *health = read[: 1 + len(unit.measured())]
-            del read[: 1 + len(health)]
+            (skipped,), *health = rest[: 1 + len(unit.measured())]
+            del rest[: 1 + len(health)]
             found[name] = whole_epoch(*health) if health else None, skipped
         return result, found
 

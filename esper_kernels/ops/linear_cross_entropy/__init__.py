@@ -256,6 +256,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         totals = Totals(*saved[4:7])
         with torch.no_grad():
             if ctx.computes_later:
+                arguments.check_storages(*batch[:3])
                 options = Options(
                     *(
                         given if tensor is None else tensor

@@ -63,6 +63,13 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
+def check_storages(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """For a backward pass: that none of these was freed since the forward pass."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None:
+            checks.check_storage(name, x)
+
+
 def logits_stand_in(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Shape, dtype and device of the logits, in the memory of one number."""
     one = torch.empty(1, dtype=dtype, device=hidden.device)

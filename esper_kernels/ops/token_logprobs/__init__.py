@@ -142,7 +142,10 @@ class _TokenLogprobs(torch.autograd.Function):
         checks.refuse_transforms(f"the gradient of {ctx.name}", grad_logprobs, _INSTEAD)
         *tensors, entropies, row_sums = ctx.saved_tensors
         inputs = Inputs(*tensors, *ctx.settings)
-        checks.check_storage("logits" if inputs.weight is None else "hidden", inputs.x)
+        if inputs.weight is None:
+            checks.check_storage("logits", inputs.x)
+        else:
+            arguments.check_storages(inputs.x, inputs.weight, inputs.bias)
         with torch.no_grad():
             grads = op.backward(
                 inputs,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from esper_train import HostConfig, RunConfig
+from esper_train.rl import ppo
 from esper_train.rl.config import RLConfig
 from esper_train.rl.learned import load_policy
 from esper_train.rl.ppo import train_ppo
@@ -102,6 +103,22 @@ def test_seeds_of_hosts_and_evaluations_never_meet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = with_rl(CONFIG, tensorboard=True, evaluate_every=0)
+    train_ppo(with_rl(config, steps=32), tmp_path)
+    train_ppo(config, tmp_path, resume=True)
+    assert [line["steps"] for line in lines(tmp_path)] == [16, 32, 48]
+    curves = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
+    curves.Reload()
+    for name in ("rollout/ep_rew_mean", "train/value_loss", "train/approx_kl"):
+        assert name in curves.Tags()["scalars"]
+    losses = curves.Scalars("train/value_loss")
+    assert [event.step for event in losses] == [16, 32, 48]
+    found = [line["value_loss"] for line in lines(tmp_path)]
+    assert [event.value for event in losses] == pytest.approx(found)
+
+
 @pytest.mark.slow
 def test_ppo_learns_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a reward that pays for one germination alone, the policy comes to ask for it."""
@@ -116,3 +133,40 @@ def test_ppo_learns_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = lines(tmp_path)
     assert found[-1]["evaluation"]["return"] == 1.0
     assert found[-1]["return"] > found[0]["return"]
+
+
+def test_an_update_cut_off_before_its_checkpoint_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In `progress.jsonl` and in TensorBoard, as if the training had never stopped."""
+    tensorboard = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    config = with_rl(CONFIG, steps=32, tensorboard=True)
+    train_ppo(config, tmp_path / "whole")
+    inner = ppo.save
+
+    def save_one(path: Path, data: bytes) -> None:
+        if path.stem == "update-2":
+            raise OSError("the disk went away")
+        inner(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "save", save_one)
+        with pytest.raises(OSError, match="the disk went away"):
+            train_ppo(config, tmp_path / "run")
+    assert [line["update"] for line in lines(tmp_path / "run")] == [1, 2]
+    train_ppo(config, tmp_path / "run", resume=True)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    steps = {}
+    for name in ("whole", "run"):
+        curves = tensorboard.EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
+        steps[name] = [event.step for event in curves.Scalars("time/fps")]
+    assert steps["run"] == steps["whole"]
+
+
+def test_a_report_that_lost_lines_is_refused(tmp_path: Path) -> None:
+    train_ppo(with_rl(CONFIG, steps=32), tmp_path)
+    (tmp_path / "progress.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"progress.jsonl has 0 bytes .* last lines are lost"):
+        train_ppo(CONFIG, tmp_path, resume=True)

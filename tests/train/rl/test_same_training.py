@@ -1,4 +1,5 @@
-"""A script of actions through a run and through the environment trains the same network."""
+"""A script of actions through a run and through the environment trains the same network; several
+hosts in lockstep are in `test_vector`."""
 
 from dataclasses import replace
 
@@ -15,11 +16,10 @@ from esper_train import (
     TelemetryHub,
     run_heuristic_episode,
 )
-from esper_train.config import SEED_STEP, preset
+from esper_train.config import preset
 from esper_train.rl.actions import ActionTable
 from esper_train.rl.env import MorphogenesisEnv
 from esper_train.rl.policies import Script
-from esper_train.rl.vector import make_vector
 from esper_train.train.config import AmpConfig
 from tests.helpers.scripted import EASY, Recorder
 
@@ -115,34 +115,6 @@ def test_a_script_trains_the_same_through_a_run_and_through_the_environment(
     assert_same_weights(env._episode.model.state_dict(), run.model.state_dict())
     assert info["result"]["accuracy"] == run.test.points
     assert info["result"]["cost"] == run.cost
-
-
-@pytest.mark.parametrize("hosts", [1, 4])
-def test_hosts_in_lockstep_train_as_runs_alone(hosts: int) -> None:
-    """Each host of a vector equals the run with its seed, in its next episode too."""
-    config = replace(short("digits", None), max_epochs=5)
-    vector = make_vector(config, hosts)
-    vector.reset()
-    table = vector.get_attr("table")[0]
-    germination = table.names().index(f"germinate early {table.blueprints[0]} sigmoid")
-    scripts = [[germination if epoch == host % 3 else 0 for epoch in range(5)] for host in range(4)]
-    for episode in range(2):
-        losses = []
-        for epoch in range(5):
-            _, rewards, dones, infos = vector.step(
-                numpy.array([scripts[host][epoch] for host in range(hosts)])
-            )
-            losses.append(rewards.tolist())
-        assert dones.all()
-        for host in range(hosts):
-            seed = config.seed + host + SEED_STEP * episode
-            run = run_heuristic_episode(
-                replace(config, seed=seed), policy=Script(table, scripts[host])
-            )
-            found = [numpy.float32(reward) for reward in run.rewards]
-            assert [step[host] for step in losses] == found
-            assert infos[host]["result"]["accuracy"] == run.test.points
-            assert infos[host]["result"]["cost"] == run.cost
 
 
 def test_every_operation_is_in_the_scripts() -> None:

@@ -151,7 +151,7 @@ def epochs(episode: Episode, number: int, **by_epoch: Decision) -> list[Any]:
     measured = []
     for i in range(episode.epoch + 1, episode.epoch + 1 + number):
         epoch = Epoch(episode, i)
-        signals = epoch.observe()
+        signals = epoch.observe(epoch.launch().read())
         assert signals is not None
         epoch.apply(script.decide(signals))
         episode.epoch = i

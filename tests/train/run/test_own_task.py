@@ -73,8 +73,16 @@ def test_an_nn_cross_entropy_is_fused() -> None:
     assert "criterion" not in recorder.of(EventType.RUN_STARTED)[0].data["backend"]
 
 
-def test_the_loss_reward_needs_a_loss_of_guessing() -> None:
-    task = replace(own.table, criterion=nn.MultiMarginLoss())
+class Focal(nn.CrossEntropyLoss):
+    """A subclass that computes something else."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return 0.1 * super().forward(input, target)
+
+
+@pytest.mark.parametrize("criterion", [nn.MultiMarginLoss(), Focal()], ids=str)
+def test_the_loss_reward_needs_a_loss_of_guessing(criterion: nn.Module) -> None:
+    task = replace(own.table, criterion=criterion)
     with pytest.raises(ValueError, match="not known for a criterion of one's own; use 'shaped'"):
         run_fit(replace(CONFIG, reward="loss"), task=task)
 

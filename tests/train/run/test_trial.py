@@ -88,7 +88,7 @@ def go(episode: Episode, script: Script, until: int) -> dict[int, dict[str, Any]
     with episode.random.active():
         for number in range(episode.epoch + 1, until + 1):
             epoch = Epoch(episode, number)
-            signals = epoch.observe()
+            signals = epoch.observe(epoch.launch().read())
             if signals is not None:
                 epoch.apply(script.decide(signals))
             episode.epoch = number
@@ -301,7 +301,7 @@ def test_a_run_killed_while_a_seed_is_on_trial_still_undoes(
     with interrupted.random.active():
         for number in range(1, killed_after + 1):
             epoch = Epoch(interrupted, number)
-            signals = epoch.observe()
+            signals = epoch.observe(epoch.launch().read())
             assert signals is not None
             epoch.apply(interrupted.policy.decide(signals))
             interrupted.epoch = number

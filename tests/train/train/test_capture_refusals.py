@@ -31,6 +31,15 @@ from tests.helpers.taped import (
 )
 
 
+class Halving(SGD):
+    """Counts its steps in Python, which a graph would not repeat."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            group["lr"] /= 2
+
+
 def epoch_of(config: TrainConfig, make: Callable[..., Any], **more: Any) -> EpochResult:
     model = network()
     batches = data(*[8] * 6)
@@ -78,6 +87,7 @@ def test_without_cuda_it_is_refused_before_anything_is_trained() -> None:
         lambda *p: AdamW(p, lr=RATE),
         lambda *p: SGD(p, lr=torch.tensor(RATE), fused=True),
         lambda *p: torch.optim.Adagrad(p, lr=RATE, fused=True),
+        lambda *p: Halving(p, lr=RATE, fused=True),
     ],
 )
 def test_optimizers_that_need_the_host_are_refused(make: Callable[..., Optimizer]) -> None:

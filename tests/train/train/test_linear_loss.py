@@ -156,6 +156,54 @@ def test_a_model_without_features_is_refused() -> None:
     assert not meter.counts.any()
 
 
+class Halved(nn.Linear):
+    """A last layer that does more than the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def with_a_subclass() -> nn.Module:
+    model = Classifier()
+    model.output_layer = Halved(6, 50)
+    return model
+
+
+def with_a_hooked_layer() -> nn.Module:
+    model = Classifier()
+    model.output_layer.register_forward_hook(lambda layer, inputs, logits: logits / 2)
+    return model
+
+
+def with_a_hooked_model() -> nn.Module:
+    model = Classifier()
+    model.register_forward_hook(lambda model, inputs, logits: logits / 2)
+    return model
+
+
+def with_another_forward() -> nn.Module:
+    model = Classifier()
+    model.output_layer.forward = lambda x: x @ torch.ones(6, 50)  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (with_a_subclass, r"an nn.Linear .* got Classifier with output_layer Halved"),
+        (with_a_hooked_layer, "leave out the hooks, or the replaced forward, of output_layer"),
+        (with_a_hooked_model, "leave out the hooks, or the replaced forward, of the model"),
+        (with_another_forward, "leave out the hooks, or the replaced forward, of output_layer"),
+    ],
+)
+def test_a_model_that_computes_other_logits_is_refused(build: Build, words: str) -> None:
+    meter = Meter("cpu")
+    step = build_train_step("lm", TrainConfig(linear_loss=True))
+    with pytest.raises(ValueError, match=words):
+        step(build(), INPUTS, TARGETS, meter)
+    assert not meter.counts.any()
+
+
 def test_a_bad_target_is_masked_where_a_run_goes_on() -> None:
     targets = TARGETS.clone()
     targets[0, 1] = 77

@@ -1,0 +1,1 @@
+"""A static roofline of the GPU kernels, from their machine code."""
