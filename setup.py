@@ -37,6 +37,7 @@ HEADERS = [
     "kernels.h",
     "simd.inc",
     "cross_entropy.inc",
+    "tiles.inc",
     "token_logprobs.inc",
     "grad_stats.inc",
     "vector_functions.inc",

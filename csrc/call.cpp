@@ -105,6 +105,11 @@ void check_inputs(const LossCall& call) {
     require(call.weight->dtype == kFloat32, "weight of float32");
     require_storage("weight", *call.weight);
   }
+  require(call.second.has_value() == call.shares.has_value(), "second targets with shares or neither");
+  if (call.second) {
+    memory_of<int64_t>("second", *call.second, kInt64, targets.numel());
+    memory_of<float>("shares", *call.shares, kFloat32, 2 * targets.numel());
+  }
   require_number("label_smoothing", call.numbers.label_smoothing, 0, 1);
   require_number("z_loss", call.numbers.z_loss, 0, HUGE_VAL);
   // In float32, logit / softcap leaves the normal numbers outside of this range.
@@ -117,11 +122,12 @@ void check_out(const LossCall& call) {
           "out like the logits");
   require_storage("out", out);
   if (out.numel() == 0) return;
-  require(out.sizes[out.dims - 1] == 1 || out.strides[out.dims - 1] == 1, "out with class stride 1");
   require(!overlaps_itself(out), "out without elements that share memory");
   require(same_place(out, logits) || !overlap(out, logits), "out that does not overlap the logits");
   require(!overlap(out, call.targets) && !(call.weight && overlap(out, *call.weight)),
           "out that overlaps neither targets nor weight");
+  require(!call.second || !(overlap(out, *call.second) || overlap(out, *call.shares)),
+          "out that overlaps neither second nor shares");
 }
 
 }  // namespace
@@ -154,7 +160,7 @@ bool Array::contiguous() const {
 bool Array::has_row_layout() const {
   RowLayout layout;
   if (numel() == 0) return true;
-  return dims > 0 && (sizes[dims - 1] == 1 || strides[dims - 1] == 1) && merge_rows(*this, &layout);
+  return dims > 0 && merge_rows(*this, &layout);
 }
 
 RowLayout Array::row_layout() const {
@@ -163,8 +169,11 @@ RowLayout Array::row_layout() const {
   return layout;
 }
 
-bool usable(const Array& x, bool as_rows) {
-  return x.aligned() && (as_rows ? x.has_row_layout() : x.contiguous());
+bool usable(const Array& x, Access access) {
+  if (!x.aligned()) return false;
+  if (access == Access::kContiguous) return x.contiguous();
+  if (access == Access::kRows && x.numel() > 0 && x.class_stride() != 1) return false;
+  return x.has_row_layout();
 }
 
 void check(const LossCall& call) {
@@ -234,9 +243,12 @@ LossRows rows_of(const LossCall& call, const Array* grad_output) {
   p.dtype = call.logits.dtype;
   p.logits = call.logits.data;
   p.logits_at = call.logits.row_layout();
+  p.class_stride = call.logits.class_stride();
   p.targets = call.targets.data;
   p.target_bytes = bytes_of(call.targets.dtype);
   p.ignore_index = call.ignore_index;
+  p.second = call.second ? static_cast<const int64_t*>(call.second->data) : nullptr;
+  p.shares = call.shares ? static_cast<const float*>(call.shares->data) : nullptr;
   p.weight = call.weight ? static_cast<const float*>(call.weight->data) : nullptr;
   p.num_topk = call.counts ? call.topk.size() : 0;
   if (call.loss && call.reduction == kNone) p.row_loss = static_cast<float*>(call.loss->data);
@@ -248,6 +260,7 @@ LossRows rows_of(const LossCall& call, const Array* grad_output) {
   if (call.out) {
     p.out = call.out->data;
     p.out_at = call.out->row_layout();
+    p.out_class_stride = call.out->class_stride();
   }
   if (grad_output) {
     p.backward = true;

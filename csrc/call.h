@@ -34,7 +34,7 @@ enum MeterCount {
   kFirstCorrect  // correct@k for each k of topk
 };
 
-// Where row i of a tensor [..., classes] begins, in elements. Up to two leading dimensions, class stride 1.
+// Where row i of a tensor [..., classes] begins, in elements. Up to two leading dimensions.
 struct RowLayout {
   int64_t inner = 1, outer_stride = 0, inner_stride = 0;
   ESPER_ANYWHERE int64_t offset(int64_t i) const {
@@ -66,8 +66,9 @@ struct Array {
   int64_t reach() const;  // bytes from `data` to the end of the last element
   bool contiguous() const;
   bool aligned() const { return reinterpret_cast<uintptr_t>(data) % bytes_of(dtype) == 0; }
-  // Whether kernels can read it row by row; the ops copy other tensors first.
+  // Whether the leading dimensions of [..., classes] are such a layout.
   bool has_row_layout() const;
+  int64_t class_stride() const { return sizes[dims - 1] == 1 ? 1 : strides[dims - 1]; }
   RowLayout row_layout() const;  // requires has_row_layout()
 };
 
@@ -82,8 +83,10 @@ struct LossNumbers {
 struct LossCall {
   Array logits, targets;        // [..., V] and [...]
   std::optional<Array> weight;  // float32 [V]
+  // With MixUp: int64 [...], the second target of each row, and float32 [2, ...], the shares of both.
+  std::optional<Array> second = {}, shares = {};
   int64_t ignore_index = -100;
-  LossNumbers numbers;
+  LossNumbers numbers = {};
   int64_t reduction = kMean;
   // A Meter's, float64, int64 and int32 [1]; kernels on a GPU use the ticket, 0 between launches.
   std::optional<Array> sums, counts, ticket;
@@ -96,16 +99,22 @@ struct LossCall {
 // What kernels on every device read of a call over `rows` rows. With x the logits after softcap
 // c * tanh(logit / c), a row's loss is
 // w_t (1 - smoothing) (lse - x_t) + smoothing / classes * sum_c w_c (lse - x_c) + z_loss * lse^2.
+// With `second` it is shares[i] times that of the target plus shares[rows + i] times that of the second
+// target, which is another class; a share of 0 stands for a target that is ignored. The target is the one
+// that counts.
 struct LossRows {
   int64_t rows, classes;
   Dtype dtype;
   const void* logits;
   RowLayout logits_at;
-  const void* targets;  // [rows], contiguous
-  int target_bytes;     // 1 unsigned, 4 and 8 signed
+  int64_t class_stride;  // of the logits
+  const void* targets;   // [rows], contiguous
+  int target_bytes;      // 1 unsigned, 4 and 8 signed
   int64_t ignore_index;
-  const float* weight;  // [classes] or null
-  float* row_loss;      // [rows] or null
+  const int64_t* second;  // [rows] or null
+  const float* shares;    // [2 rows] or null
+  const float* weight;    // [classes] or null
+  float* row_loss;        // [rows] or null
   // [rows], or null: the maximum of x (NaN if the row is not finite), and the sum of exp(x - maximum), on
   // CUDA over the classes other than the target. Read if `backward`, otherwise written.
   float *saved_max, *saved_sum;
@@ -113,6 +122,7 @@ struct LossRows {
   int64_t num_topk;
   void* out;  // the gradient, or null; may be the logits
   RowLayout out_at;
+  int64_t out_class_stride;
   bool backward;              // the gradient only, from saved_max and saved_sum
   const float* scale_of_row;  // the gradient's factor for row i is element i * scale_stride; or null
   int64_t scale_stride;
@@ -172,6 +182,8 @@ GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays&);
 // `usable` is false. backward: grad_output, which is [] or one number per row.
 LossRows rows_of(const LossCall&, const Array* grad_output = nullptr);
 LogprobRows rows_of(const LogprobCall&);
-bool usable(const Array& x, bool as_rows);  // as_rows: read by rows; otherwise it has to be contiguous
+// How kernels read an array: in one piece; by rows with the classes next to each other; or by rows.
+enum class Access { kContiguous, kRows, kAnyClassStride };
+bool usable(const Array& x, Access access);
 
 }  // namespace esper

@@ -17,7 +17,7 @@ void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t
                       MaybeTensor sums, MaybeTensor counts, MaybeTensor ticket, std::vector<int64_t> topk,
                       MaybeTensor loss, MaybeTensor saved, MaybeTensor out, MaybeTensor label_smoothing_at,
                       MaybeTensor z_loss_at, MaybeTensor softcap_at, MaybeTensor normalizer_at,
-                      MaybeTensor grad_scale_at) {
+                      MaybeTensor grad_scale_at, MaybeTensor second, MaybeTensor shares) {
   Device device(logits, instruction_set);
   Arrays arrays{logits};
   const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
@@ -27,7 +27,7 @@ void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t
                             arrays.number(normalizer.value_or(0), normalizer_at),
                             softcap || softcap_at,
                             normalizer || normalizer_at};
-  LossCall call = inputs_of(arrays, logits, targets, weight, ignore_index, numbers);
+  LossCall call = inputs_of(arrays, logits, targets, weight, second, shares, ignore_index, numbers);
   call.reduction = reduction;
   call.sums = arrays.of(sums);
   call.counts = arrays.of(counts);
@@ -38,15 +38,16 @@ void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t
   call.out = arrays.of(out);
   check(call);
   Device::check(call);
-  run_usable(call, arrays, logits, targets, weight, out, [&] { device.cross_entropy(call); });
+  run_usable(Device::kAccess, call, arrays, logits, targets, weight, out,
+             [&] { device.cross_entropy(call); });
 }
 
 template <class Device>
 void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index,
                                double label_smoothing, double z_loss, std::optional<double> softcap,
                                int64_t instruction_set, Tensor grad_output, Tensor saved, Tensor out,
-                               MaybeTensor label_smoothing_at, MaybeTensor z_loss_at,
-                               MaybeTensor softcap_at) {
+                               MaybeTensor label_smoothing_at, MaybeTensor z_loss_at, MaybeTensor softcap_at,
+                               MaybeTensor second, MaybeTensor shares) {
   Device device(logits, instruction_set);
   Arrays arrays{logits};
   const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
@@ -55,14 +56,14 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
                             arrays.number(softcap.value_or(0), softcap_at),
                             {},
                             softcap || softcap_at};
-  LossCall call = inputs_of(arrays, logits, targets, weight, ignore_index, numbers);
+  LossCall call = inputs_of(arrays, logits, targets, weight, second, shares, ignore_index, numbers);
   call.saved = arrays.of(saved);
   call.out = arrays.of(out);
   Array gradient = arrays.of(grad_output);
-  arrays.make_usable(grad_output, false, &gradient);
+  arrays.make_usable(grad_output, Access::kContiguous, &gradient);
   check_backward(call, gradient);
   Device::check(call);
-  run_usable(call, arrays, logits, targets, weight, out,
+  run_usable(Device::kAccess, call, arrays, logits, targets, weight, out,
              [&] { device.cross_entropy_backward(call, gradient); });
 }
 
@@ -84,7 +85,7 @@ void token_logprobs_op(Tensor logits, Tensor targets, int64_t ignore_index, doub
   call.entropy = arrays.of(entropy);
   call.row_sums = arrays.of(row_sums);
   check(call);
-  run_usable(call.batch, arrays, logits, targets, std::nullopt, std::nullopt,
+  run_usable(Access::kRows, call.batch, arrays, logits, targets, std::nullopt, std::nullopt,
              [&] { device.token_logprobs(call); });
 }
 
@@ -99,11 +100,12 @@ void token_logprobs_backward_op(Tensor logits, Tensor targets, int64_t ignore_in
   call.row_sums = arrays.of(row_sums);
   call.grad_logprobs = arrays.of(grad_logprobs);
   call.grad_entropy = arrays.of(grad_entropy);
-  arrays.make_usable(grad_logprobs, false, &*call.grad_logprobs);
-  if (grad_entropy) arrays.make_usable(*grad_entropy, false, &*call.grad_entropy);
+  arrays.make_usable(grad_logprobs, Access::kContiguous, &*call.grad_logprobs);
+  if (grad_entropy) arrays.make_usable(*grad_entropy, Access::kContiguous, &*call.grad_entropy);
   call.batch.out = arrays.of(out);
   check(call);
-  run_usable(call.batch, arrays, logits, targets, std::nullopt, out, [&] { device.token_logprobs(call); });
+  run_usable(Access::kRows, call.batch, arrays, logits, targets, std::nullopt, out,
+             [&] { device.token_logprobs(call); });
 }
 
 template <class Device>
@@ -117,7 +119,8 @@ void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t i
   const GradStatsOut out = check(
       gradients, {arrays.of(magnitudes), arrays.of(counts), arrays.of(total_norm), arrays.of(found_inf)});
   const Number scale = arrays.number(1, inv_scale);
-  for (size_t i = 0; i < tensors.size(); ++i) arrays.make_usable(tensors[i], false, &gradients[i]);
+  for (size_t i = 0; i < tensors.size(); ++i)
+    arrays.make_usable(tensors[i], Access::kContiguous, &gradients[i]);
   device.grad_stats(gradients, scale, out);
 }
 

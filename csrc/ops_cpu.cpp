@@ -19,6 +19,7 @@ const Kernels& kernels_of(int64_t instruction_set) {
 }
 
 struct Cpu {
+  static constexpr Access kAccess = Access::kAnyClassStride;
   const Kernels& kernels;
 
   Cpu(const Tensor&, int64_t instruction_set) : kernels(kernels_of(instruction_set)) {}

@@ -34,6 +34,7 @@ struct Workspace {
 };
 
 struct Cuda {
+  static constexpr Access kAccess = Access::kRows;
   const DeviceGuard guard;
   const cudaStream_t stream;
   Workspace workspace;

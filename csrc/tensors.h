@@ -16,17 +16,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// Each number may be given as a tensor at the end instead.
+// Each number may be given as a tensor at the end instead. second and shares: with MixUp, see LossCall.
 constexpr const char* kSchemas[] = {
     "cross_entropy(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, float label_smoothing, "
     "float z_loss, float? softcap, int reduction, float? normalizer, int instruction_set, float grad_scale, "
     "Tensor(a!)? sums, Tensor(b!)? counts, Tensor(c!)? ticket, int[] topk, Tensor(d!)? loss, "
     "Tensor(e!)? saved, Tensor(f!)? out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
-    "Tensor? softcap_at=None, Tensor? normalizer_at=None, Tensor? grad_scale_at=None) -> ()",
+    "Tensor? softcap_at=None, Tensor? normalizer_at=None, Tensor? grad_scale_at=None, Tensor? second=None, "
+    "Tensor? shares=None) -> ()",
     "cross_entropy_backward(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, int instruction_set, Tensor grad_output, "
     "Tensor saved, Tensor(a!) out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
-    "Tensor? softcap_at=None) -> ()",
+    "Tensor? softcap_at=None, Tensor? second=None, Tensor? shares=None) -> ()",
     "token_logprobs(Tensor logits, Tensor targets, int ignore_index, float temperature, "
     "int instruction_set, Tensor(a!) logprobs, Tensor(b!)? entropy, Tensor(c!)? row_sums) -> ()",
     "token_logprobs_backward(Tensor logits, Tensor targets, int ignore_index, float temperature, "
@@ -82,8 +83,8 @@ struct Arrays {
     return x ? std::optional<Array>(of(*x)) : std::nullopt;
   }
   // Replaces an array by a contiguous copy unless kernels can read it as it is.
-  void make_usable(const Tensor& x, bool as_rows, Array* array) {
-    if (usable(*array, as_rows)) return;
+  void make_usable(const Tensor& x, Access access, Array* array) {
+    if (usable(*array, access)) return;
     Tensor copy = torch::stable::contiguous(x);
     if (!array_of(copy).aligned()) copy = torch::stable::clone(copy);
     copies.push_back(copy);
@@ -113,27 +114,29 @@ struct Arrays {
 
 // The inputs of cross entropy and its backward. Weight becomes float32.
 inline LossCall inputs_of(Arrays& arrays, const Tensor& logits, const Tensor& targets, MaybeTensor& weight,
-                          int64_t ignore_index, const LossNumbers& numbers) {
+                          const MaybeTensor& second, const MaybeTensor& shares, int64_t ignore_index,
+                          const LossNumbers& numbers) {
   if (weight) {
     const Dtype dtype = dtype_of(*weight);
     if (dtype > kFloat64) throw std::invalid_argument("esper: expected weight of a floating dtype");
     weight = arrays.with_dtype(*weight, ScalarType::Float);
   }
-  LossCall call{arrays.of(logits), arrays.of(targets), arrays.of(weight)};
+  LossCall call{arrays.of(logits), arrays.of(targets), arrays.of(weight), arrays.of(second),
+                arrays.of(shares)};
   call.ignore_index = ignore_index;
   call.numbers = numbers;
   return call;
 }
 
 // Runs a checked call, with copies in place of inputs that kernels cannot read, and of an `out` that they
-// cannot write.
+// cannot write. access: to logits and `out`.
 template <class Run>
-void run_usable(LossCall& call, Arrays& arrays, const Tensor& logits, const Tensor& targets,
+void run_usable(Access access, LossCall& call, Arrays& arrays, const Tensor& logits, const Tensor& targets,
                 const MaybeTensor& weight, const MaybeTensor& out, const Run& run) {
-  arrays.make_usable(logits, true, &call.logits);
-  arrays.make_usable(targets, false, &call.targets);
-  if (weight) arrays.make_usable(*weight, false, &*call.weight);
-  if (!call.out || usable(*call.out, true)) return run();
+  arrays.make_usable(logits, access, &call.logits);
+  arrays.make_usable(targets, Access::kContiguous, &call.targets);
+  if (weight) arrays.make_usable(*weight, Access::kContiguous, &*call.weight);
+  if (!call.out || usable(*call.out, access)) return run();
   Tensor written = torch::stable::new_empty(*out, out->sizes());
   call.out = array_of(written);
   run();

@@ -186,6 +186,67 @@ def check_batch(logits: Tensor, targets: Tensor, meter: Meter | None) -> None:
         check_meter(meter)
 
 
+def by_either_name(
+    name: str, given: Tensor | None, torch_name: str, given_to_torch_name: Tensor | None
+) -> Tensor:
+    """An argument that may be passed by our name or by torch's; TypeError for none or both."""
+    if given is not None and given_to_torch_name is None:
+        return given
+    if given is None and given_to_torch_name is not None:
+        return given_to_torch_name
+    got = "neither" if given is None else "both"
+    raise TypeError(f"expected {name}, or {torch_name} as torch names it, got {got}")
+
+
+def check_mixture(
+    targets: Tensor, targets2: Tensor | None, share: float | Tensor | None
+) -> tuple[Tensor, float | Tensor]:
+    """MixUp's second target of each row [...], and the share of the first, in [0, 1]."""
+    if targets2 is None or share is None:
+        given, missing = ("share", "targets2") if targets2 is None else ("targets2", "share")
+        raise TypeError(f"{given} goes with {missing}, which is missing; pass both or neither")
+    check_dense("targets2", targets2)
+    if targets2.dtype not in TARGET_DTYPES:
+        raise TypeError(
+            f"targets2 must be class indices, one of {TARGET_DTYPES}, got {targets2.dtype}"
+        )
+    if targets2.shape != targets.shape or targets2.device != targets.device:
+        raise ValueError(
+            f"targets2 must be as targets, of shape {tuple(targets.shape)} on {targets.device}, "
+            f"got {describe(targets2)}"
+        )
+    if not isinstance(share, Tensor):
+        check_plain_number("share", share, high=1.0)
+    else:
+        _check_share_tensor(share, targets)
+    return targets2, share
+
+
+def _check_share_tensor(share: Tensor, targets: Tensor) -> None:
+    check_dense("share", share)
+    if share.dtype not in DTYPES:
+        raise TypeError(f"share as a tensor must be one of {DTYPES}, got {share.dtype}")
+    if share.dim() > 0 and share.shape != targets.shape:
+        raise ValueError(
+            f"share as a tensor must be 0-d or have one number per row, of shape "
+            f"{tuple(targets.shape)}, got {describe(share)}"
+        )
+    places = (targets.device, torch.device("cpu")) if share.dim() == 0 else (targets.device,)
+    if share.device not in places:
+        raise ValueError(
+            f"share must be on the logits' device {targets.device}, got {share.device}"
+        )
+    if share.device.type != "cpu" or isinstance(share, FakeTensor):
+        return  # looking at its values would mean waiting for the device
+    good = (share >= 0) & (share <= 1)
+    if torch.compiler.is_compiling():
+        torch._assert_async(good.all(), "a share is outside [0, 1]")
+        return
+    bad = share[~good]
+    if len(bad):
+        raise ValueError(f"share must be in [0, 1], got {float(bad[0])}; {len(bad)} such numbers")
+
+
 def check_meter(meter: Meter) -> None:
     """That nobody has replaced the accumulators by something else."""
     expected = {
@@ -308,10 +369,6 @@ def check_out(out: Tensor, logits: Tensor) -> None:
 def check_writable(name: str, x: Tensor) -> None:
     if x.is_contiguous():
         return
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(
-            f"{name}: the class dimension must have stride 1, got strides {x.stride()}"
-        )
     if torch.compiler.is_compiling():  # sizes may be symbols there, which do not sort
         return
     reach = 0  # from the first to the last element, over the dimensions so far

@@ -25,7 +25,8 @@ COUNTS = ("valid", "ignored", "nonfinite", "bad_targets", "batches", "batches_wi
 class MeterResult:
     """What a `Meter` saw. A mean over nothing is NaN. Rows are targets; losses are in nats.
 
-    loss: loss_sum / (class weights of the valid rows summed; without class weights the valid rows).
+    loss: loss_sum / (class weights of the valid rows summed; without class weights the valid rows;
+        with MixUp the weights of both targets times their shares).
     loss_sum: row losses of valid rows as `cross_entropy` defines them, whatever the reduction or
     normalizer.
     mean_batch_loss: the mean of loss over batches that had a valid row.

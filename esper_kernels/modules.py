@@ -17,10 +17,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     Arguments as for torch's own, and those of `cross_entropy` after them.
 
     input: [V], [N, V] or [N, V, d, ...], the classes in dimension 1; target: class indices [],
-        [N] or [N, d, ...]. With more than two dimensions the logits are copied, unless the classes
-        are next to each other in memory (`torch.channels_last`).
+        [N] or [N, d, ...].
     Probability targets, floating and of the input's shape, go to `F.cross_entropy`. They are not
         counted, so with a meter, z_loss or softcap they raise ValueError.
+    In the loops of `esper_train` the module is read for its options, and the fused step runs.
 
     Returns float32 for every input but float64.
     """

@@ -153,8 +153,8 @@ def compute_task_loss_with_metrics(
     """The loss, and the correct and valid counts (int64 [], on the device).
 
     outputs: logits [N, V], or [N, T, V] for "lm".
-    criterion: `nn.CrossEntropyLoss` or None runs as the fused op; any other gets rows [M, V] and
-    targets [M]. Raises `ValueError` for an unknown task type.
+    criterion: a cross entropy (torch's or `esper_kernels`') or None runs as the fused op; any other
+    gets rows [M, V] and targets [M]. Raises `ValueError` for an unknown task type.
     """
     require_known("task type", task_type, ("classification", "lm"))
     meter = Meter(outputs.device)

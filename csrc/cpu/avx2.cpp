@@ -10,6 +10,7 @@
 namespace esper::avx2 {
 #include "simd.inc"
 #include "cross_entropy.inc"
+#include "tiles.inc"
 #include "token_logprobs.inc"
 #include "grad_stats.inc"
 #include "vector_functions.inc"

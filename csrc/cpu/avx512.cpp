@@ -11,6 +11,7 @@
 namespace esper::avx512 {
 #include "simd.inc"
 #include "cross_entropy.inc"
+#include "tiles.inc"
 #include "token_logprobs.inc"
 #include "grad_stats.inc"
 #include "vector_functions.inc"

@@ -44,6 +44,13 @@ struct Sums {
                           std::to_string(p.ignore_index) + "; " + std::to_string(bad) + " such rows");
 }
 
+// The weights of both targets of a row, times their shares.
+double mixed_weight(const LossRows& p, int64_t i, int64_t target) {
+  const int64_t second = p.second[i];
+  return p.shares[i] * (p.weight ? p.weight[target] : 1.0f) +
+         p.shares[p.rows + i] * (p.weight ? p.weight[second] : 1.0f);
+}
+
 // Counts the targets and adds up their weights; throws for one that is bad.
 template <class T>
 Sums scan(const T* targets, const LossRows& p) {
@@ -59,11 +66,19 @@ Sums scan(const T* targets, const LossRows& p) {
   sums.ignored = ignored;
   sums.valid = p.rows - ignored;
   sums.weight = static_cast<double>(sums.valid);
-  if (!p.weight) return sums;
+  if (!p.weight && !p.second) return sums;
   sums.weight = 0;
   for (int64_t i = 0; i < p.rows; ++i)
-    if (targets[i] != p.ignore_index) sums.weight += p.weight[targets[i]];
+    if (targets[i] != p.ignore_index)
+      sums.weight += p.second ? mixed_weight(p, i, targets[i]) : p.weight[targets[i]];
   return sums;
+}
+
+// Throws for a second target that is no class.
+void require_second(const LossRows& p) {
+  for (int64_t i = 0; p.second && i < p.rows; ++i)
+    if (p.second[i] < 0 || p.second[i] >= p.classes)
+      throw std::invalid_argument("esper: expected second targets that are classes");
 }
 
 Sums scan_targets(const LossRows& p) {
@@ -74,11 +89,14 @@ Sums scan_targets(const LossRows& p) {
 
 // Runs the kernels over all rows; adds their losses and counts to those of the targets.
 Sums run(const Kernels& kernels, ParallelFor parallel_for, const CrossEntropy& p, bool count, Sums sums) {
-  const int64_t step = rows_per_block(p.classes), blocks = (p.rows + step - 1) / step;
+  const bool tiled = is_tiled(p);
+  const int64_t step = tiled ? rows_per_tile(p.classes) : rows_per_block(p.classes);
+  const int64_t blocks = (p.rows + step - 1) / step;
+  const int64_t scratch_floats = scratch_size(p.classes) + (tiled ? step * tile_width(p.classes) : 0);
   const int64_t columns = 1 + p.num_topk;
   std::vector<double> loss(blocks);
   std::vector<int64_t> counts(count ? blocks * columns : 0);
-  for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_size(p.classes), parallel_for,
+  for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_floats, parallel_for,
              [&](int64_t block, float* scratch) {
                const int64_t begin = block * step, end = begin + step < p.rows ? begin + step : p.rows;
                kernels.cross_entropy(p, begin, end, scratch, &loss[block],
@@ -134,6 +152,7 @@ const Kernels* kernels_at(int64_t instruction_set) {
 
 void cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor parallel_for) {
   CrossEntropy p = start(call, nullptr);
+  require_second(p);
   const Sums targets = scan_targets(p);
   double denominator = 1;
   if (call.reduction == kMean)
@@ -154,6 +173,7 @@ void cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor par
 void cross_entropy_backward(const LossCall& call, const Array& grad_output, const Kernels& kernels,
                             ParallelFor parallel_for) {
   CrossEntropy p = start(call, &grad_output);
+  require_second(p);
   const double denominator = *p.saved_denominator;
   p.zero = denominator == 0;
   p.scale = 1 / denominator;

@@ -69,6 +69,17 @@ inline int64_t rows_per_block(int64_t classes) {
   return rows > 0 ? rows : 1;
 }
 
+// Whether rows are copied into tiles, because their classes are not next to each other in memory.
+inline bool is_tiled(const LossRows& p) { return p.class_stride != 1 || (p.out && p.out_class_stride != 1); }
+// Rows per tile: at least as many as float32 numbers in a cache line, since those are often neighbours.
+inline int64_t rows_per_tile(int64_t classes) {
+  const int64_t rows = rows_per_block(classes);
+  return rows > 16 ? rows : 16;
+}
+// Floats from a row of a tile to the next: room for whole vectors, and no power of 2, which would put the
+// rows into the same few places of the cache.
+inline int64_t tile_width(int64_t classes) { return classes / 16 * 16 + 32; }
+
 // The sets built into this binary that this machine can run, best first; ends with null.
 const Kernels* const* available_kernels();
 // The named one, the best for "auto", or null.

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? kFewBlocks / 2 : k
        begin += static_cast<int64_t>(gridDim.x) * groups) {
     const int64_t i = begin + group;
     const bool there = i < p.rows;
-    const Row row = there ? open_row<T, kCap>(p, s, i) : Row{i, -1, false, 0, 0, 0};
+    const Row row = there ? open_row<T, kCap>(p, s, i) : Row{i, -1, false, 0, 0, 0, 0};
     State state = there ? state_of(p, row) : State{};
     float logits[kPerLane];
     if (row.target >= 0) {
@@ -48,6 +48,9 @@ __global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? kFewBlocks / 2 : k
       const int c = lane + j * lanes;
       if (c < p.classes) out[c] = narrow<T>(gradient.template at<kCap>(p, s, c, logits[j]));
     }
+    // by the lane that wrote this class just now
+    if (p.second && !gradient.zero && gradient.second >= 0 && lane == gradient.second % lanes)
+      out[gradient.second] = narrow<T>(gradient.at_second);
   }
   finish(b, tally, blockIdx.x, gridDim.x, shared);
 }
@@ -108,6 +111,11 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
       for (int64_t v = begin + threadIdx.x; v < end; v += blockDim.x) write(v, kept[v - begin]);
     } else {
       for_vectors(in, begin, end, !p.backward, write);
+    }
+    if (p.second && !gradient.zero && gradient.second >= 0) {
+      __syncthreads();  // another thread wrote this class just now
+      if (threadIdx.x == 0 && gradient.second >= in.first(begin) && gradient.second < in.first(end))
+        out.data[gradient.second] = narrow<T>(gradient.at_second);
     }
   }
   if (parts > 1) cluster().sync();  // another block may still read this one's shared memory

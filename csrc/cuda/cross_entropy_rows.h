@@ -46,7 +46,10 @@ struct Row {
   int64_t i;
   int target;  // -1 where the row is not valid
   bool ignored;
-  float weight, logit, x;  // of the target; x: after softcap
+  float class_weight, logit, x;  // of the target; x: after softcap
+  float weight;                  // class_weight times the target's share
+  int second = -1;               // with MixUp and a share: the second target
+  float second_class_weight = 0, second_weight = 0, second_x = 0, share_sum = 1;
   __device__ float reference() const { return x - x == 0 ? x : 0; }
 };
 
@@ -144,12 +147,25 @@ __device__ Scalars prepare(const Batch& b, Shared& shared) {
 template <class T, bool kCap>
 __device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i) {
   const int64_t target = target_of(p, i);
-  Row row{i, -1, target == p.ignore_index, 0, 0, 0};
+  Row row{i, -1, target == p.ignore_index, 0, 0, 0, 0};
   if (!is_valid(p, target)) return row;
+  const T* logits = static_cast<const T*>(p.logits) + p.logits_at.offset(i);
   row.target = target;
-  row.weight = p.weight ? p.weight[target] : 1;
-  row.logit = widen(static_cast<const T*>(p.logits)[p.logits_at.offset(i) + target]);
+  row.class_weight = row.weight = p.weight ? p.weight[target] : 1;
+  row.logit = widen(logits[target]);
   row.x = capped<kCap>(row.logit, s.softcap);
+  if (p.second) {
+    const int64_t second = p.second[i];
+    const float share = p.shares[p.rows + i];
+    row.weight *= p.shares[i];
+    row.share_sum = p.shares[i] + share;
+    if (share != 0 && second >= 0 && second < p.classes) {
+      row.second = second;
+      row.second_class_weight = p.weight ? p.weight[second] : 1;
+      row.second_weight = share * row.second_class_weight;
+      row.second_x = capped<kCap>(widen(logits[second]), s.softcap);
+    }
+  }
   return row;
 }
 
@@ -192,10 +208,11 @@ __device__ void absorb(const LossRows& p, const Scalars& s, const Row& row, cons
 }
 
 // The gradient of a row: of_softmax * exp(x - top) - everywhere * w_c, and a value of its own at the target.
+// That at a second target is written over it.
 struct Gradient {
   bool zero;
-  int target;
-  float top, of_softmax, everywhere, at_target;
+  int target, second;  // second: -1 for none
+  float top, of_softmax, everywhere, at_target, at_second;
 
   template <bool kCap>
   __device__ float at(const LossRows& p, const Scalars& s, int c, float logit) const {
@@ -221,15 +238,22 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
     double loss = 0;
     if (valid) {
       loss = static_cast<double>(row.weight) * (1 - s.smoothing) * (log_sum - (row.x - state.top));
+      if (p.second) {  // not products with 0: beside a -inf logit the other factor is inf
+        if (row.weight == 0) loss = 0;
+        if (row.second_weight != 0)
+          loss += static_cast<double>(row.second_weight) * (1 - s.smoothing) *
+                  (log_sum - (row.second_x - state.top));
+      }
       if (s.smoothing > 0) {
         const double above = log_sum + (static_cast<double>(state.top) - row.reference());
-        loss += static_cast<double>(s.smoothing) / p.classes * (s.weight_sum * above - state.smooth);
+        loss += static_cast<double>(s.smoothing) / p.classes * row.share_sum *
+                (s.weight_sum * above - state.smooth);
       }
-      if (s.z_loss != 0) loss += static_cast<double>(s.z_loss) * lse * lse;
+      if (s.z_loss != 0) loss += static_cast<double>(s.z_loss) * row.share_sum * lse * lse;
       if (!finite) loss = NAN;
     }
     tally.loss += loss;
-    tally.weight += row.weight;
+    tally.weight += row.weight + row.second_weight;
     const bool bad = !valid && !row.ignored;
     if (p.row_loss) p.row_loss[row.i] = bad && !b.counts ? NAN : loss;
     if (p.saved_max) {
@@ -244,14 +268,23 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
   if (!p.out) return {};
   const float scale = p.backward && p.scale_stride ? s.scale * p.scale_of_row[row.i] : s.scale;
   const float on_target = row.weight * (1 - s.smoothing) * scale,
-              everywhere = s.smoothing / p.classes * scale;
-  float rest = 0;
+              everywhere = s.smoothing / p.classes * row.share_sum * scale;
+  const float on_second = row.second_weight * (1 - s.smoothing) * scale;
+  float rest = on_second;
   if (s.smoothing > 0) rest += everywhere * s.weight_sum;
-  if (s.z_loss != 0) rest += 2 * s.z_loss * lse * scale;
+  if (s.z_loss != 0) rest += 2 * s.z_loss * row.share_sum * lse * scale;
   const float at_target =
-      rest * (e_target / sum) - on_target * (state.others / sum) - everywhere * row.weight;
-  return {!valid || s.zero,        row.target, state.top, finite ? (on_target + rest) / sum : NAN, everywhere,
-          finite ? at_target : NAN};
+      rest * (e_target / sum) - on_target * (state.others / sum) - everywhere * row.class_weight;
+  const float of_softmax = finite ? (on_target + rest) / sum : NAN;
+  float at_second = 0;
+  if (row.second >= 0) {
+    at_second =
+        of_softmax * expf(row.second_x - state.top) - everywhere * row.second_class_weight - on_second;
+    if (s.softcap != 0) at_second *= 1 - (row.second_x / s.softcap) * (row.second_x / s.softcap);
+    if (fabsf(at_second) < kSmallest) at_second = 0;
+  }
+  return {!valid || s.zero,         row.target, row.second, state.top, of_softmax, everywhere,
+          finite ? at_target : NAN, at_second};
 }
 
 // Adds up the block's tally; the last of the blocks adds up all of them, in order, and writes the results.

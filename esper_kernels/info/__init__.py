@@ -18,6 +18,14 @@ _UNVERIFIED = (
 )
 
 
+_NOTES = (
+    "probability targets: CrossEntropyLoss hands them to F.cross_entropy, uncounted; the functions "
+    "refuse them",
+    "class_dim: cpp reads and writes logits with the classes anywhere; the other backends copy "
+    "them, unless the classes are next to each other in memory",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """Which backend serves an op for a device type and dtype; None where none can. `why` holds the
@@ -60,7 +68,7 @@ class Info:
                 f"{op:20} {device_type:5} {backend:7} {', '.join(names)}"
                 + (f"  ({why})" if why else "")
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *_NOTES])
 
 
 def info() -> Info:

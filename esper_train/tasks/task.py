@@ -60,8 +60,9 @@ class Task:
     build_host: Callable[[HostConfig], Host]
     """Makes a new host, initialized from torch's global random state."""
     criterion: Callable[[Any, Any], Tensor] | None = None
-    """(logits, targets) to the mean loss; None is cross entropy. An `nn.CrossEntropyLoss` runs as
-    the fused op with its options, any other callable as it is."""
+    """(logits, targets) to the mean loss; None is cross entropy. An `nn.CrossEntropyLoss` or
+    `esper_kernels.CrossEntropyLoss` runs as the fused op with its options, any other callable as it
+    is."""
     make_optimizer: Callable[[Sequence[nn.Parameter], float, str], Optimizer] | None = None
     """(parameters, learning rate, group) to an optimizer; the group is "host", a slot's name for
     its seed, or "SLOT.gate". None takes what `optim` in the config says."""

@@ -73,6 +73,8 @@ def learn(
         ignore_index=options.get("ignore_index", IGNORED),
         label_smoothing=options.get("label_smoothing", 0.0),
         reduction=options.get("reduction", "mean"),
+        z_loss=options.get("z_loss", 0.0),
+        softcap=options.get("softcap"),
         normalizer=None if divisor is None else divisor(classes),
         grad_scale=scale,
         config=kernel,

@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper_kernels import Meter, cross_entropy, record_loss
+from esper_kernels import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    Meter,
+    cross_entropy,
+    record_loss,
+)
 from esper_train.base.names import unknown_name
 from esper_train.train.config import TrainConfig
 
@@ -50,28 +56,53 @@ class Options(TypedDict, total=False):
     ignore_index: int
     label_smoothing: float
     reduction: str
+    z_loss: float
+    softcap: float | None
 
 
 def criterion_options(criterion: Criterion | None) -> Options | None:
     """The options with which the fused op does what the criterion does; None where it cannot.
 
-    Only an `nn.CrossEntropyLoss` itself is read: a subclass, hooks or a replaced `forward` may
-    compute something else.
+    Only an `nn.CrossEntropyLoss` or `esper_kernels.CrossEntropyLoss` itself is read: a subclass,
+    hooks or a replaced `forward` may compute something else. Raises `ValueError` for one that does
+    not reduce to one number, or that has a meter or config of its own.
     """
     if criterion is None:
         return {}
-    if type(criterion) is not nn.CrossEntropyLoss or is_customised(criterion):
+    if type(criterion) not in (nn.CrossEntropyLoss, CrossEntropyLoss):
+        return None
+    assert isinstance(criterion, nn.CrossEntropyLoss)
+    if is_customised(criterion):
         return None
     if criterion.reduction == "none":
         raise ValueError(
             "expected a criterion with reduction 'mean' or 'sum', got 'none': a step needs one loss"
         )
-    return {
+    options: Options = {
         "weight": criterion.weight,
         "ignore_index": criterion.ignore_index,
         "label_smoothing": criterion.label_smoothing,
         "reduction": criterion.reduction,
     }
+    if isinstance(criterion, CrossEntropyLoss):
+        if criterion.meter is not None or criterion.config is not None:
+            raise ValueError(
+                "expected a CrossEntropyLoss without a meter and config, since the loop counts by "
+                "its own meter, and train.kernel says what kernels run; leave them out"
+            )
+        options["z_loss"] = criterion.z_loss
+        options["softcap"] = criterion.softcap
+    return options
+
+
+def refuse_linear_module(criterion: object) -> None:
+    """`ValueError` for a loss with a last layer of its own, where the model's output are logits."""
+    if isinstance(criterion, LinearCrossEntropyLoss):
+        raise ValueError(
+            "LinearCrossEntropyLoss is no criterion for logits, since it holds the last layer "
+            "itself; for a loss without logits give the model features(inputs) and output_layer, "
+            "and set train.linear_loss, with CrossEntropyLoss as the criterion"
+        )
 
 
 def is_customised(module: nn.Module) -> bool:
@@ -88,9 +119,9 @@ def is_customised(module: nn.Module) -> bool:
 class Loss:
     """The loss of a task type, and the counts that go with it.
 
-    Raises `ValueError` for an unknown task type, a regression without a criterion, an
-    `nn.CrossEntropyLoss` that does not reduce to one number, or a criterion of the caller's own
-    where `config.capture` asks for CUDA graphs.
+    Raises `ValueError` for an unknown task type, a regression without a criterion, a criterion of
+    the caller's own where `config.capture` asks for CUDA graphs, a `LinearCrossEntropyLoss`, and as
+    `criterion_options` does.
     """
 
     def __init__(self, task_type: str, config: TrainConfig, criterion: Criterion | None) -> None:
@@ -104,6 +135,8 @@ class Loss:
                 f"task type {task_type!r} needs a criterion, got None; pass one, such as "
                 "nn.MSELoss()"
             )
+        if self.counts:
+            refuse_linear_module(criterion)
         options = criterion_options(criterion) if self.counts else None
         if config.capture and options is None:
             raise ValueError(
@@ -149,14 +182,18 @@ class Loss:
         return self.own is None and not _are_soft(logits, targets)
 
     def classes_last(self, logits: Tensor) -> Tensor:
-        """The logits [..., V] as the fused op takes them: for dense logits, a copy, unless they
-        are in this order already (`torch.channels_last`)."""
-        return logits.movedim(1, -1).contiguous() if self.is_dense else logits
+        """The logits as a view [..., V], as the fused op takes them."""
+        return logits.movedim(1, -1) if self.is_dense else logits
 
     def compute(self, logits: Tensor, targets: Any) -> Tensor:
         """The batch's loss where the fused op does not serve it, as its criterion reduces it."""
         if self.own is not None:
             return self.own(logits, targets)
+        if self.options.get("z_loss") or self.options.get("softcap") is not None:
+            raise ValueError(
+                "soft targets are served by F.cross_entropy, which has no z_loss or softcap; pass "
+                "classes as targets, or leave these out of the criterion"
+            )
         self.saw_soft_targets = True
         if self.task_type == "lm":  # torch has the classes second
             logits = logits.flatten(0, 1)

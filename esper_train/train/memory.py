@@ -38,22 +38,27 @@ class GradientMemory:
         Returns:
             Over the logits where nobody else holds their memory; otherwise a workspace, which is
             made anew if somebody, such as a hook that stores gradients, still holds the last one.
-            New memory on devices whose allocator makes that free, and for logits that are not
-            contiguous.
+            New memory on devices whose allocator makes that free, and for logits with gaps in
+            memory.
         """
-        if not logits.is_cpu or not logits.is_contiguous():
+        if not logits.is_cpu or not (logits.is_contiguous() or _is_dense(logits)):
             return Destination()
         if held_only_here(logits):
             return Destination(inplace=True)
         workspace = self._workspace
-        fits = workspace is not None and (workspace.shape, workspace.dtype) == (
-            logits.shape,
-            logits.dtype,
+        fits = workspace is not None and (
+            (workspace.shape, workspace.stride(), workspace.dtype)
+            == (logits.shape, logits.stride(), logits.dtype)
         )
         if workspace is None or not fits or not held_only_here(workspace):
             self._workspace = workspace = torch.empty_like(logits)
         # Another tensor object on the same memory: one that is kept shows in the count of holders.
         return Destination(out=workspace.detach())
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory, each its own, in whatever order."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(x))
 
 
 def held_only_here(tensor: Tensor) -> bool:

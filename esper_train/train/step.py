@@ -362,18 +362,19 @@ def build_train_step(
             "regression" (outputs [N, ...], targets that the criterion takes; nothing is counted,
             and the accuracy is None).
         config: kernel and compile settings.
-        criterion: None or an `nn.CrossEntropyLoss` runs the fused op with that criterion's options,
-            or torch's own op for soft targets, which are floating and of the logits' shape; any
-            other callable (logits, targets) -> mean loss runs as it is. `backend` says which. In
-            "lm", logits are [N, T, V] for every criterion.
+        criterion: None, an `nn.CrossEntropyLoss` or an `esper_kernels.CrossEntropyLoss` runs the
+            fused op with that criterion's options, or torch's own op for soft targets, which are
+            floating and of the logits' shape; any other callable (logits, targets) -> mean loss
+            runs as it is. `backend` says which. In "lm", logits are [N, T, V] for every criterion.
         forward: a function (model, inputs) -> output, where the model is not simply called with
             the inputs. It gets `alpha=` too where variants are measured.
         batch: a function from what the loader gives to (inputs, targets), where that is neither a
             pair nor a dict.
 
     Raises:
-        ValueError: unknown task type, a regression without a criterion, an `nn.CrossEntropyLoss`
-            that does not reduce to one number, or another criterion where `config.capture` asks
-            for CUDA graphs.
+        ValueError: unknown task type, a regression without a criterion, a cross entropy that does
+            not reduce to one number or has a meter or config of its own, a
+            `LinearCrossEntropyLoss`, or a criterion of one's own where `config.capture` asks for
+            CUDA graphs.
     """
     return TrainStep(Loss(task_type, config, criterion), config, forward, batch)

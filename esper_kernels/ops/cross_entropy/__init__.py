@@ -8,7 +8,7 @@ before anything is written (inside a compiled graph it may be a RuntimeError).
 Long functions: each public function hands on every option by name.
 """
 
-from typing import Any, TypeVar
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -17,19 +17,41 @@ from esper_kernels import checks
 from esper_kernels.config import DTYPES, KernelConfig
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cpp, reference, triton
-from esper_kernels.ops.cross_entropy.reference import Number, Options
+from esper_kernels.ops.cross_entropy.arguments import (
+    LossOptions,
+    StepOptions,
+    as_tensor,
+    check_arguments,
+    choose,
+    classes_last,
+    destination,
+    is_separate,
+    mixture,
+    refuse_per_row,
+    traceable,
+)
+from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.values import has_memory
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
-_MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
 _NO_GRADS = (None,) * (3 + len(Options._fields))  # for what _CrossEntropy takes besides the logits
 
 
+@overload
+def cross_entropy(logits: Tensor, targets: Tensor, **options: Unpack[LossOptions]) -> Tensor: ...
+@overload
+def cross_entropy(*, input: Tensor, target: Tensor, **options: Unpack[LossOptions]) -> Tensor: ...
+@overload
+def cross_entropy(logits: Tensor, *, target: Tensor, **options: Unpack[LossOptions]) -> Tensor: ...
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
+    logits: Tensor | None = None,
+    targets: Tensor | None = None,
     *,
+    input: Tensor | None = None,
+    target: Tensor | None = None,
+    targets2: Tensor | None = None,
+    share: float | Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float | Tensor = 0.0,
@@ -51,6 +73,13 @@ def cross_entropy(
     targets: [...] int64, int32 or uint8: ignore_index (no loss, zero gradient) or in [0, V). Others
         raise IndexError on the CPU; elsewhere they get zero gradient, and `meter` counts them or
         the loss is NaN.
+    input, target: torch's names for logits and targets; each may be passed by either name.
+    targets2, share: MixUp. A second target for each row, as `targets`, and the share of the first:
+        a number in [0, 1], or a floating tensor [] or [...]. The loss is share * that of targets +
+        (1 - share) * that of targets2, where an ignored target has a share of 0, and a row is
+        ignored if both are. "mean" divides by the sum of share * weight[target] over both. `meter`
+        counts a row by the target with the larger share, by the first of equals. Shares outside of
+        [0, 1] raise ValueError on the CPU; elsewhere the loss is NaN.
     weight: [V] floating, the class weights. label_smoothing in [0, 1] and z_loss >= 0: numbers or
         0-d tensors. None of these gets a gradient. A number is an int or a float, not a bool.
     softcap: None, or a number in [2**-100, 2**100].
@@ -59,13 +88,17 @@ def cross_entropy(
         row, 0 if ignored.
     normalizer: a number >= 0 or a 0-d tensor, on the logits' device or the CPU; with "mean" only.
     class_dim: where V is. torch has it second: for logits [N, V, ...] and targets [N, ...] pass 1.
-        Any other than the last dimension costs a copy of the logits.
+        `cpp` reads and writes any strides; other backends copy the logits unless their classes are
+        next to each other in memory.
 
     Returns a fresh tensor, [] or for "none" [...], float32 (float64 for float64 logits),
     differentiable once. Raises TypeError or ValueError, naming the argument, before anything is
     written; NotImplementedError inside torch.func transforms, torch.jit.trace and forward-mode
     differentiation.
     """
+    if logits is None or targets is None or input is not None or target is not None:
+        logits = checks.by_either_name("logits", logits, "input", input)
+        targets = checks.by_either_name("targets", targets, "target", target)
     instruction_set = getattr(config, "instruction_set", "auto")  # of None too
     options = Options(
         weight,
@@ -78,8 +111,11 @@ def cross_entropy(
         instruction_set,
     )
     checks.refuse_transforms("cross_entropy", logits)
-    logits = _classes_last(logits, class_dim)
-    backend = _choose(logits, targets, meter, config)
+    logits = classes_last(logits, class_dim)
+    backend = choose(logits, targets, meter, config)
+    if targets2 is not None or share is not None:
+        check_arguments(backend, logits, targets, meter, options)
+        targets, options = mixture(logits, targets, targets2, share, options)
 
     def run() -> Tensor:
         run_options = traceable(options, logits)
@@ -89,16 +125,32 @@ def cross_entropy(
         return _MODULES[backend].forward(logits, targets, run_options, meter, False)[0]
 
     def find_fault() -> None:
-        _find_fault(backend, logits, targets, meter, options)
+        check_arguments(backend, logits, targets, meter, options)
 
     return checks.serve(backend, (logits, targets, *options), run, find_fault)
 
 
+@overload
 def cross_entropy_step(
-    logits: Tensor,
-    targets: Tensor,
-    meter: Meter | None,
+    logits: Tensor, targets: Tensor, meter: Meter | None, **options: Unpack[StepOptions]
+) -> Tensor: ...
+@overload
+def cross_entropy_step(
+    *, input: Tensor, target: Tensor, meter: Meter | None = None, **options: Unpack[StepOptions]
+) -> Tensor: ...
+@overload
+def cross_entropy_step(
+    logits: Tensor, *, target: Tensor, meter: Meter | None = None, **options: Unpack[StepOptions]
+) -> Tensor: ...
+def cross_entropy_step(
+    logits: Tensor | None = None,
+    targets: Tensor | None = None,
+    meter: Meter | None = None,
     *,
+    input: Tensor | None = None,
+    target: Tensor | None = None,
+    targets2: Tensor | None = None,
+    share: float | Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float | Tensor = 0.0,
@@ -117,11 +169,14 @@ def cross_entropy_step(
 
     Arguments as for `cross_entropy`, with reduction "mean" or "sum", and grad_scale: a number or a
     0-d tensor (a loss scaler's), multiplied in before the gradient is rounded. out: [..., V] of the
-    logits' dtype and device, class stride 1, no overlap with the logits; is returned. inplace:
-    write over the logits. Autograd then raises if another op needs their values.
+    logits' dtype and device, any strides, no overlap with the logits; is returned. inplace: write
+    over the logits. Autograd then raises if another op needs their values.
 
     Returns the gradient [..., V] in the logits' dtype.
     """
+    if logits is None or targets is None or input is not None or target is not None:
+        logits = checks.by_either_name("logits", logits, "input", input)
+        targets = checks.by_either_name("targets", targets, "target", target)
     instruction_set = getattr(config, "instruction_set", "auto")  # of None too
     options = Options(
         weight,
@@ -136,18 +191,18 @@ def cross_entropy_step(
     checks.refuse_transforms("cross_entropy_step", logits)
     compiling = torch.compiler.is_compiling()
     given_out = out
-    logits = _classes_last(logits, class_dim)
+    logits = classes_last(logits, class_dim)
     if class_dim != -1 and out is not None:
-        out = _classes_last(out, class_dim)
-    backend = _choose(logits, targets, meter, config)
-    if reduction == "none":
-        raise ValueError(
-            "cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use cross_entropy"
-        )
-    written = _destination(logits, out, inplace)
+        out = classes_last(out, class_dim)
+    backend = choose(logits, targets, meter, config)
+    refuse_per_row(reduction)
+    if targets2 is not None or share is not None:
+        check_arguments(backend, logits, targets, meter, options)
+        targets, options = mixture(logits, targets, targets2, share, options)
+    written = destination(logits, out, inplace)
 
     def run() -> Tensor:
-        if out is not None and has_memory(logits) and not _is_separate(out, logits):
+        if out is not None and has_memory(logits) and not is_separate(out, logits):
             raise ValueError("out must be separate memory that does not require grad")
         run_options = traceable(options, logits)
         scale = as_tensor(grad_scale, logits) if compiling else grad_scale
@@ -155,7 +210,7 @@ def cross_entropy_step(
         return _MODULES[backend].step(values, targets, run_options, meter, scale, written)
 
     def find_fault() -> None:
-        _find_fault(backend, logits, targets, meter, options)
+        check_arguments(backend, logits, targets, meter, options)
         checks.check_number("grad_scale", grad_scale, logits, low=-torch.inf)
         if inplace:
             checks.check_writable("logits with inplace=True", logits)
@@ -187,8 +242,8 @@ def record_loss(
     checks.refuse_transforms("record_loss", logits)
     if meter is None:
         raise TypeError("meter must be a Meter, got None")
-    backend = _choose(logits, targets, meter, None)
-    _find_fault(backend, logits, targets, meter, options)
+    backend = choose(logits, targets, meter, None)
+    check_arguments(backend, logits, targets, meter, options)
     if not checks.is_dense(loss) or loss.dtype not in DTYPES or loss.dim() != 0:
         raise TypeError(
             "loss must be a 0-d floating tensor, the mean over the batch, got "
@@ -198,82 +253,6 @@ def record_loss(
     if loss.device != logits.device:
         raise ValueError(f"loss must be on the logits' device {logits.device}, got {loss.device}")
     _MODULES[backend].record(loss.detach(), logits.detach(), targets, meter, options)
-
-
-def _classes_last(x: Tensor, class_dim: int) -> Tensor:
-    checks.check_integer("class_dim", class_dim)
-    if class_dim == -1:
-        return x
-    checks.check_dense("logits", x)
-    if not -x.dim() <= class_dim < x.dim():
-        raise ValueError(
-            f"class_dim must be in [{-x.dim()}, {x.dim()}) for shape {tuple(x.shape)}, got "
-            f"{class_dim}"
-        )
-    return x.movedim(class_dim, -1)
-
-
-def _choose(
-    logits: Tensor, targets: Tensor, meter: Meter | None, config: KernelConfig | None
-) -> str:
-    try:
-        return checks.choose_backend("cross_entropy", logits, config, "logits")
-    except ValueError:
-        checks.check_batch(logits, targets, meter)  # it may be the device of one of them
-        raise
-
-
-def _find_fault(
-    backend: str, logits: Tensor, targets: Tensor, meter: Meter | None, options: Options
-) -> None:
-    """Raise the error that names what is wrong with the arguments, if anything is."""
-    checks.check_batch(logits, targets, meter)
-    checks.check_options(logits, options._asdict())
-    if backend in checks.NATIVE and torch.compiler.is_compiling():
-        return  # the op looks at the targets itself when the graph runs
-    reference.refuse_bad_targets(targets, logits.shape[-1], options.ignore_index)
-
-
-def as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
-    """Inside a compiled graph a number as a tensor, so that another value does not recompile.
-
-    A product, because that is what compilers keep a changing number in.
-    """
-    if number is None or isinstance(number, Tensor) or number == 0:
-        return number
-    return torch.ones((), dtype=torch.float64, device=logits.device) * number
-
-
-def _destination(logits: Tensor, out: Tensor | None, inplace: bool) -> Tensor | None:
-    """What a step writes its gradient to; None for fresh memory."""
-    if inplace:
-        if out is not None:
-            raise ValueError("expected out or inplace=True, got both")
-        checks.refuse_inplace("inplace=True", logits)
-        return logits.detach()
-    if isinstance(out, Tensor):
-        checks.refuse_inference("out", out)
-    return out
-
-
-def _is_separate(out: Tensor, logits: Tensor) -> bool:
-    """False for an `out` that the op would take for logits to be written in place, or that requires
-    grad."""
-    return not out.requires_grad and (out.data_ptr() != logits.data_ptr() or out.numel() == 0)
-
-
-def traceable(options: Options, logits: Tensor) -> Options:
-    """The options as a compiled graph takes them, without another compilation for other numbers."""
-    if not torch.compiler.is_compiling():
-        if isinstance(options.softcap, Tensor):
-            raise ValueError("softcap must be a number")
-        return options
-    return options._replace(
-        label_smoothing=as_tensor(options.label_smoothing, logits),
-        z_loss=as_tensor(options.z_loss, logits),
-        softcap=as_tensor(options.softcap, logits),
-        normalizer=as_tensor(options.normalizer, logits),
-    )
 
 
 class _CrossEntropy(torch.autograd.Function):

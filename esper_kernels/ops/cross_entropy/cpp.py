@@ -2,8 +2,8 @@
 for both.
 
 The ops check their arguments (csrc/call.cpp), and on the CPU the targets too, before they write
-anything. They copy what their kernels cannot read as it is: odd strides, odd addresses, class
-weights in another dtype.
+anything. They copy what their kernels cannot read as it is: odd strides, on CUDA also any class
+stride but 1, odd addresses, class weights in another dtype.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,10 @@ def forward(
 def backward(
     grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options
 ) -> Tensor:
-    grad = gradient_like(logits)
+    grad = _new_gradient(logits)
     numbers, tensors = _split((options.label_smoothing, options.z_loss, options.softcap))
+    if options.second is not None:
+        tensors = (*(tensors or [None] * 3), options.second, options.shares)
     torch.ops.esper.cross_entropy_backward.default(
         logits,
         targets,
@@ -56,7 +58,7 @@ def step(
     grad_scale: Number | None,
     out: Tensor | None,
 ) -> Tensor:
-    grad = gradient_like(logits) if out is None else out
+    grad = _new_gradient(logits) if out is None else out
     _call(logits, targets, options, meter, grad_scale=grad_scale, out=grad)
     return grad
 
@@ -90,8 +92,12 @@ def _call(
         reduction,
         normalizer,
         instruction_set,
+        second,
+        shares,
     ) = options
     numbers, tensors = _split((label_smoothing, z_loss, softcap, normalizer, grad_scale))
+    if second is not None:
+        tensors = (*(tensors or [None] * 5), second, shares)
     torch.ops.esper.cross_entropy.default(
         logits,
         targets,
@@ -110,6 +116,13 @@ def _call(
         out,
         *tensors,
     )
+
+
+def _new_gradient(logits: Tensor) -> Tensor:
+    """Contiguous; but on the CPU as the logits are, where their classes are apart in memory."""
+    if logits.is_cpu and logits.stride(-1) != 1:
+        return gradient_like(logits, torch.preserve_format)
+    return gradient_like(logits)
 
 
 def _split(

@@ -23,9 +23,9 @@ def loss_and_saved(
     return loss, torch.empty(2 * targets.numel() + 1, dtype=torch.float32, device=logits.device)
 
 
-def gradient_like(logits: Tensor) -> Tensor:
-    """Contiguous memory for the gradient [..., V]."""
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+def gradient_like(logits: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Memory for the gradient [..., V]."""
+    grad = torch.empty_like(logits, memory_format=layout)
     if torch.compiler.is_compiling() or grad.numel() <= _HUGE or not grad.is_cpu:
         return grad
     if hasattr(torch.ops.esper, "use_huge_pages"):  # it is not in a pure Python install

@@ -34,6 +34,8 @@ class Options(NamedTuple):
     reduction: str
     normalizer: Number | None
     instruction_set: str = "auto"  # for `cpp`
+    second: Tensor | None = None  # int64 [...], the second target of each row, from `mixed`
+    shares: Tensor | None = None  # [2, ...] float32 or float64, of the target and the second
 
 
 class Forward(NamedTuple):
@@ -64,8 +66,66 @@ def classify(targets: Tensor, num_classes: int, ignore_index: int) -> Rows:
     return Rows(torch.where(valid, targets, 0), valid, ignored, bad)
 
 
-def refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> None:
-    """On the CPU only: elsewhere looking would mean waiting for the device."""
+@torch.no_grad()
+def mixed(
+    targets: Tensor, targets2: Tensor, share: Number, options: Options, logits: Tensor
+) -> tuple[Tensor, Options]:
+    """MixUp: the definition of two targets per row, for every backend.
+
+    share [] or [...]: that of `targets`; the other's is 1 - share. An ignored target has a share of
+    0. Returns, for each row, the target with the larger share (the first of equals), which is the
+    one that counts; and the options with the other one and both shares. The same target twice has
+    both shares in the first place. A row is ignored if both
+    targets are, and bad if one of them is. A mean divides by the sum of share * weight[target].
+
+    A share outside [0, 1] makes the loss NaN; on CPU tensors it has been refused before the call.
+    """
+    first = classify(targets, logits.shape[-1], options.ignore_index)
+    other = classify(targets2, logits.shape[-1], options.ignore_index)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    share = torch.zeros(targets.shape, dtype=dtype, device=targets.device) + share
+    share = torch.where((share >= 0) & (share <= 1), share, torch.nan)
+    of_first = torch.where(first.valid, share, 0.0)
+    of_other = torch.where(other.valid, 1 - share, 0.0)
+    same = first.valid & other.valid & (first.target == other.target)
+    of_first = torch.where(same, of_first + of_other, of_first)
+    of_other = torch.where(same, 0.0, of_other)
+    swap = other.valid & (~first.valid | (of_other > of_first))
+    swap = (swap & ~first.bad) | other.bad
+
+    shares = torch.stack(
+        [torch.where(swap, of_other, of_first), torch.where(swap, of_first, of_other)]
+    ).to(dtype)
+    second = torch.where(swap, first.target, other.target)
+    targets = torch.where(swap, targets2.long(), targets.long())
+    options = options._replace(second=second, shares=shares)
+    if options.reduction == "mean" and options.normalizer is None:
+        rows = classify(targets, logits.shape[-1], options.ignore_index)
+        weights = _class_weights(options.weight, logits.shape[-1], shares)
+        at_target, at_second, _ = _weights_at(rows, options, weights)
+        row_weight = at_target if at_second is None else at_target + at_second
+        row_weight = torch.where(rows.valid, row_weight, 0.0)
+        options = options._replace(normalizer=ordered_sum(row_weight.double().flatten()))
+    return targets, options
+
+
+def _weights_at(
+    rows: Rows, options: Options, weights: Tensor
+) -> tuple[Tensor, Tensor | None, Number]:
+    """Of each row: the weight of its target, with MixUp that of its second target, and the sum of
+    its shares."""
+    at_target = weights[rows.target]
+    if options.second is None or options.shares is None:
+        return at_target, None, 1.0
+    share, second_share = options.shares
+    return at_target * share, weights[options.second] * second_share, share + second_share
+
+
+def refuse_bad_targets(
+    targets: Tensor, num_classes: int, ignore_index: int, name: str = ""
+) -> None:
+    """On the CPU only: elsewhere looking would mean waiting for the device. name: what a message
+    begins with."""
     if targets.device.type != "cpu" or isinstance(targets, FakeTensor):
         return
     bad = classify(targets, num_classes, ignore_index).bad
@@ -78,7 +138,7 @@ def refuse_bad_targets(targets: Tensor, num_classes: int, ignore_index: int) -> 
     if len(places):
         row = tuple(places[0].tolist())
         raise IndexError(
-            f"target {int(targets[row])} of row {row} is outside [0, {num_classes}) and not "
+            f"{name}target {int(targets[row])} of row {row} is outside [0, {num_classes}) and not "
             f"ignore_index {ignore_index}; {len(places)} such rows"
         )
 
@@ -101,15 +161,25 @@ def forward(
     x = x - row_max[..., None]  # [..., V], none above 0
     row_log_sum = ordered_sum(x.exp()).log()
 
-    weights = _class_weights(options.weight, x)
-    row_weight = weights[rows.target]
-    row_loss = row_weight * (1 - e) * (row_log_sum - _pick(x, rows.target))
+    weights = _class_weights(options.weight, x.shape[-1], x)
+    at_target, at_second, share_sum = _weights_at(rows, options, weights)
+    row_weight = at_target
+    row_loss = at_target * (1 - e) * (row_log_sum - _pick(x, rows.target))
+    if options.second is not None and at_second is not None:
+        row_weight = at_target + at_second
+        of_second = at_second * (1 - e) * (row_log_sum - _pick(x, options.second))
+        # Not products with 0: beside a -inf logit the other factor is inf.
+        finite = row_max.isfinite()
+        row_loss = torch.where(finite & (at_target == 0), 0.0, row_loss)
+        row_loss = row_loss + torch.where(finite & (at_second == 0), 0.0, of_second)
     if _is_on(e):
         smooth = ordered_sum(weights) * row_log_sum - ordered_sum(x * weights)
         # Not a product with e = 0: beside a -inf logit `smooth` is inf.
-        row_loss = row_loss + torch.where(rows.valid & (e > 0), e / x.shape[-1] * smooth, 0.0)
+        row_loss = row_loss + torch.where(
+            rows.valid & (e > 0), e / x.shape[-1] * share_sum * smooth, 0.0
+        )
     if _is_on(z):
-        row_loss = row_loss + z * (row_max + row_log_sum).square()
+        row_loss = row_loss + z * share_sum * (row_max + row_log_sum).square()
 
     row_loss = torch.where(rows.valid, row_loss, 0.0)
     loss_sum = ordered_sum(row_loss.double().flatten())
@@ -149,15 +219,19 @@ def backward(
     e = _factor(options.label_smoothing, x)
     z = _factor(options.z_loss, x)
 
-    weights = _class_weights(options.weight, x)
+    weights = _class_weights(options.weight, x.shape[-1], x)
     scale = grad_output.to(x.dtype) / denominator.to(x.dtype)  # [] or [...]
-    at_target = weights[rows.target] * (1 - e) * scale  # [...]
-    everywhere = e / x.shape[-1] * scale  # times the class weights
+    at_target, at_second, share_sum = _weights_at(rows, options, weights)
+    at_target = at_target * (1 - e) * scale  # [...]
+    everywhere = e / x.shape[-1] * share_sum * scale  # times the class weights
     of_softmax = at_target
+    if options.second is not None and at_second is not None:
+        at_second = at_second * (1 - e) * scale
+        of_softmax = of_softmax + at_second
     if _is_on(e):
         of_softmax = of_softmax + everywhere * ordered_sum(weights)
     if _is_on(z):
-        of_softmax = of_softmax + 2 * z * (row_max + row_log_sum) * scale
+        of_softmax = of_softmax + 2 * z * share_sum * (row_max + row_log_sum) * scale
 
     # In place from the softmax on: at large V new memory costs more than the arithmetic.
     grad = x - row_max[..., None]
@@ -167,8 +241,10 @@ def backward(
         grad.masked_fill_(nothing, -torch.inf)
     grad.sub_(row_log_sum[..., None]).exp_().mul_(of_softmax[..., None])
     # No scatter: torch's compiler loses it beside what follows when it uses several threads.
-    is_target = torch.arange(x.shape[-1], device=x.device) == rows.target[..., None]
-    grad.sub_(torch.where(is_target, at_target[..., None], 0.0))
+    classes = torch.arange(x.shape[-1], device=x.device)
+    grad.sub_(torch.where(classes == rows.target[..., None], at_target[..., None], 0.0))
+    if options.second is not None and at_second is not None:
+        grad.sub_(torch.where(classes == options.second[..., None], at_second[..., None], 0.0))
     if _is_on(e):
         grad.addcmul_(everywhere[..., None], weights, value=-1)
     if options.softcap is not None:
@@ -241,5 +317,5 @@ def _pick(x: Tensor, target: Tensor) -> Tensor:
     return x.gather(-1, target[..., None])[..., 0]
 
 
-def _class_weights(weight: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype)
+def _class_weights(weight: Tensor | None, classes: int, x: Tensor) -> Tensor:
+    return x.new_ones(classes) if weight is None else weight.to(x.dtype)

@@ -85,7 +85,7 @@ def _call(
     values = (options.label_smoothing, options.z_loss, options.softcap, normalizer, grad_scale)
     numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in values]
     numbers[:2] = [x or math.nan for x in numbers[:2]]  # a factor of 0 is none
-    given_tensors = (*values, options.weight, saved_in, recorded)
+    given_tensors = (*values, options.weight, saved_in, recorded, options.second, options.shares)
     tensors = [materialized(x.detach()) if isinstance(x, Tensor) else None for x in given_tensors]
     logits = materialized(logits)
     targets = materialized(targets)
@@ -162,7 +162,8 @@ def _launch(
     targets: Tensor,
     # label smoothing, z-loss, softcap, normalizer, grad_scale; NaN for none
     numbers: Sequence[float],
-    tensors: Sequence[Tensor | None],  # the same where they are tensors; weight, saved_in, recorded
+    # the same where they are tensors; weight, saved_in, recorded, second, shares
+    tensors: Sequence[Tensor | None],
     ignore_index: int,
     topk: Sequence[int],
     per_row: bool,
@@ -189,7 +190,7 @@ def _launch(
         else float(x)
         for number, x in zip(numbers, tensors[:5], strict=True)
     )
-    weight, saved_in, recorded = tensors[5:]
+    weight, saved_in, recorded, second, shares = tensors[5:]
     weight = None if weight is None else weight.contiguous()
     logits = logits if _followed(logits) else logits.contiguous()
     targets = targets.contiguous()
@@ -217,6 +218,8 @@ def _launch(
         inputs = (
             logits,
             targets,
+            second,
+            shares,
             weight,
             smoothing,
             z_loss,

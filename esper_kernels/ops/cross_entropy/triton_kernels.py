@@ -125,11 +125,27 @@ def _ahead(stored, c, target_logit, target):
 
 
 @triton.jit
-def _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, softcap, V):
+def _gradient(
+    p,
+    x,
+    c,
+    target,
+    live,
+    of_softmax,
+    at_target,
+    second_target,
+    at_second,
+    everywhere,
+    weight,
+    softcap,
+    V,
+):
     """The gradient of a tile [rows, block]. x is after softcap, and p * of_softmax is the softmax's
     share."""
     grad = p * of_softmax[:, None]
     grad = tl.where(c == target[:, None], grad - at_target[:, None], grad)
+    if at_second is not None:
+        grad = tl.where(c == second_target[:, None], grad - at_second[:, None], grad)
     if everywhere is not None:
         grad -= everywhere[:, None] * _class_weights(weight, c, V)
     if softcap is not None:
@@ -152,6 +168,8 @@ def _gradient(p, x, c, target, live, of_softmax, at_target, everywhere, weight, 
 def batch(
     logits,
     targets,
+    second,  # with MixUp: the second target of each row, int64 [rows]
+    shares,  # [2, rows] float32: those of the target and of the second
     weight,  # [V]
     label_smoothing, z_loss, softcap,
     normalizer,  # None: the rows' weights, added up here
@@ -212,6 +230,14 @@ def batch(
         x_row = logits + _offset(row, inner, logits_outer, logits_inner, UNIT)
         target_logit = tl.load(x_row + target, valid, other=0.0).to(tl.float32)
         target_x = _capped(target_logit, softcap)
+        second_target = None
+        if second is not None:
+            second_target = tl.load(second + row, valid, other=0)
+            second_x = tl.load(x_row + second_target, valid, other=0.0).to(tl.float32)
+            second_x = _capped(second_x, softcap)
+            share = tl.load(shares + row, valid, other=0.0)
+            second_share = tl.load(shares + rows + row, valid, other=0.0)
+            share_sum = share + second_share
         rank = tl.zeros([ROWS], tl.int32)
         smooth = target_x
         if saved_in is not None:
@@ -263,17 +289,36 @@ def batch(
         row_weight = tl.full([ROWS], 1.0, tl.float32)
         if weight is not None:
             row_weight = tl.load(weight + target, valid, other=0.0).to(tl.float32)
+        both_weights = row_weight
+        if second is not None:
+            second_weight = second_share
+            if weight is not None:
+                second_weight *= tl.load(weight + second_target, valid, other=0.0).to(tl.float32)
+            row_weight *= share
+            both_weights = row_weight + second_weight
         log_sum = tl.log(row_sum)  # NaN exactly where the row is non-finite
         row_loss = row_weight * (log_sum - (target_x - row_max))
+        if second is not None:
+            # Not products with 0: beside a -inf logit the other factor is inf.
+            known = log_sum == log_sum
+            of_second = second_weight * (log_sum - (second_x - row_max))
+            row_loss = tl.where((row_weight == 0) & known, 0.0, row_loss)
+            row_loss += tl.where((second_weight == 0) & known, 0.0, of_second)
         if label_smoothing is not None:
             e = _number(label_smoothing)
             row_loss *= 1.0 - e
-            row_loss += tl.where(e > 0, e / V * (weight_sum * log_sum - smooth), 0.0)
+            smoothing_loss = e / V * (weight_sum * log_sum - smooth)
+            if second is not None:
+                smoothing_loss *= share_sum
+            row_loss += tl.where(e > 0, smoothing_loss, 0.0)
         if z_loss is not None:
-            row_loss += _number(z_loss) * (row_max + log_sum) * (row_max + log_sum)
+            penalty = _number(z_loss) * (row_max + log_sum) * (row_max + log_sum)
+            if second is not None:
+                penalty *= share_sum
+            row_loss += penalty
         row_loss = tl.where(valid, row_loss, 0.0)
         loss_lanes += row_loss.to(tl.float64)
-        weight_lanes += tl.where(valid, row_weight, 0.0).to(tl.float64)
+        weight_lanes += tl.where(valid, both_weights, 0.0).to(tl.float64)
         finite = row_sum == row_sum
         bad = (row < rows) & ~valid & ~ignored
         flags = (valid & finite)[:, None] & (rank[:, None] < limit[None, :])
@@ -294,21 +339,45 @@ def batch(
             else:
                 scale = _number(grad_scale) / denominator
             at_target = row_weight * scale
+            at_second = None
             everywhere = None
             of_softmax = at_target
+            if second is not None:
+                at_second = second_weight * scale
+                of_softmax += at_second
             if label_smoothing is not None:
                 e = _number(label_smoothing)
                 at_target = at_target * (1.0 - e)
                 everywhere = e / V * scale
-                of_softmax = at_target + everywhere * weight_sum
+                of_softmax = at_target
+                if second is not None:
+                    at_second *= 1.0 - e
+                    everywhere *= share_sum
+                    of_softmax += at_second
+                of_softmax += everywhere * weight_sum
             if z_loss is not None:
-                of_softmax += 2.0 * _number(z_loss) * (row_max + log_sum) * scale
+                of_lse = 2.0 * _number(z_loss) * (row_max + log_sum) * scale
+                if second is not None:
+                    of_lse *= share_sum
+                of_softmax += of_lse
             of_softmax /= row_sum
             live = valid & (denominator != 0)
             g_row = grad + _offset(row, inner, grad_outer, grad_inner, UNIT)
             if RESIDENT:
                 g = _gradient(
-                    p, x, c, target, live, of_softmax, at_target, everywhere, weight, softcap, V
+                    p,
+                    x,
+                    c,
+                    target,
+                    live,
+                    of_softmax,
+                    at_target,
+                    second_target,
+                    at_second,
+                    everywhere,
+                    weight,
+                    softcap,
+                    V,
                 )
                 tl.store(g_row[:, None] + c, g, (row < rows)[:, None] & (c < V))
             else:
@@ -324,6 +393,8 @@ def batch(
                         live,
                         of_softmax,
                         at_target,
+                        second_target,
+                        at_second,
                         everywhere,
                         weight,
                         softcap,

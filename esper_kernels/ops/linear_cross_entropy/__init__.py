@@ -15,8 +15,8 @@ from torch import Tensor
 from esper_kernels import checks
 from esper_kernels.config import KernelConfig
 from esper_kernels.meter import Meter
-from esper_kernels.ops.cross_entropy import as_tensor, traceable
-from esper_kernels.ops.cross_entropy.reference import Options
+from esper_kernels.ops.cross_entropy.arguments import as_tensor, mixture, traceable
+from esper_kernels.ops.cross_entropy.reference import Options, refuse_bad_targets
 from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.ops.linear_cross_entropy import arguments, op
 from esper_kernels.ops.linear_cross_entropy.reference import NO_TOTALS, Batch, Totals
@@ -38,6 +38,8 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    targets2: Tensor | None = None,
+    share: float | Tensor | None = None,
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float | Tensor = 0.0,
@@ -53,7 +55,8 @@ def linear_cross_entropy(
 
     hidden: [..., H] float32, bfloat16, float16, or float64 (for checks, with all logits at once).
     weight: [V, H], and bias: [V], of that dtype; under autocast each may have its own.
-    targets: [...]. The options are those of `cross_entropy`, whose `weight` is class_weight here.
+    targets: [...]. The options, MixUp's too, are those of `cross_entropy`, whose `weight` is
+        class_weight here.
 
     The backward pass of "mean" and "sum" only multiplies: the gradients of what requires grad are
     computed with the loss, because the logits would have to be computed again later. In float16,
@@ -73,8 +76,17 @@ def linear_cross_entropy(
         normalizer,
         getattr(config, "instruction_set", "auto"),  # of None too
     )
-    backend, batch, dtype = _prepare(
-        "linear_cross_entropy", hidden, weight, bias, targets, meter, options, config
+    backend, batch, dtype, options = _prepare(
+        "linear_cross_entropy",
+        hidden,
+        weight,
+        bias,
+        targets,
+        targets2,
+        share,
+        meter,
+        options,
+        config,
     )
     options = traceable(options, hidden)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in batch[:3]):
@@ -91,6 +103,8 @@ def linear_cross_entropy_step(
     meter: Meter | None,
     *,
     bias: Tensor | None = None,
+    targets2: Tensor | None = None,
+    share: float | Tensor | None = None,
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float | Tensor = 0.0,
@@ -130,8 +144,17 @@ def linear_cross_entropy_step(
             "linear_cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use "
             "linear_cross_entropy"
         )
-    backend, batch, dtype = _prepare(
-        "linear_cross_entropy_step", hidden, weight, bias, targets, meter, options, config
+    backend, batch, dtype, options = _prepare(
+        "linear_cross_entropy_step",
+        hidden,
+        weight,
+        bias,
+        targets,
+        targets2,
+        share,
+        meter,
+        options,
+        config,
     )
     checks.check_number("grad_scale", grad_scale, hidden, low=-torch.inf)
     read: dict[str, object] = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
@@ -165,12 +188,14 @@ def _prepare(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    targets2: Tensor | None,
+    share: float | Tensor | None,
     meter: Meter | None,
     options: Options,
     config: KernelConfig | None,
-) -> tuple[str, Batch, torch.dtype]:
+) -> tuple[str, Batch, torch.dtype, Options]:
     """Check everything but the values of the targets; the backend, the batch with one leading
-    dimension, and the dtype of its logits."""
+    dimension, the dtype of its logits, and the options."""
     for x in (hidden, weight, bias):
         checks.refuse_transforms(name, x, _INSTEAD)
     arguments.check_linear(hidden, weight, bias)
@@ -178,8 +203,16 @@ def _prepare(
     logits = arguments.logits_stand_in(hidden, weight, dtype)
     arguments.check_batch(logits, targets, meter, options)
     backend = checks.choose_backend("linear_cross_entropy", logits, config, "hidden")
+    if targets2 is not None or share is not None:
+        refuse_bad_targets(targets, len(weight), options.ignore_index)
+        targets, options = mixture(logits, targets, targets2, share, options)
+        assert options.second is not None
+        assert options.shares is not None
+        options = options._replace(
+            second=options.second.flatten(), shares=options.shares.flatten(1)
+        )
     rows = hidden.reshape(targets.numel(), hidden.shape[-1])
-    return backend, Batch(rows, weight, bias, targets.reshape(-1)), dtype
+    return backend, Batch(rows, weight, bias, targets.reshape(-1)), dtype, options
 
 
 def _memory_for(parameter: Tensor | None, given: Tensor | None) -> Tensor | None:

@@ -39,15 +39,16 @@ def run(
     losses = torch.empty_like(batch.targets, dtype=torch.float32)
     for rows, logits in chunks(batch, copies=2 if is_per_row and wants_gradients else 1):
         targets = batch.targets[rows]
+        of_chunk = _options_of(rows, options)
         if wants_gradients and not is_per_row:
-            grad = module.step(logits, targets, options, seen, scale, logits)
+            grad = module.step(logits, targets, of_chunk, seen, scale, logits)
             add_gradients(grad, batch, rows, totals)
             continue
-        loss, *saved = module.forward(logits, targets, options, seen, wants_gradients)
+        loss, *saved = module.forward(logits, targets, of_chunk, seen, wants_gradients)
         losses[rows] = loss
         if wants_gradients:
             assert isinstance(scale, Tensor)  # [N]
-            grad = module.backward(scale[rows], logits, targets, *saved, options)
+            grad = module.backward(scale[rows], logits, targets, *saved, of_chunk)
             add_gradients(grad, batch, rows, totals)
 
     # A meter will report bad targets; without one, the loss itself has to.
@@ -59,6 +60,14 @@ def run(
         return torch.where(unknown, torch.nan, losses)
     loss = torch.where(unknown.any() | (divisor == 0), torch.nan, seen.sums[0] / divisor)
     return loss.float()
+
+
+def _options_of(rows: slice, options: Options) -> Options:
+    """With MixUp, the second targets and the shares of these rows alone."""
+    if options.second is None or options.shares is None:
+        return options
+    shares = options.shares[:, rows].contiguous()
+    return options._replace(second=options.second[rows], shares=shares)
 
 
 def _divisor(batch: Batch, options: Options) -> Tensor:

@@ -49,7 +49,8 @@ def run(
         scale,
     )
     numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in values]
-    tensors = [x if isinstance(x, Tensor) else None for x in (*values, options.weight)]
+    given_tensors = (*values, options.weight, options.second, options.shares)
+    tensors = [x if isinstance(x, Tensor) else None for x in given_tensors]
     call = _op if torch.compiler.is_compiling() else _run
     call(
         backend,
@@ -79,7 +80,7 @@ def _run(
     dtype: torch.dtype,
     # label smoothing, z-loss, softcap, normalizer, scale; NaN for none
     numbers: Sequence[float],
-    tensors: Sequence[Tensor | None],  # the same where they are tensors; class weights
+    tensors: Sequence[Tensor | None],  # the same where they are tensors; weight, second, shares
     ignore_index: int,
     reduction: str,
     instruction_set: str,
@@ -104,6 +105,7 @@ def _run(
         reduction,
         normalizer,
         instruction_set,
+        *tensors[6:],
     )
     refuse_bad_targets(targets, len(weight), ignore_index)
     meter = None

@@ -2,13 +2,15 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper_kernels import KernelConfig, Meter
+from esper_kernels import CrossEntropyLoss, KernelConfig, LinearCrossEntropyLoss, Meter
+from esper_kernels.testing import plain_torch_cross_entropy
 from esper_train import TrainConfig, build_train_step, evaluate, train_one_epoch
 from esper_train.base.settings import from_dict
 from tests.helpers.linear import INPUTS, TARGETS, linear, train
@@ -127,3 +129,68 @@ def test_the_backend_that_served_is_named() -> None:
         ).backend
         == "eager"
     )
+
+
+@pytest.mark.parametrize("task_type", ["classification", "lm", "dense"])
+def test_the_module_of_the_kernels_runs_as_the_fused_step(task_type: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {
+        "weight": torch.linspace(0.5, 2.0, 7),
+        "ignore_index": 2,
+        "label_smoothing": 0.1,
+        "z_loss": 0.05,
+        "softcap": 4.0,
+    }
+    shape = {"classification": (6, 7), "lm": (3, 5, 7), "dense": (3, 7, 5)}[task_type]
+    model = nn.Conv1d(7, 7, 1) if task_type == "dense" else nn.Linear(7, 7)
+    inputs = torch.randn(shape, generator=generator)
+    class_dim = 1 if task_type == "dense" else -1
+    targets = torch.randint(7, shape[:-1] if class_dim == -1 else (3, 5), generator=generator)
+    meter = Meter("cpu")
+    step = build_train_step(task_type, TrainConfig(), CrossEntropyLoss(**options))
+    step(model, inputs, targets, meter)
+    found = {name: p.grad for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    logits = model(inputs).double().movedim(class_dim, -1)
+    loss = plain_torch_cross_entropy(logits, targets, **options)
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+    assert meter.compute().loss == pytest.approx(loss.item(), rel=1e-5)
+    assert step.backend(torch.device("cpu")) == "cpp"
+
+
+class OurSubclass(CrossEntropyLoss):
+    """Nobody can know what a subclass computes."""
+
+
+def test_a_subclass_of_the_module_runs_as_it_is() -> None:
+    model = linear()
+    step = build_train_step("classification", TrainConfig(), OurSubclass(z_loss=0.1))
+    step(model, INPUTS, TARGETS, Meter("cpu"))
+    assert step.backend(torch.device("cpu")) == "eager criterion"
+
+
+@pytest.mark.parametrize(
+    ("criterion", "words"),
+    [
+        (CrossEntropyLoss(reduction="none"), "reduction 'mean' or 'sum'"),
+        (CrossEntropyLoss(meter=Meter("cpu")), "without a meter and config"),
+        (CrossEntropyLoss(config=KernelConfig()), "without a meter and config"),
+        (LinearCrossEntropyLoss(4, 3), "no criterion for logits.*train.linear_loss"),
+    ],
+    ids=["none", "meter", "config", "linear"],
+)
+def test_modules_that_do_not_fit_the_loop_are_refused(criterion: nn.Module, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build_train_step("classification", TrainConfig(), criterion)
+
+
+@pytest.mark.parametrize("more", [{"z_loss": 0.1}, {"softcap": 5.0}])
+def test_soft_targets_with_what_torch_has_not_are_refused(more: dict[str, float]) -> None:
+    model = linear()
+    step = build_train_step("classification", TrainConfig(), CrossEntropyLoss(**more))
+    shares = torch.full((len(INPUTS), 3), 1 / 3)
+    with pytest.raises(ValueError, match="no z_loss or softcap"):
+        step(model, INPUTS, shares, Meter("cpu"))

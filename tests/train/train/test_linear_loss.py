@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper_kernels import Meter
+from esper_kernels import CrossEntropyLoss, Meter
 from esper_train import TrainConfig, build_train_step, train_one_epoch
 from esper_train.morph.model import MorphModel
 from esper_train.morph.transformer import transformer_host
@@ -58,6 +58,7 @@ def gradients(
         None,
         nn.CrossEntropyLoss(torch.linspace(0.5, 2.0, 50), label_smoothing=0.1),
         nn.CrossEntropyLoss(reduction="sum"),
+        CrossEntropyLoss(z_loss=0.05, softcap=4.0),
     ],
     ids=str,
 )
