@@ -1,4 +1,7 @@
-"""MixUp: two targets per row, against two calls of torch's own op in float64."""
+"""MixUp: two targets per row, against two calls of torch's own op in float64.
+
+Long file: every form of one option, against one truth.
+"""
 
 from typing import Any
 

@@ -151,7 +151,7 @@ class Made(nn.Module):
         ("kept", lambda x, w, b: SavesItsOutput.apply(x @ w).view(2, 3, 3)),
         ("logits", lambda x, w, b: x @ w + b),  # hands the gradient itself on, to a parameter
         ("fresh", lambda x, w, b: b.view(2, 3, 3)),  # the parameter's gradient is a view of ours
-        ("fresh", lambda x, w, b: (w.t() @ x.t()).t()),  # classes apart
+        ("logits", lambda x, w, b: (w.t() @ x.t()).t()),  # classes apart
     ],
 )
 def test_memory_of_the_gradient_never_changes_what_is_learned(
