@@ -1,5 +1,8 @@
 """The static roofline: machine code is read and counted as by hand, and the model computes what its
-formulas say."""
+formulas say.
+
+Long file: one machine code after the other, each counted by hand.
+"""
 
 import json
 import os
