@@ -62,6 +62,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gate": ("gate", gate.table),
     "seed cost": ("seed-cost", seed_cost.table),
     "ppo on digits": ("ppo-digits-shaped", ppo.table),
+    "ppo on digits, sparse": ("ppo-digits-sparse", ppo.table),
     "learning curve": ("ppo-digits-shaped", ppo.curve),
     "hosts": ("hosts", hosts.table),
     "sass": ("sass", sass.table),
