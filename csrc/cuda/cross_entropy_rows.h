@@ -269,7 +269,7 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
   const float scale = p.backward && p.scale_stride ? s.scale * p.scale_of_row[row.i] : s.scale;
   const float on_target = row.weight * (1 - s.smoothing) * scale,
               everywhere = s.smoothing / p.classes * row.share_sum * scale;
-  const float on_second = row.second_weight * (1 - s.smoothing) * scale;
+  const float on_second = p.second ? row.second_weight * (1 - s.smoothing) * scale : 0;  // 0 * inf is NaN
   float rest = on_second;
   if (s.smoothing > 0) rest += everywhere * s.weight_sum;
   if (s.z_loss != 0) rest += 2 * s.z_loss * row.share_sum * lse * scale;

@@ -47,9 +47,9 @@ def test_one_epoch_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    note(measure, "train_one_epoch", "train")
-    note(measure, "evaluate", "evaluate")
-    note(run_module, "evaluate", "test")
+    note(measure, "launch_training", "train")
+    note(measure, "launch_evaluation", "evaluate")
+    note(run_module, "launch_evaluation", "test")
     note(episode.tracker, "update", "tracker")
     note(episode.model.slot("early"), "step_epoch", "slots step")
     policy = Script(e1=germinate())

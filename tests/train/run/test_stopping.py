@@ -106,7 +106,7 @@ def test_a_signal_during_the_final_test_loses_no_epoch(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt_within(run, "evaluate", patch)
+        interrupt_within(run, "launch_evaluation", patch)
         assert cli.main(arguments(command, out)) == 143
     assert read_metrics(out)[-1]["status"] == "interrupted"
     epochs = [event["epoch"] for event in read_metrics(out) if event["event"] == "epoch"]
