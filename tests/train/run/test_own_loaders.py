@@ -31,8 +31,8 @@ from esper_train.cli import main
 from esper_train.run.epoch import Epoch
 
 observe = Epoch.observe
-def observe_and_die(self):
-    signals = observe(self)
+def observe_and_die(self, measured):
+    signals = observe(self, measured)
     if self._number == {KILLED_AFTER + 1}:  # it was trained, and nothing is reported yet
         os.kill(os.getpid(), signal.SIGKILL)
     return signals
