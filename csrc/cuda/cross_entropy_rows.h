@@ -47,9 +47,7 @@ struct Row {
   int target;  // -1 where the row is not valid
   bool ignored;
   float class_weight, logit, x;  // of the target; x: after softcap
-  float weight;                  // class_weight times the target's share
-  int second = -1;               // with MixUp and a share: the second target
-  float second_class_weight = 0, second_weight = 0, second_x = 0, share_sum = 1;
+  float second_x = 0;            // with MixUp, of the second target
   __device__ float reference() const { return x - x == 0 ? x : 0; }
 };
 
@@ -147,25 +145,16 @@ __device__ Scalars prepare(const Batch& b, Shared& shared) {
 template <class T, bool kCap>
 __device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i) {
   const int64_t target = target_of(p, i);
-  Row row{i, -1, target == p.ignore_index, 0, 0, 0, 0};
+  Row row{i, -1, target == p.ignore_index, 0, 0, 0};
   if (!is_valid(p, target)) return row;
   const T* logits = static_cast<const T*>(p.logits) + p.logits_at.offset(i);
   row.target = target;
-  row.class_weight = row.weight = p.weight ? p.weight[target] : 1;
+  row.class_weight = p.weight ? p.weight[target] : 1;
   row.logit = widen(logits[target]);
   row.x = capped<kCap>(row.logit, s.softcap);
-  if (p.second) {
-    const int64_t second = p.second[i];
-    const float share = p.shares[p.rows + i];
-    row.weight *= p.shares[i];
-    row.share_sum = p.shares[i] + share;
-    if (share != 0 && second >= 0 && second < p.classes) {
-      row.second = second;
-      row.second_class_weight = p.weight ? p.weight[second] : 1;
-      row.second_weight = share * row.second_class_weight;
-      row.second_x = capped<kCap>(widen(logits[second]), s.softcap);
-    }
-  }
+  if (!p.second) return row;
+  const int64_t second = p.second[i];
+  if (second >= 0 && second < p.classes) row.second_x = capped<kCap>(widen(logits[second]), s.softcap);
   return row;
 }
 
@@ -226,34 +215,56 @@ struct Gradient {
   }
 };
 
+// The weights of a row's targets. Looked up when the row is closed, so that no registers hold them before.
+struct Weights {
+  float of_target = 0;  // class weight times share
+  int second = -1;      // with MixUp and a share: the second target
+  float second_class = 0, of_second = 0, share_sum = 1;
+};
+
+__device__ Weights weights_of(const LossRows& p, const Row& row) {
+  Weights w{row.class_weight};
+  if (!p.second || row.target < 0) return w;
+  const int64_t second = p.second[row.i];
+  const float share = p.shares[p.rows + row.i];
+  w.of_target *= p.shares[row.i];
+  w.share_sum = p.shares[row.i] + share;
+  if (share == 0 || second < 0 || second >= p.classes) return w;
+  w.second = second;
+  w.second_class = p.weight ? p.weight[second] : 1;
+  w.of_second = share * w.second_class;
+  return w;
+}
+
 // The loss and the counts of a row whose logits have all been absorbed, added up by one thread of its group.
 __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, const State& state,
                               bool leader, Tally& tally, Shared& shared) {
   const LossRows& p = b.p;
   const bool valid = row.target >= 0;
+  const Weights w = weights_of(p, row);
   const float e_target = expf(row.x - state.top), sum = state.others + e_target;
   const float log_sum = row.x == state.top ? log1pf(state.others) : logf(sum), lse = state.top + log_sum;
   const bool finite = is_finite(state.top) && sum == sum;
   if (leader && !p.backward) {
     double loss = 0;
     if (valid) {
-      loss = static_cast<double>(row.weight) * (1 - s.smoothing) * (log_sum - (row.x - state.top));
+      loss = static_cast<double>(w.of_target) * (1 - s.smoothing) * (log_sum - (row.x - state.top));
       if (p.second) {  // not products with 0: beside a -inf logit the other factor is inf
-        if (row.weight == 0) loss = 0;
-        if (row.second_weight != 0)
-          loss += static_cast<double>(row.second_weight) * (1 - s.smoothing) *
-                  (log_sum - (row.second_x - state.top));
+        if (w.of_target == 0) loss = 0;
+        if (w.of_second != 0)
+          loss +=
+              static_cast<double>(w.of_second) * (1 - s.smoothing) * (log_sum - (row.second_x - state.top));
       }
       if (s.smoothing > 0) {
         const double above = log_sum + (static_cast<double>(state.top) - row.reference());
-        loss += static_cast<double>(s.smoothing) / p.classes * row.share_sum *
+        loss += static_cast<double>(s.smoothing) / p.classes * w.share_sum *
                 (s.weight_sum * above - state.smooth);
       }
-      if (s.z_loss != 0) loss += static_cast<double>(s.z_loss) * row.share_sum * lse * lse;
+      if (s.z_loss != 0) loss += static_cast<double>(s.z_loss) * w.share_sum * lse * lse;
       if (!finite) loss = NAN;
     }
     tally.loss += loss;
-    tally.weight += row.weight + row.second_weight;
+    tally.weight += w.of_target + w.of_second;
     const bool bad = !valid && !row.ignored;
     if (p.row_loss) p.row_loss[row.i] = bad && !b.counts ? NAN : loss;
     if (p.saved_max) {
@@ -267,23 +278,22 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
   }
   if (!p.out) return {};
   const float scale = p.backward && p.scale_stride ? s.scale * p.scale_of_row[row.i] : s.scale;
-  const float on_target = row.weight * (1 - s.smoothing) * scale,
-              everywhere = s.smoothing / p.classes * row.share_sum * scale;
-  const float on_second = p.second ? row.second_weight * (1 - s.smoothing) * scale : 0;  // 0 * inf is NaN
+  const float on_target = w.of_target * (1 - s.smoothing) * scale,
+              everywhere = s.smoothing / p.classes * w.share_sum * scale;
+  const float on_second = p.second ? w.of_second * (1 - s.smoothing) * scale : 0;  // 0 * inf is NaN
   float rest = on_second;
   if (s.smoothing > 0) rest += everywhere * s.weight_sum;
-  if (s.z_loss != 0) rest += 2 * s.z_loss * row.share_sum * lse * scale;
+  if (s.z_loss != 0) rest += 2 * s.z_loss * w.share_sum * lse * scale;
   const float at_target =
       rest * (e_target / sum) - on_target * (state.others / sum) - everywhere * row.class_weight;
   const float of_softmax = finite ? (on_target + rest) / sum : NAN;
   float at_second = 0;
-  if (row.second >= 0) {
-    at_second =
-        of_softmax * expf(row.second_x - state.top) - everywhere * row.second_class_weight - on_second;
+  if (w.second >= 0) {
+    at_second = of_softmax * expf(row.second_x - state.top) - everywhere * w.second_class - on_second;
     if (s.softcap != 0) at_second *= 1 - (row.second_x / s.softcap) * (row.second_x / s.softcap);
     if (fabsf(at_second) < kSmallest) at_second = 0;
   }
-  return {!valid || s.zero,         row.target, row.second, state.top, of_softmax, everywhere,
+  return {!valid || s.zero,         row.target, w.second, state.top, of_softmax, everywhere,
           finite ? at_target : NAN, at_second};
 }
 
