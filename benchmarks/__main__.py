@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SHARED = {"__init__", "__main__", "record", "epoch_cases", "gpu_timing"}  # no benchmarks themselves
+# no benchmarks themselves
+SHARED = {"__init__", "__main__", "record", "timing", "epoch_cases", "gpu_timing"}
 
 
 def benchmarks() -> dict[str, str]:

@@ -12,18 +12,16 @@ results/classes-first.json.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import record
+from benchmarks import record, timing
 from esper_kernels import Meter, cross_entropy, cross_entropy_step
 from esper_kernels.testing import relative_error
 
@@ -113,29 +111,15 @@ def measure(shape: str) -> dict[str, Any]:
     """Median seconds of each candidate; `busy` if something else used the machine."""
     error = check(shape)
     x = case(shape)
-    times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
-    began = time.perf_counter()
-    for _ in range(ROUNDS):
-        for name, call in CANDIDATES.items():
-            synchronize()
-            started = time.perf_counter()
-            call(x)
-            synchronize()
-            times[name].append(time.perf_counter() - started)
-        if time.perf_counter() - began > SECONDS:
-            break
+    calls = {name: partial(call, x) for name, call in CANDIDATES.items()}
+    times = timing.in_turn(calls, ROUNDS, SECONDS)
     return {
         "shape": shape,
-        "seconds": {name: round(median(t), 5) for name, t in times.items()},
+        "seconds": timing.medians(times),
         "rounds": len(times[PLAIN]),
         "error over plain torch's": error,
-        "busy": os.getloadavg()[0] > 1.5 * torch.get_num_threads(),
+        "busy": timing.is_busy(),
     }
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -143,10 +127,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [["shape", *CANDIDATES, "step / torch's"]]
     for row in rows:
         seconds = row["seconds"]
-        label = str(row["shape"]).replace("bf16:", "bfloat16 ").replace("x", " x ")
         cells = [f"{1e3 * seconds[name]:.3g} ms" for name in CANDIDATES]
-        busy = " (busy)" if row["busy"] else ""
-        lines.append([f"{label}{busy}", *cells, f"{seconds[STEP] / seconds[PLAIN]:.2f}"])
+        label = timing.label(row["shape"], row["busy"])
+        lines.append([label, *cells, f"{seconds[STEP] / seconds[PLAIN]:.2f}"])
     return record.markdown(lines)
 
 

@@ -12,23 +12,17 @@ the same width and classes. Figures of all shapes together are written to result
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import record
+from benchmarks import record, timing
 from esper_kernels import Meter, linear_cross_entropy, linear_cross_entropy_step
 from esper_kernels.testing import relative_error
 
@@ -151,33 +145,18 @@ def check(shape: str) -> float:
     return round(max(ratios), 3)
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def measure(shape: str) -> dict[str, Any]:
     """Median seconds of each candidate; `busy` if something else used the machine."""
     error = check(shape)
     x = case(shape)
-    times: dict[str, list[float]] = {name: [] for name in candidates()}
-    began = time.perf_counter()
-    for _ in range(ROUNDS):
-        for name, call in candidates().items():
-            x.clear()
-            synchronize()
-            started = time.perf_counter()
-            call(x)
-            synchronize()
-            times[name].append(time.perf_counter() - started)
-        if time.perf_counter() - began > SECONDS:
-            break
+    calls = {name: partial(call, x) for name, call in candidates().items()}
+    times = timing.in_turn(calls, ROUNDS, SECONDS, before=x.clear)
     return {
         "shape": shape,
-        "seconds": {name: round(median(t), 4) for name, t in times.items()},
+        "seconds": timing.medians(times),
         "rounds": len(times[PLAIN]),
         "error over plain torch's": error,
-        "busy": os.getloadavg()[0] > 1.5 * torch.get_num_threads(),
+        "busy": timing.is_busy(),
     }
 
 
@@ -189,36 +168,8 @@ def peak(shape: str, name: str) -> float:
     call(warm)
     x = case(shape)
     x.clear()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
-        call(x)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
     del warm
-    before = start_of_peak()
-    call(x)
-    return (peak_kib() - before) / 2**10
-
-
-def start_of_peak() -> int:
-    """Return unused memory to the system and reset the peak. Returns the memory in use, in KiB."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_kib()
-
-
-def peak_kib() -> int:
-    """The most resident memory of this process so far, as Linux counts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
-def in_new_process(*arguments: str) -> Any:
-    command = [sys.executable, "-m", "benchmarks", "linear", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return timing.peak_mib(partial(call, x))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -229,11 +180,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         seconds = row["seconds"]
         rival = min(seconds[name] for name in (PLAIN, TORCH) if name in seconds)
-        label = str(row["shape"]).replace("bf16:", "bfloat16 ").replace("x", " x ")
         cells = [f"{seconds[name]:.3g} s, {row['MiB'][name]:.0f} MiB" for name in names]
         ratio = f"{seconds[STEP] / rival:.2f}"
-        busy = " (busy)" if row["busy"] else ""
-        lines.append([f"{label}{busy}", *cells, ratio, f"{row['logits_MiB']:.0f}"])
+        label = timing.label(row["shape"], row["busy"])
+        lines.append([label, *cells, ratio, f"{row['logits_MiB']:.0f}"])
     return record.markdown(lines)
 
 
@@ -251,9 +201,10 @@ def main() -> None:
         return
     rows = []
     for shape in options.shapes or SHAPES:
-        row = in_new_process("--measure", shape)
+        row = timing.in_new_process("linear", "--measure", shape)
         row["MiB"] = {
-            name: round(in_new_process("--peak", shape, name), 1) for name in row["seconds"]
+            name: round(timing.in_new_process("linear", "--peak", shape, name), 1)
+            for name in row["seconds"]
         }
         tokens, _, classes = map(int, shape.removeprefix("bf16:").split("x"))
         row["logits_MiB"] = tokens * classes * (2 if shape.startswith("bf16:") else 4) / 2**20

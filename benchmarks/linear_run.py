@@ -10,14 +10,12 @@ Each case is a process of its own.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from typing import Any
 
 from benchmarks import record
-from benchmarks.linear import peak_kib, start_of_peak
+from benchmarks.timing import in_new_process, peak_kib, start_of_peak
 from esper_train import train_one_epoch
 from esper_train.config import preset
 from esper_train.run.run import prepare
@@ -66,16 +64,6 @@ def measure(width: int, linear_loss: bool) -> dict[str, Any]:
     }
 
 
-def in_new_process(width: int, linear_loss: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks", "linear_run", "--measure", str(width)]
-    command += ["--linear-loss"] if linear_loss else []
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 def table(figures: list[dict[str, Any]]) -> str:
     """Markdown: one row per case."""
     lines = [["width", "`train.linear_loss`", "tokens/s", "memory, MiB", "logits of a batch, MiB"]]
@@ -101,7 +89,11 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.linear_loss)))
         return
-    figures = [in_new_process(width, on) for width in WIDTHS for on in (False, True)]
+    figures = [
+        in_new_process("linear_run", "--measure", str(width), *on)
+        for width in WIDTHS
+        for on in ((), ("--linear-loss",))
+    ]
     print(f"{table(figures)}\n\n{record.write('linear-run', figures)}")
 
 

@@ -16,24 +16,21 @@ results/logprobs.json.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import record
-from benchmarks.linear import peak_kib, start_of_peak, synchronize
+from benchmarks import record, timing
 from esper_kernels import token_logprobs
 from esper_kernels.testing import relative_error
 
 SHAPES = ("2048x50257", "bf16:2048x50257")
 OURS = "token_logprobs"
+READ = "a read"
 SOFTMAX = "log_softmax().gather()"
 LOGSUMEXP = "torch.logsumexp"
 FORMS = ("forward", "forward, entropy", "both passes", "both passes, entropy")
@@ -120,57 +117,27 @@ def measure(shape: str) -> dict[str, Any]:
     something else used the machine."""
     check(shape)
     logits, targets = case(shape)
-    times: dict[str, dict[str, list[float]]] = {f: {n: [] for n in CANDIDATES} for f in FORMS}
-    reads: list[float] = []
+    read: dict[str, Callable[[], Any]] = {READ: lambda: logits.amax(-1)}
+    found = {}
+    reads = []
     for form in FORMS:
-        began = time.perf_counter()
-        for _ in range(ROUNDS):
-            for name in CANDIDATES:
-                times[form][name].append(
-                    _seconds(lambda name=name, form=form: run(name, form, logits, targets))
-                )
-            reads.append(_seconds(lambda: logits.amax(-1)))
-            if time.perf_counter() - began > SECONDS:
-                break
+        calls = {name: partial(run, name, form, logits, targets) for name in CANDIDATES}
+        times = timing.in_turn(calls | read, ROUNDS, SECONDS)
+        reads += times.pop(READ)
+        found[form] = timing.medians(times)
     return {
         "shape": shape,
-        "seconds": {
-            form: {name: round(median(t), 5) for name, t in by_name.items()}
-            for form, by_name in times.items()
-        },
+        "seconds": found,
         "seconds of a read": round(median(reads), 5),
-        "busy": os.getloadavg()[0] > 1.5 * torch.get_num_threads(),
+        "busy": timing.is_busy(),
     }
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    synchronize()
-    started = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - started
 
 
 def peak(shape: str, name: str, form: str) -> float:
     """MiB that a call needs besides the logits, its results and its gradient included."""
     run(name, form, *case(shape, 8))
     logits, targets = case(shape)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
-        run(name, form, logits, targets)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = start_of_peak()
-    run(name, form, logits, targets)
-    return (peak_kib() - before) / 2**10
-
-
-def in_new_process(*arguments: str) -> Any:
-    command = [sys.executable, "-m", "benchmarks", "logprobs", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return timing.peak_mib(lambda: run(name, form, logits, targets))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -180,8 +147,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ["rows x classes", "logits, MiB", "form", *names, "ours / better of torch's", "ours / amax"]
     ]
     for row in rows:
-        label = str(row["shape"]).replace("bf16:", "bfloat16 ").replace("x", " x ")
-        label += " (busy)" if row["busy"] else ""
+        label = timing.label(row["shape"], row["busy"])
         for form in FORMS:
             seconds = row["seconds"][form]
             memory = row["MiB"][form]
@@ -211,10 +177,11 @@ def main() -> None:
         return
     rows = []
     for shape in options.shapes or SHAPES:
-        row = in_new_process("--measure", shape)
+        row = timing.in_new_process("logprobs", "--measure", shape)
         row["MiB"] = {
             form: {
-                name: round(in_new_process("--peak", shape, name, form), 1) for name in CANDIDATES
+                name: round(timing.in_new_process("logprobs", "--peak", shape, name, form), 1)
+                for name in CANDIDATES
             }
             for form in FORMS
         }

@@ -134,12 +134,12 @@ class EpisodeRun:
 
     Until `over`, `launch` queues an epoch on the device, `observe` takes what was read of it, and
     `apply` carries out the decision about it; then `launch_test` and `finish` do the same with the
-    test split. All are called while `episode.random` is active, and none but them need be: who
-    drives several runs reads their results together. An epoch that the governor finds gone bad is,
-    by policy, reported, the last, or undone: then nothing is tracked or decided. However the run
-    ends, on leaving `with` its network is the one
-    that `config.keep` names, and its last event is RUN_FINISHED with the status "completed",
-    "interrupted", "nonfinite", "diverged" or "failed"; what ended it is raised again.
+    test split. Call all of them while `episode.random` is active; reading in between may be outside
+    of it, so that the results of several runs can be read together. An epoch that the governor
+    finds gone bad is, by policy, reported, the last, or undone: then nothing is tracked or decided.
+    However the run ends, on leaving `with` its network is the one that `config.keep` names, and its
+    last event is RUN_FINISHED with the status "completed", "interrupted", "nonfinite", "diverged"
+    or "failed"; what ended it is raised again.
     """
 
     def __init__(self, episode: Episode, checkpoints: Checkpoints | None = None) -> None:

@@ -75,8 +75,8 @@ def mixed(
     share [] or [...]: that of `targets`; the other's is 1 - share. An ignored target has a share of
     0. Returns, for each row, the target with the larger share (the first of equals), which is the
     one that counts; and the options with the other one and both shares. The same target twice has
-    both shares in the first place. A row is ignored if both
-    targets are, and bad if one of them is. A mean divides by the sum of share * weight[target].
+    both shares in the first place. A row is ignored if both targets are, and bad if one of them is.
+    A mean divides by the sum of share * weight[target].
 
     A share outside [0, 1] makes the loss NaN; on CPU tensors it has been refused before the call.
     """
