@@ -1,4 +1,4 @@
-"""Tensors whose memory does not hold their values."""
+"""What the memory of a tensor holds, and how kernels can read it."""
 
 from collections.abc import Iterable
 
@@ -39,3 +39,9 @@ def are_fake(tensors: Iterable[Tensor | None]) -> bool:
             "FakeTensorMode"
         )
     return True in fake
+
+
+def has_plain_rows(x: Tensor) -> bool:
+    """Whether Triton kernels can follow the strides of x [..., V]: contiguous, or at most two
+    leading dimensions of rows whose classes are next to each other."""
+    return x.is_contiguous() or (x.dim() <= 3 and (x.stride(-1) == 1 or x.shape[-1] == 1))

@@ -22,7 +22,7 @@ from esper_kernels.meter import COUNTS, Meter
 from esper_kernels.ops.cross_entropy import launch
 from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
 from esper_kernels.ops.cross_entropy.reference import Number, Options
-from esper_kernels.values import are_fake, materialized
+from esper_kernels.values import are_fake, has_plain_rows, materialized
 
 
 def forward(
@@ -59,7 +59,7 @@ def step(
     out: Tensor | None,
 ) -> Tensor:
     grad = gradient_like(logits) if out is None else out
-    written = grad if _followed(grad) else gradient_like(logits)
+    written = grad if has_plain_rows(grad) else gradient_like(logits)
     scale = 1.0 if grad_scale is None else grad_scale
     _call(logits, targets, options, meter, grad_scale=scale, grad=written)
     return grad if written is grad else grad.copy_(written)
@@ -107,13 +107,8 @@ def _call(
     )
 
 
-def _followed(x: Tensor) -> bool:
-    """Whether the kernels can follow the strides of x [..., V]."""
-    return x.is_contiguous() or (x.dim() <= 3 and (x.stride(-1) == 1 or x.shape[-1] == 1))
-
-
 def _row_stride(x: Tensor) -> int | None:
-    """Of a followed x; None where its rows are not evenly spaced, as in logits[:, :-1]."""
+    """The row stride of an x with `has_plain_rows`; None where its rows are not evenly spaced, as in logits[:, :-1]."""
     if x.is_contiguous():
         return x.shape[-1]
     if x.dim() == 3:
@@ -192,7 +187,7 @@ def _launch(
     )
     weight, saved_in, recorded, second, shares = tensors[5:]
     weight = None if weight is None else weight.contiguous()
-    logits = logits if _followed(logits) else logits.contiguous()
+    logits = logits if has_plain_rows(logits) else logits.contiguous()
     targets = targets.contiguous()
     unit, layout = _layout(logits, logits if grad is None else grad)
     shape = {"V": classes, "IGNORE": ignore_index}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels.ops.token_logprobs.reference import Options
-from esper_kernels.values import are_fake, materialized
+from esper_kernels.values import are_fake, has_plain_rows, materialized
 
 _BLOCK = 2048  # classes that a program reads at a time
 _PER_WARP = 256  # of them
@@ -92,7 +92,7 @@ def _layout(logits: Tensor) -> tuple[Tensor, int, int, int]:
     classes = logits.shape[-1]
     if logits.is_contiguous():
         return logits, logits.numel() // classes, 0, classes
-    if logits.dim() > 3 or (classes > 1 and logits.stride(-1) != 1):
+    if not has_plain_rows(logits):
         return _layout(logits.contiguous())
     *outer, inner = logits.shape[:-1] or (1,)
     *outer_stride, inner_stride = logits.stride()[:-1] or (0,)
