@@ -108,7 +108,8 @@ def _call(
 
 
 def _row_stride(x: Tensor) -> int | None:
-    """The row stride of an x with `has_plain_rows`; None where its rows are not evenly spaced, as in logits[:, :-1]."""
+    """Elements from a row of x, which has plain rows, to the next; None where rows are not evenly
+    spaced, as in logits[:, :-1]."""
     if x.is_contiguous():
         return x.shape[-1]
     if x.dim() == 3:
