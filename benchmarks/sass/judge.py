@@ -145,7 +145,7 @@ def _waits(subject: Subject, found: Sequence[Pass], around: Counts | None) -> tu
         (one,) = found
         waits = one.counts.waits + one.counts.memory_barriers
         return waits, one.elements * subject.threads
-    part = subject.row / subject.cluster
+    part = subject.row * subject.teams / subject.cluster
     trips = [max(1, part / (one.elements * subject.threads)) for one in found]
     waits = sum(one.counts.waits * number for one, number in zip(found, trips, strict=True))
     if around is not None:

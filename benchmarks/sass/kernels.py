@@ -53,6 +53,7 @@ class Subject:
     threads: int
     shared_bytes: int
     cluster: int = 1
+    teams: int = 1  # of threads, which each stream through a row of their own
     rows: int = (
         0  # of a trip around the loop that takes whole rows; 0 where loops stream through one
     )
@@ -124,8 +125,9 @@ class _Plan:
 
     dtype: str
     classes: int
-    lanes: int
+    few: int
     kept: int
+    team: int
     threads: int
     shared_bytes: int
     cluster: int
@@ -152,13 +154,14 @@ def _cuda_subject(plan: _Plan, capped: bool, codes: dict[str, Code], sm: int) ->
     """The kernel is chosen as `kernel_of` does it in cross_entropy.cu."""
     start = f"{_CUDA_TYPES[plan.dtype]}, {str(capped).lower()}"
     whole: dict[str, Any] = {}
-    if plan.lanes:
-        per_lane, lanes = (8, 0) if plan.lanes * 8 >= plan.classes else (32, 32)
-        kernel = f"cross_entropy_warp_rows<{start}, {per_lane}, {lanes}>"
-        whole = {"rows": plan.threads // plan.lanes, "elements": per_lane}
-        whole["filled"] = plan.classes / (plan.lanes * per_lane)
+    if plan.few:
+        kernel = f"cross_entropy_few_classes<{start}>"
+        per_lane = 8
+        whole = {"rows": plan.threads // plan.team, "elements": per_lane}
+        whole["filled"] = plan.classes / (plan.team * per_lane)
     else:
-        kernel = f"cross_entropy_block_rows<{start}, {str(bool(plan.kept)).lower()}>"
+        kernel = f"cross_entropy_many_classes<{start}, {str(bool(plan.kept)).lower()}>"
+        whole = {"teams": plan.threads // plan.team}
     options = "softcap" if capped else "plain"
     return Subject(
         name=f"cross_entropy, {plan.classes} classes, {plan.dtype}, {options}, step",

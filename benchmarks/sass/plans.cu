@@ -19,11 +19,11 @@ int main(int count, char** arguments) {
       p.dtype = dtype;
       p.out = gradient;
       const Plan plan = plan_of(p, device);
-      std::printf("%s %d %d %d %d %d %d\n",
+      std::printf("%s %d %d %d %d %d %d %d\n",
                   dtype == esper::kFloat32    ? "float32"
                   : dtype == esper::kBFloat16 ? "bfloat16"
                                               : "float16",
-                  number(i), plan.lanes, plan.kept, plan.grid.threads,
+                  number(i), plan.few, plan.kept, plan.team, plan.grid.threads,
                   static_cast<int>(plan.grid.shared_bytes), plan.grid.cluster);
     }
 }

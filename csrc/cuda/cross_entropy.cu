@@ -13,164 +13,217 @@
 namespace esper::cuda {
 namespace {
 
-template <class T, bool kCap, int kPerLane, int kLanes>
-__global__ void __launch_bounds__(kFewThreads, kPerLane > 8 ? kFewBlocks / 2 : kFewBlocks)
-    cross_entropy_warp_rows(const __grid_constant__ Batch b) {
-  const int lanes = kLanes ? kLanes : b.lanes;
+// Rows of up to kFewClasses classes: a group of lanes takes a row, each every `lanes`-th class.
+template <class T, bool kCap>
+__global__ void __launch_bounds__(kFewThreads, kFewBlocks)
+    cross_entropy_few_classes(const __grid_constant__ Batch b) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const LossRows& p = b.p;
+  const int lanes = b.team, group = threadIdx.x / lanes, lane = threadIdx.x % lanes,
+            groups = blockDim.x / lanes;
   const Scalars s = prepare(b, shared);
-  const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
   Tally tally;
   for (int64_t begin = static_cast<int64_t>(blockIdx.x) * groups; begin < p.rows;
        begin += static_cast<int64_t>(gridDim.x) * groups) {
     const int64_t i = begin + group;
     const bool there = i < p.rows;
     const Row row = there ? open_row<T, kCap>(p, s, i) : Row{i, -1, false, 0, 0, 0, 0};
-    State state = there ? state_of(p, row) : State{};
-    float logits[kPerLane];
+    State state{};
+    float logits[kFewPerLane];
     if (row.target >= 0) {
       const T* at = static_cast<const T*>(p.logits) + p.logits_at.offset(i);
+      float top = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
+      for (int j = 0; j < kFewPerLane; ++j) {
         const int c = lane + j * lanes;
         logits[j] = c < p.classes ? widen(at[c]) : -INFINITY;
+        top = fmaxf(top, logits[j]);
       }
-      if (!p.backward) absorb<kCap>(p, s, row, logits, lane, lanes, state);
+      if (p.backward) {
+        state = saved_state(p, row);
+      } else {
+        Reader reader(row);
+        reader.raise(capped<kCap>(top, s.softcap));
+        reader.absorb<kCap>(p, s, row, logits, lane, lanes);
+        state = reader.state;
+      }
     }
-    if (!p.backward) state = reduce_lanes(state, lanes, Merge());
+    if (!p.backward) state = merged(state, lanes, s.smoothing > 0);
     if (!there) continue;  // only in the last round
     const Gradient gradient = close_row(b, s, row, state, lane == 0, tally, shared);
     if (!p.out) continue;
+    float g[kFewPerLane] = {};
+    if (!gradient.zero) gradient.compute<kCap>(p, s, logits, lane, lanes, g);
     T* out = static_cast<T*>(p.out) + p.out_at.offset(i);
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
+    for (int j = 0; j < kFewPerLane; ++j) {
       const int c = lane + j * lanes;
-      if (c < p.classes) out[c] = narrow<T>(gradient.template at<kCap>(p, s, c, logits[j]));
+      if (c < p.classes) out[c] = narrow<T>(g[j]);
     }
-    // by the lane that wrote this class just now
-    if (p.second && !gradient.zero && gradient.second >= 0 && lane == gradient.second % lanes)
-      out[gradient.second] = narrow<T>(gradient.at_second);
+    gradient.write_targets(out, [&](int c) { return c % lanes == lane; });
   }
   finish(b, tally, blockIdx.x, gridDim.x, shared);
 }
 
+// More classes: a team of threads takes a row, a warp or a block, or a cluster of blocks which each take a
+// part of it. kKept: the part stays in shared memory, where each thread finds again what it put there.
 template <class T, bool kCap, bool kKept>
 __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
-    cross_entropy_block_rows(const __grid_constant__ Batch b) {
-  constexpr int kSize = Vector<T>::kSize;
+    cross_entropy_many_classes(const __grid_constant__ Batch b) {
+  constexpr int kSize = kPerWords<T>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  Vector<T>* kept = reinterpret_cast<Vector<T>*>(shared_memory() + kSharedBytes);  // each thread its own
   const LossRows& p = b.p;
-  const Scalars s = prepare(b, shared);
+  const int team = b.team, thread = threadIdx.x % team, teams = blockDim.x / team;
   const int parts = kKept ? cluster().num_blocks() : 1, part = kKept ? cluster().block_rank() : 0;
-  const unsigned classes = p.classes;
-  const int teams = gridDim.x / parts, team = blockIdx.x / parts;
+  Words* kept = reinterpret_cast<Words*>(shared_memory() + kSharedBytes) + threadIdx.x / team * b.kept_words;
+  const Scalars s = prepare(b, shared);
   Tally tally;
   int turn = 0;
-  for (int64_t i = team; i < p.rows; i += teams) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x / parts) * teams + threadIdx.x / team; i < p.rows;
+       i += static_cast<int64_t>(gridDim.x / parts) * teams) {
     const Row row = open_row<T, kCap>(p, s, i);
-    const Span<const T> in{static_cast<const T*>(p.logits) + p.logits_at.offset(i), p.classes};
-    const int64_t begin = in.vectors() * part / parts, end = in.vectors() * (part + 1) / parts;
-    State state = state_of(p, row);
+    const Cut<const T> in(static_cast<const T*>(p.logits) + p.logits_at.offset(i), p.classes);
+    const int begin = static_cast<int64_t>(in.words) * part / parts,
+              count = static_cast<int64_t>(in.words) * (part + 1) / parts - begin;
+    const Words* from = reinterpret_cast<const Words*>(in.data + in.element(begin));
+    const bool has_ragged = part == 0 && thread < in.ragged;
+    const int ragged = in.ragged_element(thread);
+    State state{};
+    if (row.target >= 0 && p.backward) state = saved_state(p, row);
     if (row.target >= 0 && !p.backward) {
-      for_vectors(in, begin, end, false, [&](int64_t v, const Vector<T>& x) {
-        if (kKept) kept[v - begin] = x;
-        float logits[kSize];
+      Reader reader(row);
+      const auto load = [&](int k) { return from[k]; };
+      for_batches(count, thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
+        float logits[kBatch][kSize], top[kSize];
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) logits[j] = widen(x.x[j]);
-        absorb<kCap>(p, s, row, logits, in.first(v), 1, state);
+        for (int j = 0; j < kBatch; ++j) {
+          if (!all && at + j * team >= count) break;
+          widen_words<T>(words[j], logits[j]);
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) top[k] = j == 0 ? logits[j][k] : fmaxf(top[k], logits[j][k]);
+        }
+        reader.raise(capped<kCap>(fold(top, Max()), s.softcap));
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          if (!all && at + j * team >= count) break;
+          if (kKept) kept[at + j * team] = words[j];
+          reader.absorb<kCap>(p, s, row, logits[j], in.element(begin + at + j * team), 1);
+        }
       });
-      constexpr State nothing{-INFINITY, 0, 0, 0};
-      state = reduce_block(state, nothing, shared.scratch, Merge());
+      if (has_ragged) {
+        const float logit[] = {widen(in.data[ragged])};
+        reader.raise(capped<kCap>(logit[0], s.softcap));
+        reader.absorb<kCap>(p, s, row, logit, ragged, 1);
+      }
+      turn = 1 - turn;
+      state = state_of_team(reader.state, team, s.smoothing > 0, shared.of_warp[turn]);
       if (parts > 1) {
-        turn = 1 - turn;  // the other slot may still be read
         if (threadIdx.x == 0) shared.of_block[turn] = state;
         cluster().sync();
-        const int lane = threadIdx.x % kWarp;
-        state = lane < parts ? *cluster().map_shared_rank(&shared.of_block[turn], lane) : nothing;
-        state = reduce_lanes(state, kWarp, Merge());
+        const int lane = threadIdx.x % parts;
+        state = merged(*cluster().map_shared_rank(&shared.of_block[turn], lane), parts, s.smoothing > 0);
       }
     }
-    const Gradient gradient = close_row(b, s, row, state, threadIdx.x == 0 && part == 0, tally, shared);
+    const Gradient gradient = close_row(b, s, row, state, thread == 0 && part == 0, tally, shared);
     if (!p.out) continue;
-    const Span<T> out{static_cast<T*>(p.out) + p.out_at.offset(i), p.classes};
-    const auto write = [&](int64_t v, const Vector<T>& x) {
-      const int64_t first = in.first(v);
-      Vector<T> g;
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const unsigned c = first + j;  // huge before the row
-        g.x[j] = narrow<T>(c < classes ? gradient.template at<kCap>(p, s, c, widen(x.x[j])) : 0);
-      }
-      out.store(first, g);
-    };
+    const Cut<T> out(static_cast<T*>(p.out) + p.out_at.offset(i), p.classes);
     if (gradient.zero) {
-      for (int64_t v = begin + threadIdx.x; v < end; v += blockDim.x) out.store(in.first(v), Vector<T>{});
-    } else if (kKept) {
-      for (int64_t v = begin + threadIdx.x; v < end; v += blockDim.x) write(v, kept[v - begin]);
-    } else {
-      for_vectors(in, begin, end, !p.backward, write);
+      write_zeros(out, part * team + thread, parts * team);
+      continue;
     }
-    if (p.second && !gradient.zero && gradient.second >= 0) {
-      __syncthreads();  // another thread wrote this class just now
-      if (threadIdx.x == 0 && gradient.second >= in.first(begin) && gradient.second < in.first(end))
-        out.data[gradient.second] = narrow<T>(gradient.at_second);
+    // Rows that are read again are read backwards, to find the end of the first reading in the cache.
+    const auto place = [&](int k) { return kKept ? k : count - 1 - k; };
+    const auto load = [&](int k) { return kKept ? kept[k] : from[place(k)]; };
+    const bool same_phase = in.phase() == out.phase();
+    for_batches(count, thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (!all && at + j * team >= count) break;
+        const int first = in.element(begin + place(at + j * team));
+        float logits[kSize], g[kSize];
+        widen_words<T>(words[j], logits);
+        gradient.compute<kCap>(p, s, logits, first, 1, g);
+        if (same_phase) {
+          store_words(reinterpret_cast<Words*>(out.data + first), narrow_words<T>(g));
+        } else {
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) out.data[first + k] = narrow<T>(g[k]);
+        }
+      }
+    });
+    if (has_ragged) {
+      const float logit[] = {widen(in.data[ragged])};
+      float g[1];
+      gradient.compute<kCap>(p, s, logit, ragged, 1, g);
+      out.data[ragged] = narrow<T>(g[0]);
     }
+    gradient.write_targets(out.data, [&](int c) {  // by the thread that wrote there just now
+      if (c < in.head || c >= in.element(in.words)) return has_ragged && c == ragged;
+      const int word = (c - in.head) / kSize - begin;
+      return word >= 0 && word < count && place(word) % team == thread;
+    });
   }
   if (parts > 1) cluster().sync();  // another block may still read this one's shared memory
-  if (part == 0) finish(b, tally, team, teams, shared);
+  if (part == 0) finish(b, tally, blockIdx.x / parts, gridDim.x / parts, shared);
 }
 
-// Which kernel, and on what grid. `lanes` 0: cross_entropy_block_rows.
+// Which kernel, and on what grid.
 struct Plan {
   Grid grid;
-  int lanes = 0;
-  bool kept = false;
+  int team;  // threads that share a row
+  bool few = false, kept = false;
+  int kept_words = 0;
 };
 
 Plan plan_of(const LossRows& p, const Device& device) {
-  Plan plan{{0, kManyThreads, kSharedBytes}};
+  const int64_t words = p.classes * bytes_of(p.dtype) / 16;
+  Plan plan{{0, kManyThreads, kSharedBytes}, kManyThreads};
   Grid& grid = plan.grid;
-  int64_t teams = p.rows, room;  // groups that work on rows; how many fit on a multiprocessor
   if (p.classes <= kFewClasses) {
-    for (plan.lanes = 1; plan.lanes < kWarp && plan.lanes * 8 < p.classes;) plan.lanes *= 2;
+    plan.few = true;
     grid.threads = kFewThreads;
-    teams = (p.rows * plan.lanes + kFewThreads - 1) / kFewThreads;
-    room = plan.lanes * 8 < p.classes ? kFewBlocks / 2 : kFewBlocks;
-  } else {
-    const int64_t vectors = p.classes * bytes_of(p.dtype) / 16 + 2;
-    const auto bytes = [&](int parts) { return (vectors / parts + 2) * 16 + kSharedBytes; };
-    const int most = device.clusters ? kLargestCluster : 1;
-    const int64_t wanted = std::min(kKeptBytes, device.shared_bytes_of_block);
-    int parts = 1;
-    while (parts < most && bytes(parts) > wanted) parts *= 2;
-    plan.kept = p.out && !p.backward && bytes(parts) <= device.shared_bytes_of_block;
-    if (plan.kept) grid.shared_bytes = bytes(grid.cluster = parts);
-    if (vectors / grid.cluster <= 4 * 128) grid.threads = 128;  // so that each has several loads in flight
-    room = std::min<int64_t>(kManyBlocks * kManyThreads / grid.threads,
-                             device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024));
+    for (plan.team = 1; plan.team * kFewPerLane < p.classes;) plan.team *= 2;
+  } else if (words <= kWordsOfWarp) {
+    plan.team = kWarp;
+  } else if (words <= 4 * 128) {  // so that each thread has several loads in flight
+    plan.team = grid.threads = 128;
   }
-  const int64_t most = std::max<int64_t>(1, device.multiprocessors * room / grid.cluster);
-  grid.blocks = static_cast<int>(std::max<int64_t>(1, std::min(teams, most))) * grid.cluster;
+  const int teams = grid.threads / plan.team;  // of a block
+  const int most = device.clusters && teams == 1 ? kLargestCluster : 1;
+  const auto kept_words = [&](int parts) { return (words + parts - 1) / parts; };
+  const auto bytes = [&](int parts) { return teams * kept_words(parts) * 16 + kSharedBytes; };
+  const int64_t wanted = std::min(kKeptBytes, device.shared_bytes_of_block);
+  int parts = 1;
+  while (parts < most && bytes(parts) > wanted) parts *= 2;
+  plan.kept = !plan.few && p.out && !p.backward && bytes(parts) <= device.shared_bytes_of_block;
+  if (plan.kept) {
+    plan.kept_words = kept_words(parts);
+    grid.cluster = parts;
+    grid.shared_bytes = bytes(parts);
+  }
+  const int64_t room = std::min<int64_t>(plan.few ? kFewBlocks : kManyBlocks * kManyThreads / grid.threads,
+                                         device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024));
+  const int64_t fit = std::max<int64_t>(1, device.multiprocessors * room / grid.cluster);
+  const int64_t wanted_blocks = (p.rows + teams - 1) / teams;
+  grid.blocks = static_cast<int>(std::max<int64_t>(1, std::min(wanted_blocks, fit))) * grid.cluster;
   return plan;
 }
 
 using Kernel = void (*)(Batch);
 
 template <class T, bool kCap>
-Kernel kernel_of(const LossRows& p, const Plan& plan) {
-  if (plan.lanes * 8 >= p.classes) return cross_entropy_warp_rows<T, kCap, 8, 0>;
-  if (plan.lanes) return cross_entropy_warp_rows<T, kCap, kFewClasses / kWarp, kWarp>;
-  return plan.kept ? cross_entropy_block_rows<T, kCap, true> : cross_entropy_block_rows<T, kCap, false>;
+Kernel kernel_of(const Plan& plan) {
+  if (plan.few) return cross_entropy_few_classes<T, kCap>;
+  return plan.kept ? cross_entropy_many_classes<T, kCap, true> : cross_entropy_many_classes<T, kCap, false>;
 }
 
 void run(Batch& b, const Plan& plan, cudaStream_t stream) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
-    return b.numbers.has_softcap ? kernel_of<T, true>(b.p, plan) : kernel_of<T, false>(b.p, plan);
+    return b.numbers.has_softcap ? kernel_of<T, true>(plan) : kernel_of<T, false>(plan);
   };
-  b.lanes = plan.lanes;
+  b.team = plan.team;
+  b.kept_words = plan.kept_words;
   const Dtype dtype = b.p.dtype;
   const Kernel kernel = dtype == kFloat32    ? of_type(0.0f)
                         : dtype == kBFloat16 ? of_type(BFloat16())

@@ -1,19 +1,16 @@
 // Cross entropy of a row, as a group of threads computes it: what it has seen so far, its loss and counts,
 // its gradient; and how blocks add up what their rows gave. cross_entropy.cu has the kernels that use it.
 #pragma once
+#include "cuda/cross_entropy_elements.h"
 #include "cuda/driver.h"
-#include "cuda/rows.h"
 
 namespace esper::cuda {
 namespace {  // part of cross_entropy.cu
 
-// As in reference.py: gradients are 0 in the same places on every backend.
-constexpr float kLowestExponent = -86;
-constexpr float kSmallest = 1.17549435e-38f;
 constexpr int kFewThreads = 128, kManyThreads = 256;
-constexpr int kFewBlocks = 6,
-              kManyBlocks = 2;  // at least, on a multiprocessor; kFewBlocks / 2 of 1024 classes
-constexpr int kFewClasses = 1024;
+constexpr int kFewBlocks = 6, kManyBlocks = 2;  // at least, on a multiprocessor
+constexpr int kFewPerLane = 8, kFewClasses = kFewPerLane * kWarp;
+constexpr int kWordsOfWarp = 256;      // of rows up to which a warp takes a row by itself
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
 constexpr int kLargestCluster = 8;     // the largest that every chip with clusters supports
 constexpr int kCountHere = 128 << 10;  // bytes of targets up to which every block counts all of them
@@ -23,7 +20,8 @@ constexpr int kMostCounts = kRowCounts + kMostTopk;  // then correct@k
 
 struct Batch {
   LossRows p;
-  int lanes;  // per row, for cross_entropy_warp_rows
+  int team;        // threads that share a row
+  int kept_words;  // room in shared memory for the row of each team
   LossNumbers numbers;
   int64_t reduction;
   const double* weights;  // kCountBlocks parts of the sum of the rows' weights; null: add them up here
@@ -36,57 +34,16 @@ struct Batch {
 
 ESPER_ANYWHERE bool normalized(const Batch& b) { return b.reduction == kMean && b.numbers.has_normalizer; }
 
-// The same for every row, in every thread.
-struct Scalars {
-  float smoothing, z_loss, softcap, weight_sum, scale;
-  bool zero;
-};
-
-struct Row {
-  int64_t i;
-  int target;  // -1 where the row is not valid
-  bool ignored;
-  float class_weight, logit, x;  // of the target; x: after softcap
-  float second_x = 0;            // with MixUp, of the second target
-  __device__ float reference() const { return x - x == 0 ? x : 0; }
-};
-
-// What a group of threads has seen of a row. The sum leaves the target out: if the target has nearly all of
-// the softmax, 1 - softmax would otherwise be nothing but rounding errors.
-struct State {
-  float top;     // the largest x, the target's included
-  float others;  // sum of exp(x - top)
-  float smooth;  // sum of w_c (x_c - x_t), only with smoothing
-  int ahead;     // logits that rank before the target's
-};
-
 struct Tally {
   double loss = 0, weight = 0;
 };
 
 struct Shared {
-  State scratch[kMostWarps], of_block[2];
-  double totals[2 + kMostCounts];  // loss, weight; then counts, which a double holds exactly
+  State of_warp[2][kMostWarps], of_block[2];  // by turns: the others may still read those of the row before
+  double totals[2 + kMostCounts];             // loss, weight; then counts, which a double holds exactly
   unsigned counts[kMostCounts], flag;
 };
 constexpr int64_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
-
-struct Merge {
-  __device__ State operator()(State a, State b) const {
-    const bool first = a.top >= b.top;  // either order gives the same bits
-    const float high = first ? a.others : b.others, low = first ? b.others : a.others;
-    const float top = fmaxf(a.top, b.top), below = fminf(a.top, b.top);
-    return {top, high + low * (below == top ? 1 : __expf(below - top)), a.smooth + b.smooth,
-            a.ahead + b.ahead};
-  }
-};
-
-__device__ bool is_finite(float x) { return x - x == 0; }
-
-template <bool kCap>
-__device__ float capped(float x, float softcap) {
-  return kCap ? softcap * tanhf(x / softcap) : x;
-}
 
 __device__ double weight_of_rows(const LossRows& p, int64_t first, int64_t step) {
   double sum = 0;
@@ -98,7 +55,7 @@ __device__ double weight_of_rows(const LossRows& p, int64_t first, int64_t step)
 }
 
 __device__ double sum_of_block(double x, Shared& shared) {
-  return reduce_block(x, 0.0, reinterpret_cast<double*>(shared.scratch), Add());
+  return reduce_block(x, 0.0, reinterpret_cast<double*>(shared.of_warp), Add());
 }
 
 __global__ void sum_row_weights(const __grid_constant__ Batch b, double* weights) {
@@ -158,62 +115,20 @@ __device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i) {
   return row;
 }
 
-// The state of a row before its logits are read or, in backward, after.
-__device__ State state_of(const LossRows& p, const Row& row) {
-  if (p.backward) return {p.saved_max[row.i], p.saved_sum[row.i], 0, 0};
-  return {row.x == row.x ? row.x : -INFINITY, 0, 0, 0};
+// Of a valid row, in backward.
+__device__ State saved_state(const LossRows& p, const Row& row) {
+  return {p.saved_max[row.i], p.saved_sum[row.i], 0, 0};
 }
 
-// The logits of classes first, first + step, ...; those outside of the row are -inf.
-template <bool kCap, int n>
-__device__ void absorb(const LossRows& p, const Scalars& s, const Row& row, const float (&logits)[n],
-                       int first, int step, State& state) {
-  const unsigned classes = p.classes, target = row.target;
-  float x[n], top = state.top;
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-    const unsigned c = first + j * step;  // huge before the row
-    state.ahead += logits[j] > row.logit || (logits[j] == row.logit && c < target);
-    x[j] = logits[j];
-    if (kCap) x[j] = c < classes ? capped<kCap>(logits[j], s.softcap) : -INFINITY;
-    top = fmaxf(top, x[j]);  // leaves out NaN, which the sum keeps
-  }
-  if (top > state.top) {
-    state.others *= __expf(state.top - top);
-    state.top = top;
-  }
-  const float shift = top == -INFINITY ? 0 : top;  // -inf - -inf would be NaN
-#pragma unroll
-  for (int j = 0; j < n; ++j)
-    state.others += static_cast<unsigned>(first + j * step) == target ? 0 : __expf(x[j] - shift);
-  if (s.smoothing > 0) {
-    const float reference = row.reference();
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      const unsigned c = first + j * step;
-      if (c < classes) state.smooth += (p.weight ? p.weight[c] : 1) * (x[j] - reference);
-    }
-  }
+// The state of a row, from those of the threads of a team, in each of them. All of them call it.
+__device__ State state_of_team(const State& mine, int team, bool smooth, State* of_warp) {
+  const State state = merged(mine, kWarp, smooth);
+  if (team == kWarp) return state;
+  const int lane = threadIdx.x % kWarp, warps = team / kWarp;
+  if (lane == 0) of_warp[threadIdx.x / kWarp] = state;
+  __syncthreads();
+  return merged(of_warp[lane % warps], warps, smooth);
 }
-
-// The gradient of a row: of_softmax * exp(x - top) - everywhere * w_c, and a value of its own at the target.
-// That at a second target is written over it.
-struct Gradient {
-  bool zero;
-  int target, second;  // second: -1 for none
-  float top, of_softmax, everywhere, at_target, at_second;
-
-  template <bool kCap>
-  __device__ float at(const LossRows& p, const Scalars& s, int c, float logit) const {
-    if (zero) return 0;
-    const float x = capped<kCap>(logit, s.softcap);
-    float g = of_softmax * (x - top <= kLowestExponent ? 0 : __expf(x - top));
-    if (everywhere != 0) g -= everywhere * (p.weight ? p.weight[c] : 1);
-    if (c == target) g = at_target;
-    if (kCap) g *= 1 - (x / s.softcap) * (x / s.softcap);
-    return fabsf(g) < kSmallest ? 0 : g;
-  }
-};
 
 // The weights of a row's targets. Looked up when the row is closed, so that no registers hold them before.
 struct Weights {
@@ -244,7 +159,7 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
   const Weights w = weights_of(p, row);
   const float e_target = expf(row.x - state.top), sum = state.others + e_target;
   const float log_sum = row.x == state.top ? log1pf(state.others) : logf(sum), lse = state.top + log_sum;
-  const bool finite = is_finite(state.top) && sum == sum;
+  const bool finite = is_finite(state.top) && sum > 0;  // 0: all logits are -inf
   if (leader && !p.backward) {
     double loss = 0;
     if (valid) {
@@ -276,7 +191,7 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
     for (int k = 0; k < p.num_topk; ++k)
       if (valid && finite && state.ahead < b.topk[k]) atomicAdd(&shared.counts[kRowCounts + k], 1u);
   }
-  if (!p.out) return {};
+  if (!p.out) return Gradient{true};
   const float scale = p.backward && p.scale_stride ? s.scale * p.scale_of_row[row.i] : s.scale;
   const float on_target = w.of_target * (1 - s.smoothing) * scale,
               everywhere = s.smoothing / p.classes * w.share_sum * scale;
@@ -287,14 +202,21 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
   const float at_target =
       rest * (e_target / sum) - on_target * (state.others / sum) - everywhere * row.class_weight;
   const float of_softmax = finite ? (on_target + rest) / sum : NAN;
-  float at_second = 0;
-  if (w.second >= 0) {
-    at_second = of_softmax * expf(row.second_x - state.top) - everywhere * w.second_class - on_second;
-    if (s.softcap != 0) at_second *= 1 - (row.second_x / s.softcap) * (row.second_x / s.softcap);
-    if (fabsf(at_second) < kSmallest) at_second = 0;
-  }
-  return {!valid || s.zero,         row.target, w.second, state.top, of_softmax, everywhere,
-          finite ? at_target : NAN, at_second};
+  const auto written = [&](float g, float x) {
+    if (s.softcap != 0) g *= Gradient::slope(x, s.softcap);
+    return fabsf(g) < kSmallest ? 0 : g;
+  };
+  Gradient gradient{!valid || s.zero};
+  gradient.target = row.target;
+  gradient.second = w.second;
+  gradient.top = state.top;
+  gradient.lowered_of_softmax = of_softmax * exp2f(kDrop);
+  gradient.everywhere = everywhere;
+  gradient.at_target = written(finite ? at_target : NAN, row.x);
+  if (w.second >= 0)
+    gradient.at_second = written(
+        of_softmax * expf(row.second_x - state.top) - everywhere * w.second_class - on_second, row.second_x);
+  return gradient;
 }
 
 // Adds up the block's tally; the last of the blocks adds up all of them, in order, and writes the results.

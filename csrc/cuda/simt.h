@@ -27,6 +27,74 @@ __device__ T narrow(float x) {
   if constexpr (std::is_same_v<T, Float16>) return __float2half_rn(x);
 }
 
+// 16 bytes of a row.
+using Words = uint4;
+template <class T>
+constexpr int kPerWords = 16 / sizeof(T);
+
+template <class T>
+__device__ void widen_words(const Words& words, float (&values)[kPerWords<T>]) {
+  const unsigned in[] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      values[i] = __uint_as_float(in[i]);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      values[2 * i] = __uint_as_float(in[i] << 16);
+      values[2 * i + 1] = __uint_as_float(in[i] & 0xffff0000u);
+    } else {
+      __half2 pair;
+      memcpy(&pair, &in[i], 4);
+      const float2 both = __half22float2(pair);
+      values[2 * i] = both.x;
+      values[2 * i + 1] = both.y;
+    }
+  }
+}
+
+template <class T>
+__device__ Words narrow_words(const float (&values)[kPerWords<T>]) {
+  unsigned out[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      out[i] = __float_as_uint(values[i]);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+      memcpy(&out[i], &pair, 4);
+    } else {
+      const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+      memcpy(&out[i], &pair, 4);
+    }
+  }
+  return {out[0], out[1], out[2], out[3]};
+}
+
+// In one access, which the compiler does not split. The line is the first to leave the caches.
+__device__ inline void store_words(Words* to, const Words& words) { __stcs(to, words); }
+
+// Starts to bring the line at this address into the second-level cache.
+__device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// One instruction each; results below the normal numbers become 0.
+__device__ inline float exp2_flushed(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ inline float multiply_add_flushed(float a, float b, float c) {
+  float result;
+  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  return result;
+}
+
+// Adds 1 to the count if x > bar or either is NaN, in two instructions; from C++ the compiler makes three.
+__device__ inline void count_above(int& count, float x, float bar) {
+  asm("{ .reg .pred above; setp.gtu.f32 above, %1, %2; @above add.s32 %0, %0, 1; }"
+      : "+r"(count)
+      : "f"(x), "f"(bar));
+}
+
 // x of the lane whose number differs by the bits of `distance`; all lanes of the warp call it.
 template <class T>
 __device__ T shuffle_xor(T x, int distance) {

@@ -64,6 +64,37 @@ T narrow(float x) {
   }
 }
 
+struct alignas(16) Words {
+  uint32_t x, y, z, w;
+};
+template <class T>
+constexpr int kPerWords = 16 / sizeof(T);
+
+template <class T>
+void widen_words(const Words& words, float (&values)[kPerWords<T>]) {
+  T elements[kPerWords<T>];
+  std::memcpy(elements, &words, 16);
+  for (int i = 0; i < kPerWords<T>; ++i) values[i] = widen(elements[i]);
+}
+
+template <class T>
+Words narrow_words(const float (&values)[kPerWords<T>]) {
+  T elements[kPerWords<T>];
+  for (int i = 0; i < kPerWords<T>; ++i) elements[i] = narrow<T>(values[i]);
+  Words words;
+  std::memcpy(&words, elements, 16);
+  return words;
+}
+
+inline void store_words(Words* to, const Words& words) { *to = words; }
+inline void prefetch(const void*) {}
+inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
+inline float exp2_flushed(float x) { return flushed(exp2f(flushed(x))); }
+inline float multiply_add_flushed(float a, float b, float c) {
+  return flushed(fmaf(flushed(a), flushed(b), flushed(c)));
+}
+inline void count_above(int& count, float x, float bar) { count += !(x <= bar); }
+
 // The 8 bytes that the lane `distance` away holds out.
 uint64_t exchange(uint64_t mine, int distance);
 template <class T>
