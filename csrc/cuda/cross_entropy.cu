@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
 template <class T, bool kCap, bool kKept>
 __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
     cross_entropy_many_classes(const __grid_constant__ Batch b) {
-  constexpr int kSize = kPerWords<T>;
+  constexpr int kSize = kPerWords<T>, kBatch = kCap ? 2 : 4;  // softcap takes many registers
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const LossRows& p = b.p;
   const int team = b.team, thread = threadIdx.x % team, teams = blockDim.x / team;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
     if (row.target >= 0 && !p.backward) {
       Reader reader(row);
       const auto load = [&](int k) { return from[k]; };
-      for_batches(count, thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
+      for_batches<kBatch>(count, thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
         float logits[kBatch][kSize], top[kSize];
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
     const auto place = [&](int k) { return kKept ? k : count - 1 - k; };
     const auto load = [&](int k) { return kKept ? kept[k] : from[place(k)]; };
     const bool same_phase = in.phase() == out.phase();
-    for_batches(count, thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
+    for_batches<kBatch>(count, thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if (!all && at + j * team >= count) break;

@@ -4,8 +4,6 @@
 
 namespace esper::cuda {
 
-constexpr int kBatch = 4;  // words that a thread has in flight
-
 // n elements of a row: whole words at 16-byte boundaries, and the ragged elements before and after them.
 template <class T>
 struct Cut {
@@ -24,9 +22,9 @@ struct Cut {
   __device__ int ragged_element(int k) const { return k < head ? k : k + words * kPerWords<T>; }
 };
 
-// Calls f(at, words, all) for the share of `thread` among n words, where load(i) reads word i: words[j] is
-// number at + j * threads, and is there if `all` or if that is less than n.
-template <class Load, class F>
+// Calls f(at, words, all) for the share of `thread` among n words, with kBatch of them in flight. load(i)
+// reads word i. words[j] is number at + j * threads, and is there if `all` or if that is less than n.
+template <int kBatch, class Load, class F>
 __device__ void for_batches(int n, int thread, int threads, const Load& load, const F& f) {
   Words words[kBatch];
   int at = thread;
