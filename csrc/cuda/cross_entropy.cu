@@ -77,8 +77,12 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
   const int parts = kKept ? cluster().num_blocks() : 1, part = kKept ? cluster().block_rank() : 0;
   Words* kept = reinterpret_cast<Words*>(shared_memory() + kSharedBytes) + threadIdx.x / team * b.kept_words;
   const Scalars s = prepare(b, shared);
+  if (parts > 1) {
+    if (threadIdx.x < 2) open_inbox(&shared.arrivals[threadIdx.x]);
+    cluster().sync();
+  }
   Tally tally;
-  int turn = 0;
+  int round = 0;  // of rows that are read
   for (int64_t i = static_cast<int64_t>(blockIdx.x / parts) * teams + threadIdx.x / team; i < p.rows;
        i += static_cast<int64_t>(gridDim.x / parts) * teams) {
     const Row row = open_row<T, kCap>(p, s, i);
@@ -115,14 +119,9 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
         reader.raise(capped<kCap>(logit[0], s.softcap));
         reader.absorb<kCap>(p, s, row, logit, ragged, 1);
       }
-      turn = 1 - turn;
-      state = state_of_team(reader.state, team, s.smoothing > 0, shared.of_warp[turn]);
-      if (parts > 1) {
-        if (threadIdx.x == 0) shared.of_block[turn] = state;
-        cluster().sync();
-        const int lane = threadIdx.x % parts;
-        state = merged(*cluster().map_shared_rank(&shared.of_block[turn], lane), parts, s.smoothing > 0);
-      }
+      state = state_of_team(reader.state, team, s.smoothing > 0, shared.of_warp[round % 2]);
+      if (parts > 1) state = state_of_cluster(state, parts, round, s.smoothing > 0, shared);
+      ++round;
     }
     const Gradient gradient = close_row(b, s, row, state, thread == 0 && part == 0, tally, shared);
     if (!p.out) continue;
@@ -163,7 +162,6 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
       return word >= 0 && word < count && place(word) % team == thread;
     });
   }
-  if (parts > 1) cluster().sync();  // another block may still read this one's shared memory
   if (part == 0) finish(b, tally, blockIdx.x / parts, gridDim.x / parts, shared);
 }
 
@@ -217,19 +215,35 @@ Kernel kernel_of(const Plan& plan) {
   return plan.kept ? cross_entropy_many_classes<T, kCap, true> : cross_entropy_many_classes<T, kCap, false>;
 }
 
-void run(Batch& b, const Plan& plan, cudaStream_t stream) {
+Kernel kernel_of(const Batch& b, const Plan& plan) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
     return b.numbers.has_softcap ? kernel_of<T, true>(plan) : kernel_of<T, false>(plan);
   };
-  b.team = plan.team;
-  b.kept_words = plan.kept_words;
-  const Dtype dtype = b.p.dtype;
-  const Kernel kernel = dtype == kFloat32    ? of_type(0.0f)
-                        : dtype == kBFloat16 ? of_type(BFloat16())
-                                             : of_type(Float16());
-  check(launch(kernel, plan.grid, stream, b));
+  return b.p.dtype == kFloat32    ? of_type(0.0f)
+         : b.p.dtype == kBFloat16 ? of_type(BFloat16())
+                                  : of_type(Float16());
 }
+
+// Chooses kernel and grid, and tells the kernel what the plan says.
+struct Launch {
+  Kernel kernel;
+  Grid grid;
+
+  explicit Launch(Batch& b) {
+    const Plan plan = plan_of(b.p, current_device());
+    b.team = plan.team;
+    b.kept_words = plan.kept_words;
+    kernel = kernel_of(b, plan);
+    grid = plan.grid;
+    if (grid.cluster == 1) return;
+    // One that has to wait for the others would double the time.
+    int clusters = 0;
+    check(resident_clusters(kernel, grid, &clusters));
+    grid.blocks = std::min(grid.blocks, std::max(clusters, 1) * grid.cluster);
+  }
+  void run(const Batch& b, cudaStream_t stream) const { check(launch(kernel, grid, stream, b)); }
+};
 
 }  // namespace
 
@@ -259,12 +273,12 @@ void cross_entropy(const LossCall& call, const Allocate& allocate, cudaStream_t 
     b.sums = static_cast<double*>(call.sums->data);
     b.counts = static_cast<int64_t*>(call.counts->data);
   }
-  const Plan plan = plan_of(b.p, current_device());
+  const Launch main(b);
 
   const bool weights =
       b.p.out && b.reduction == kMean && !normalized(b) && b.p.rows * b.p.target_bytes > kCountHere;
   const bool sums = b.loss || b.counts || b.p.saved_denominator;
-  const int64_t blocks = plan.grid.blocks / plan.grid.cluster;
+  const int64_t blocks = main.grid.blocks / main.grid.cluster;
   const int64_t words = (2 + kRowCounts + b.p.num_topk) * blocks;
   double* memory = nullptr;
   if (weights || sums) memory = static_cast<double*>(allocate(8 * (kCountBlocks + words + 1)));
@@ -278,7 +292,7 @@ void cross_entropy(const LossCall& call, const Allocate& allocate, cudaStream_t 
                            : reinterpret_cast<unsigned*>(b.partials + words);
     if (!call.ticket) check(cudaMemsetAsync(b.ticket, 0, sizeof(unsigned), stream));
   }
-  run(b, plan, stream);
+  main.run(b, stream);
 }
 
 void cross_entropy_backward(const LossCall& call, const Array& grad_output, cudaStream_t stream) {
@@ -287,7 +301,7 @@ void cross_entropy_backward(const LossCall& call, const Array& grad_output, cuda
   b.numbers = call.numbers;
   b.reduction = call.reduction;
   if (b.p.rows == 0) return;
-  run(b, plan_of(b.p, current_device()), stream);
+  Launch(b).run(b, stream);
 }
 
 }  // namespace esper::cuda

@@ -39,8 +39,12 @@ struct Tally {
 };
 
 struct Shared {
-  State of_warp[2][kMostWarps], of_block[2];  // by turns: the others may still read those of the row before
-  double totals[2 + kMostCounts];             // loss, weight; then counts, which a double holds exactly
+  // By turns: others may still read those of the row before.
+  State of_warp[2][kMostWarps];
+  alignas(16) State of_block[2][kLargestCluster];
+  Arrivals arrivals[2];  // of of_block
+  double scratch[kMostWarps];
+  double totals[2 + kMostCounts];  // loss, weight; then counts, which a double holds exactly
   unsigned counts[kMostCounts], flag;
 };
 constexpr int64_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
@@ -55,7 +59,7 @@ __device__ double weight_of_rows(const LossRows& p, int64_t first, int64_t step)
 }
 
 __device__ double sum_of_block(double x, Shared& shared) {
-  return reduce_block(x, 0.0, reinterpret_cast<double*>(shared.of_warp), Add());
+  return reduce_block(x, 0.0, shared.scratch, Add());
 }
 
 __global__ void sum_row_weights(const __grid_constant__ Batch b, double* weights) {
@@ -128,6 +132,23 @@ __device__ State state_of_team(const State& mine, int team, bool smooth, State* 
   if (lane == 0) of_warp[threadIdx.x / kWarp] = state;
   __syncthreads();
   return merged(of_warp[lane % warps], warps, smooth);
+}
+
+// The state of a row, from those of the blocks of a cluster, in each of their threads. round: 0, 1, ... of
+// the calls.
+__device__ State state_of_cluster(const State& mine, int blocks, int round, bool smooth, Shared& shared) {
+  static_assert(sizeof(State) == sizeof(Words));
+  State* inbox = shared.of_block[round % 2];
+  Arrivals* arrivals = &shared.arrivals[round % 2];
+  const int thread = threadIdx.x;
+  if (thread == 0) expect_messages(arrivals, blocks * sizeof(State));
+  if (thread < blocks) {
+    Words message;
+    memcpy(&message, &mine, sizeof(message));
+    send_message(inbox + cluster().block_rank(), arrivals, thread, message);
+  }
+  wait_for_messages(arrivals, round / 2 % 2);
+  return merged(inbox[thread % blocks], blocks, smooth);
 }
 
 // The weights of a row's targets. Looked up when the row is closed, so that no registers hold them before.

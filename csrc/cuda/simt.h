@@ -114,19 +114,64 @@ __device__ inline unsigned char* shared_memory() {
 }
 
 // The blocks that see each other's shared memory: one if the launch or the chip has no clusters.
+//
+// They send each other messages of 16 bytes through an inbox in shared memory, which says when all that are
+// expected have come. Unlike cluster().sync(), this does not wait for what was written to global memory
+// before.
 #if __CUDA_ARCH__ >= 900
 __device__ inline cooperative_groups::cluster_group cluster() { return cooperative_groups::this_cluster(); }
+
+using Arrivals = uint64_t;  // an mbarrier, in shared memory
+
+__device__ inline unsigned shared_address(const void* at) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(at));
+}
+// By one thread, before cluster().sync() and all use.
+__device__ inline void open_inbox(Arrivals* arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrivals)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// By one thread, once a round.
+__device__ inline void expect_messages(Arrivals* arrivals, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)),
+               "r"(bytes)
+               : "memory");
+}
+// to, arrivals: where they are in this block; they are written in block `rank`.
+__device__ inline void send_message(void* to, Arrivals* arrivals, int rank, const Words& message) {
+  asm volatile(
+      "{ .reg .u32 to, arrivals;"
+      " mapa.shared::cluster.u32 to, %0, %2;"
+      " mapa.shared::cluster.u32 arrivals, %1, %2;"
+      " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [arrivals]; }" ::
+          "r"(shared_address(to)),
+      "r"(shared_address(arrivals)), "r"(rank), "r"(message.x), "r"(message.y), "r"(message.z), "r"(message.w)
+      : "memory");
+}
+// Until all messages of a round are there; parity: that of the round's number.
+__device__ inline void wait_for_messages(Arrivals* arrivals, int parity) {
+  unsigned there = 0;
+  while (!there)
+    asm volatile(
+        "{ .reg .pred there;"
+        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%1], %2;"
+        " selp.u32 %0, 1, 0, there; }"
+        : "=r"(there)
+        : "r"(shared_address(arrivals)), "r"(parity)
+        : "memory");
+}
 #else
 struct OneBlock {
   __device__ int num_blocks() const { return 1; }
   __device__ int block_rank() const { return 0; }
   __device__ void sync() const {}
-  template <class T>
-  __device__ T* map_shared_rank(T* mine, int) const {
-    return mine;
-  }
 };
 __device__ inline OneBlock cluster() { return {}; }
+using Arrivals = uint64_t;
+__device__ inline void open_inbox(Arrivals*) {}
+__device__ inline void expect_messages(Arrivals*, int) {}
+__device__ inline void send_message(void*, Arrivals*, int, const Words&) {}
+__device__ inline void wait_for_messages(Arrivals*, int) {}
 #endif
 
 struct Grid {
@@ -135,9 +180,9 @@ struct Grid {
   int cluster = 1;
 };
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
-                   const Arguments&... arguments) {
+// Calls f(config) with the grid as CUDA wants it.
+template <class Kernel, class F>
+cudaError_t with_config(Kernel kernel, const Grid& grid, cudaStream_t stream, const F& f) {
   if (grid.shared_bytes > 48 * 1024) {  // more than chips give by default
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
@@ -153,7 +198,23 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = grid.cluster > 1;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return f(config);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  return with_config(kernel, grid, stream, [&](const cudaLaunchConfig_t& config) {
+    return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  });
+}
+
+// How many clusters of a grid the device holds at once.
+template <class Kernel>
+cudaError_t resident_clusters(Kernel kernel, const Grid& grid, int* clusters) {
+  return with_config(kernel, grid, nullptr, [&](const cudaLaunchConfig_t& config) {
+    return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  });
 }
 
 }  // namespace esper::cuda

@@ -61,7 +61,8 @@ Context scheduler;
 const std::function<void()>* body = nullptr;
 std::vector<Block> blocks;  // of the cluster
 Barrier cluster_barrier;
-std::vector<void*> stacks;  // kept for the next launch
+std::vector<std::pair<esper::cuda::Arrivals*, Fiber*>> readers;  // that wait for messages
+std::vector<void*> stacks;                                       // kept for the next launch
 
 // What tests set.
 int multiprocessors = 3, shared_bytes = 227 << 10, architecture = 9;
@@ -198,7 +199,45 @@ unsigned char* shared_memory() { return current->block->shared.get(); }
 int Cluster::num_blocks() const { return static_cast<int>(blocks.size()); }
 int Cluster::block_rank() const { return static_cast<int>(current->block - blocks.data()); }
 void Cluster::sync() const { wait(cluster_barrier); }
-unsigned char* Cluster::shared_memory_of(int rank) const { return blocks[rank].shared.get(); }
+
+namespace {
+
+template <class T>
+T* in_block(T* mine, int rank) {
+  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
+  return reinterpret_cast<T*>(blocks[rank].shared.get() + offset);
+}
+
+void end_round_if_all_came(Arrivals* arrivals) {
+  if (arrivals->expecting || arrivals->bytes != 0) return;
+  arrivals->expecting = 1;
+  arrivals->round += 1;
+  for (auto& [inbox, fiber] : readers)
+    if (inbox == arrivals) fiber->waiting = false;
+  std::erase_if(readers, [&](const auto& reader) { return reader.first == arrivals; });
+}
+
+}  // namespace
+
+void open_inbox(Arrivals* arrivals) { *arrivals = {0, 1, 0}; }
+void expect_messages(Arrivals* arrivals, int bytes) {
+  arrivals->bytes += bytes;
+  arrivals->expecting = 0;
+  end_round_if_all_came(arrivals);
+}
+void send_message(void* to, Arrivals* arrivals, int rank, const Words& message) {
+  std::memcpy(in_block(static_cast<unsigned char*>(to), rank), &message, sizeof(message));
+  in_block(arrivals, rank)->bytes -= sizeof(message);
+  end_round_if_all_came(in_block(arrivals, rank));
+}
+void wait_for_messages(Arrivals* arrivals, int parity) {
+  if (arrivals->round % 2 != parity) return;
+  current->waiting = true;
+  readers.push_back({arrivals, current});
+  leave(false);
+}
+
+int resident_clusters_of(const Grid& grid) { return std::max(1, multiprocessors / grid.cluster); }
 
 cudaError_t run_grid(const Grid& grid, const std::function<void()>& thread) {
   if (grid.threads % 32 || grid.threads > 1024 || grid.blocks < 1 || grid.blocks % grid.cluster ||

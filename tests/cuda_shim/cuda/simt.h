@@ -112,20 +112,29 @@ struct Cluster {
   int num_blocks() const;
   int block_rank() const;
   void sync() const;
-  unsigned char* shared_memory_of(int rank) const;
-  template <class T>
-  T* map_shared_rank(T* mine, int rank) const {
-    const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
-    return reinterpret_cast<T*>(shared_memory_of(rank) + offset);
-  }
 };
 inline Cluster cluster() { return {}; }
+
+struct Arrivals {
+  int bytes, expecting, round;  // still to come; whether the round's number of bytes is yet unknown
+};
+void open_inbox(Arrivals*);
+void expect_messages(Arrivals*, int bytes);
+void send_message(void* to, Arrivals*, int rank, const Words& message);
+void wait_for_messages(Arrivals*, int parity);
 
 struct Grid {
   int blocks, threads;
   int64_t shared_bytes = 0;
   int cluster = 1;
 };
+
+int resident_clusters_of(const Grid&);
+template <class Kernel>
+cudaError_t resident_clusters(Kernel, const Grid& grid, int* clusters) {
+  *clusters = resident_clusters_of(grid);
+  return cudaSuccess;
+}
 
 cudaError_t run_grid(const Grid&, const std::function<void()>& thread);
 
