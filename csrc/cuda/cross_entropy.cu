@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
 // More classes: a team of threads takes a row, a warp or a block, or a cluster of blocks which each take a
 // part of it. kKept: the part stays in shared memory, where each thread finds again what it put there.
 template <class T, bool kCap, bool kKept>
-__global__ void __launch_bounds__(kManyThreads, kManyBlocks)
+__global__ void __launch_bounds__(kManyThreads, 1)
     cross_entropy_many_classes(const __grid_constant__ Batch b) {
   constexpr int kSize = kPerWords<T>, kBatch = kCap ? 2 : 4;  // softcap takes many registers
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
@@ -76,15 +76,16 @@ __global__ void __launch_bounds__(kManyThreads, kManyBlocks)
   const int team = b.team, thread = threadIdx.x % team, teams = blockDim.x / team;
   const int parts = kKept ? cluster().num_blocks() : 1, part = kKept ? cluster().block_rank() : 0;
   Words* kept = reinterpret_cast<Words*>(shared_memory() + kSharedBytes) + threadIdx.x / team * b.kept_words;
-  const Scalars s = prepare(b, shared);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / parts) * teams + threadIdx.x / team;
+  prefetch_row<T>(p, first_row, part * team + thread, parts * team);
+  const Scalars s = prepare(b, shared);  // counts the targets meanwhile
   if (parts > 1) {
     if (threadIdx.x < 2) open_inbox(&shared.arrivals[threadIdx.x]);
     cluster().sync();
   }
   Tally tally;
   int round = 0;  // of rows that are read
-  for (int64_t i = static_cast<int64_t>(blockIdx.x / parts) * teams + threadIdx.x / team; i < p.rows;
-       i += static_cast<int64_t>(gridDim.x / parts) * teams) {
+  for (int64_t i = first_row; i < p.rows; i += static_cast<int64_t>(gridDim.x / parts) * teams) {
     const Row row = open_row<T, kCap>(p, s, i);
     const Cut<const T> in(static_cast<const T*>(p.logits) + p.logits_at.offset(i), p.classes);
     const int begin = static_cast<int64_t>(in.words) * part / parts,
@@ -175,7 +176,7 @@ struct Plan {
 
 Plan plan_of(const LossRows& p, const Device& device) {
   const int64_t words = p.classes * bytes_of(p.dtype) / 16;
-  Plan plan{{0, kManyThreads, kSharedBytes}, kManyThreads};
+  Plan plan{{0, kManyThreads / 2, kSharedBytes}, kManyThreads / 2};
   Grid& grid = plan.grid;
   if (p.classes <= kFewClasses) {
     plan.few = true;
@@ -199,8 +200,9 @@ Plan plan_of(const LossRows& p, const Device& device) {
     grid.cluster = parts;
     grid.shared_bytes = bytes(parts);
   }
-  const int64_t room = std::min<int64_t>(plan.few ? kFewBlocks : kManyBlocks * kManyThreads / grid.threads,
-                                         device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024));
+  const int64_t memory_for = device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024);
+  if (memory_for == 1) plan.team = grid.threads = kManyThreads;
+  const int64_t room = std::min<int64_t>(plan.few ? kFewBlocks : kManyThreads / grid.threads, memory_for);
   const int64_t fit = std::max<int64_t>(1, device.multiprocessors * room / grid.cluster);
   const int64_t wanted_blocks = (p.rows + teams - 1) / teams;
   grid.blocks = static_cast<int>(std::max<int64_t>(1, std::min(wanted_blocks, fit))) * grid.cluster;

@@ -7,8 +7,8 @@
 namespace esper::cuda {
 namespace {  // part of cross_entropy.cu
 
-constexpr int kFewThreads = 128, kManyThreads = 256;
-constexpr int kFewBlocks = 6, kManyBlocks = 2;  // at least, on a multiprocessor
+constexpr int kFewThreads = 128, kFewBlocks = 6;  // of a block; blocks on a multiprocessor, at least
+constexpr int kManyThreads = 512;                 // on a multiprocessor, at least: in one block or more
 constexpr int kFewPerLane = 8, kFewClasses = kFewPerLane * kWarp;
 constexpr int kWordsOfWarp = 256;      // of rows up to which a warp takes a row by itself
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
@@ -49,11 +49,18 @@ struct Shared {
 };
 constexpr int64_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 
+// The sum over rows first, first + step, ...
 __device__ double weight_of_rows(const LossRows& p, int64_t first, int64_t step) {
+  if (!p.weight) {
+    int64_t count = 0;
+#pragma unroll 4
+    for (int64_t i = first; i < p.rows; i += step) count += is_valid(p, target_of(p, i));
+    return count;
+  }
   double sum = 0;
   for (int64_t i = first; i < p.rows; i += step) {
     const int64_t target = target_of(p, i);
-    if (is_valid(p, target)) sum += p.weight ? p.weight[target] : 1;
+    if (is_valid(p, target)) sum += p.weight[target];
   }
   return sum;
 }
@@ -117,6 +124,15 @@ __device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i) {
   const int64_t second = p.second[i];
   if (second >= 0 && second < p.classes) row.second_x = capped<kCap>(widen(logits[second]), s.softcap);
   return row;
+}
+
+// Brings row i into the second-level cache, or starts to; thread: of `threads` that do it together.
+template <class T>
+__device__ void prefetch_row(const LossRows& p, int64_t i, int thread, int threads) {
+  if (i >= p.rows) return;
+  constexpr int kLine = 128 / sizeof(T);
+  const T* row = static_cast<const T*>(p.logits) + p.logits_at.offset(i);
+  for (int64_t at = thread * kLine; at < p.classes; at += threads * kLine) prefetch(row + at);
 }
 
 // Of a valid row, in backward.
