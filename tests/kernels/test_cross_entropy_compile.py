@@ -23,7 +23,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     """torch's compiler makes other code for one thread, which hid a fault of it."""
     before = torch.get_num_threads()
@@ -32,7 +32,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_loss_equals_eager_and_schedules_do_not_recompile(
