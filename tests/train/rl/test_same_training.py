@@ -32,10 +32,10 @@ CASES = [(task, dtype) for task in ("digits", "pysource") for dtype in (None, "b
 
 @cache
 def few_held_out(name: str) -> Splits:
-    """The data of a task with at most 100 rows to validate and to test: several batches."""
+    """The data of a task with 40 rows to validate and 40 to test, which are several batches."""
     splits = get_task(name).load()
     validation, test = (
-        (inputs[:100], targets[:100]) for inputs, targets in (splits.validation, splits.test)
+        (inputs[:40], targets[:40]) for inputs, targets in (splits.validation, splits.test)
     )
     return replace(splits, validation=validation, test=test)
 
@@ -46,12 +46,13 @@ def task_of(config: RunConfig) -> Task:
 
 def short(task: str, dtype: str | None) -> RunConfig:
     config = preset(task)
-    width = 16 if task == "pysource" else 3
+    width, rows = (16, 4) if task == "pysource" else (3, 16)
     return replace(
         config,
         max_epochs=13,
         max_batches=3,
-        batch_size=16,
+        batch_size=rows,
+        evaluation_batch=16,
         host=HostConfig(width=width),
         growth=EASY,
         train=replace(config.train, amp=AmpConfig(dtype=dtype)),  # type: ignore[arg-type]
