@@ -13,6 +13,9 @@ from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step
 LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.tensor([0, 4, -100, 2, 3, 1])
 
+# to a compiler, the instruction set of the kernels is a number that it hands on
+pytestmark = pytest.mark.best_instructions
+
 COMPILERS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
