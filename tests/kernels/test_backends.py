@@ -268,6 +268,19 @@ def test_check_compares_the_backends_that_serve_here(monkeypatch: pytest.MonkeyP
     assert not any(good for line, good in checks.check() if "cpp float32" in line)
 
 
+def test_check_compares_batches_with_two_targets_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(logits: Any, targets: Any, options: Any, *arguments: Any) -> torch.Tensor:
+        grad = step(logits, targets, options, *arguments)
+        return grad if options.second is None else grad.mul_(1.01)
+
+    step = cpp.step
+    monkeypatch.setattr(checks, "_SHAPES", ((4, 10),))
+    monkeypatch.setattr(cpp, "step", wrong)
+    line, agreed = next(found for found in checks.check() if "cpp float32" in found[0])
+    assert not agreed
+    assert "two targets" in line
+
+
 @pytest.mark.slow
 def test_check_is_a_command() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
