@@ -105,6 +105,8 @@ def test_a_bad_target_in_the_last_chunk_leaves_everything_as_it_was(
         ({"weight_grad": torch.zeros(4, 5).t()}, "weight_grad must be a contiguous tensor"),
         ({"weight_grad": torch.zeros(5, 4).half()}, "torch.float32 on cpu.*torch.float16"),
         ({"weight_grad": torch.zeros(5, 4).requires_grad_()}, "not require grad"),
+        ({"weight_grad": torch._efficientzerotensor((5, 4))}, "zeros without memory"),
+        ({"weight_grad": torch._neg_view(torch.zeros(5, 4))}, "negative of its values"),
         ({"weight_grad": torch.zeros(5, 4, device="meta")}, "weight_grad must be.*on cpu"),
         ({"weight_grad": WEIGHT}, "weight is in the memory that the gradient is written to"),
         ({"bias_grad": torch.zeros(5)}, "bias_grad is for the gradient of an argument that was"),
