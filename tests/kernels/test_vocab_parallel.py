@@ -24,6 +24,7 @@ from esper_kernels import (
 from esper_kernels.testing import cross_entropy_samples
 from tests.helpers.vocab_parallel import TOPK, Case, cases, sizes_of
 
+pytestmark = pytest.mark.timeout(400)  # of all, so that they stay in one process with the fixture
 ROOT = Path(__file__).parents[2]
 EAGER = KernelConfig(backend="eager")
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -87,7 +88,6 @@ def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> Non
     )
 
 
-@pytest.mark.timeout(400)
 def test_the_loss_is_that_of_all_classes_on_every_rank(found: Found) -> None:
     for case, ranks in each_case(found):
         loss, _, _ = whole(case)
