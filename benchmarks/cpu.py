@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import record
+from benchmarks import record, timing
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 
 SHAPES = (
@@ -125,6 +125,7 @@ def measure(shape: str) -> dict[str, Any]:
             call()
         repeats[name] = max(1, round(0.02 / (time.perf_counter() - started)))
     times: dict[str, list[float]] = {name: [] for name in calls}
+    others = timing.Others()
     processor = time.process_time()
     wall = time.perf_counter()
     for _ in range(15):
@@ -135,7 +136,7 @@ def measure(shape: str) -> dict[str, Any]:
             times[name].append((time.perf_counter() - started) / repeats[name] * 1e6)
     threads = (time.process_time() - processor) / (time.perf_counter() - wall)
     spread = {name: (median(t) - min(t)) / min(t) for name, t in times.items()}
-    busy = os.getloadavg()[0] > 1.5 * torch.get_num_threads() or median(spread.values()) > 0.3
+    busy = others.are_busy() or median(spread.values()) > 0.3
     figures = {name: round(median(t), 2) for name, t in times.items()}
     return {
         "shape": shape,

@@ -2,17 +2,21 @@
 
     python -m benchmarks hosts    # on a quiet machine: 1, 2, 4, 8 and 16 hosts on digits
 
-A step is one epoch of one host, under random legal actions. Writes `results/hosts.json`.
+A step is one epoch of one host, under random legal actions. One process has torch's own number of
+threads, and as many processes share the cores evenly, with at least one thread each. Writes
+`results/hosts.json`.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy
+import torch
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from benchmarks import record
@@ -35,13 +39,21 @@ def steps_per_second(vector: VecEnv, rounds: int) -> float:
     return vector.num_envs * rounds / (time.perf_counter() - started)
 
 
+def build_alone(config: RunConfig, threads: int) -> MorphogenesisEnv:
+    """The environment of one process; more threads than cores would wait for each other."""
+    torch.set_num_threads(threads)
+    return MorphogenesisEnv(config)
+
+
 def measure(config: RunConfig, hosts: int, rounds: int) -> dict[str, Any]:
     """In one process, then in as many as there are hosts."""
     together = make_vector(config, hosts)
     row = {"hosts": hosts, "one process": steps_per_second(together, rounds)}
     together.close()
+    threads = max(1, len(os.sched_getaffinity(0)) // hosts)
     makers = [
-        partial(MorphogenesisEnv, replace(config, seed=config.seed + host)) for host in range(hosts)
+        partial(build_alone, replace(config, seed=config.seed + host), threads)
+        for host in range(hosts)
     ]
     apart = SubprocVecEnv(makers, start_method="spawn")  # type: ignore[arg-type]
     row["processes"] = steps_per_second(apart, rounds)

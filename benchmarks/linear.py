@@ -150,13 +150,14 @@ def measure(shape: str) -> dict[str, Any]:
     error = check(shape)
     x = case(shape)
     calls = {name: partial(call, x) for name, call in candidates().items()}
+    others = timing.Others()
     times = timing.in_turn(calls, ROUNDS, SECONDS, before=x.clear)
     return {
         "shape": shape,
         "seconds": timing.medians(times),
         "rounds": len(times[PLAIN]),
         "error over plain torch's": error,
-        "busy": timing.is_busy(),
+        "busy": others.are_busy(),
     }
 
 

@@ -120,6 +120,7 @@ def measure(shape: str) -> dict[str, Any]:
     read: dict[str, Callable[[], Any]] = {READ: lambda: logits.amax(-1)}
     found = {}
     reads = []
+    others = timing.Others()
     for form in FORMS:
         calls = {name: partial(run, name, form, logits, targets) for name in CANDIDATES}
         times = timing.in_turn(calls | read, ROUNDS, SECONDS)
@@ -129,7 +130,7 @@ def measure(shape: str) -> dict[str, Any]:
         "shape": shape,
         "seconds": found,
         "seconds of a read": round(median(reads), 5),
-        "busy": timing.is_busy(),
+        "busy": others.are_busy(),
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    classes_first,
     cpu,
     epoch,
     gate,
@@ -55,6 +56,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "gradient statistics": ("cpu", cpu.grad_table),
     "linear": ("linear", linear.table),
     "linear run": ("linear-run", linear_run.table),
+    "classes first": ("classes-first", classes_first.table),
     "log-probabilities": ("logprobs", logprobs.table),
     "epoch": ("epoch", epoch.table),
     "growth on digits": ("growth-digits", growth.table),

@@ -49,9 +49,26 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: round(median(found), 5) for name, found in times.items()}
 
 
-def is_busy() -> bool:
-    """Whether something else uses the machine."""
-    return os.getloadavg()[0] > 1.5 * torch.get_num_threads()
+class Others:
+    """What everything else uses of the machine, from when this is made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._used = _used_by_others()
+
+    def are_busy(self) -> bool:
+        """Whether others have used more than a tenth of a core on average."""
+        used = _used_by_others() - self._used
+        return used > 0.1 * (time.perf_counter() - self._started)
+
+
+def _used_by_others() -> float:
+    """Seconds that the cores have spent on other processes since the start of the machine, the time
+    that its host took from it included."""
+    words = Path("/proc/stat").read_text().splitlines()[0].split()
+    user, nice, system, _idle, _iowait, interrupts, soft_interrupts, stolen = map(int, words[1:9])
+    ticks = user + nice + system + interrupts + soft_interrupts + stolen
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def in_new_process(benchmark: str, *arguments: str) -> Any:

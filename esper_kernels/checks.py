@@ -91,12 +91,21 @@ def refuse_inplace(name: str, x: Tensor) -> None:
     ):
         what = "a leaf" if x.is_leaf else "a view of a leaf"
         raise ValueError(f"{name} would overwrite {what} that requires grad; pass a separate out")
-    refuse_inference(name, x)
+    refuse_unwritable(name, x)
 
 
-def refuse_inference(name: str, x: Tensor) -> None:
+def refuse_unwritable(name: str, x: Tensor) -> None:
+    """Raise ValueError for a tensor that torch does not write to, or whose memory does not hold its
+    values."""
     if torch.compiler.is_compiling():
         return
+    if x._is_zerotensor():
+        raise ValueError(f"{name} would overwrite a tensor of zeros without memory; pass a clone")
+    if x.is_neg():
+        raise ValueError(
+            f"{name} would overwrite a view whose memory holds the negative of its values, such as "
+            "the imaginary part of a conjugate; pass a clone of it"
+        )
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"{name} would overwrite a tensor made in inference mode; pass a clone of it"
@@ -265,16 +274,19 @@ def check_meter(meter: Meter) -> None:
 
 
 def check_options(
-    logits: Tensor, options: Mapping[str, object], class_weight: str = "weight"
+    logits: Tensor,
+    options: Mapping[str, object],
+    class_weight: str = "weight",
+    num_classes: int | None = None,
 ) -> None:
     """options: the fields of `reference.Options` by name. class_weight: what the caller calls
-    their `weight`."""
+    their `weight`. num_classes: None for those of the logits."""
     weight = options["weight"]
     if weight is not None:
-        shape = logits.shape[-1:]
+        shape = logits.shape[-1:] if num_classes is None else (num_classes,)
         if not is_dense(weight) or weight.dtype not in DTYPES or weight.shape != shape:
             raise ValueError(
-                f"{class_weight} must be a floating tensor of shape [{logits.shape[-1]}], got "
+                f"{class_weight} must be a floating tensor of shape [{shape[0]}], got "
                 f"{describe(weight)}"
             )
         if weight.device != logits.device:

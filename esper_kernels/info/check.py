@@ -40,6 +40,7 @@ def check() -> Iterator[tuple[str, bool]]:
                     sample = _sample(device, dtype, *shape)
                     difference = (
                         _difference(config, *sample)
+                        or _mixed_difference(config, *sample)
                         or _linear_difference(config, *sample)
                         or _logprob_difference(config, *sample)
                     )
@@ -79,6 +80,30 @@ def _difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | 
         torch.testing.assert_close(stats.norms, others.norms, rtol=1e-9, atol=0)
     except AssertionError as error:
         return " ".join(str(error).split())
+    return None
+
+
+def _mixed_difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | None:
+    """The first thing in which the step differs from eager with two targets per row."""
+    options = {
+        **_OPTIONS,
+        "targets2": targets.roll(1),
+        "share": torch.linspace(0.2, 1.0, len(targets), dtype=torch.float32, device=logits.device),
+    }
+    eager = KernelConfig(backend="eager")
+    meters = [Meter(logits.device, topk=(1, 5)) for _ in range(3)]
+    grad, rival, truth = (
+        cross_entropy_step(x, targets, meter, **options, config=c)
+        for x, meter, c in zip(
+            (logits, logits, logits.double()), meters, (config, eager, eager), strict=True
+        )
+    )
+    try:
+        assert_no_worse_than_eager(grad, rival, truth)
+        torch.testing.assert_close(meters[0].counts, meters[1].counts, rtol=0, atol=0)
+        torch.testing.assert_close(meters[0].sums, meters[1].sums, rtol=1e-5, atol=0)
+    except AssertionError as error:
+        return "two targets: " + " ".join(str(error).split())
     return None
 
 

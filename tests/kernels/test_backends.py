@@ -20,9 +20,20 @@ from esper_kernels.info import check as checks
 from esper_kernels.ops.cross_entropy import cpp
 
 Damage = Callable[[Path], object]
+EAGER_ONLY = "vocab_parallel_cross_entropy"
+WITH_KERNELS = [op for op in OPS if op != EAGER_ONLY]
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_an_op_without_kernels_is_served_by_eager_and_says_so() -> None:
+    for device in ("cpu", "cuda", "xpu"):
+        choice = select_backend(EAGER_ONLY, device, torch.bfloat16)
+        assert choice.name == "eager"
+        assert {reason for _, reason in choice.refused} == {
+            "it has no kernels for logits whose classes are divided yet"
+        }
+
+
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert select_backend(op, "cpu", dtype) == ("cpp", (), "auto")
@@ -30,7 +41,7 @@ def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
     assert select_backend(op, "cpu", torch.float64) == ("eager", (("cpp", reason),), "auto")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +277,19 @@ def test_check_compares_the_backends_that_serve_here(monkeypatch: pytest.MonkeyP
     step = cpp.step
     monkeypatch.setattr(cpp, "step", wrong)
     assert not any(good for line, good in checks.check() if "cpp float32" in line)
+
+
+def test_check_compares_batches_with_two_targets_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(logits: Any, targets: Any, options: Any, *arguments: Any) -> torch.Tensor:
+        grad = step(logits, targets, options, *arguments)
+        return grad if options.second is None else grad.mul_(1.01)
+
+    step = cpp.step
+    monkeypatch.setattr(checks, "_SHAPES", ((4, 10),))
+    monkeypatch.setattr(cpp, "step", wrong)
+    line, agreed = next(found for found in checks.check() if "cpp float32" in found[0])
+    assert not agreed
+    assert "two targets" in line
 
 
 @pytest.mark.slow

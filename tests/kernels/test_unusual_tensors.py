@@ -32,6 +32,11 @@ def negated(x: Tensor) -> Tensor:
     return view
 
 
+def without_memory(x: Tensor) -> Tensor:
+    """Zeros of the shape of x, as autograd keeps them."""
+    return torch._efficientzerotensor(x.shape, dtype=x.dtype)
+
+
 def freed(x: Tensor) -> Tensor:
     x = x.clone()
     x.untyped_storage().resize_(0)
@@ -314,6 +319,31 @@ def test_inference_tensors_are_not_written_over(config: KernelConfig, use: str) 
     assert torch.equal(made, X)
     with torch.inference_mode():
         cross_entropy_step(logits, T, None, **options, config=config)
+
+
+@pytest.mark.parametrize("use", ["inplace", "out"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (torch.zeros_like, ""),
+        (negated, "negative of its values"),
+        (without_memory, "without memory"),
+    ],
+)
+def test_only_memory_that_holds_the_values_is_written_to(
+    config: KernelConfig, use: str, change: Callable[[Tensor], Tensor], words: str
+) -> None:
+    memory = change(X)
+    meter = Meter("cpu")
+    options: dict[str, Any] = {"inplace": True} if use == "inplace" else {"out": memory}
+    logits = memory if use == "inplace" else X
+    if not words:
+        assert cross_entropy_step(logits, T, meter, **options, config=config).any()
+        return
+    with pytest.raises(ValueError, match=words):
+        cross_entropy_step(logits, T, meter, **options, config=config)
+    assert not meter.counts.any()
+    assert torch.equal(memory.clone(), change(X).clone())
 
 
 # --- where the classes are ---

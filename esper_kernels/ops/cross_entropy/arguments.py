@@ -118,7 +118,7 @@ def destination(logits: Tensor, out: Tensor | None, inplace: bool) -> Tensor | N
         checks.refuse_inplace("inplace=True", logits)
         return logits.detach()
     if isinstance(out, Tensor):
-        checks.refuse_inference("out", out)
+        checks.refuse_unwritable("out", out)
     return out
 
 

@@ -55,7 +55,7 @@ def grad_stats(
     first = next((x for x in tensors if x is not None), None)
     checks.refuse_transforms("grad_stats", first, instead="linalg.vector_norm")
     if isinstance(out, GradStats):
-        checks.refuse_inference("out", out.found_inf)
+        checks.refuse_unwritable("out", out.found_inf)
     stats = _measure_natively(tensors, inv_scale, out, config)
     if stats is None:
         device, dtype = _check(tensors, inv_scale, out)

@@ -99,4 +99,4 @@ def check_gradient_memory(name: str, memory: object, parameter: Tensor) -> None:
             f"not require grad, got {checks.describe(memory)}"
         )
     checks.check_storage(name, memory)
-    checks.refuse_inference(name, memory)
+    checks.refuse_unwritable(name, memory)

@@ -1,5 +1,6 @@
 """The step of one batch: task types, criteria, and where the gradient of the logits is written."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -268,6 +269,25 @@ def test_gradients_that_a_hook_keeps_stay_what_they_were(make: Callable[[Tensor]
     assert len(kept) == 4
     for mine, then in zip(kept, copies, strict=True):
         assert torch.equal(mine, then)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [nn.Identity, nn.Tanh, lambda: nn.LogSoftmax(-1)],
+    ids=["product", "tanh", "log-softmax"],
+)
+@pytest.mark.parametrize("packed", [lambda x: x, lambda x: x.detach(), lambda x: x.clone()])
+def test_what_autograd_saved_through_hooks_is_not_written_over(
+    last: Callable[[], nn.Module], packed: Callable[[Tensor], Tensor]
+) -> None:
+    """The model's saved tensors live where the hooks put them; its gradients are plain torch's."""
+    ours = nn.Sequential(linear(), last())
+    plain = copy.deepcopy(ours)
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda x: x):
+        build_train_step("classification", TrainConfig())(ours, INPUTS, TARGETS, Meter("cpu"))
+    F.cross_entropy(plain(INPUTS), TARGETS).backward()
+    for mine, torchs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, torchs.grad)
 
 
 def test_a_model_that_needs_no_gradient_is_refused() -> None:
