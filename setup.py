@@ -52,7 +52,17 @@ CUDA_DEPENDS = [
     "csrc/call.h",
     "csrc/ops.h",
     "csrc/tensors.h",
-    *(f"csrc/cuda/{name}.h" for name in ("driver", "cross_entropy_elements", "cross_entropy_rows", "rows", "simt", "words")),
+    *(
+        f"csrc/cuda/{name}.h"
+        for name in (
+            "driver",
+            "cross_entropy_elements",
+            "cross_entropy_rows",
+            "rows",
+            "simt",
+            "words",
+        )
+    ),
 ]
 
 

@@ -235,6 +235,40 @@ def test_many_rows_are_counted_before(device: Device, dtype: torch.dtype, weight
     check_step(logits, targets.to(dtype), **options)
 
 
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("v", [9, 300, 3001])
+def test_targets_rank_behind_equal_logits_of_earlier_classes(
+    device: Device, name: str, v: int
+) -> None:
+    """Also where the target's logit is -inf or a zero, and where a row holds nothing but masks."""
+    device(name)
+    logits = torch.arange(6.0 * v).view(6, v).remainder(3)
+    logits[1] = -logits[1]
+    logits[2, ::2] = -torch.inf
+    logits[3] = torch.finfo(torch.float32).min
+    logits[4, 5:] = -torch.inf
+    targets = torch.tensor([v // 2, v - 1, v // 4 * 2, 0, v - 1, 3])
+    topk = (1, 2, v // 4 + 1, v // 2, v - 1, v)
+    counts = []
+    for config in (CPP, EAGER):
+        meter = Meter("cpu", topk=topk)
+        grad = cross_entropy_step(logits, targets, meter, config=config)
+        counts.append((grad, meter.counts))
+    torch.testing.assert_close(counts[0][0], counts[1][0], rtol=2e-6, atol=1e-9)
+    assert torch.equal(counts[0][1], counts[1][1])
+
+
+@pytest.mark.parametrize("v", [9, 300, 3001])
+def test_exponents_of_minus_86_and_below_give_no_gradient(device: Device, v: int) -> None:
+    logits = torch.zeros(2, v)
+    logits[:, 0] = torch.tensor([-86.0, 914.0])
+    logits[:, 1] = -85.99
+    logits[1] += 1000 * (torch.arange(v) > 0)
+    grad = cross_entropy_step(logits, torch.tensor([2, 2]), None, grad_scale=1e6, config=CPP)
+    assert grad[:, 0].tolist() == [0, 0]
+    assert (grad[:, 1] > 0).all()
+
+
 def test_confident_rows_keep_their_digits(device: Device) -> None:
     """A target far ahead: 1 - softmax and the loss are some e^-30, not a difference of rounded
     ones."""
