@@ -65,12 +65,112 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
   finish(b, tally, blockIdx.x, gridDim.x, shared);
 }
 
-// More classes: a team of threads takes a row, a warp or a block, or a cluster of blocks which each take a
-// part of it. kKept: the part stays in shared memory, where each thread finds again what it put there.
+// What a thread has to do with a row of more classes. A team of threads takes a row: a warp, a block, or a
+// cluster of blocks which each take a part of it.
+template <class T>
+struct Share {
+  Cut<const T> row;
+  int thread, team;  // number and size within the block
+  int begin, count;  // the words of the block
+  bool has_ragged;   // this thread takes a ragged element as well
+  int ragged;
+
+  __device__ Share(const LossRows& p, int64_t i, int thread, int team, int part, int parts)
+      : row(static_cast<const T*>(p.logits) + p.logits_at.offset(i), p.classes),
+        thread(thread),
+        team(team),
+        begin(static_cast<int64_t>(row.words) * part / parts),
+        count(static_cast<int64_t>(row.words) * (part + 1) / parts - begin),
+        has_ragged(part == 0 && thread < row.ragged),
+        ragged(row.ragged_element(thread)) {}
+  __device__ const Words* words() const {
+    return reinterpret_cast<const Words*>(row.data + row.element(begin));
+  }
+  __device__ int element(int word) const { return row.element(begin + word); }
+  // Whether this thread takes class c.
+  __device__ bool takes(int c, bool backwards) const {
+    if (c < row.head || c >= row.element(row.words)) return has_ragged && c == ragged;
+    const int word = (c - row.head) / kPerWords<T> - begin;
+    return word >= 0 && word < count && (backwards ? count - 1 - word : word) % team == thread;
+  }
+};
+
+// Softcap takes many registers.
+template <bool kCap>
+constexpr int kWordsInFlight = kCap ? 2 : 4;
+
+// kKept: what is read stays in `kept`, where each thread finds again what it put there.
+template <class T, bool kCap, bool kKept>
+__device__ State read_row(const LossRows& p, const Scalars& s, const Row& row, const Share<T>& share,
+                          Words* kept) {
+  constexpr int kSize = kPerWords<T>, kBatch = kWordsInFlight<kCap>;
+  Reader reader(row);
+  const int team = share.team, count = share.count;
+  const Words* from = share.words();
+  const auto load = [&](int k) { return from[k]; };
+  for_batches<kBatch>(count, share.thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
+    float logits[kBatch][kSize], top[kSize];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (!all && at + j * team >= count) break;
+      widen_words<T>(words[j], logits[j]);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) top[k] = j == 0 ? logits[j][k] : fmaxf(top[k], logits[j][k]);
+    }
+    reader.raise(capped<kCap>(fold(top, Max()), s.softcap));
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (!all && at + j * team >= count) break;
+      if (kKept) kept[at + j * team] = words[j];
+      reader.absorb<kCap>(p, s, row, logits[j], share.element(at + j * team), 1);
+    }
+  });
+  if (share.has_ragged) {
+    const float logit[] = {widen(share.row.data[share.ragged])};
+    reader.raise(capped<kCap>(logit[0], s.softcap));
+    reader.absorb<kCap>(p, s, row, logit, share.ragged, 1);
+  }
+  return reader.state;
+}
+
+// Rows that are read again are read backwards, to find the end of the first reading in the cache.
+template <class T, bool kCap, bool kKept>
+__device__ void write_row(const LossRows& p, const Scalars& s, const Gradient& gradient,
+                          const Share<T>& share, const Words* kept, const Cut<T>& out) {
+  constexpr int kSize = kPerWords<T>, kBatch = kWordsInFlight<kCap>;
+  const int team = share.team, count = share.count;
+  const Words* from = share.words();
+  const auto place = [&](int k) { return kKept ? k : count - 1 - k; };
+  const auto load = [&](int k) { return kKept ? kept[k] : from[place(k)]; };
+  const bool same_phase = share.row.phase() == out.phase();
+  for_batches<kBatch>(count, share.thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (!all && at + j * team >= count) break;
+      const int first = share.element(place(at + j * team));
+      float logits[kSize], g[kSize];
+      widen_words<T>(words[j], logits);
+      gradient.compute<kCap>(p, s, logits, first, 1, g);
+      if (same_phase) {
+        store_words(reinterpret_cast<Words*>(out.data + first), narrow_words<T>(g));
+      } else {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) out.data[first + k] = narrow<T>(g[k]);
+      }
+    }
+  });
+  if (share.has_ragged) {
+    const float logit[] = {widen(share.row.data[share.ragged])};
+    float g[1];
+    gradient.compute<kCap>(p, s, logit, share.ragged, 1, g);
+    out.data[share.ragged] = narrow<T>(g[0]);
+  }
+  gradient.write_targets(out.data, [&](int c) { return share.takes(c, !kKept); });
+}
+
 template <class T, bool kCap, bool kKept>
 __global__ void __launch_bounds__(kManyThreads, 1)
     cross_entropy_many_classes(const __grid_constant__ Batch b) {
-  constexpr int kSize = kPerWords<T>, kBatch = kCap ? 2 : 4;  // softcap takes many registers
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const LossRows& p = b.p;
   const int team = b.team, thread = threadIdx.x % team, teams = blockDim.x / team;
@@ -87,40 +187,12 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   int round = 0;  // of rows that are read
   for (int64_t i = first_row; i < p.rows; i += static_cast<int64_t>(gridDim.x / parts) * teams) {
     const Row row = open_row<T, kCap>(p, s, i);
-    const Cut<const T> in(static_cast<const T*>(p.logits) + p.logits_at.offset(i), p.classes);
-    const int begin = static_cast<int64_t>(in.words) * part / parts,
-              count = static_cast<int64_t>(in.words) * (part + 1) / parts - begin;
-    const Words* from = reinterpret_cast<const Words*>(in.data + in.element(begin));
-    const bool has_ragged = part == 0 && thread < in.ragged;
-    const int ragged = in.ragged_element(thread);
+    const Share<T> share(p, i, thread, team, part, parts);
     State state{};
     if (row.target >= 0 && p.backward) state = saved_state(p, row);
     if (row.target >= 0 && !p.backward) {
-      Reader reader(row);
-      const auto load = [&](int k) { return from[k]; };
-      for_batches<kBatch>(count, thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
-        float logits[kBatch][kSize], top[kSize];
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          if (!all && at + j * team >= count) break;
-          widen_words<T>(words[j], logits[j]);
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) top[k] = j == 0 ? logits[j][k] : fmaxf(top[k], logits[j][k]);
-        }
-        reader.raise(capped<kCap>(fold(top, Max()), s.softcap));
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          if (!all && at + j * team >= count) break;
-          if (kKept) kept[at + j * team] = words[j];
-          reader.absorb<kCap>(p, s, row, logits[j], in.element(begin + at + j * team), 1);
-        }
-      });
-      if (has_ragged) {
-        const float logit[] = {widen(in.data[ragged])};
-        reader.raise(capped<kCap>(logit[0], s.softcap));
-        reader.absorb<kCap>(p, s, row, logit, ragged, 1);
-      }
-      state = state_of_team(reader.state, team, s.smoothing > 0, shared.of_warp[round % 2]);
+      state = read_row<T, kCap, kKept>(p, s, row, share, kept);
+      state = state_of_team(state, team, s.smoothing > 0, shared.of_warp[round % 2]);
       if (parts > 1) state = state_of_cluster(state, parts, round, s.smoothing > 0, shared);
       ++round;
     }
@@ -129,39 +201,9 @@ __global__ void __launch_bounds__(kManyThreads, 1)
     const Cut<T> out(static_cast<T*>(p.out) + p.out_at.offset(i), p.classes);
     if (gradient.zero) {
       write_zeros(out, part * team + thread, parts * team);
-      continue;
+    } else {
+      write_row<T, kCap, kKept>(p, s, gradient, share, kept, out);
     }
-    // Rows that are read again are read backwards, to find the end of the first reading in the cache.
-    const auto place = [&](int k) { return kKept ? k : count - 1 - k; };
-    const auto load = [&](int k) { return kKept ? kept[k] : from[place(k)]; };
-    const bool same_phase = in.phase() == out.phase();
-    for_batches<kBatch>(count, thread, team, load, [&](int at, const Words(&words)[kBatch], bool all) {
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (!all && at + j * team >= count) break;
-        const int first = in.element(begin + place(at + j * team));
-        float logits[kSize], g[kSize];
-        widen_words<T>(words[j], logits);
-        gradient.compute<kCap>(p, s, logits, first, 1, g);
-        if (same_phase) {
-          store_words(reinterpret_cast<Words*>(out.data + first), narrow_words<T>(g));
-        } else {
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) out.data[first + k] = narrow<T>(g[k]);
-        }
-      }
-    });
-    if (has_ragged) {
-      const float logit[] = {widen(in.data[ragged])};
-      float g[1];
-      gradient.compute<kCap>(p, s, logit, ragged, 1, g);
-      out.data[ragged] = narrow<T>(g[0]);
-    }
-    gradient.write_targets(out.data, [&](int c) {  // by the thread that wrote there just now
-      if (c < in.head || c >= in.element(in.words)) return has_ragged && c == ragged;
-      const int word = (c - in.head) / kSize - begin;
-      return word >= 0 && word < count && place(word) % team == thread;
-    });
   }
   if (part == 0) finish(b, tally, blockIdx.x / parts, gridDim.x / parts, shared);
 }
