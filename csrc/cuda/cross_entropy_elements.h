@@ -173,6 +173,36 @@ struct Gradient {
   __device__ static float slope(float x, float softcap) { return 1 - (x / softcap) * (x / softcap); }
 };
 
+// What a thread has to do with a row of more classes. A team of threads takes a row: a warp, a block, or a
+// cluster of blocks which each take a part of it.
+template <class T>
+struct Share {
+  Cut<const T> row;
+  int thread, team;  // number and size within the block
+  int begin, count;  // the words of the block
+  bool has_ragged;   // this thread takes a ragged element as well
+  int ragged;
+
+  __device__ Share(const LossRows& p, int64_t i, int thread, int team, int part, int parts)
+      : row(static_cast<const T*>(p.logits) + p.logits_at.offset(i), p.classes),
+        thread(thread),
+        team(team),
+        begin(static_cast<int64_t>(row.words) * part / parts),
+        count(static_cast<int64_t>(row.words) * (part + 1) / parts - begin),
+        has_ragged(part == 0 && thread < row.ragged),
+        ragged(row.ragged_element(thread)) {}
+  __device__ const Words* words() const {
+    return reinterpret_cast<const Words*>(row.data + row.element(begin));
+  }
+  __device__ int element(int word) const { return row.element(begin + word); }
+  // Whether this thread takes class c.
+  __device__ bool takes(int c, bool backwards) const {
+    if (c < row.head || c >= row.element(row.words)) return has_ragged && c == ragged;
+    const int word = (c - row.head) / kPerWords<T> - begin;
+    return word >= 0 && word < count && (backwards ? count - 1 - word : word) % team == thread;
+  }
+};
+
 // The gradient of a row that has none, by `threads` threads.
 template <class T>
 __device__ void write_zeros(const Cut<T>& row, int thread, int threads) {
