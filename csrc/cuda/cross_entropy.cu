@@ -153,7 +153,9 @@ __global__ void __launch_bounds__(kManyThreads, 1)
     if (threadIdx.x < 2) open_inbox(&shared.arrivals[threadIdx.x]);
     cluster().sync();
   }
-  Tally tally;
+  const bool may_lead = threadIdx.x % kWarp == 0;
+  Tally& tally = shared.of_leader[threadIdx.x / kWarp];  // not in registers, which the loops need
+  if (may_lead) tally = {};
   int round = 0;  // of rows that are read
   for (int64_t i = first_row; i < p.rows; i += static_cast<int64_t>(gridDim.x / parts) * teams) {
     const Row row = open_row<T, kCap>(p, s, i);
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
       write_row<T, kCap, kKept>(p, s, gradient, share, kept, out);
     }
   }
-  if (part == 0) finish(b, tally, blockIdx.x / parts, gridDim.x / parts, shared);
+  if (part == 0) finish(b, may_lead ? tally : Tally{}, blockIdx.x / parts, gridDim.x / parts, shared);
 }
 
 // Which kernel, and on what grid.
@@ -213,7 +215,7 @@ Plan plan_of(const LossRows& p, const Device& device) {
     grid.shared_bytes = bytes(parts);
   }
   const int64_t memory_for = device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024);
-  if (memory_for == 1) plan.team = grid.threads = kManyThreads;
+  if (plan.kept && teams == 1 && memory_for == 1) plan.team = grid.threads = kManyThreads;
   const int64_t room = std::min<int64_t>(plan.few ? kFewBlocks : kManyThreads / grid.threads, memory_for);
   const int64_t fit = std::max<int64_t>(1, device.multiprocessors * room / grid.cluster);
   const int64_t wanted_blocks = (p.rows + teams - 1) / teams;

@@ -9,6 +9,7 @@ namespace {  // part of cross_entropy.cu
 
 constexpr int kFewThreads = 128, kFewBlocks = 6;  // of a block; blocks on a multiprocessor, at least
 constexpr int kManyThreads = 512;                 // on a multiprocessor, at least: in one block or more
+constexpr int kWarps = kManyThreads / kWarp;      // of a block, at most
 constexpr int kFewPerLane = 8, kFewClasses = kFewPerLane * kWarp;
 constexpr int kWordsOfWarp = 256;      // of rows up to which a warp takes a row by itself
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
@@ -40,10 +41,11 @@ struct Tally {
 
 struct Shared {
   // By turns: others may still read those of the row before.
-  State of_warp[2][kMostWarps];
+  State of_warp[2][kWarps];
   alignas(16) State of_block[2][kLargestCluster];
   Arrivals arrivals[2];  // of of_block
-  double scratch[kMostWarps];
+  Tally of_leader[kWarps];
+  double scratch[kWarps];
   double totals[2 + kMostCounts];  // loss, weight; then counts, which a double holds exactly
   unsigned counts[kMostCounts], flag;
 };
