@@ -4,6 +4,8 @@ A backend is a module with these functions: `forward` (returns the loss, then wh
 `backward` needs), `backward`, `step`, `record`. They trust their arguments, which
 `esper_kernels.checks` has checked, and never wait for the device. A target outside [0, V) is not
 valid, has zero gradient and is counted; on CPU tensors it has been refused before the call.
+
+Long file: the definition of one op, MixUp and the meter included, is read in one place.
 """
 
 from typing import NamedTuple
