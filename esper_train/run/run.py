@@ -122,10 +122,10 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
     """
     with EpisodeRun(episode, checkpoints) as run, episode.random.active():
         while not run.over:
-            signals = run.observe(run.launch().read())
+            signals = run.observe(episode.agreed(run.launch().read()))
             if signals is not None:
-                run.apply(episode.policy.decide(signals))
-        return run.finish(run.launch_test().read())
+                run.apply(episode.decide(signals))
+        return run.finish(episode.agreed(run.launch_test().read()))
 
 
 class EpisodeRun:
@@ -213,7 +213,7 @@ class EpisodeRun:
         _give_kept(episode)
         return launch_evaluation(
             episode.model,
-            map(episode.stop.before, episode.test),
+            episode.stoppable(episode.test),
             episode.config.train,
             step=episode.step,
         )
@@ -225,10 +225,14 @@ class EpisodeRun:
         return _result(self._episode, test, self._seconds())
 
     def _end_epoch(self) -> None:
-        self._episode.epoch = self._ending.epoch
-        self._episode.seconds = self._seconds()
+        episode = self._episode
+        episode.epoch = self._ending.epoch
+        episode.seconds = self._seconds()
+        every = episode.config.distributed.check_every
+        if episode.ranks is not None and every and episode.epoch % every == 0:
+            episode.ranks.require_equal(episode.model.state_dict())
         if self._checkpoints is not None:
-            self._checkpoints.take(self._episode)
+            self._checkpoints.take(episode)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._started

@@ -25,6 +25,7 @@ from esper_train.train.learner import Learner
 from esper_train.train.loss import Criterion
 from esper_train.train.optimizer_steps import NETWORK, OptimizerSteps
 from esper_train.train.optimizers import OptimizerRegistry
+from esper_train.train.ranks import Ranks
 from esper_train.train.results import (
     EpochResult,
     EvalResult,
@@ -114,9 +115,14 @@ def launch_training(
     learners: Sequence[Learner] = (),
     max_batches: int | None = None,
     on_step: Callable[[StepEnd], object] | None = None,
+    ranks: Ranks | None = None,
 ) -> Launched[EpochResult]:
     """`train_one_epoch` without its host sync. The caller judges the losses itself: one that is not
-    finite is returned under every policy."""
+    finite is returned under every policy.
+
+    With `ranks`, the loader gives this rank's share of each batch, and every step and the result
+    are those of all ranks.
+    """
     if not torch.is_grad_enabled():
         raise ValueError(
             "expected gradients to be enabled, got a call of train_one_epoch within "
@@ -128,7 +134,10 @@ def launch_training(
         )
     device = _device(model)
     watch = Stopwatch(device)
-    steps = _train(model, loader, optimizers, config, step, learners, max_batches, on_step)
+    steps = _train(model, loader, optimizers, config, step, learners, max_batches, on_step, ranks)
+    if ranks is not None:
+        steps.meter.all_reduce()
+        ranks.copy_first(model.buffers())
     watch.stop()
     return _training_to_read(steps, step, config, device, watch)
 
@@ -142,6 +151,7 @@ def _train(
     learners: Sequence[Learner],
     max_batches: int | None,
     on_step: Callable[[StepEnd], object] | None,
+    ranks: Ranks | None,
 ) -> OptimizerSteps:
     """Train on every batch; the sums of the steps stay on the device."""
     device = _device(model)
@@ -150,7 +160,7 @@ def _train(
             scaler.to(device)
 
     def make() -> OptimizerSteps:
-        return OptimizerSteps(model, optimizers, config, step, device, learners)
+        return OptimizerSteps(model, optimizers, config, step, device, learners, ranks)
 
     capture = None
     if config.capture:
