@@ -128,10 +128,17 @@ class Episode(PlainState):
         return batches if self.ranks is not None else map(self.stop.before, batches)
 
     def agreed(self, measured: T) -> T:
-        """What was measured; with several ranks, what rank 0 measured, so that all go on alike."""
+        """What was measured; with several ranks, what rank 0 measured, so that all go on alike.
+
+        Raises `Stopped` where one of the ranks was asked to stop, and `RanksDifferError` where
+        their networks are not the same.
+        """
         if self.ranks is None:
             return measured
         self.ranks.obey_stop()
+        every = self.config.distributed.check_every
+        if every and self.epoch % every == 0:
+            self.ranks.require_equal(self.model.state_dict())
         return self.ranks.from_first(measured)
 
     def decide(self, signals: Signals) -> Decision:

@@ -225,14 +225,10 @@ class EpisodeRun:
         return _result(self._episode, test, self._seconds())
 
     def _end_epoch(self) -> None:
-        episode = self._episode
-        episode.epoch = self._ending.epoch
-        episode.seconds = self._seconds()
-        every = episode.config.distributed.check_every
-        if episode.ranks is not None and every and episode.epoch % every == 0:
-            episode.ranks.require_equal(episode.model.state_dict())
+        self._episode.epoch = self._ending.epoch
+        self._episode.seconds = self._seconds()
         if self._checkpoints is not None:
-            self._checkpoints.take(episode)
+            self._checkpoints.take(self._episode)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._started

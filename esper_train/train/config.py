@@ -122,8 +122,8 @@ class DistributedConfig(Settings, table="distributed."):
     """"none" trains in one process. "ddp" gives each process the whole network and a part of each
     batch, and adds up the gradients. ("fsdp2" is not supported yet.)"""
     check_every: CountOrZero = 1
-    """Epochs between comparisons of the processes' networks, which have to be equal; 0 never
-    compares."""
+    """Epochs between comparisons of the processes' networks, which have to be equal: a difference
+    ends the run. 0 never compares."""
     timeout: Positive = 600.0
     """Seconds after which a process gives up waiting for the others."""
 
