@@ -18,7 +18,6 @@ from esper_train.base.modes import evaluating
 from esper_train.train.batches import Batch, Batches, ReadBatch, drawn, grouped
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
-from esper_train.train.errors import NonFiniteLossError
 from esper_train.train.forward import ForwardOf
 from esper_train.train.launched import Launched, Stopwatch
 from esper_train.train.learner import Learner
@@ -33,7 +32,7 @@ from esper_train.train.results import (
     Measures,
     StepEnd,
     measures_of,
-    went_bad,
+    refuse_bad_numbers,
 )
 from esper_train.train.step import Scope, TrainStep, build_train_step
 
@@ -101,7 +100,7 @@ def train_one_epoch(
         on_step=on_step,
     ).read()
     if config.on_bad_numbers == "stop":
-        _refuse_bad_numbers(epoch, step)
+        refuse_bad_numbers(epoch, scaled=step.scaler is not None)
     return epoch
 
 
@@ -221,18 +220,6 @@ def _training_to_read(
 
     strict = config.on_bad_numbers == "stop"
     return Launched(sources=steps.sources(), strict=strict, result=result)
-
-
-def _refuse_bad_numbers(epoch: EpochResult, step: TrainStep) -> None:
-    """Raise `NonFiniteLossError` where the loss or a gradient was not finite."""
-    if went_bad(epoch, scaled=step.scaler is not None):
-        bad_gradients = epoch.grad.nan_count + epoch.grad.inf_count if epoch.grad else 0
-        raise NonFiniteLossError(
-            f"the training loss is {epoch.loss} and {bad_gradients} gradient entries were NaN or "
-            "infinite; try a smaller learning rate or train.grad.clip_norm, or set "
-            "train.on_bad_numbers to 'warn' or 'skip'",
-            epoch,
-        )
 
 
 def evaluate(
