@@ -12,20 +12,26 @@ CLEAR := --clear
 endif
 endif
 
+# Tests run in one process per core, which TEST_PROCESSES changes; 0 runs them in pytest's own process.
+# Each computes and compiles in one thread. Where a test asks for more, those that wait leave the cores to others.
+TEST_PROCESSES ?= auto
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TORCHINDUCTOR_COMPILE_THREADS=1 \
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal
+
 .PHONY: run test test-all test-long lint format wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
 
 run: $(READY)
 	$(BIN)/esper-train grow
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not long" --durations=10
+	$(PYTEST) -m "not slow and not long" --durations=10
 
 test-all: test
-	$(BIN)/python -m pytest -m "slow and not long" --durations=10
+	$(PYTEST) -m "slow and not long" --durations=10
 
 # By hand and before a release: every value instead of a sample, with the figures that these tests print.
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long -rP
+	$(PYTEST) -m long -rP
 
 lint: $(READY)
 	$(BIN)/ruff check .

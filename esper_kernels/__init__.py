@@ -24,10 +24,16 @@ from esper_kernels.ops.linear_cross_entropy import (
     linear_cross_entropy_step,
 )
 from esper_kernels.ops.token_logprobs import linear_token_logprobs, token_logprobs
+from esper_kernels.ops.vocab_parallel import (
+    ClassShard,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy_step,
+)
 from esper_kernels.readback import compute_all
 from esper_kernels.version import __version__
 
 __all__ = [
+    "ClassShard",
     "CrossEntropyLoss",
     "GradHealth",
     "GradStats",
@@ -49,4 +55,6 @@ __all__ = [
     "record_loss",
     "select_backend",
     "token_logprobs",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_cross_entropy_step",
 ]

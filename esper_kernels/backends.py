@@ -18,7 +18,13 @@ import torch
 from esper_kernels import native
 from esper_kernels.config import KernelConfig
 
-OPS = ("cross_entropy", "linear_cross_entropy", "token_logprobs", "grad_stats")
+OPS = (
+    "cross_entropy",
+    "linear_cross_entropy",
+    "vocab_parallel_cross_entropy",
+    "token_logprobs",
+    "grad_stats",
+)
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
 # The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the
@@ -45,6 +51,8 @@ def refusal(
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
         return None
+    if op == "vocab_parallel_cross_entropy":
+        return "it has no kernels for logits whose classes are divided yet"
     if dtype == torch.float64 and (op, backend) != ("grad_stats", "triton"):
         return "float64 is served by eager only"
     if backend == "triton":
@@ -93,7 +101,7 @@ def _no_launcher() -> str | None:
     return None
 
 
-torch.compiler.assume_constant_result(_no_launcher)  # compilers trace the choice of a backend
+native.assume_constant(_no_launcher)  # compilers trace the choice of a backend
 
 
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:

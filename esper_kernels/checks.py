@@ -274,16 +274,19 @@ def check_meter(meter: Meter) -> None:
 
 
 def check_options(
-    logits: Tensor, options: Mapping[str, object], class_weight: str = "weight"
+    logits: Tensor,
+    options: Mapping[str, object],
+    class_weight: str = "weight",
+    num_classes: int | None = None,
 ) -> None:
     """options: the fields of `reference.Options` by name. class_weight: what the caller calls
-    their `weight`."""
+    their `weight`. num_classes: None for those of the logits."""
     weight = options["weight"]
     if weight is not None:
-        shape = logits.shape[-1:]
+        shape = logits.shape[-1:] if num_classes is None else (num_classes,)
         if not is_dense(weight) or weight.dtype not in DTYPES or weight.shape != shape:
             raise ValueError(
-                f"{class_weight} must be a floating tensor of shape [{logits.shape[-1]}], got "
+                f"{class_weight} must be a floating tensor of shape [{shape[0]}], got "
                 f"{describe(weight)}"
             )
         if weight.device != logits.device:

@@ -69,6 +69,15 @@ def _check_devices(*arguments: Any) -> None:
         raise ValueError(f"esper: expected all tensors on one device, got {sorted(devices)}")
 
 
+def assume_constant(function: Any) -> None:
+    """Let compilers call the function while they trace, and take its result for a constant.
+
+    As `torch.compiler.assume_constant_result`, which imports torch's compiler for it: that takes as
+    long as importing torch.
+    """
+    function._dynamo_marked_constant = True
+
+
 @cache
 def _load_cuda() -> str | None:
     if UNAVAILABLE is not None:  # the library of CPU ops defines the schemas
@@ -94,7 +103,7 @@ def cuda_unavailable() -> str | None:
     return _load_cuda()
 
 
-torch.compiler.assume_constant_result(cuda_unavailable)  # compilers trace the choice of a backend
+assume_constant(cuda_unavailable)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,11 +1,14 @@
-"""For every test: repeatable examples, default signal handlers, and Triton's interpreter without
-a GPU."""
+"""For every test: repeatable examples, default signal handlers, Triton's interpreter without a GPU,
+and long tests first."""
 
 import os
 import signal
 
+import pytest
 import torch
 from hypothesis import settings
+
+from tests.helpers.order import longest_first
 
 # The same examples in each run, so that a failing test is due to a change.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -20,3 +23,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    longest_first(items, usual_timeout=float(config.getini("timeout")))

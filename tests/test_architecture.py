@@ -233,6 +233,19 @@ def test_importing_the_training_package_loads_no_extra() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_the_kernels_loads_little_besides_torch() -> None:
+    """Each of these takes about as long to import as torch itself."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, esper_kernels; print([m for m in ('torch._dynamo', 'torch._inductor', "
+        "'torch.distributed.tensor', 'sympy', 'triton') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_every_module_imports() -> None:
     for package in (esper_kernels, esper_train):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

@@ -242,7 +242,7 @@ def _check_birth(blueprint: Blueprint, channels: int, words: str) -> None:
     shape = list(PROBE_SHAPES[blueprint.topology])
     shape[FEATURES[blueprint.topology][1]] = channels
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), plain_defaults():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not those of other devices, which are not restored
         try:
             module, x, y = _born(blueprint, channels, shape)
         except FAULTS as error:

@@ -2,6 +2,7 @@
 original."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -59,16 +60,27 @@ def load() -> ctypes.CDLL:
 
     ESPER_SHIM in the environment names another build to load.
     """
-    library = Path(
-        os.environ.get("ESPER_SHIM") or ROOT / "build" / f"cuda_shim-{_fingerprint()}.so"
-    )
-    if not library.exists():
-        library.parent.mkdir(exist_ok=True)
-        for old in library.parent.glob("cuda_shim-*.so"):
-            old.unlink()
-        build(library)
-    torch.ops.load_library(str(library))
-    return ctypes.CDLL(str(library))
+    library = os.environ.get("ESPER_SHIM") or str(built(ROOT / "build"))
+    torch.ops.load_library(library)
+    return ctypes.CDLL(library)
+
+
+def built(folder: Path) -> Path:
+    """The library of these sources in `folder`, which replaces those of older sources.
+
+    Processes that need it at the same time wait for the one that builds it.
+    """
+    folder.mkdir(exist_ok=True)
+    library = folder / f"cuda_shim-{_fingerprint()}.so"
+    with (folder / "cuda_shim.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for old in folder.glob("cuda_shim-*.so"):
+                old.unlink()
+            unfinished = library.with_suffix(".unfinished")
+            build(unfinished)
+            unfinished.rename(library)
+    return library
 
 
 def _fingerprint() -> str:

@@ -31,9 +31,11 @@ AVX512_SHIM = (
 def copy_with_ops(to: Path, *flags: str, sources: tuple[Path, ...] = KERNELS) -> Path:
     """Copies the package and its tests to `to`, and compiles the library of ops from `sources`."""
     require_compiler()
-    for name in ("esper_kernels", "tests", "pyproject.toml"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, to / name)
+    shutil.copy(ROOT / "pyproject.toml", to)
+    for name in ("esper_kernels", "tests"):
+        # other processes may be writing there
+        caches = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, to / name, ignore=caches)
     include = Path(torch.__file__).parent / "include"
     lib = Path(torch.__file__).parent / "lib"
     options = ["-shared", "-fPIC", "-std=c++20", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -67,7 +69,7 @@ def require_compiler() -> None:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What a process needs to load a library with sanitizers."""
+    """What a process needs to load a library with sanitizers; ops run in two threads there."""
 
     def runtime(name: str) -> str:
         command = ["g++", f"-print-file-name={name}"]
@@ -76,7 +78,7 @@ def sanitizer_environment() -> dict[str, str]:
 
     # Exceptions need the second library beside the first.
     preload = f"{runtime('libasan.so')} {runtime('libstdc++.so')}"
-    return {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    return {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
 
 
 def run_python(code: list[str], folder: Path, **variables: str) -> str:

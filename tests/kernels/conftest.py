@@ -2,7 +2,8 @@
 BACKENDS.
 
 A test that takes `config` alone makes CPU tensors, or CUDA tensors where it is marked `gpu`; one
-that takes `device` too runs on both.
+that takes `device` too runs on both. `best_instructions` leaves out the instruction sets that are
+slower here.
 """
 
 import pytest
@@ -41,9 +42,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     takes_device = "device" in metafunc.fixturenames
     on_gpu = any(metafunc.definition.iter_markers("gpu"))
     devices = ("cpu", "cuda") if takes_device else ("cuda",) if on_gpu else ("cpu",)
+    backends = list(BACKENDS)
+    if any(metafunc.definition.iter_markers("best_instructions")):
+        backends = [name for name in backends if not name.startswith("cpp-")]
     cases = []
     for device in devices:
-        for backend in (name for name in BACKENDS if device in BACKENDS[name]):
+        for backend in (name for name in backends if device in BACKENDS[name]):
             values = (backend, device) if takes_device else (backend,)
             cases.append(pytest.param(*values, marks=_marks(backend, device)))
     metafunc.parametrize("config,device" if takes_device else "config", cases, indirect=True)

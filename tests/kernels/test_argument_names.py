@@ -57,6 +57,7 @@ def test_none_or_both_are_refused(
             function(*positional, **named, config=config)
 
 
+@pytest.mark.best_instructions
 def test_torchs_names_inside_compiled_graphs(config: KernelConfig) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(

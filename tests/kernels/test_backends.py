@@ -20,9 +20,20 @@ from esper_kernels.info import check as checks
 from esper_kernels.ops.cross_entropy import cpp
 
 Damage = Callable[[Path], object]
+EAGER_ONLY = "vocab_parallel_cross_entropy"
+WITH_KERNELS = [op for op in OPS if op != EAGER_ONLY]
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_an_op_without_kernels_is_served_by_eager_and_says_so() -> None:
+    for device in ("cpu", "cuda", "xpu"):
+        choice = select_backend(EAGER_ONLY, device, torch.bfloat16)
+        assert choice.name == "eager"
+        assert {reason for _, reason in choice.refused} == {
+            "it has no kernels for logits whose classes are divided yet"
+        }
+
+
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert select_backend(op, "cpu", dtype) == ("cpp", (), "auto")
@@ -30,7 +41,7 @@ def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
     assert select_backend(op, "cpu", torch.float64) == ("eager", (("cpp", reason),), "auto")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_auto_takes_the_first_that_serves_and_keeps_the_reasons(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,9 @@ from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step
 LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.tensor([0, 4, -100, 2, 3, 1])
 
+# to a compiler, the instruction set of the kernels is a number that it hands on
+pytestmark = pytest.mark.best_instructions
+
 COMPILERS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
@@ -23,7 +26,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     """torch's compiler makes other code for one thread, which hid a fault of it."""
     before = torch.get_num_threads()
@@ -32,7 +35,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_loss_equals_eager_and_schedules_do_not_recompile(

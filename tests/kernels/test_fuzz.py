@@ -1,14 +1,13 @@
 """Random calls of the CPU ops, with unusual memory layouts and every option, against float64.
 
 Call i is drawn from the seed i alone, so `python tests/kernels/test_fuzz.py 1 I` repeats call I by
-itself. The slow test makes many calls under the address and undefined-behaviour sanitizers.
+itself. `test_other_builds` makes many calls under the address and undefined-behaviour sanitizers.
 """
 
 import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from esper_kernels import (
     token_logprobs,
 )
 from esper_kernels.native import INSTRUCTION_SETS
-from tests.helpers.builds import SANITIZERS, copy_with_ops, run_python, sanitizer_environment
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # About the widths of vectors, the change to whole rows per vector at 33, and the chunks of long
@@ -331,13 +329,6 @@ def check_calls(seeds: range) -> None:
 
 def test_random_calls_agree_with_eager() -> None:
     check_calls(range(300))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_many_random_calls_are_clean_under_sanitizers(tmp_path: Path) -> None:
-    folder = copy_with_ops(tmp_path, *SANITIZERS)
-    run_python(["tests/kernels/test_fuzz.py", "20000"], folder, **sanitizer_environment())
 
 
 if __name__ == "__main__":

@@ -278,6 +278,7 @@ def test_targets_of_any_dtype_and_options_as_tensors(config: KernelConfig) -> No
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.best_instructions
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )

@@ -27,12 +27,14 @@ NAMES = (
 )
 AARCH64 = "aarch64-linux-gnu-g++"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run_kernel_tests(folder: Path, *more: str, **variables: str) -> None:
     files = [f"tests/kernels/test_{name}.py" for name in (*NAMES, *more)]
     options = ["-q", "-x", "-m", "not slow and not long", "-p", "no:cacheprovider"]
+    # these backends compute nothing with the library
+    options += ["-k", "not eager and not triton"]
     run_python(["-m", "pytest", *options, *files], folder, **variables)
 
 
@@ -41,9 +43,18 @@ def instruction_sets(folder: Path) -> list[str]:
     return run_python(["-c", code], folder).split()
 
 
-def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
-    folder = copy_with_ops(tmp_path, *SANITIZERS)
-    run_kernel_tests(folder, "cpp_limits", **sanitizer_environment())
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_with_ops(tmp_path_factory.mktemp("sanitized"), *SANITIZERS)
+
+
+def test_kernels_are_clean_under_sanitizers(sanitized: Path) -> None:
+    run_kernel_tests(sanitized, "cpp_limits", **sanitizer_environment())
+
+
+@pytest.mark.parametrize("calls", [4000, pytest.param(20_000, marks=pytest.mark.long)])
+def test_random_calls_are_clean_under_sanitizers(calls: int, sanitized: Path) -> None:
+    run_python(["tests/kernels/test_fuzz.py", str(calls)], sanitized, **sanitizer_environment())
 
 
 def test_avx512_kernels_on_a_machine_with_avx2(tmp_path: Path) -> None:

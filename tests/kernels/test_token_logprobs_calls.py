@@ -100,6 +100,7 @@ def test_a_later_change_of_what_was_saved_is_noticed(config: KernelConfig) -> No
         entropy.sum().backward()
 
 
+@pytest.mark.best_instructions
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled_equals_eager(config: KernelConfig, compiler: str) -> None:
     torch._dynamo.reset()

@@ -49,6 +49,16 @@ class Forward(NamedTuple):
     denominator: Tensor  # float64 [], what the sum over rows is divided by
 
 
+class RowSums(NamedTuple):
+    """What the loss of each row [...] depends on besides its weight, over all of its classes."""
+
+    row_max: Tensor
+    row_log_sum: Tensor
+    target: Tensor  # x[target] - row_max
+    second: Tensor | None  # x[second] - row_max, with MixUp
+    weighted: Tensor | None  # sum over c of weight[c] (x[c] - row_max), with label smoothing
+
+
 class Rows(NamedTuple):
     """The class of each row [...]: exactly one of valid, ignored, bad."""
 
@@ -101,7 +111,7 @@ def mixed(
     options = options._replace(second=second, shares=shares)
     if options.reduction == "mean" and options.normalizer is None:
         rows = classify(targets, logits.shape[-1], options.ignore_index)
-        weights = _class_weights(options.weight, logits.shape[-1], shares)
+        weights = class_weights(options.weight, logits.shape[-1], shares)
         at_target, at_second, _ = _weights_at(rows, options, weights)
         row_weight = at_target if at_second is None else at_target + at_second
         row_weight = torch.where(rows.valid, row_weight, 0.0)
@@ -154,39 +164,59 @@ def forward(
     """logits [..., V], targets [...]; adds the batch to `meter`. Keeps the same for any
     `for_backward`."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
-    x = _capped(logits, options.softcap)
-    e = _factor(options.label_smoothing, x)
-    z = _factor(options.z_loss, x)
+    x = capped(logits, options.softcap)
+    weights = class_weights(options.weight, x.shape[-1], x)
+    result, loss_sum, weight_sum = loss_of(
+        row_sums(x, rows, options, weights), rows, options, weights, meter is not None
+    )
+    if meter is not None:
+        rank = ranks(logits, rows.target, pick(logits, rows.target))
+        add_to_meter(meter, rows, result.row_max.isfinite(), rank, loss_sum, weight_sum)
+    return result
+
+
+def row_sums(x: Tensor, rows: Rows, options: Options, weights: Tensor) -> RowSums:
+    """x: [..., V] after softcap. weights: [V]."""
     row_max = x.amax(-1)
     x = x - row_max[..., None]  # [..., V], none above 0
-    row_log_sum = ordered_sum(x.exp()).log()
+    return RowSums(
+        row_max,
+        ordered_sum(x.exp()).log(),
+        pick(x, rows.target),
+        None if options.second is None else pick(x, options.second),
+        ordered_sum(x * weights) if is_on(options.label_smoothing) else None,
+    )
 
-    weights = _class_weights(options.weight, x.shape[-1], x)
+
+def loss_of(
+    sums: RowSums, rows: Rows, options: Options, weights: Tensor, has_meter: bool
+) -> tuple[Forward, Tensor, Tensor]:
+    """The loss of a batch, and the sums over its rows of their losses and of their weights."""
+    row_max, row_log_sum = sums.row_max, sums.row_log_sum
+    e = _factor(options.label_smoothing, row_max)
+    z = _factor(options.z_loss, row_max)
     at_target, at_second, share_sum = _weights_at(rows, options, weights)
     row_weight = at_target
-    row_loss = at_target * (1 - e) * (row_log_sum - _pick(x, rows.target))
-    if options.second is not None and at_second is not None:
+    row_loss = at_target * (1 - e) * (row_log_sum - sums.target)
+    if sums.second is not None and at_second is not None:
         row_weight = at_target + at_second
-        of_second = at_second * (1 - e) * (row_log_sum - _pick(x, options.second))
+        of_second = at_second * (1 - e) * (row_log_sum - sums.second)
         # Not products with 0: beside a -inf logit the other factor is inf.
         finite = row_max.isfinite()
         row_loss = torch.where(finite & (at_target == 0), 0.0, row_loss)
         row_loss = row_loss + torch.where(finite & (at_second == 0), 0.0, of_second)
-    if _is_on(e):
-        smooth = ordered_sum(weights) * row_log_sum - ordered_sum(x * weights)
+    if sums.weighted is not None:
+        smooth = ordered_sum(weights) * row_log_sum - sums.weighted
         # Not a product with e = 0: beside a -inf logit `smooth` is inf.
         row_loss = row_loss + torch.where(
-            rows.valid & (e > 0), e / x.shape[-1] * share_sum * smooth, 0.0
+            rows.valid & (e > 0), e / len(weights) * share_sum * smooth, 0.0
         )
-    if _is_on(z):
+    if is_on(z):
         row_loss = row_loss + z * share_sum * (row_max + row_log_sum).square()
 
     row_loss = torch.where(rows.valid, row_loss, 0.0)
     loss_sum = ordered_sum(row_loss.double().flatten())
     weight_sum = ordered_sum(torch.where(rows.valid, row_weight, 0.0).double().flatten())
-    if meter is not None:
-        _add_to_meter(meter, logits, rows, row_max, loss_sum, weight_sum)
-
     denominator = torch.ones_like(loss_sum)
     if options.reduction == "mean":
         # The sum with zeros brings a number, or a tensor of any dtype on the CPU, to the logits'
@@ -194,14 +224,14 @@ def forward(
         given = options.normalizer
         denominator = weight_sum if given is None else torch.zeros_like(loss_sum) + given
     # A meter will report bad targets; without one, the loss itself has to.
-    unknown = rows.bad if meter is None else torch.zeros_like(rows.bad)
+    unknown = torch.zeros_like(rows.bad) if has_meter else rows.bad
     if options.reduction == "none":
         loss = torch.where(unknown, torch.nan, row_loss)
     else:
         loss = torch.where(
             unknown.any() | (denominator == 0), torch.nan, loss_sum / denominator
-        ).to(x.dtype)
-    return Forward(loss, row_max, row_log_sum, denominator)
+        ).to(row_max.dtype)
+    return Forward(loss, row_max, row_log_sum, denominator), loss_sum, weight_sum
 
 
 def backward(
@@ -212,25 +242,31 @@ def backward(
     row_log_sum: Tensor,
     denominator: Tensor,
     options: Options,
+    first_class: int = 0,
+    num_classes: int | None = None,
 ) -> Tensor:
-    """d(loss)/d(logits) [..., V] times grad_output, in the logits' dtype, rounded once."""
-    rows = classify(targets, logits.shape[-1], options.ignore_index)
-    x = _capped(logits, options.softcap)
+    """d(loss)/d(logits) [..., V] times grad_output, in the logits' dtype, rounded once.
+
+    first_class, num_classes: where the logits hold V of num_classes classes, the first of theirs.
+    """
+    num_classes = logits.shape[-1] if num_classes is None else num_classes
+    rows = classify(targets, num_classes, options.ignore_index)
+    x = capped(logits, options.softcap)
     e = _factor(options.label_smoothing, x)
     z = _factor(options.z_loss, x)
 
-    weights = _class_weights(options.weight, x.shape[-1], x)
+    weights = class_weights(options.weight, num_classes, x)
     scale = grad_output.to(x.dtype) / denominator.to(x.dtype)  # [] or [...]
     at_target, at_second, share_sum = _weights_at(rows, options, weights)
     at_target = at_target * (1 - e) * scale  # [...]
-    everywhere = e / x.shape[-1] * share_sum * scale  # times the class weights
+    everywhere = e / num_classes * share_sum * scale  # times the class weights
     of_softmax = at_target
     if options.second is not None and at_second is not None:
         at_second = at_second * (1 - e) * scale
         of_softmax = of_softmax + at_second
-    if _is_on(e):
+    if is_on(e):
         of_softmax = of_softmax + everywhere * ordered_sum(weights)
-    if _is_on(z):
+    if is_on(z):
         of_softmax = of_softmax + 2 * z * share_sum * (row_max + row_log_sum) * scale
 
     # In place from the softmax on: at large V new memory costs more than the arithmetic.
@@ -241,12 +277,13 @@ def backward(
         grad.masked_fill_(nothing, -torch.inf)
     grad.sub_(row_log_sum[..., None]).exp_().mul_(of_softmax[..., None])
     # No scatter: torch's compiler loses it beside what follows when it uses several threads.
-    classes = torch.arange(x.shape[-1], device=x.device)
+    classes = torch.arange(first_class, first_class + x.shape[-1], device=x.device)
     grad.sub_(torch.where(classes == rows.target[..., None], at_target[..., None], 0.0))
     if options.second is not None and at_second is not None:
         grad.sub_(torch.where(classes == options.second[..., None], at_second[..., None], 0.0))
-    if _is_on(e):
-        grad.addcmul_(everywhere[..., None], weights, value=-1)
+    if is_on(e):
+        own = weights[first_class : first_class + x.shape[-1]]
+        grad.addcmul_(everywhere[..., None], own, value=-1)
     if options.softcap is not None:
         grad.mul_(1 - (x / options.softcap).square())
     if flushes:
@@ -280,17 +317,24 @@ def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options:
     rows = classify(targets, logits.shape[-1], options.ignore_index)
     valid = rows.valid.sum().double()
     loss_sum = torch.where(valid > 0, loss.double() * valid, 0.0)
-    _add_to_meter(meter, logits, rows, logits.amax(-1), loss_sum, valid)
+    rank = ranks(logits, rows.target, pick(logits, rows.target))
+    add_to_meter(meter, rows, logits.amax(-1).isfinite(), rank, loss_sum, valid)
 
 
-def _add_to_meter(
-    meter: Meter, logits: Tensor, rows: Rows, row_max: Tensor, loss_sum: Tensor, weight_sum: Tensor
+def ranks(logits: Tensor, target: Tensor, target_logit: Tensor, first_class: int = 0) -> Tensor:
+    """How many of the classes first_class, first_class + 1, ... of a row rank before the target:
+    those with a larger logit, and lower classes with an equal one. int32 [...]."""
+    classes = torch.arange(first_class, first_class + logits.shape[-1], device=logits.device)
+    lower_index = classes < target[..., None]
+    bar = target_logit[..., None]
+    ahead = torch.where(lower_index, logits >= bar, logits > bar)  # [..., V]
+    return ahead.sum(-1, dtype=torch.int32)  # int64 would first widen all of `ahead`
+
+
+def add_to_meter(
+    meter: Meter, rows: Rows, finite: Tensor, rank: Tensor, loss_sum: Tensor, weight_sum: Tensor
 ) -> None:
-    target_logit = _pick(logits, rows.target)[..., None]
-    lower_index = torch.arange(logits.shape[-1], device=logits.device) < rows.target[..., None]
-    ahead = torch.where(lower_index, logits >= target_logit, logits > target_logit)  # [..., V]
-    rank = ahead.sum(-1, dtype=torch.int32)  # int64 would first widen all of `ahead`
-    finite = row_max.isfinite()
+    """finite, rank: [...], whether all logits of a row are, and the rank of its target from 0."""
     has_valid = rows.valid.any()
     counts = [rows.valid.sum(), rows.ignored.sum(), (rows.valid & ~finite).sum(), rows.bad.sum()]
     counts += [torch.ones_like(has_valid, dtype=torch.int64), has_valid]
@@ -300,7 +344,7 @@ def _add_to_meter(
     meter.counts.add_(torch.stack([count.long() for count in counts]))
 
 
-def _capped(logits: Tensor, softcap: Number | None) -> Tensor:
+def capped(logits: Tensor, softcap: Number | None) -> Tensor:
     x = logits if logits.dtype == torch.float64 else logits.float()
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
@@ -309,13 +353,13 @@ def _factor(value: Number, x: Tensor) -> Number:
     return value.to(x.dtype) if isinstance(value, Tensor) else float(value)  # of numpy too
 
 
-def _is_on(factor: Number) -> bool:
+def is_on(factor: Number) -> bool:
     return isinstance(factor, Tensor) or factor != 0  # a tensor is never read on the host
 
 
-def _pick(x: Tensor, target: Tensor) -> Tensor:
+def pick(x: Tensor, target: Tensor) -> Tensor:
     return x.gather(-1, target[..., None])[..., 0]
 
 
-def _class_weights(weight: Tensor | None, classes: int, x: Tensor) -> Tensor:
+def class_weights(weight: Tensor | None, classes: int, x: Tensor) -> Tensor:
     return x.new_ones(classes) if weight is None else weight.to(x.dtype)

@@ -372,6 +372,13 @@ def test_register_leaves_torchs_random_state_alone(build: type) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_register_leaves_the_random_numbers_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    default_registry()
+    assert seeded == []
+
+
 def test_require_names_the_nearest_and_lists_those_of_the_topology_only() -> None:
     with pytest.raises(ValueError, match="unknown cnn blueprint") as caught:
         default_registry().require("cnn", "conv_lite")

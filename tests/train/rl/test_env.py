@@ -59,10 +59,15 @@ def test_no_masked_step_is_illegal() -> None:
     assert min(counts.values()) > 0
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_no_masked_step_of_ten_thousand_is_illegal() -> None:
-    counts = masked_steps(MorphogenesisEnv(replace(TINY, max_epochs=40)), 10_000, seed=1)
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(1000, marks=pytest.mark.slow),
+        pytest.param(10_000, marks=[pytest.mark.long, pytest.mark.timeout(900)]),
+    ],
+)
+def test_no_masked_step_of_thousands_is_illegal(steps: int) -> None:
+    counts = masked_steps(MorphogenesisEnv(replace(TINY, max_epochs=40)), steps, seed=1)
     assert min(counts.values()) > 0
 
 

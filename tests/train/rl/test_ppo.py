@@ -18,7 +18,7 @@ from tests.helpers.episodes import SHORT
 from tests.helpers.scripted import EASY
 
 RL = RLConfig(
-    hosts=2, steps=48, rollout=8, batch=8, passes=2, width=8, evaluate_every=2, evaluations=1
+    hosts=2, steps=24, rollout=4, batch=4, passes=2, width=8, evaluate_every=2, evaluations=1
 )
 CONFIG = replace(SHORT, growth=EASY, max_epochs=5, max_batches=1, rl=RL)
 """A rollout ends within an episode."""
@@ -42,10 +42,10 @@ def test_a_resumed_training_is_the_one_that_never_stopped(tmp_path: Path) -> Non
     whole = train_ppo(CONFIG, tmp_path / "whole")
     assert torch.equal(torch.rand(2), expected_draw)  # the caller's random numbers are its own
     said: list[str] = []
-    train_ppo(with_rl(CONFIG, steps=16), tmp_path / "half")
+    train_ppo(with_rl(CONFIG, steps=8), tmp_path / "half")
     numpy.random.rand(5)
     resumed = train_ppo(CONFIG, tmp_path / "half", resume=True, say=said.append)
-    assert said[0] == "resuming after update 1, 16 steps"
+    assert said[0] == "resuming after update 1, 8 steps"
     assert resumed.spaces == whole.spaces
     for name, value in whole.weights.items():
         assert torch.equal(resumed.weights[name], value), name
@@ -72,16 +72,16 @@ def test_what_training_leaves_is_tensors_and_plain_values(tmp_path: Path) -> Non
     ]
     assert [line["update"] for line in lines(tmp_path)] == [1, 2, 3]
     assert [line["evaluation"] is not None for line in lines(tmp_path)] == [False, True, True]
-    assert lines(tmp_path)[-1]["steps"] == 48
+    assert lines(tmp_path)[-1]["steps"] == 24
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt"))
     assert kept == ["update-2.pt", "update-3.pt"]
     read = load_policy(tmp_path / "policy.pt")
     assert read.spaces == policy.spaces
-    assert (read.spaces.task, read.spaces.steps, read.spaces.max_epochs) == ("synthetic", 48, 5)
+    assert (read.spaces.task, read.spaces.steps, read.spaces.max_epochs) == ("synthetic", 24, 5)
 
 
 def test_a_training_is_resumed_with_its_own_settings_only(tmp_path: Path) -> None:
-    train_ppo(with_rl(CONFIG, steps=16), tmp_path)
+    train_ppo(with_rl(CONFIG, steps=8), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"host.width was None and is 5; .* may change rl.steps"):
         train_ppo(replace(CONFIG, host=HostConfig(width=5)), tmp_path, resume=True)
@@ -106,15 +106,15 @@ def test_seeds_of_hosts_and_evaluations_never_meet(tmp_path: Path) -> None:
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = with_rl(CONFIG, tensorboard=True, evaluate_every=0)
-    train_ppo(with_rl(config, steps=32), tmp_path)
+    train_ppo(with_rl(config, steps=16), tmp_path)
     train_ppo(config, tmp_path, resume=True)
-    assert [line["steps"] for line in lines(tmp_path)] == [16, 32, 48]
+    assert [line["steps"] for line in lines(tmp_path)] == [8, 16, 24]
     curves = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
     curves.Reload()
     for name in ("rollout/ep_rew_mean", "train/value_loss", "train/approx_kl"):
         assert name in curves.Tags()["scalars"]
     losses = curves.Scalars("train/value_loss")
-    assert [event.step for event in losses] == [16, 32, 48]
+    assert [event.step for event in losses] == [8, 16, 24]
     found = [line["value_loss"] for line in lines(tmp_path)]
     assert [event.value for event in losses] == pytest.approx(found)
 
@@ -142,7 +142,7 @@ def test_an_update_cut_off_before_its_checkpoint_is_reported_once(
     tensorboard = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
     )
-    config = with_rl(CONFIG, steps=32, tensorboard=True)
+    config = with_rl(CONFIG, steps=16, tensorboard=True)
     train_ppo(config, tmp_path / "whole")
     inner = ppo.save
 
@@ -166,7 +166,7 @@ def test_an_update_cut_off_before_its_checkpoint_is_reported_once(
 
 
 def test_a_report_that_lost_lines_is_refused(tmp_path: Path) -> None:
-    train_ppo(with_rl(CONFIG, steps=32), tmp_path)
+    train_ppo(with_rl(CONFIG, steps=16), tmp_path)
     (tmp_path / "progress.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match=r"progress.jsonl has 0 bytes .* last lines are lost"):
         train_ppo(CONFIG, tmp_path, resume=True)

@@ -2,6 +2,7 @@
 hosts in lockstep are in `test_vector`."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy
 import pytest
@@ -13,7 +14,10 @@ from esper_train import (
     HostConfig,
     Op,
     RunConfig,
+    Splits,
+    Task,
     TelemetryHub,
+    get_task,
     run_heuristic_episode,
 )
 from esper_train.config import preset
@@ -26,14 +30,29 @@ from tests.helpers.scripted import EASY, Recorder
 CASES = [(task, dtype) for task in ("digits", "pysource") for dtype in (None, "bfloat16")]
 
 
+@cache
+def few_held_out(name: str) -> Splits:
+    """The data of a task with 40 rows to validate and 40 to test, which are several batches."""
+    splits = get_task(name).load()
+    validation, test = (
+        (inputs[:40], targets[:40]) for inputs, targets in (splits.validation, splits.test)
+    )
+    return replace(splits, validation=validation, test=test)
+
+
+def task_of(config: RunConfig) -> Task:
+    return replace(get_task(config.task), load=lambda: few_held_out(config.task))
+
+
 def short(task: str, dtype: str | None) -> RunConfig:
     config = preset(task)
-    width = 16 if task == "pysource" else 3
+    width, rows = (16, 4) if task == "pysource" else (3, 16)
     return replace(
         config,
         max_epochs=13,
         max_batches=3,
-        batch_size=16,
+        batch_size=rows,
+        evaluation_batch=16,
         host=HostConfig(width=width),
         growth=EASY,
         train=replace(config.train, amp=AmpConfig(dtype=dtype)),  # type: ignore[arg-type]
@@ -86,11 +105,14 @@ def test_a_script_trains_the_same_through_a_run_and_through_the_environment(
     blends = ("linear", "sigmoid", "gated")
     config = short(task, dtype)
     config = replace(config, rl=replace(config.rl, blends=blends))
-    env = MorphogenesisEnv(config)
+    env = MorphogenesisEnv(config, task=task_of(config))
     actions = a_whole_life(env.table)
     recorder = Recorder()
     run = run_heuristic_episode(
-        config, policy=Script(env.table, actions), hub=TelemetryHub([recorder])
+        config,
+        task=task_of(config),
+        policy=Script(env.table, actions),
+        hub=TelemetryHub([recorder]),
     )
     stages = {(slot, stage) for _, slot, stage in recorder.stages()}
     assert {("early", "FOSSILIZED"), ("mid", "CULLED"), ("late", "TRAINING")} <= stages

@@ -21,7 +21,7 @@ from esper_train.rl.policies import Script
 from esper_train.rl.vector import MorphogenesisVectorEnv, make_vector
 from tests.helpers.episodes import SHORT
 from tests.helpers.scripted import EASY
-from tests.train.rl.test_same_training import CASES, assert_same_weights, short
+from tests.train.rl.test_same_training import CASES, assert_same_weights, short, task_of
 
 TINY = replace(SHORT, max_epochs=5, max_batches=1, growth=EASY, batch_size=8)
 SHAPE = 4
@@ -59,7 +59,8 @@ def test_hosts_on_streams_of_their_own_train_as_runs_alone() -> None:
 
 
 def assert_trains_as_alone(config: RunConfig, hosts: int) -> None:
-    vector = MorphogenesisVectorEnv(config, hosts)
+    task = task_of(config)
+    vector = MorphogenesisVectorEnv(config, hosts, task=task)
     vector.reset()
     script = scripts(germination(vector), config.max_epochs)
     table = vector.get_attr("table")[0]
@@ -74,7 +75,7 @@ def assert_trains_as_alone(config: RunConfig, hosts: int) -> None:
         for host in range(hosts):
             seed = config.seed + host + SEED_STEP * episode
             run = run_heuristic_episode(
-                replace(config, seed=seed), policy=Script(table, script[host])
+                replace(config, seed=seed), task=task, policy=Script(table, script[host])
             )
             assert [step[host] for step in found] == list(run.rewards)
             assert infos["final_info"]["result"]["accuracy"][host] == run.test.points

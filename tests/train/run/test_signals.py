@@ -127,8 +127,7 @@ def stop_and_resume(kind: str, seed: int, whole: Path, directory: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_with_workers_is_stopped_without_loss(kind: str, whole: Path, tmp_path: Path) -> None:
-    for seed in range(2):
-        stop_and_resume(kind, seed, whole, tmp_path / str(seed) / "run")
+    stop_and_resume(kind, 0, whole, tmp_path / "stopped" / "run")
 
 
 @pytest.mark.skipif(
@@ -140,7 +139,7 @@ def test_a_run_with_workers_is_stopped_without_loss(kind: str, whole: Path, tmp_
 def test_a_run_with_workers_is_stopped_without_loss_ten_times(
     kind: str, whole: Path, tmp_path: Path
 ) -> None:
-    for seed in range(2, 12):
+    for seed in range(1, 11):
         stop_and_resume(kind, seed, whole, tmp_path / str(seed) / "run")
 
 

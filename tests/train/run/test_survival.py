@@ -15,7 +15,6 @@ from esper_train.run.checkpoint import FORMAT, load, save, saved
 from esper_train.run.directory import read_metrics
 from tests.helpers.growing_run import config_file, reported
 
-KILLS = 20
 MAIN = "import sys; from esper_train.cli import main; sys.exit(main())"
 
 
@@ -47,9 +46,16 @@ def launch(directory: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        pytest.param(6, marks=pytest.mark.slow),
+        pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(1200)]),
+    ],
+)
+def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(
+    wanted: int, tmp_path: Path
+) -> None:
     """Each attempt is killed at some moment after it began to report; when one ends first, another
     run begins.
 
@@ -64,7 +70,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
     expected = reported(tmp_path / "whole")
     directory = tmp_path / "run"
     kills = 0
-    while kills < KILLS:
+    while kills < wanted:
         before = directory.exists() and (directory / "metrics.jsonl").exists()
         seen = (directory / "metrics.jsonl").stat().st_mtime_ns if before else 0
         with launch(directory) as process:
@@ -88,7 +94,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
             shutil.rmtree(directory)
         else:
             assert process.returncode == -9
-            assert kills <= KILLS
+            assert kills <= wanted
     while directory.exists():
         with launch(directory) as process:
             assert process.wait() == 0, process.communicate()[1]

@@ -1,0 +1,170 @@
+"""Cross entropy of logits whose classes are divided among the ranks of a process group, as tensor
+parallelism leaves them: no rank ever holds all logits of a row.
+
+`vocab_parallel_cross_entropy` is differentiable, and `vocab_parallel_cross_entropy_step` gives the
+gradient of the logits alone. `reference` is the definition, and so far the only backend.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_kernels import checks
+from esper_kernels.config import KernelConfig
+from esper_kernels.meter import Meter
+from esper_kernels.ops.cross_entropy.arguments import destination, refuse_per_row
+from esper_kernels.ops.cross_entropy.reference import Forward, Options, refuse_bad_targets
+from esper_kernels.ops.derivatives import DifferentiableOnce
+from esper_kernels.ops.vocab_parallel import reference
+from esper_kernels.ops.vocab_parallel.shard import ClassShard
+
+__all__ = ["ClassShard", "vocab_parallel_cross_entropy", "vocab_parallel_cross_entropy_step"]
+_OP = "vocab_parallel_cross_entropy"
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    shard: ClassShard,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float | Tensor = 0.0,
+    z_loss: float | Tensor = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    meter: Meter | None = None,
+    config: KernelConfig | None = None,
+) -> Tensor:
+    """`cross_entropy` of the logits of all ranks, on every rank.
+
+    logits: [..., V of this rank]. For a DTensor pass `logits.to_local()`.
+    targets: [...], the same on every rank, in [0, shard.num_classes) or ignore_index.
+    shard: which classes these are, as `ClassShard.across(V of this rank)` finds them, or
+        `ClassShard.of(logits)` for a DTensor.
+    weight: [shard.num_classes], the weights of all classes, on every rank.
+    meter: receives the whole batch on every rank, so do not add the meters of these ranks up.
+
+    The other options are those of `cross_entropy`; there is no MixUp. All ranks of `shard.group`
+    must call it, with the same options: it is one collective, with a meter two. The backward pass
+    needs none: each rank gets the gradient of its own logits, from a `grad_output` that must be the
+    same on every rank. A compiled graph breaks here.
+
+    Returns the same loss on every rank, as `cross_entropy` does. Raises as it does, before any
+    communication, for what a rank can see by itself.
+    """
+    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
+    _check(_OP, logits, targets, shard, meter, options, config)
+    if logits.requires_grad and torch.is_grad_enabled():
+        loss: Tensor = _VocabParallel.apply(logits, targets, meter, shard, *options)
+        return loss
+    return reference.forward(logits, targets, options, meter, shard).loss
+
+
+def vocab_parallel_cross_entropy_step(
+    logits: Tensor,
+    targets: Tensor,
+    meter: Meter | None,
+    shard: ClassShard,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float | Tensor = 0.0,
+    z_loss: float | Tensor = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    out: Tensor | None = None,
+    inplace: bool = False,
+    config: KernelConfig | None = None,
+) -> Tensor:
+    """The gradient of `vocab_parallel_cross_entropy` for the logits of this rank, without a loss
+    tensor or autograd node.
+
+    Arguments as there, and grad_scale, out and inplace as for `cross_entropy_step`.
+
+    Returns the gradient [..., V of this rank] in the logits' dtype.
+    """
+    name = f"{_OP}_step"
+    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
+    refuse_per_row(reduction)
+    _check(name, logits, targets, shard, meter, options, config)
+    checks.check_number("grad_scale", grad_scale, logits, low=-torch.inf)
+    written = destination(logits, out, inplace)
+    if inplace:
+        checks.check_writable("logits with inplace=True", logits)
+    elif out is not None:
+        checks.check_out(out, logits)
+    if written is not None:
+        read = {**options._asdict(), "targets": targets, "grad_scale": grad_scale}
+        checks.check_apart(written, read)
+    grad = reference.step(logits.detach(), targets, options, meter, grad_scale, written, shard)
+    if written is not None:
+        torch.autograd.graph.increment_version(written)
+    return grad
+
+
+def _check(
+    name: str,
+    logits: Tensor,
+    targets: Tensor,
+    shard: ClassShard,
+    meter: Meter | None,
+    options: Options,
+    config: KernelConfig | None,
+) -> None:
+    """Raise for what one rank can see; the other ranks then wait for it until their timeout."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(f"{name} is no part of a compiled graph; call it outside of one")
+    checks.refuse_transforms(name, logits)
+    if not isinstance(shard, ClassShard):
+        raise TypeError(f"shard must be a ClassShard, got {checks.describe(shard)}")
+    checks.choose_backend(_OP, logits, config, "logits")
+    checks.check_batch(logits, targets, meter)
+    classes = logits.shape[-1]
+    if shard.first + classes > shard.num_classes:
+        raise ValueError(
+            f"expected at most {shard.num_classes - shard.first} classes from "
+            f"{shard.first} on, of {shard.num_classes} in all, got logits with {classes}"
+        )
+    checks.check_options(logits, options._asdict(), num_classes=shard.num_classes)
+    refuse_bad_targets(targets, shard.num_classes, options.ignore_index)
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        meter: Meter | None,
+        shard: ClassShard,
+        *options: Any,
+    ) -> Tensor:
+        result = reference.forward(logits, targets, Options(*options), meter, shard)
+        ctx.shard = shard
+        ctx.options = options
+        # Tensors go through save_for_backward, which notices a later change of their values.
+        ctx.places = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
+        ctx.save_for_backward(logits, targets, *result, *(options[i] for i in ctx.places))
+        return result.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        checks.refuse_transforms(f"the gradient of {_OP}", grad_output)
+        logits, targets, *tensors = ctx.saved_tensors
+        checks.check_storage("logits", logits)
+        result = Forward(*tensors[:4])
+        options = list(ctx.options)
+        for place, value in zip(ctx.places, tensors[4:], strict=True):
+            options[place] = value
+        with torch.no_grad():
+            grad = reference.backward(
+                grad_output, logits, targets, result, Options(*options), ctx.shard
+            )
+        if torch.is_grad_enabled():  # create_graph=True
+            grad = DifferentiableOnce.apply(_OP, grad, logits, grad_output)
+        return grad, *(None,) * (3 + len(options))

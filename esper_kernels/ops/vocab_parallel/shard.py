@@ -1,0 +1,79 @@
+"""Which classes of the logits a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """The classes of one rank: `first`, `first` + 1, ..., as many as its logits have.
+
+    first: the class of the rank's first logit.
+    num_classes: those of all ranks together. Their shards must be adjacent and cover [0,
+        num_classes) once.
+    group: the ranks among which the classes are divided; None for all ranks.
+
+    `across` and `of` find these numbers, and check them.
+    """
+
+    first: int
+    num_classes: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.num_classes:
+            raise ValueError(
+                f"first must be in [0, num_classes = {self.num_classes}), got {self.first}"
+            )
+
+    @staticmethod
+    def across(own_classes: int, group: dist.ProcessGroup | None = None) -> ClassShard:
+        """The shard of this rank, whose logits have `own_classes` classes, where the ranks hold
+        the classes in the order of their ranks. Once, before training: all ranks must call it, and
+        it waits for all of them."""
+        found = [0] * dist.get_world_size(group)
+        dist.all_gather_object(found, own_classes, group=group)
+        if min(found) < 1:
+            raise ValueError(f"every rank must hold a class at least, got {found} of the ranks")
+        return ClassShard(sum(found[: dist.get_rank(group)]), sum(found), group)
+
+    @staticmethod
+    def of(logits: DTensor) -> ClassShard:
+        """That of `logits.to_local()`, for logits [..., V] that are sharded along their last
+        dimension over one dimension of their mesh. Needs no communication."""
+        # not at the top, because importing it takes as long as importing torch
+        from torch.distributed.tensor import Replicate, Shard
+
+        last = logits.dim() - 1
+        places = [
+            i
+            for i, placement in enumerate(logits.placements)
+            if isinstance(placement, Shard) and placement.dim % logits.dim() == last
+        ]
+        others = [p for i, p in enumerate(logits.placements) if i not in places]
+        sums = [p for p in others if not isinstance(p, (Replicate, Shard))]
+        if len(places) != 1 or sums:
+            raise ValueError(
+                "expected logits that are sharded along their last dimension over one dimension of "
+                f"their mesh, and are no partial sums, got placements {logits.placements}; "
+                "redistribute them, or pass plain tensors with a ClassShard"
+            )
+        group = logits.device_mesh.get_group(places[0])
+        classes = logits.shape[-1]
+        size = -(-classes // dist.get_world_size(group))  # as torch.chunk divides them
+        return ClassShard(size * dist.get_rank(group), classes, group)
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[ranks, ...] of x [...] on each rank, in the order of their ranks: one collective."""
+    result = x.new_empty(dist.get_world_size(group), *x.shape)
+    dist.all_gather(list(result), x.contiguous(), group=group)
+    return result

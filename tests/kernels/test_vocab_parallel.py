@@ -1,0 +1,193 @@
+"""Cross entropy with the classes divided among 2 and 4 processes (gloo), beside the same without
+any division, which the other tests compare with plain torch."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from esper_kernels import (
+    ClassShard,
+    KernelConfig,
+    Meter,
+    cross_entropy,
+    cross_entropy_step,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy_step,
+)
+from esper_kernels.testing import cross_entropy_samples
+from tests.helpers.vocab_parallel import TOPK, Case, cases, sizes_of
+
+pytestmark = pytest.mark.timeout(400)  # of all, so that they stay in one process with the fixture
+ROOT = Path(__file__).parents[2]
+EAGER = KernelConfig(backend="eager")
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+T = torch.tensor([0, 1, 2, 3, 4, -100])
+HERE = ClassShard(first=5, num_classes=12)
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+Found = list[dict[str, Any]]  # by rank: the results of each case by its name
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What the ranks computed, once for all tests."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch is built without torch.distributed or gloo")
+    ranks = request.param
+    folder = tmp_path_factory.mktemp(f"{ranks} ranks")
+    module = "tests.helpers.vocab_parallel"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(rank), str(ranks), str(folder)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # one that waits for a dead peer would never end
+    results = [folder / f"{rank}.pt" for rank in range(ranks)]
+    assert all(path.exists() for path in results), "\n".join(errors)
+    return [torch.load(path) for path in results]
+
+
+def each_case(found: Found) -> Iterator[tuple[Case, list[Any]]]:
+    """A case, and what each rank found."""
+    number = 0
+    for case in cases(len(found)):
+        number += 1
+        yield case, [rank[case.name] for rank in found]
+    assert number > 60
+
+
+def whole(case: Case, **options: Any) -> tuple[Tensor, Tensor, Meter]:
+    """Loss, gradient and counts without any division."""
+    leaf = case.logits.clone().requires_grad_()
+    meter = Meter("cpu", topk=TOPK)
+    given = {**case.options, **options}
+    loss = cross_entropy(leaf, case.targets, **given, meter=meter, config=EAGER)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), grad, meter
+
+
+def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Up to the rounding of a dtype; NaN where NaN is expected."""
+    bound = ROUNDING[dtype]
+    torch.testing.assert_close(
+        actual, expected, rtol=bound, atol=bound, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def test_the_loss_is_that_of_all_classes_on_every_rank(found: Found) -> None:
+    for case, ranks in each_case(found):
+        loss, _, _ = whole(case)
+        rows, _, _ = whole(case, reduction="none", normalizer=None)
+        # bfloat16 logits have a float32 loss
+        dtype = loss.dtype
+        for rank in ranks:
+            near(rank["loss"], loss, dtype, case.name)
+            near(rank["rows"], rows, dtype, case.name)
+            assert torch.equal(rank["loss"].nan_to_num(), ranks[0]["loss"].nan_to_num()), case.name
+
+
+def test_each_rank_has_the_gradient_of_its_classes(found: Found) -> None:
+    for case, ranks in each_case(found):
+        _, grad, _ = whole(case)
+        step = cross_entropy_step(
+            case.logits, case.targets, None, **case.options, grad_scale=3.0, config=EAGER
+        )
+        dtype = case.logits.dtype
+        near(torch.cat([rank["grad"] for rank in ranks], -1), grad, dtype, case.name)
+        near(torch.cat([rank["step"] for rank in ranks], -1), step, dtype, case.name)
+
+
+def test_every_rank_counts_the_whole_batch(found: Found) -> None:
+    for case, ranks in each_case(found):
+        _, _, meter = whole(case)
+        for rank in ranks:
+            assert torch.equal(rank["meter"]["counts"], meter.counts), case.name
+            near(rank["meter"]["sums"], meter.sums, torch.float32, case.name)
+
+
+def test_shards_are_found_from_their_sizes(found: Found) -> None:
+    for case, ranks in each_case(found):
+        sizes = sizes_of(case.name, case.logits.shape[-1], len(found))
+        for number, rank in enumerate(ranks):
+            assert rank["shard"] == (sum(sizes[:number]), case.logits.shape[-1])
+
+
+def test_a_loss_takes_one_collective_with_a_meter_two_and_its_gradient_none(found: Found) -> None:
+    for case, ranks in each_case(found):
+        assert [rank["collectives"] for rank in ranks] == [[2, 0, 1]] * len(found), case.name
+
+
+def test_dtensors_give_their_shard_and_receive_the_gradient(found: Found) -> None:
+    for rank in found:
+        leaf = rank["DTensor"]["whole"].requires_grad_()
+        cross_entropy(leaf, rank["DTensor"]["targets"], config=EAGER).backward()
+        torch.testing.assert_close(rank["DTensor"]["grad"], leaf.grad)
+
+
+# --- what a rank refuses by itself, before it communicates ---
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"shard": 5}, TypeError, "shard must be a ClassShard, got int 5"),
+        ({"shard": ClassShard(8, 12)}, ValueError, "at most 4 classes from 8 on, of 12"),
+        ({"weight": torch.ones(5)}, ValueError, r"weight must be.*\[12\].*\(5,\)"),
+        ({"targets": T + 8}, IndexError, r"target 12 of row \(4,\) is outside \[0, 12\)"),
+        ({"logits": X.long()}, TypeError, "logits must be one of"),
+        ({"label_smoothing": 2}, ValueError, "label_smoothing must be in"),
+        ({"meter": 3}, TypeError, "meter must be a Meter"),
+        ({"config": KernelConfig(backend="cpp")}, ValueError, "no kernels for logits whose"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    meter = Meter("cpu")
+    given = {"logits": X, "targets": T, "shard": HERE, "meter": meter, **change}
+    for call in (vocab_parallel_cross_entropy, vocab_parallel_cross_entropy_step):
+        with pytest.raises(error, match=words):
+            call(**given)
+    assert not meter.counts.any()
+
+
+def test_a_step_refuses_memory_as_that_of_all_classes_does() -> None:
+    for change, words in (
+        ({"out": torch.zeros(5, 6)}, "out must be like the logits"),
+        ({"out": X}, "out overlaps the logits"),
+        ({"out": torch.zeros(6, 5), "inplace": True}, "expected out or inplace=True, got both"),
+        ({"reduction": "none"}, "takes reduction 'mean' or 'sum'"),
+        ({"grad_scale": "1"}, "grad_scale"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            vocab_parallel_cross_entropy_step(X, T, None, HERE, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("first", "num_classes"), [(-1, 5), (5, 5), (0, 0)])
+def test_a_shard_lies_among_the_classes(first: int, num_classes: int) -> None:
+    with pytest.raises(ValueError, match="first must be in"):
+        ClassShard(first, num_classes)
+
+
+def test_transforms_are_refused_by_name() -> None:
+    with pytest.raises(NotImplementedError, match="vocab_parallel_cross_entropy does not work"):
+        torch.func.grad(lambda x: vocab_parallel_cross_entropy(x, T, HERE))(X)
+
+
+def test_the_samples_have_classes_for_four_ranks() -> None:
+    assert sum(s.logits.shape[-1] >= 4 for s in cross_entropy_samples()) > 20
