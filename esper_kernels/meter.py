@@ -109,9 +109,12 @@ class Meter:
         return dict(zip(names, self.counts.unbind(), strict=True))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up the meters of all ranks, in place on each: once, before `compute`."""
-        dist.all_reduce(self.sums, group=group)
-        dist.all_reduce(self.counts, group=group)
+        """Add up the meters of all ranks, in place on each: once, before `compute`. One collective,
+        in which counts travel as float64, exact up to 2^53."""
+        both = torch.cat([self.sums, self.counts.double()])
+        dist.all_reduce(both, group=group)
+        self.sums.copy_(both[: len(SUMS)])
+        self.counts.copy_(both[len(SUMS) :])
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the accumulators and the list of k; `torch.load(weights_only=True)` reads it

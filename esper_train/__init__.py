@@ -24,6 +24,7 @@ from esper_train.telemetry.sinks import ConsoleSink, JsonlSink, Sink
 from esper_train.train.config import (
     AmpConfig,
     CompileConfig,
+    DistributedConfig,
     GradConfig,
     OptimConfig,
     ScheduleConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "CompileConfig",
     "ConsoleSink",
     "Decision",
+    "DistributedConfig",
     "EpisodeResult",
     "EpochEnd",
     "EpochResult",

@@ -17,7 +17,7 @@ from esper_train.rl.config import RLConfig
 from esper_train.run.config import CheckpointConfig
 from esper_train.tasks.config import PRESETS, TaskConfig
 from esper_train.telemetry.config import TelemetryConfig
-from esper_train.train.config import OptimConfig, TrainConfig
+from esper_train.train.config import DistributedConfig, OptimConfig, TrainConfig
 
 SEED_STEP = 1000
 """Distance between the seeds of successive episodes."""
@@ -48,7 +48,7 @@ class RunConfig(Settings):
     max_batches: CountOrNone = None
     """At most this many batches per epoch; None takes all."""
     batch_size: Count = 64
-    """Rows per batch of training."""
+    """Rows per batch of training, of all processes together."""
     evaluation_batch: Count = 512
     """Rows per batch of validation and test. Large batches save calls, but on a CPU those that
     exceed the caches are slower."""
@@ -66,6 +66,7 @@ class RunConfig(Settings):
     reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
     """How decisions are rewarded; a `RewardMode` of `control/rewards.py`."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     host: HostConfig = field(default_factory=HostConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
@@ -83,6 +84,9 @@ class RunConfig(Settings):
             "below 2**63 - 1"
         )
         require(self.seed >= -(2**63) and last < 2**63 - 1, words, self.seed)
+        one_process = self.distributed.strategy == "none"
+        words = "train.capture needs distributed.strategy 'none'"
+        require(one_process or not self.train.capture, words, self.distributed.strategy)
 
     def task_config(self) -> TaskConfig:
         """What the task is told of its data."""

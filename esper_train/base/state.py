@@ -89,6 +89,11 @@ class RandomState:
             self._restored = _get(self._device)
             _set(callers, self._device)
 
+    def restart(self, seed: int) -> None:
+        """Let all but the order of the data begin anew, from another seed."""
+        self._seed = seed
+        self._restored = None
+
     def state_dict(self) -> dict[str, Any]:
         """The state of every generator; call it while `active`."""
         return _get(self._device) | {"order": self._order.get_state()}

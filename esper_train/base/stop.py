@@ -30,6 +30,11 @@ class StopRequest:
         self._asked = 0.0
         self.listening = False
 
+    @property
+    def signal(self) -> int | None:
+        """The signal that asked, if one did."""
+        return self._signal
+
     def before(self, batch: Any) -> Any:
         """The batch itself, or `Stopped`: here one batch is finished and the next not begun."""
         if self._signal is not None:

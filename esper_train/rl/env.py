@@ -47,6 +47,11 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
     """
 
     def __init__(self, config: RunConfig, *, task: Task | None = None) -> None:
+        if config.distributed.strategy != "none":
+            raise ValueError(
+                "an environment trains its host in one process, got distributed.strategy "
+                f"{config.distributed.strategy!r}; leave it out"
+            )
         self.config = config
         self.task = shared(task or get_task(config.task, config.task_config()), config)
         model = prepare(config, "heuristic", task=self.task).model

@@ -28,6 +28,7 @@ from esper_train.train.data import Data
 from esper_train.train.forward import call, logits_of
 from esper_train.train.loss import criterion_options
 from esper_train.train.optimizers import OptimizerRegistry
+from esper_train.train.ranks import Ranks, ranks_of
 from esper_train.train.sources import ReadSource, Source, make_source
 from esper_train.train.step import TrainStep, build_train_step
 
@@ -43,6 +44,7 @@ def build_episode(
     if task is None:
         task = get_task(config.task, config.task_config())
     config = replace(config, task=task.name)
+    ranks = ranks_of(config.distributed)
     device = resolve_device(config.device)
     resolve_device(config.governor.snapshot_device)
     with seeded(config.seed), plain_defaults():  # a task may draw samples, and loaders seeds
@@ -54,7 +56,7 @@ def build_episode(
         made = make_source(data, batch_size, device=device, workers=config.workers)
         return made if task.batch is None else ReadSource(made, device, read=task.batch)
 
-    train = _training_source(config, task, splits.train, order, device)
+    train = _training_source(config, task, splits.train, order, device, ranks)
     example = _example(train, config.batch_size, device)
     host = _host(config, task, device, example)
     registry = registry_of(task, registry)
@@ -77,8 +79,13 @@ def build_episode(
         example=example,
         steps=_steps(config, train.length()),
         data_record=splits.record,
-        random=RandomState(config.seed + 1, device, order),
+        random=RandomState(
+            config.seed + 1 if ranks is None else ranks.seed(config.seed + 1), device, order
+        ),
+        ranks=ranks,
     )
+    if ranks is not None:
+        ranks.copy_first([*model.parameters(), *model.buffers()])
     episode.attach_optimizer("host")
     return episode
 
@@ -103,10 +110,20 @@ def _step(config: RunConfig, task: Task, device: torch.device, *, grows: bool) -
 
 
 def _training_source(
-    config: RunConfig, task: Task, data: Data, order: torch.Generator, device: torch.device
+    config: RunConfig,
+    task: Task,
+    data: Data,
+    order: torch.Generator,
+    device: torch.device,
+    ranks: Ranks | None,
 ) -> Source:
     source = make_source(
-        data, config.batch_size, shuffle=order, device=device, workers=config.workers
+        data,
+        config.batch_size,
+        shuffle=order,
+        device=device,
+        workers=config.workers,
+        share=None if ranks is None else ranks.share,
     )
     if task.batch is None and task.augment is None:
         return source

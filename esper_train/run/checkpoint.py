@@ -33,7 +33,16 @@ FORMAT = 2
 """Version of the layout of a checkpoint."""
 ADDED = ("sources", "cost")
 """Parts that older checkpoints do not have, because they had no state then."""
-FREE = ("max_epochs", "device", "data", "workers", "train", "telemetry", "checkpoint")
+FREE = (
+    "max_epochs",
+    "device",
+    "data",
+    "workers",
+    "train",
+    "telemetry",
+    "checkpoint",
+    "distributed",
+)
 """Config keys that may change when a run is resumed."""
 
 
@@ -176,6 +185,8 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
             raise ValueError(
                 f"the checkpoint does not fit the run that was built: {name}: {error}"
             ) from error
+    if episode.ranks is not None and not episode.ranks.first:  # the checkpoint is rank 0's
+        episode.random.restart(episode.ranks.seed(episode.config.seed + 1 + episode.epoch))
     episode.trial.check(episode.model)
     left = episode.config.max_epochs - episode.epoch
     if left < 0:

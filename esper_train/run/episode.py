@@ -1,11 +1,11 @@
 """Everything that one run changes, as one object; `build` makes it, `run` drives it."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ from esper_train.base.state import PlainState, RandomState, copied, no_random_nu
 from esper_train.base.stop import StopRequest
 from esper_train.config import RunConfig
 from esper_train.control.governor import Governor
-from esper_train.control.policy import Idle, Policy
-from esper_train.control.signals import SignalTracker
+from esper_train.control.policy import Decision, Idle, Policy
+from esper_train.control.signals import Signals, SignalTracker
 from esper_train.morph.incubation import Incubation
 from esper_train.morph.model import MorphModel
 from esper_train.run.cost import TrainingCost
@@ -27,9 +27,11 @@ from esper_train.telemetry.hub import TelemetryHub
 from esper_train.train.amp import LossScaler
 from esper_train.train.learner import Learner
 from esper_train.train.optimizers import OptimizerRegistry, make_optimizer, make_schedule
+from esper_train.train.ranks import Ranks
 from esper_train.train.sources import Source
 from esper_train.train.step import TrainStep
 
+T = TypeVar("T")
 UNDONE = ("model", "optimizers", "tracker")
 """Parts of an episode that a rollback brings back."""
 
@@ -89,6 +91,7 @@ class Episode(PlainState):
     policy: Policy = field(default_factory=Idle)
     hub: TelemetryHub = field(default_factory=TelemetryHub)
     stop: StopRequest = field(default_factory=StopRequest)
+    ranks: Ranks | None = None  # where several processes train the network
     epoch: int = 0  # finished ones
     accuracy: float = math.nan  # of the last validation, in percent
     seconds: float = 0.0
@@ -118,6 +121,31 @@ class Episode(PlainState):
         for name, state in state_dict["scalers"].items():
             self.scalers[name] = LossScaler(self.config.train.amp)
             self.scalers[name].load_state_dict(state)
+
+    def stoppable(self, batches: Iterable[T]) -> Iterable[T]:
+        """The batches, between which a signal may end the run. Several ranks end together instead,
+        at a step or between two epochs."""
+        return batches if self.ranks is not None else map(self.stop.before, batches)
+
+    def agreed(self, measured: T) -> T:
+        """What was measured; with several ranks, what rank 0 measured, so that all go on alike.
+
+        Raises `Stopped` where one of the ranks was asked to stop, and `RanksDifferError` where
+        their networks are not the same.
+        """
+        if self.ranks is None:
+            return measured
+        self.ranks.obey_stop()
+        every = self.config.distributed.check_every
+        if every and self.epoch % every == 0:
+            self.ranks.require_equal(self.model.state_dict())
+        return self.ranks.from_first(measured)
+
+    def decide(self, signals: Signals) -> Decision:
+        """The policy's decision; with several ranks, that of rank 0."""
+        if self.ranks is None:
+            return self.policy.decide(signals)
+        return self.ranks.from_first(self.policy.decide(signals) if self.ranks.first else None)
 
     def learners(self) -> tuple[Learner, ...]:
         """The seeds that learn beside the network, for one epoch."""

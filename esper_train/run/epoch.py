@@ -172,6 +172,9 @@ class Epoch:
         before = change.before
         slot = change.before.slot
         self._events.append(stage_event(number, change))
+        if change.stage is SeedStage.TRAINING and episode.ranks is not None:
+            seated = episode.model.slot(slot)
+            episode.ranks.copy_first([*seated.parameters(), *seated.buffers()])
         follow_optimizers(episode, change, number)
         if change.stage is SeedStage.TRAINING and episode.hub.collects(EventType.SEED_COST):
             cost = seed_cost(episode.model, slot, episode.example)

@@ -4,10 +4,11 @@
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from esper_train.base.stop import StopRequest
 from esper_train.config import RunConfig
@@ -43,6 +44,7 @@ from esper_train.tasks import TASKS, Task, task_of_run
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.loggers import logger_makers
 from esper_train.telemetry.sinks import JsonlSink, Sink
+from esper_train.train.ranks import joined
 
 
 def _silent(words: str) -> None:
@@ -94,7 +96,16 @@ def run_job(
     config = _with_own_name(config, job.task)
     if job.resume and (out / CONFIG).is_file():
         task_of_run(load_config(out).task, config.task_config(), job.task)
-    with claimed(out, resume=job.resume, numbered=numbered) as out, _signals(job.stop):
+    if config.distributed.strategy != "none" and job.profile:
+        raise ValueError("a profile is made in one process; leave out distributed.strategy")
+    with joined(config.distributed, config.device) as ranks, _signals(job.stop):
+        if ranks is not None and not ranks.first:
+            return [_run_beside(each, job) for each in episode_configs(config)]
+        return _run_all(config, job, out, numbered=numbered)
+
+
+def _run_all(config: RunConfig, job: Job, out: Path, *, numbered: bool) -> list[EpisodeResult]:
+    with claimed(out, resume=job.resume, numbered=numbered) as out:
         if config.episodes == 1:
             return [_run_in(out, config, job)]
         results = []
@@ -131,18 +142,10 @@ def _run_in(
     """One run in its directory, and its baseline. `whole` is what the directory of several is to be
     resumed with."""
     loggers = logger_makers(config.telemetry)
-    episode = prepare(
-        config,
-        job.mode,
-        task=job.task,
-        policy=job.policy,
-        hub=job.hub or TelemetryHub((), config.telemetry),
-        registry=job.registry,
-    )
-    episode.stop = job.stop
+    episode = _prepared(config, job)
     checkpoints = saved(directory / CHECKPOINTS) if job.resume else []
-    if checkpoints:
-        restore(load(checkpoints[-1], directory / METRICS), episode)
+    state = load(checkpoints[-1], directory / METRICS) if checkpoints else None
+    _restore(episode, state)
     # whatever cannot work was refused above, before anything is written
     if whole is not None:
         create(directory.parent, whole)
@@ -158,12 +161,52 @@ def _run_in(
         result = _run_episode(episode, directory, job)
         del episode  # its worker processes end here
         if job.growing and job.baseline:
-            plain = replace(job, mode="fit", policy=None, policy_file=None, hub=None, profile=False)
+            plain = _plain(job)
             with claimed(directory / BASELINE, resume=job.resume):
                 _run_in(directory / BASELINE, config, plain)
     finally:
         job.say(f"report: {write_report(directory)}")
     return result
+
+
+def _run_beside(config: RunConfig, job: Job) -> EpisodeResult:
+    """What ranks other than the first do: the same run, with nothing on disk."""
+    episode = _prepared(config, job)
+    _restore(episode, None)
+    result = run_episode(episode)
+    episode.hub.close()
+    del episode  # its worker processes end here
+    if job.growing and job.baseline:
+        _run_beside(config, _plain(job))
+    return result
+
+
+def _prepared(config: RunConfig, job: Job) -> Episode:
+    episode = prepare(
+        config,
+        job.mode,
+        task=job.task,
+        policy=job.policy,
+        hub=job.hub or TelemetryHub((), config.telemetry),
+        registry=job.registry,
+    )
+    episode.stop = job.stop
+    if episode.ranks is not None:
+        episode.ranks.stop = job.stop
+    return episode
+
+
+def _plain(job: Job) -> Job:
+    """The baseline of a job that grows a network."""
+    return replace(job, mode="fit", policy=None, policy_file=None, hub=None, profile=False)
+
+
+def _restore(episode: Episode, state: Mapping[str, Any] | None) -> None:
+    """Bring the episode to the state of the checkpoint that rank 0 read, if it read one."""
+    if episode.ranks is not None:
+        state = episode.ranks.from_first(state)
+    if state is not None:
+        restore(state, episode)
 
 
 def _run_episode(episode: Episode, directory: Path, job: Job) -> EpisodeResult:

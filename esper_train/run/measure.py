@@ -28,12 +28,13 @@ def launch_epoch(episode: Episode, epoch: int) -> Launched[Measured]:
     model = episode.model
     train = launch_training(
         model,
-        map(episode.stop.before, episode.train),
+        episode.stoppable(episode.train),
         episode.optimizers,
         config.train,
         step=episode.step,
         learners=episode.learners(),
         max_batches=config.max_batches,
+        ranks=episode.ranks,
     )
     episode.cost.add_epoch(model, episode.example)
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
@@ -51,7 +52,7 @@ def launch_epoch(episode: Episode, epoch: int) -> Launched[Measured]:
         scopes[name] = model.incubation(name).entered
     validation = launch_evaluation(
         model,
-        map(episode.stop.before, episode.validation),
+        episode.stoppable(episode.validation),
         config.train,
         step=episode.step,
         variants=variants,

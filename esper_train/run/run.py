@@ -122,10 +122,10 @@ def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> Epi
     """
     with EpisodeRun(episode, checkpoints) as run, episode.random.active():
         while not run.over:
-            signals = run.observe(run.launch().read())
+            signals = run.observe(episode.agreed(run.launch().read()))
             if signals is not None:
-                run.apply(episode.policy.decide(signals))
-        return run.finish(run.launch_test().read())
+                run.apply(episode.decide(signals))
+        return run.finish(episode.agreed(run.launch_test().read()))
 
 
 class EpisodeRun:
@@ -213,7 +213,7 @@ class EpisodeRun:
         _give_kept(episode)
         return launch_evaluation(
             episode.model,
-            map(episode.stop.before, episode.test),
+            episode.stoppable(episode.test),
             episode.config.train,
             step=episode.step,
         )

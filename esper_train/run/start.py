@@ -20,6 +20,7 @@ from esper_train.run.run import (
 from esper_train.tasks import Task
 from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.sinks import ConsoleSink
+from esper_train.train.ranks import joined
 
 
 def run_heuristic_episode(
@@ -105,7 +106,8 @@ def _run(config: RunConfig, job: Job, out: str | Path | None) -> list[EpisodeRes
         return run_job(config, replace(job, say=print, display=ConsoleSink), Path(out))
     if job.resume:
         raise ValueError("resume=True continues the run in a directory: name it with out=...")
-    episode = prepare(
-        config, job.mode, task=job.task, policy=job.policy, hub=job.hub, registry=job.registry
-    )
-    return [run_episode(episode)]
+    with joined(config.distributed, config.device):
+        episode = prepare(
+            config, job.mode, task=job.task, policy=job.policy, hub=job.hub, registry=job.registry
+        )
+        return [run_episode(episode)]

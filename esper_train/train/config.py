@@ -114,6 +114,21 @@ class TrainConfig(Settings, table="train."):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig(Settings, table="distributed."):
+    """Training of one network by several processes, which `torchrun` starts. A batch is divided
+    between them, so the network is the one that a single process would train."""
+
+    strategy: Literal["none", "ddp"] = "none"
+    """"none" trains in one process. "ddp" gives each process the whole network and a part of each
+    batch, and adds up the gradients. ("fsdp2" is not supported yet.)"""
+    check_every: CountOrZero = 1
+    """Epochs between comparisons of the processes' networks, which have to be equal: a difference
+    ends the run. 0 never compares."""
+    timeout: Positive = 600.0
+    """Seconds after which a process gives up waiting for the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Settings, table="optim.schedule."):
     """How learning rates change over what is left of the run when their optimizer is made."""
 

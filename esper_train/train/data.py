@@ -1,6 +1,7 @@
 """Batches from tensors in memory, made on the model's device or by worker processes."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -26,10 +27,25 @@ def is_pair_of_tensors(data: object) -> TypeGuard[Split]:
     )
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes trains on: a part of each batch, the sizes of which differ by
+    at most one row."""
+
+    rank: int
+    world: int
+
+    def of(self, rows: Tensor) -> Tensor:
+        """This rank's rows of a batch; there may be none."""
+        return rows.tensor_split(self.world)[self.rank]
+
+
 class Loader:
     """Batches (inputs, targets) of a split, the ragged last one included, for a model on `device`.
 
-    `shuffle` gives the order, another one each epoch; nothing else draws from it. Without workers
+    `shuffle` gives the order, another one each epoch; nothing else draws from it. With `share`,
+    batches are divided in that order, the same for all processes, and the loader gives one's own
+    part of each. Without workers
     the tensors are indexed where they are, one operation per batch: on a CUDA device, unless they
     would take more than half of what is free there. Otherwise a `DataLoader` makes the same
     batches, in pinned memory for a CUDA device.
@@ -45,7 +61,9 @@ class Loader:
         shuffle: torch.Generator | None = None,
         device: torch.device = CPU,
         workers: int = 0,
+        share: Share | None = None,
     ) -> None:
+        self._share = share or Share(0, 1)
         self._split = split
         self._batch_size = batch_size
         self._shuffle = shuffle
@@ -73,11 +91,13 @@ class Loader:
         if self._shuffle is not None:
             rows = torch.randperm(len(targets), generator=self._shuffle, device="cpu")
         if self._loader is not None:
-            self._order[:] = [part.tolist() for part in rows.split(self._batch_size)]
+            parts = rows.split(self._batch_size)
+            self._order[:] = [self._share.of(part).tolist() for part in parts]
             yield from self._loader
-        elif self._shuffle is None:
+        elif self._shuffle is None and self._share.world == 1:
             for x, t in zip(*(part.split(self._batch_size) for part in self._split), strict=True):
                 yield x.clone(), t.clone()
         else:
             for part in rows.to(targets.device).split(self._batch_size):
-                yield inputs.index_select(0, part), targets.index_select(0, part)
+                own = self._share.of(part)
+                yield inputs.index_select(0, own), targets.index_select(0, own)

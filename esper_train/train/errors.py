@@ -17,3 +17,7 @@ class BadNumbersError(ArithmeticError):
 
 class NonFiniteLossError(BadNumbersError):
     """The loss became NaN or infinite."""
+
+
+class RanksDifferError(RuntimeError):
+    """Processes that train one network together do not have the same one any more."""

@@ -18,13 +18,13 @@ from esper_train.base.modes import evaluating
 from esper_train.train.batches import Batch, Batches, ReadBatch, drawn, grouped
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
-from esper_train.train.errors import NonFiniteLossError
 from esper_train.train.forward import ForwardOf
 from esper_train.train.launched import Launched, Stopwatch
 from esper_train.train.learner import Learner
 from esper_train.train.loss import Criterion
 from esper_train.train.optimizer_steps import NETWORK, OptimizerSteps
 from esper_train.train.optimizers import OptimizerRegistry
+from esper_train.train.ranks import Ranks
 from esper_train.train.results import (
     EpochResult,
     EvalResult,
@@ -32,7 +32,7 @@ from esper_train.train.results import (
     Measures,
     StepEnd,
     measures_of,
-    went_bad,
+    refuse_bad_numbers,
 )
 from esper_train.train.step import Scope, TrainStep, build_train_step
 
@@ -100,7 +100,7 @@ def train_one_epoch(
         on_step=on_step,
     ).read()
     if config.on_bad_numbers == "stop":
-        _refuse_bad_numbers(epoch, step)
+        refuse_bad_numbers(epoch, scaled=step.scaler is not None)
     return epoch
 
 
@@ -114,9 +114,14 @@ def launch_training(
     learners: Sequence[Learner] = (),
     max_batches: int | None = None,
     on_step: Callable[[StepEnd], object] | None = None,
+    ranks: Ranks | None = None,
 ) -> Launched[EpochResult]:
     """`train_one_epoch` without its host sync. The caller judges the losses itself: one that is not
-    finite is returned under every policy."""
+    finite is returned under every policy.
+
+    With `ranks`, the loader gives this rank's share of each batch, and every step and the result
+    are those of all ranks.
+    """
     if not torch.is_grad_enabled():
         raise ValueError(
             "expected gradients to be enabled, got a call of train_one_epoch within "
@@ -128,7 +133,10 @@ def launch_training(
         )
     device = _device(model)
     watch = Stopwatch(device)
-    steps = _train(model, loader, optimizers, config, step, learners, max_batches, on_step)
+    steps = _train(model, loader, optimizers, config, step, learners, max_batches, on_step, ranks)
+    if ranks is not None:
+        steps.meter.all_reduce()
+        ranks.copy_first(model.buffers())
     watch.stop()
     return _training_to_read(steps, step, config, device, watch)
 
@@ -142,6 +150,7 @@ def _train(
     learners: Sequence[Learner],
     max_batches: int | None,
     on_step: Callable[[StepEnd], object] | None,
+    ranks: Ranks | None,
 ) -> OptimizerSteps:
     """Train on every batch; the sums of the steps stay on the device."""
     device = _device(model)
@@ -150,7 +159,7 @@ def _train(
             scaler.to(device)
 
     def make() -> OptimizerSteps:
-        return OptimizerSteps(model, optimizers, config, step, device, learners)
+        return OptimizerSteps(model, optimizers, config, step, device, learners, ranks)
 
     capture = None
     if config.capture:
@@ -211,18 +220,6 @@ def _training_to_read(
 
     strict = config.on_bad_numbers == "stop"
     return Launched(sources=steps.sources(), strict=strict, result=result)
-
-
-def _refuse_bad_numbers(epoch: EpochResult, step: TrainStep) -> None:
-    """Raise `NonFiniteLossError` where the loss or a gradient was not finite."""
-    if went_bad(epoch, scaled=step.scaler is not None):
-        bad_gradients = epoch.grad.nan_count + epoch.grad.inf_count if epoch.grad else 0
-        raise NonFiniteLossError(
-            f"the training loss is {epoch.loss} and {bad_gradients} gradient entries were NaN or "
-            "infinite; try a smaller learning rate or train.grad.clip_norm, or set "
-            "train.on_bad_numbers to 'warn' or 'skip'",
-            epoch,
-        )
 
 
 def evaluate(

@@ -10,7 +10,9 @@ from esper_kernels import GradHealth, GradStats, Meter, MeterResult
 from esper_train.train.batches import Batch
 from esper_train.train.config import TrainConfig
 from esper_train.train.learner import Learner
+from esper_train.train.loss import Divisor
 from esper_train.train.optimizers import OptimizerRegistry
+from esper_train.train.ranks import GradientSum, Ranks
 from esper_train.train.results import whole_epoch
 from esper_train.train.step import TrainStep
 from esper_train.train.unit import Unit
@@ -34,6 +36,7 @@ class OptimizerSteps:
         step: TrainStep,
         device: torch.device,
         learners: Sequence[Learner],
+        ranks: Ranks | None = None,
     ) -> None:
         self._model = model
         self._optimizers = optimizers
@@ -44,6 +47,7 @@ class OptimizerSteps:
         self.saw_soft_targets = False
         groups = optimizers.parameters()
         self._parameters = [p for members in groups.values() for p in members]
+        self._add_up = None if ranks is None else GradientSum(ranks, self._parameters)
         units: dict[str, Unit] = {}
         apart = {id(buffer) for learner in learners for buffer in learner.buffers}
         for learner in learners:
@@ -92,11 +96,10 @@ class OptimizerSteps:
         if self._config.on_bad_numbers == "skip":
             for unit in units:
                 unit.keep_buffers()
-        divisor = None
-        if len(group) > 1:
-            divisor = step.loss.divisor([targets for _, targets in group])
-        for inputs, targets in group:
-            step(self._model, inputs, targets, self.meter, divisor, self._learners)
+        if self._add_up is None:
+            self._learn(group)
+        else:
+            self._add_up(self._learn_share(group))
         if measure:
             with step.spans.statistics:
                 for unit in units:
@@ -104,3 +107,48 @@ class OptimizerSteps:
         with step.spans.optimizer:
             for unit in units:
                 unit.step(optimizers, measure)
+
+    def _learn(self, group: Sequence[Batch]) -> None:
+        """Forward and backward of each batch."""
+        divisor = None
+        if len(group) > 1:
+            divisor = self._step.loss.divisor([targets for _, targets in group])
+        for inputs, targets in group:
+            self._step(self._model, inputs, targets, self.meter, divisor, self._learners)
+
+    def _learn_share(self, group: Sequence[Batch]) -> Tensor | float | None:
+        """`_learn` for this rank's share of the batches, and by what its mean counts among those of
+        the other ranks: the weight of its valid rows; with a criterion of the caller's own the
+        number of rows; None for sums."""
+        loss = self._step.loss
+        group = [batch for batch in group if _rows(batch)]
+        divisor = loss.divisor([targets for _, targets in group])
+        seen = None if divisor is None else _Seen(divisor)
+        for inputs, targets in group:
+            self._step(self._model, inputs, targets, self.meter, seen, self._learners)
+        if loss.own is not None:
+            return float(sum(_rows(batch) for batch in group))
+        return None if seen is None else seen.value
+
+
+class _Seen:
+    """A divisor that remembers what it gave; 0 before it was called."""
+
+    def __init__(self, divisor: Divisor) -> None:
+        self._divisor = divisor
+        self.value: Tensor | float = 0.0
+
+    def __call__(self, classes: int) -> Tensor | float:
+        self.value = self._divisor(classes)
+        return self.value
+
+
+def _rows(batch: Batch) -> int:
+    """Rows of a batch; `ValueError` for targets that do not say how many there are."""
+    targets = batch[1]
+    if not isinstance(targets, Tensor) or targets.dim() == 0:
+        raise ValueError(
+            "with distributed.strategy, expected targets as a tensor with a row for each sample, "
+            f"got a {type(targets).__name__}; pass batch= to make one, or train in one process"
+        )
+    return len(targets)

@@ -7,6 +7,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from esper_kernels import GradHealth, Meter, MeterResult
+from esper_train.train.errors import NonFiniteLossError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,18 @@ def went_bad(epoch: EpochResult, *, scaled: bool) -> bool:
     gradients = 0 if epoch.grad is None else epoch.grad.nan_count + epoch.grad.inf_count
     loss_is_bad = epoch.valid > 0 and not math.isfinite(epoch.loss)
     return loss_is_bad or (gradients > 0 and not scaled)
+
+
+def refuse_bad_numbers(epoch: EpochResult, *, scaled: bool) -> None:
+    """Raise `NonFiniteLossError` where the loss or a gradient was not finite."""
+    if went_bad(epoch, scaled=scaled):
+        bad_gradients = epoch.grad.nan_count + epoch.grad.inf_count if epoch.grad else 0
+        raise NonFiniteLossError(
+            f"the training loss is {epoch.loss} and {bad_gradients} gradient entries were NaN or "
+            "infinite; try a smaller learning rate or train.grad.clip_norm, or set "
+            "train.on_bad_numbers to 'warn' or 'skip'",
+            epoch,
+        )
 
 
 def whole_epoch(last: GradHealth, counts: list[int]) -> GradHealth:

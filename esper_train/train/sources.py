@@ -23,7 +23,7 @@ from torch.utils.data import (
 from esper_train.base.state import seeded
 from esper_train.base.workers import GuardedLoader, WorkerLoader
 from esper_train.train.batches import Batch, ReadBatch, moved, read_batch, read_by
-from esper_train.train.data import Data, Loader, is_pair_of_tensors
+from esper_train.train.data import Data, Loader, Share, is_pair_of_tensors
 
 CPU = torch.device("cpu")
 LARGEST_SEED = 2**62
@@ -59,11 +59,16 @@ def make_source(
     shuffle: torch.Generator | None = None,
     device: torch.device = CPU,
     workers: int = 0,
+    share: Share | None = None,
 ) -> Source:
-    """The batches of `data`; `batch_size`, `shuffle` and `workers` are for all but loaders, which
-    are used as they are."""
+    """The batches of `data`, or one process's share of each; `batch_size`, `shuffle` and `workers`
+    are for all but loaders, which are used as they are and cannot be shared (`ValueError`)."""
+    if share is not None:
+        _require_shareable(data, batch_size, workers, share)
     if is_pair_of_tensors(data):
-        return TensorSource(data, batch_size, shuffle=shuffle, device=device, workers=workers)
+        return TensorSource(
+            data, batch_size, shuffle=shuffle, device=device, workers=workers, share=share
+        )
     pin_memory = device.type == "cuda"
     if isinstance(data, IterableDataset):
         return LoaderSource(
@@ -71,9 +76,35 @@ def make_source(
         )
     if isinstance(data, Dataset):
         return DatasetSource(
-            data, batch_size, shuffle=shuffle, workers=workers, pin_memory=pin_memory
+            data,
+            batch_size,
+            shuffle=shuffle,
+            workers=workers,
+            pin_memory=pin_memory,
+            share=share,
         )
     return LoaderSource(data)
+
+
+def _require_shareable(data: Data, batch_size: int, workers: int, share: Share) -> None:
+    """`ValueError` for data whose batches cannot be divided between processes."""
+    tensors = is_pair_of_tensors(data)
+    if not tensors and (not isinstance(data, Dataset) or isinstance(data, IterableDataset)):
+        raise ValueError(
+            "with distributed.strategy, expected training data as a pair of tensors or a map-style "
+            f"Dataset, whose batches can be divided, got a {type(data).__name__}; return one of "
+            "these from the task, or train in one process"
+        )
+    if tensors and not workers:
+        return  # a share without rows is a batch of no rows
+    rows = len(data[1]) if is_pair_of_tensors(data) else len(cast(Sized, data))
+    smallest = rows % batch_size or batch_size
+    if min(smallest, batch_size) < share.world:
+        raise ValueError(
+            f"{rows} rows in batches of {batch_size} leave a last batch of {smallest}, fewer than "
+            f"the {share.world} processes, and a data set or a worker cannot give a batch of no "
+            "rows; choose another batch_size, or, for tensors in memory, workers = 0"
+        )
 
 
 class _Stateless:
@@ -116,7 +147,9 @@ class DatasetSource(_Stateless):
         shuffle: torch.Generator | None = None,
         workers: int = 0,
         pin_memory: bool = False,
+        share: Share | None = None,
     ) -> None:
+        self._share = share or Share(0, 1)
         self._size = len(cast(Sized, data))
         self._batch_size = batch_size
         self._shuffle = shuffle
@@ -138,7 +171,9 @@ class DatasetSource(_Stateless):
             rows = torch.randperm(self._size, generator=self._shuffle, device="cpu")
             size = seeds.shape
             seeds = torch.randint(LARGEST_SEED, size, generator=self._shuffle, device="cpu")
-        places = [part.tolist() for part in rows.split(self._batch_size)]
+        seeds += self._share.rank  # processes draw different numbers for their rows
+        parts = rows.split(self._batch_size)
+        places = [self._share.of(part).tolist() for part in parts]
         self._order[:] = list(zip(seeds.tolist(), places, strict=True))
         return iter(self._loader)
 

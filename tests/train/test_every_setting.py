@@ -48,6 +48,8 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("TrainConfig", "accumulate"): {"1"},
     ("TrainConfig", "capture"): SWITCH,
     ("TrainConfig", "linear_loss"): SWITCH,
+    ("DistributedConfig", "check_every"): {"1"},
+    ("DistributedConfig", "timeout"): {"1"},
     ("ScheduleConfig", "final"): {"1"},
     ("ScheduleConfig", "warmup"): {"1"},
     ("OptimConfig", "host_lr"): {"1"},
