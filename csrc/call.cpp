@@ -46,15 +46,20 @@ bool same_place(const Array& x, const Array& y) {
          std::equal(x.strides, x.strides + x.dims, y.strides);
 }
 
-// Whether two elements may share memory, as in an expanded tensor. Unusual strides without any such pair can
-// give true as well.
-bool overlaps_itself(const Array& x) {
+// Strides and sizes of the dimensions of more than one element, by stride.
+std::vector<std::pair<int64_t, int64_t>> sorted_dims(const Array& x) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < x.dims; ++d)
     if (x.sizes[d] > 1) dims.emplace_back(x.strides[d], x.sizes[d]);
   std::sort(dims.begin(), dims.end());
+  return dims;
+}
+
+// Whether two elements may share memory, as in an expanded tensor. Unusual strides without any such pair can
+// give true as well.
+bool overlaps_itself(const Array& x) {
   int64_t reach = 0;  // from the first to the last element, over the dimensions so far
-  for (const auto& [stride, size] : dims) {
+  for (const auto& [stride, size] : sorted_dims(x)) {
     if (stride <= reach) return true;
     reach += stride * (size - 1);
   }
@@ -157,6 +162,16 @@ bool Array::contiguous() const {
   return follows || expected == 0;
 }
 
+bool Array::dense() const {
+  if (contiguous()) return true;
+  int64_t expected = 1;
+  for (const auto& [stride, size] : sorted_dims(*this)) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
 bool Array::has_row_layout() const {
   RowLayout layout;
   if (numel() == 0) return true;
@@ -172,6 +187,7 @@ RowLayout Array::row_layout() const {
 bool usable(const Array& x, Access access) {
   if (!x.aligned()) return false;
   if (access == Access::kContiguous) return x.contiguous();
+  if (access == Access::kDense) return x.dense();
   if (access == Access::kRows && x.numel() > 0 && x.class_stride() != 1) return false;
   return x.has_row_layout();
 }
@@ -227,13 +243,19 @@ GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays& out
   const int64_t n = tensors.size();
   double* const magnitudes = memory_of<double>("magnitudes", out.magnitudes, kFloat64, 2 * n);
   int64_t* const counts = memory_of<int64_t>("counts", out.counts, kInt64, 3 * n);
+  require(out.table.has_value() == out.table_on_host.has_value(), "both tables or none");
+  const auto table = [&](const std::optional<Array>& x) {
+    return x ? memory_of<int32_t>("a table", *x, kInt32, (n + 1) * kGradTableWords) : nullptr;
+  };
   return {magnitudes,
           magnitudes + n,
           counts,
           counts + n,
           counts + 2 * n,
           memory_of<double>("total_norm", out.total_norm, kFloat64, 1),
-          memory_of<float>("found_inf", out.found_inf, kFloat32, 1)};
+          memory_of<float>("found_inf", out.found_inf, kFloat32, 1),
+          table(out.table),
+          table(out.table_on_host)};
 }
 
 LossRows rows_of(const LossCall& call, const Array* grad_output) {

@@ -65,6 +65,7 @@ struct Array {
   int64_t numel() const;
   int64_t reach() const;  // bytes from `data` to the end of the last element
   bool contiguous() const;
+  bool dense() const;  // whether the elements fill a range of memory, in any order
   bool aligned() const { return reinterpret_cast<uintptr_t>(data) % bytes_of(dtype) == 0; }
   // Whether the leading dimensions of [..., classes] are such a layout.
   bool has_row_layout() const;
@@ -163,12 +164,17 @@ struct GradStatsArrays {
   Array magnitudes;  // float64 [2, T]: norms, max_abs
   Array counts;      // int64 [3, T]: zeros, nans, infs
   Array total_norm, found_inf;
+  // int32 [T + 1, kGradTableWords]: what CUDA keeps between calls to find the tensors by, and what the host
+  // knows of it; both or neither. -1 everywhere on the host: nothing yet.
+  std::optional<Array> table = {}, table_on_host = {};
 };
+constexpr int kGradTableWords = 5;
 struct GradStatsOut {
   double *norms, *max_abs;
   int64_t *zeros, *nans, *infs;
   double* total_norm;
   float* found_inf;
+  int32_t *table, *table_on_host;
 };
 
 // The checks. Each throws std::invalid_argument for a call that would access the wrong memory or makes no
@@ -182,8 +188,9 @@ GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays&);
 // `usable` is false. backward: grad_output, which is [] or one number per row.
 LossRows rows_of(const LossCall&, const Array* grad_output = nullptr);
 LogprobRows rows_of(const LogprobCall&);
-// How kernels read an array: in one piece; by rows with the classes next to each other; or by rows.
-enum class Access { kContiguous, kRows, kAnyClassStride };
+// How kernels read an array: in one piece; in one piece whatever the order, as channels-last; by rows with
+// the classes next to each other; or by rows.
+enum class Access { kContiguous, kDense, kRows, kAnyClassStride };
 bool usable(const Array& x, Access access);
 
 }  // namespace esper

@@ -110,17 +110,21 @@ void token_logprobs_backward_op(Tensor logits, Tensor targets, int64_t ignore_in
 
 template <class Device>
 void grad_stats_op(std::vector<Tensor> tensors, MaybeTensor inv_scale, int64_t instruction_set,
-                   Tensor magnitudes, Tensor counts, Tensor total_norm, Tensor found_inf) {
+                   Tensor magnitudes, Tensor counts, Tensor total_norm, Tensor found_inf, MaybeTensor table,
+                   MaybeTensor table_on_host) {
   Device device(magnitudes, instruction_set);
   Arrays arrays{magnitudes};
   std::vector<Array> gradients;
   gradients.reserve(tensors.size());
   for (const Tensor& x : tensors) gradients.push_back(arrays.of(x));
-  const GradStatsOut out = check(
-      gradients, {arrays.of(magnitudes), arrays.of(counts), arrays.of(total_norm), arrays.of(found_inf)});
+  if (table_on_host && !table_on_host->is_cpu())
+    throw std::invalid_argument("esper: expected the host's table on the CPU");
+  const GradStatsOut out =
+      check(gradients, {arrays.of(magnitudes), arrays.of(counts), arrays.of(total_norm), arrays.of(found_inf),
+                        arrays.of(table),
+                        table_on_host ? std::optional<Array>(array_of(*table_on_host)) : std::nullopt});
   const Number scale = arrays.number(1, inv_scale);
-  for (size_t i = 0; i < tensors.size(); ++i)
-    arrays.make_usable(tensors[i], Access::kContiguous, &gradients[i]);
+  for (size_t i = 0; i < tensors.size(); ++i) arrays.make_usable(tensors[i], Access::kDense, &gradients[i]);
   device.grad_stats(gradients, scale, out);
 }
 

@@ -34,7 +34,8 @@ constexpr const char* kSchemas[] = {
     "int instruction_set, Tensor? entropy, Tensor row_sums, Tensor grad_logprobs, Tensor? grad_entropy, "
     "Tensor(a!) out) -> ()",
     "grad_stats(Tensor[] tensors, Tensor? inv_scale, int instruction_set, Tensor(a!) magnitudes, "
-    "Tensor(b!) counts, Tensor(c!) total_norm, Tensor(d!) found_inf) -> ()",
+    "Tensor(b!) counts, Tensor(c!) total_norm, Tensor(d!) found_inf, Tensor(e!)? table=None, "
+    "Tensor(f!)? table_on_host=None) -> ()",
     "use_huge_pages(Tensor x) -> ()",
 };
 

@@ -18,6 +18,12 @@ Device current_device() {
   return {values[0], values[1], values[2], values[3] >= 9};
 }
 
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 std::string refusal() {
   int driver = 0, built = 0, devices = 0;
   cudaDriverGetVersion(&driver);  // 0 without one; 13000 for CUDA 13.0

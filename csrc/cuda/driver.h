@@ -29,7 +29,8 @@ void cross_entropy_backward(const LossCall&, const Array& grad_output, cudaStrea
 // Log-probabilities and entropies, or the gradient. Rows with bad targets give NaN, and a gradient of 0.
 void token_logprobs(const LogprobCall&, cudaStream_t);
 
-// Tensors are contiguous.
+// Tensors are dense, see Array. With GradStatsOut::table, only the first call and those after a tensor has
+// moved fill it.
 void grad_stats(const std::vector<Array>& tensors, const Number& inv_scale, const GradStatsOut&,
                 const Allocate&, cudaStream_t);
 
@@ -43,6 +44,8 @@ struct Device {
   bool clusters;
 };
 Device current_device();
+
+bool is_capturing(cudaStream_t);  // into a graph
 
 void check(cudaError_t);
 

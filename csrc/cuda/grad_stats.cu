@@ -1,6 +1,8 @@
-// Gradient statistics: one launch over any list of tensors, cut into pieces of equal size. The list is a
-// table in device memory, filled through kernel arguments, which needs no copy that the host would wait for.
+// Gradient statistics: one launch over any list of tensors, cut into pieces of equal size, of which each
+// block takes a share. The list is a table in device memory, filled through kernel arguments, which needs no
+// copy that the host would wait for; it is filled again only when a tensor has moved.
 #include <algorithm>
+#include <cstring>
 
 #include "cuda/driver.h"
 #include "cuda/rows.h"
@@ -8,16 +10,18 @@
 namespace esper::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kPieceElements = 32768, kMostPieces = 8192;  // beyond this many, pieces get larger instead
-constexpr int kTableTensors = CUDART_VERSION >= 12010 ? 512 : 128;  // tensors per launch: 12 KiB of arguments
+constexpr int kThreads = 256, kBlocks = 4;                           // blocks per multiprocessor
+constexpr int64_t kPiece = 8192;                                     // elements
+constexpr int kTableTensors = CUDART_VERSION >= 12010 ? 2016 : 240;  // per launch: as arguments may be long
 
+// One more, behind the last, begins where the last ends.
 struct Tensor {
   const void* data;
-  int64_t size;
   int32_t first_piece;
-  int16_t dtype;
+  uint16_t missing;  // elements that its last piece has less than the others
+  uint16_t dtype;
 };
+static_assert(sizeof(Tensor) == kGradTableWords * 4 - sizeof(unsigned));
 
 struct Found {
   double squares = 0, max_abs = 0;
@@ -25,14 +29,13 @@ struct Found {
 };
 
 struct Job {
-  Tensor* tensors;
+  Tensor* tensors;    // [num_tensors + 1]
+  unsigned* tickets;  // [num_tensors + 1]
   int num_tensors, num_pieces;
-  int64_t piece;  // elements
   Number inv_scale;
   GradStatsOut out;
-  Found* pieces;      // [num_pieces]
-  double* squares;    // [num_tensors]
-  unsigned* tickets;  // [num_tensors + 1]
+  Found* runs;      // [num_tensors + blocks]: of tensor t, what block b found is at t + b
+  double* squares;  // [num_tensors]
 };
 
 struct Merge {
@@ -52,50 +55,79 @@ struct Part {
 };
 
 __global__ void __launch_bounds__(kThreads)
-    write_tensor_table(const __grid_constant__ Part part, const __grid_constant__ Job job, int first,
-                       int count) {
+    write_tensor_table(const __grid_constant__ Part part, Tensor* tensors, unsigned* tickets, int count) {
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    job.tensors[first + i] = part.tensors[i];
-    job.tickets[first + i] = 0;
+    tensors[i] = part.tensors[i];
+    tickets[i] = 0;
   }
-  if (threadIdx.x == 0) job.tickets[job.num_tensors] = 0;
 }
 
-// What one thread sees of a piece. NaN is left out of the maximum and put in at the end.
-template <class Value>
+// What one thread sees. Squares of float32 neither overflow nor underflow in double, so a NaN or an infinity
+// shows in their sum, and costs nothing where there is none. Two sums hide the latency of one.
 struct Look {
-  double squares = 0;
-  Value max_abs = 0;
-  unsigned zeros = 0, nans = 0, infs = 0;
-  __device__ void at(Value x) {
-    squares = fma(static_cast<double>(x), static_cast<double>(x), squares);
-    max_abs = fmax(max_abs, fabs(x));
+  double squares[2] = {};
+  float max_abs = 0;
+  unsigned zeros = 0;
+  __device__ void at(float x, int k) {
+    squares[k % 2] = fma(static_cast<double>(x), static_cast<double>(x), squares[k % 2]);
+    max_abs = fmaxf(max_abs, fabsf(x));
     zeros += x == 0;
-    nans += x != x;
-    infs += isinf(x);
   }
 };
 
-// Multiplies each value by `scale`, in double: once at the end if the square of the scale is an ordinary
-// number, and value by value otherwise.
+// This thread's share of n elements: vectors at 16 byte boundaries, and single ones before and behind them.
 template <class T>
-__device__ Found look_at(const void* data, int64_t begin, int64_t n, double scale) {
-  constexpr int kSize = Vector<T>::kSize;
-  const Span<const T> span{static_cast<const T*>(data) + begin, n};
-  if (!(fabs(scale) > 1e-100 && fabs(scale) < 1e100)) {
-    Look<double> look;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) look.at(widen(span.data[i]) * scale);
-    return {look.squares, look.max_abs, look.zeros, look.nans, look.infs};
-  }
-  Look<float> look;
-  for_vectors(span, 0, span.vectors(), false, [&](int64_t v, const Vector<T>& x) {
-    const int64_t first = span.first(v);
-    const bool whole = span.whole(first);
+__device__ Look look_at(const T* data, int64_t n) {
+  constexpr int kSize = Vector<T>::kSize, kInFlight = 4;
+  const int64_t head = min(n, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)));
+  const int64_t vectors = (n - head) / kSize;
+  const auto* from = reinterpret_cast<const Vector<T>*>(data + head);
+  Look look;
+  const auto take = [&](const Vector<T>& x) {
 #pragma unroll
-    for (int k = 0; k < kSize; ++k)
-      if (whole || (first + k >= 0 && first + k < n)) look.at(widen(x.x[k]));
-  });
-  return {look.squares * scale * scale, look.max_abs * fabs(scale), look.zeros, look.nans, look.infs};
+    for (int k = 0; k < kSize; ++k) look.at(widen(x.x[k]), k);
+  };
+  int64_t v = threadIdx.x;
+  for (; v + (kInFlight - 1) * kThreads < vectors; v += kInFlight * kThreads) {
+    Vector<T> x[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) x[j] = from[v + j * kThreads];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) take(x[j]);
+  }
+  for (; v < vectors; v += kThreads) take(from[v]);
+  const int64_t single = threadIdx.x < head ? threadIdx.x : threadIdx.x + vectors * kSize;
+  if (single < n) look.at(widen(data[single]), 0);
+  return look;
+}
+
+// The same for scales that are 0, extreme or not finite, and to count NaN and infinity.
+template <class T>
+__device__ Found look_closely(const T* data, int64_t n, double scale) {
+  Found found;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+    const double x = widen(data[i]) * scale;
+    found.squares = fma(x, x, found.squares);
+    found.max_abs = fmax(found.max_abs, fabs(x));  // NaN is put in at the end
+    found.zeros += x == 0;
+    found.nans += x != x;
+    found.infs += isinf(x);
+  }
+  return found;
+}
+
+// The n elements of a tensor from `begin` on, each multiplied by `scale`; the same in every thread.
+template <class T>
+__device__ Found measure(const void* tensor, int64_t begin, int64_t n, double scale, Found* scratch) {
+  const T* data = static_cast<const T*>(tensor) + begin;
+  if (fabs(scale) > 1e-100 && fabs(scale) < 1e100) {  // its square is an ordinary number
+    const Look look = look_at(data, n);
+    const double squares = look.squares[0] + look.squares[1];
+    const Found found = reduce_block(Found{squares * scale * scale, look.max_abs * fabs(scale), look.zeros},
+                                     Found{}, scratch, Merge());
+    if (found.squares < INFINITY) return found;
+  }
+  return reduce_block(look_closely(data, n, scale), Found{}, scratch, Merge());
 }
 
 // The tensor that piece i is part of: the last whose first piece is not behind it, empty ones skipped.
@@ -108,6 +140,12 @@ __device__ int tensor_of(const Job& job, int i) {
   return low;
 }
 
+// Block b takes the pieces from this one on to that of block b + 1.
+__device__ int first_piece_of(const Job& job, int64_t b) { return job.num_pieces * b / gridDim.x; }
+__device__ int block_of(const Job& job, int64_t piece) {
+  return ((piece + 1) * gridDim.x - 1) / job.num_pieces;
+}
+
 __device__ void write_tensor(const Job& job, int t, const Found& all) {
   job.out.norms[t] = sqrt(all.squares);
   job.out.max_abs[t] = all.nans > 0 ? NAN : all.max_abs;
@@ -117,11 +155,11 @@ __device__ void write_tensor(const Job& job, int t, const Found& all) {
   job.squares[t] = all.squares;
 }
 
-// The pieces of a tensor, in order, by the last block that worked on one.
-__device__ void finish_tensor(const Job& job, int t, int first, int pieces, Shared& shared) {
+// What the blocks from `first` to `last` found of a tensor, in order, by the last that worked on it.
+__device__ void finish_tensor(const Job& job, int t, int first, int last, Shared& shared) {
   Found all;
-  for (int i = first + threadIdx.x; i < first + pieces; i += kThreads) {
-    const Found* x = job.pieces + i;
+  for (int b = first + threadIdx.x; b <= last; b += kThreads) {
+    const Found* x = job.runs + t + b;
     all = Merge()(all, {__ldcg(&x->squares), __ldcg(&x->max_abs), __ldcg(&x->zeros), __ldcg(&x->nans),
                         __ldcg(&x->infs)});
   }
@@ -129,34 +167,42 @@ __device__ void finish_tensor(const Job& job, int t, int first, int pieces, Shar
   if (threadIdx.x == 0) write_tensor(job, t, all);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) grad_stats_pieces(const __grid_constant__ Job job) {
+// This block's share of tensor t, from piece `begin` to `end`.
+__device__ void run(const Job& job, int t, int begin, int end, double scale, Shared& shared) {
+  const Tensor x = job.tensors[t];
+  const int behind = job.tensors[t + 1].first_piece;
+  const int64_t from = (begin - x.first_piece) * kPiece;
+  const int64_t n = (end - begin) * kPiece - (end == behind ? x.missing : 0);
+  Found found;
+  if (x.dtype == kFloat32) found = measure<float>(x.data, from, n, scale, shared.scratch);
+  if (x.dtype == kBFloat16) found = measure<BFloat16>(x.data, from, n, scale, shared.scratch);
+  if (x.dtype == kFloat16) found = measure<Float16>(x.data, from, n, scale, shared.scratch);
+  const int first = block_of(job, x.first_piece), last = block_of(job, behind - 1);
+  if (first == last) {
+    if (threadIdx.x == 0) write_tensor(job, t, found);
+    return;
+  }
+  if (threadIdx.x == 0) job.runs[t + blockIdx.x] = found;
+  if (is_last(job.tickets + t, last - first + 1, &shared.flag)) finish_tensor(job, t, first, last, shared);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocks) grad_stats_pieces(const __grid_constant__ Job job) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const double scale = job.inv_scale.read();
-  const int64_t share = blockIdx.x, shares = gridDim.x;
-  const int begin = job.num_pieces * share / shares, end = job.num_pieces * (share + 1) / shares;
+  const int end = first_piece_of(job, blockIdx.x + 1);
+  int begin = first_piece_of(job, blockIdx.x);
   int t = begin < end ? tensor_of(job, begin) : 0;
-  for (int i = begin; i < end; ++i) {
-    while (t + 1 < job.num_tensors && job.tensors[t + 1].first_piece <= i) ++t;
-    const Tensor x = job.tensors[t];
-    const int64_t from = (i - x.first_piece) * job.piece, n = min(job.piece, x.size - from);
-    Found found;
-    if (x.dtype == kFloat32) found = look_at<float>(x.data, from, n, scale);
-    if (x.dtype == kBFloat16) found = look_at<BFloat16>(x.data, from, n, scale);
-    if (x.dtype == kFloat16) found = look_at<Float16>(x.data, from, n, scale);
-    found = reduce_block(found, Found{}, shared.scratch, Merge());
-    const int pieces = (x.size + job.piece - 1) / job.piece;
-    if (pieces == 1) {
-      if (threadIdx.x == 0) write_tensor(job, t, found);
-      continue;
-    }
-    if (threadIdx.x == 0) job.pieces[i] = found;
-    if (is_last(job.tickets + t, pieces, &shared.flag)) finish_tensor(job, t, x.first_piece, pieces, shared);
+  while (begin < end) {
+    while (job.tensors[t + 1].first_piece <= begin) ++t;
+    const int stop = min(end, job.tensors[t + 1].first_piece);
+    run(job, t, begin, stop, scale, shared);
+    begin = stop;
   }
   if (!is_last(job.tickets + job.num_tensors, gridDim.x, &shared.flag)) return;
 
   Found all;  // over all tensors; of the counts, only whether anything is not finite
   for (int i = threadIdx.x; i < job.num_tensors; i += kThreads) {
-    if (job.tensors[i].size == 0)
+    if (job.tensors[i].first_piece == job.tensors[i + 1].first_piece)  // empty
       write_tensor(job, i, Found{});
     else
       all = Merge()(all,
@@ -168,41 +214,60 @@ __global__ void __launch_bounds__(kThreads, 2) grad_stats_pieces(const __grid_co
   *job.out.found_inf = all.nans + all.infs > 0;
 }
 
+std::vector<Tensor> table_of(const std::vector<Array>& arrays) {
+  std::vector<Tensor> table;
+  table.reserve(arrays.size() + 1);
+  int32_t piece = 0;
+  for (const Array& x : arrays) {
+    const int64_t size = x.numel(), pieces = (size + kPiece - 1) / kPiece;
+    table.push_back(
+        {x.data, piece, static_cast<uint16_t>(pieces * kPiece - size), static_cast<uint16_t>(x.dtype)});
+    piece += pieces;
+  }
+  table.push_back({nullptr, piece, 0, 0});
+  return table;
+}
+
+// Fills the table on the device, and sets its tickets to 0.
+void write_table(const std::vector<Tensor>& table, const Job& job, cudaStream_t stream) {
+  Part part{};
+  for (size_t first = 0; first < table.size(); first += kTableTensors) {
+    const int count = std::min<size_t>(kTableTensors, table.size() - first);
+    std::copy_n(table.begin() + first, count, part.tensors);
+    check(launch(write_tensor_table, Grid{1, kThreads}, stream, part, job.tensors + first,
+                 job.tickets + first, count));
+  }
+}
+
 }  // namespace
 
 void grad_stats(const std::vector<Array>& arrays, const Number& inv_scale, const GradStatsOut& out,
                 const Allocate& allocate, cudaStream_t stream) {
+  const std::vector<Tensor> table = table_of(arrays);
+  const int64_t t = arrays.size(), bytes = table.size() * sizeof(Tensor);
   Job job{};
-  job.num_tensors = arrays.size();
+  job.num_tensors = t;
+  job.num_pieces = table.back().first_piece;
   job.inv_scale = inv_scale;
   job.out = out;
-  int64_t elements = 0;
-  for (const Array& x : arrays) elements += x.numel();
-  for (job.piece = kPieceElements; elements / job.piece > kMostPieces;) job.piece *= 2;
-  std::vector<Tensor> tensors;
-  for (const Array& x : arrays) {
-    const int64_t size = x.numel();
-    tensors.push_back({x.data, size, job.num_pieces, static_cast<int16_t>(x.dtype)});
-    job.num_pieces += (size + job.piece - 1) / job.piece;
-  }
+  const int blocks = std::clamp(job.num_pieces, 1, current_device().multiprocessors * kBlocks);
 
-  const int64_t t = job.num_tensors, p = job.num_pieces;
-  char* memory = static_cast<char*>(allocate(t * (sizeof(Tensor) + 8) + p * sizeof(Found) + (t + 1) * 4));
-  job.tensors = reinterpret_cast<Tensor*>(memory);
-  job.pieces = reinterpret_cast<Found*>(job.tensors + t);
-  job.squares = reinterpret_cast<double*>(job.pieces + p);
-  job.tickets = reinterpret_cast<unsigned*>(job.squares + t);
-  Part part{};
-  int first = 0;
-  do {  // even without any tensor, because it makes the ticket
-    const int count = std::min(kTableTensors, job.num_tensors - first);
-    std::copy_n(tensors.begin() + first, count, part.tensors);
-    check(launch(write_tensor_table, Grid{1, kThreads}, stream, part, job, first, count));
-    first += count;
-  } while (first < job.num_tensors);
-  const int most = current_device().multiprocessors * (2048 / kThreads);
-  check(launch(grad_stats_pieces, Grid{std::clamp(job.num_pieces, 1, most), kThreads, sizeof(Shared)}, stream,
-               job));
+  // A graph writes its own table whenever it is replayed: the kept one may hold other tensors by then.
+  const bool kept = out.table && !is_capturing(stream);
+  const int64_t table_bytes = kept ? 0 : (t + 1) * kGradTableWords * 4;
+  char* memory = static_cast<char*>(allocate((t + blocks) * sizeof(Found) + t * 8 + table_bytes));
+  job.runs = reinterpret_cast<Found*>(memory);
+  job.squares = reinterpret_cast<double*>(job.runs + t + blocks);
+  job.tensors = reinterpret_cast<Tensor*>(kept ? static_cast<void*>(out.table) : job.squares + t);
+  job.tickets = reinterpret_cast<unsigned*>(job.tensors + t + 1);
+  if (!kept) {
+    write_table(table, job, stream);
+  } else if (std::memcmp(out.table_on_host, table.data(), bytes) != 0) {
+    std::memset(out.table_on_host, -1, bytes);  // unknown, should a launch fail
+    write_table(table, job, stream);
+    std::memcpy(out.table_on_host, table.data(), bytes);
+  }
+  check(launch(grad_stats_pieces, Grid{blocks, kThreads, sizeof(Shared)}, stream, job));
 }
 
 }  // namespace esper::cuda

@@ -17,6 +17,11 @@ extern "C" void esper_shim_machine(int driver, int devices, bool kernels) {
   make_believe_driver = driver, make_believe_devices = devices, make_believe_kernels = kernels;
 }
 
+// Whether the stream that all ops use is being captured.
+extern "C" void esper_shim_capture(bool active) {
+  make_believe_capture = active ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+}
+
 STABLE_TORCH_LIBRARY(esper_shim, m) {
   for (const char* schema : esper::kSchemas) m.def(schema);
 }

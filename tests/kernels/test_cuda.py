@@ -30,6 +30,7 @@ from esper_kernels import (
     native,
     token_logprobs,
 )
+from esper_kernels.ops.grad_stats import cpp as native_grad_stats
 from esper_kernels.testing import (
     assert_no_worse_than_eager,
     plain_torch_cross_entropy,
@@ -397,6 +398,66 @@ def test_gradient_statistics_of_any_number_of_tensors(device: Device, count: int
             a = getattr(actual, name)
             b = getattr(expected, name)
             torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_statistics_of_tensors_that_blocks_share(
+    device: Device, dtype: torch.dtype, backwards: bool
+) -> None:
+    """Runs that begin and end anywhere, longer and shorter than a trip of the loop."""
+    device("whole", backwards)
+    generator = torch.Generator().manual_seed(0)
+    rare = torch.tensor([torch.nan, -torch.inf, torch.inf, 0.0, -0.0, 1e-45, 3e38])
+    for offset, size in ((0, 8192 * 13), (1, 8192 * 13), (3, 100_003), (5, 8191), (7, 8193)):
+        plain = torch.randn(offset + size, generator=generator).to(dtype)[offset:]
+        odd = plain.clone()
+        odd[torch.randint(size, (9,), generator=generator)] = 0.0
+        odd[torch.randint(size, (7,), generator=generator)] = rare.to(dtype)
+        grads = [plain, odd, plain[: size // 3], None, odd[1 : size // 2]]
+        actual = grad_stats(grads, config=CPP)
+        expected = grad_stats(grads, config=EAGER)
+        assert torch.equal(actual.counts, expected.counts)
+        torch.testing.assert_close(
+            actual.magnitudes, expected.magnitudes, rtol=1e-12, atol=0, equal_nan=True
+        )
+
+
+def test_the_table_of_gradients_is_filled_only_when_one_has_moved(
+    device: Device, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grads = [torch.tensor([3.0, 4.0]), torch.zeros(0), torch.ones(2)]
+    tables = native_grad_stats.new_tables(len(grads), torch.device("cpu"))
+    monkeypatch.setattr(native_grad_stats, "_tables", lambda stats: tables)
+    stats = grad_stats(grads, config=CPP)
+    assert stats.norms.tolist() == [5, 0, 2**0.5]
+
+    on_device = tables[0]
+    address = on_device.view(-1)[:2]
+    address.copy_(on_device.view(-1)[8:10])  # a stranger: the first tensor is now the last
+    assert grad_stats(grads, out=stats, config=CPP).norms.tolist() == [2**0.5, 0, 2**0.5]
+    library.esper_shim_capture(True)
+    before = [table.clone() for table in tables]
+    captured = grad_stats(grads, config=CPP)
+    library.esper_shim_capture(False)
+    assert captured.norms.tolist() == [5, 0, 2**0.5]  # by a table of its own
+    assert all(torch.equal(a, b) for a, b in zip(before, tables, strict=True))
+
+    grads[2] = torch.tensor([6.0, 8.0])
+    assert grad_stats(grads, out=stats, config=CPP).norms.tolist() == [5, 0, 10]
+
+
+def test_tables_of_another_size_are_refused(device: Device) -> None:
+    outputs = (
+        torch.empty(2, 1, dtype=torch.float64),
+        torch.empty(3, 1, dtype=torch.int64),
+        torch.empty((), dtype=torch.float64),
+        torch.empty(()),
+    )
+    tables = native_grad_stats.new_tables(1, torch.device("cpu"))
+    for wrong in ((tables[0][:1], tables[1]), (tables[0], None), (tables[0].float(), tables[1])):
+        with pytest.raises(ValueError, match=r"esper: expected (a table|both tables)"):
+            torch.ops.esper.grad_stats.default([torch.ones(2)], None, 0, *outputs, *wrong)
 
 
 def test_why_the_kernels_cannot_run_is_a_constant_to_compilers() -> None:

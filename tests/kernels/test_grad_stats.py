@@ -219,6 +219,20 @@ def test_expanded_tensors_count_every_logical_element(config: KernelConfig) -> N
     assert (health.elements, health.gradient_norm) == (300, pytest.approx(math.sqrt(300)))
 
 
+def test_dense_tensors_in_any_order_are_not_copied(config: KernelConfig) -> None:
+    channels_last = torch.randn(3, 5, 4, 7).to(memory_format=torch.channels_last)
+    transposed = torch.randn(9, 4).t()
+    gaps = torch.randn(9, 8)[:, ::2]
+    for grads, copied in (([channels_last, transposed], False), ([gaps], True)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            stats = grad_stats(grads, config=config)
+        norms = [grad.double().square().sum().sqrt().item() for grad in grads]
+        assert stats.norms.tolist() == pytest.approx(norms, rel=1e-12)
+        names = {event.key for event in profile.key_averages()}
+        if config.backend != "eager":
+            assert ("aten::clone" in names) == copied
+
+
 def test_inv_scale_multiplies_every_value(config: KernelConfig) -> None:
     grads = [tensor(3.0, -4.0).half(), tensor(12.0), tensor(0.0)]
     stats = grad_stats(grads, inv_scale=torch.tensor(0.5), config=config)
