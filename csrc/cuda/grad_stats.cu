@@ -101,9 +101,10 @@ __device__ Look look_at(const T* data, int64_t n) {
   return look;
 }
 
-// The same for scales that are 0, extreme or not finite, and to count NaN and infinity.
+// The same for scales that are 0, extreme or not finite, and to count NaN and infinity. A call of its own, so
+// that the usual look keeps its registers.
 template <class T>
-__device__ Found look_closely(const T* data, int64_t n, double scale) {
+__device__ __noinline__ Found look_closely(const T* data, int64_t n, double scale) {
   Found found;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) {
     const double x = widen(data[i]) * scale;

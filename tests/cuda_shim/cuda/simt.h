@@ -12,6 +12,7 @@
 
 #define __device__
 #define __global__
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 
