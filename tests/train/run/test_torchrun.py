@@ -31,6 +31,7 @@ def epochs(directory: Path) -> list[Any]:
 
 
 @pytest.mark.slow  # starts five processes
+@pytest.mark.timeout(600)
 def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     module = f"{shlex.quote(sys.executable)} -m esper_train fit"
@@ -44,16 +45,17 @@ def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -
         f"else exec {module} {new}; fi"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "--max-restarts=1", "--no-python", "bash", "-c", script]
+    # More than one, as in real use: gloo may fail to connect after a restart.
+    command += ["--nproc-per-node=2", "--max-restarts=4", "--no-python", "bash", "-c", script]
     done = subprocess.run(
         command,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=500,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     assert "resuming after epoch 3" in done.stdout
     alone = tmp_path / "alone"
     run_fit(SETTINGS, task=tables(33), out=alone)
