@@ -94,7 +94,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [["call", *(f"{name}, us" for name in names), "cuda / cpp"]]
     for row in rows:
         own, other = row["microseconds"].values()
-        label = f"{row['what']} (busy)" if row["busy"] else row["call"]
+        label = f"{row['what']} (busy)" if row["busy"] else row["what"]
         lines.append([label, f"{own:.1f}", f"{other:.1f}", f"{other / own:.2f}"])
     return record.markdown(lines)
 
