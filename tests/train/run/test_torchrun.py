@@ -30,7 +30,7 @@ def epochs(directory: Path) -> list[Any]:
     ]
 
 
-@pytest.mark.slow  # starts five processes
+@pytest.mark.long  # gloo now and then fails to connect after a restart, and a rank then waits
 @pytest.mark.timeout(600)
 def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
