@@ -26,7 +26,7 @@ class GradientStatistics(lightning.Callback):
             {
                 "gradient_norm": stats.total_norm,
                 "gradient_max": stats.max_abs.max(),
-                "gradient_nans": stats.nans.sum(),
-                "gradient_infs": stats.infs.sum(),
+                "gradient_nans": stats.nans.sum().double(),
+                "gradient_infs": stats.infs.sum().double(),
             }
         )
