@@ -16,14 +16,18 @@ from torch.distributed.tensor import distribute_tensor
 
 from esper_kernels import (
     ClassShard,
+    KernelConfig,
     Meter,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_step,
 )
+from esper_kernels.native import UNAVAILABLE
 from esper_kernels.testing import cross_entropy_samples
 
 TOPK = (1, 2, 5)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+SERVED = [("eager", torch.float64), ("eager", torch.float32)]
+if UNAVAILABLE is None:
+    SERVED += [("cpp", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
 class Case(NamedTuple):
@@ -33,15 +37,29 @@ class Case(NamedTuple):
     logits: Tensor  # of all classes
     targets: Tensor
     options: dict[str, Any]
+    config: KernelConfig
 
 
 def cases(ranks: int) -> Iterator[Case]:
-    """The samples that have a class for each rank."""
-    for dtype in DTYPES:
-        for sample in cross_entropy_samples(dtype):
-            if sample.logits.shape[-1] >= ranks:
-                name = f"{sample.name}, {dtype}"
-                yield Case(name, sample.logits, sample.targets, sample.options)
+    """The samples that have a class for each rank, and more."""
+    for backend, dtype in SERVED:
+        config = KernelConfig(backend=backend)
+        for name, logits, targets, options in (*cross_entropy_samples(dtype), *_more(dtype)):
+            if logits.shape[-1] >= ranks:
+                yield Case(f"{name}, {dtype}, {backend}", logits, targets, options, config)
+
+
+def _more(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(9, 13, generator=generator).to(dtype)
+    targets = torch.randint(13, (9,), generator=generator)
+    targets[3] = -100
+    mixup = {"targets2": targets.roll(1), "share": torch.linspace(0, 1, 9)}
+    yield "mixup", logits, targets, mixup
+    everything = {"weight": torch.linspace(0.5, 2.0, 13), "label_smoothing": 0.1, "z_loss": 0.01}
+    yield "mixup, everything", logits, targets, {**mixup, **everything, "softcap": 3.0}
+    yield "all ignored", logits, torch.full((9,), -100), everything
+    yield "few values, many ties", logits.round(), targets, {}
 
 
 def sizes_of(name: str, classes: int, ranks: int) -> list[int]:
@@ -80,18 +98,22 @@ def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, A
     counted = []
 
     called.clear()
-    loss = vocab_parallel_cross_entropy(leaf, case.targets, shard, **case.options, meter=meter)
+    options = {**case.options, "config": case.config}
+    loss = vocab_parallel_cross_entropy(leaf, case.targets, shard, **options, meter=meter)
     counted.append(len(called))
     called.clear()
     (grad,) = torch.autograd.grad(loss, leaf)
     counted.append(len(called))
     called.clear()
-    step = vocab_parallel_cross_entropy_step(
-        parts[rank], case.targets, None, shard, **case.options, grad_scale=3.0
-    )
+    given = {**options, "grad_scale": 3.0}
+    step = vocab_parallel_cross_entropy_step(parts[rank], case.targets, None, shard, **given)
     counted.append(len(called))
+    out = torch.full_like(step, 7.0)
+    vocab_parallel_cross_entropy_step(parts[rank], case.targets, None, shard, **given, out=out)
+    inplace = parts[rank].clone(memory_format=torch.contiguous_format)
+    vocab_parallel_cross_entropy_step(inplace, case.targets, None, shard, **given, inplace=True)
     rows = vocab_parallel_cross_entropy(
-        leaf, case.targets, shard, **{**case.options, "reduction": "none", "normalizer": None}
+        leaf, case.targets, shard, **{**options, "reduction": "none", "normalizer": None}
     )
     return {
         "shard": (shard.first, shard.num_classes),
@@ -99,6 +121,7 @@ def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, A
         "rows": rows.detach(),
         "grad": grad,
         "step": step,
+        "step into memory": (out, inplace),
         "meter": meter.state_dict(),
         "collectives": counted,
     }

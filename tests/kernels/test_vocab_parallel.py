@@ -29,11 +29,19 @@ EAGER = KernelConfig(backend="eager")
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([0, 1, 2, 3, 4, -100])
 HERE = ClassShard(first=5, num_classes=12)
-ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 1e-3,
+}
 Found = list[dict[str, Any]]  # by rank: the results of each case by its name
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.slow, id=f"{n} ranks") for n in (2, 4)],
+)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What the ranks computed, once for all tests."""
     if not dist.is_available() or not dist.is_gloo_available():
@@ -91,8 +99,7 @@ def test_the_loss_is_that_of_all_classes_on_every_rank(found: Found) -> None:
     for case, ranks in each_case(found):
         loss, _, _ = whole(case)
         rows, _, _ = whole(case, reduction="none", normalizer=None)
-        # bfloat16 logits have a float32 loss
-        dtype = loss.dtype
+        dtype = loss.dtype  # float32 for half precision
         for rank in ranks:
             near(rank["loss"], loss, dtype, case.name)
             near(rank["rows"], rows, dtype, case.name)
@@ -106,6 +113,9 @@ def test_each_rank_has_the_gradient_of_its_classes(found: Found) -> None:
             case.logits, case.targets, None, **case.options, grad_scale=3.0, config=EAGER
         )
         dtype = case.logits.dtype
+        for rank in ranks:
+            for into in rank["step into memory"]:
+                near(into, rank["step"], torch.float64, case.name)
         near(torch.cat([rank["grad"] for rank in ranks], -1), grad, dtype, case.name)
         near(torch.cat([rank["step"] for rank in ranks], -1), step, dtype, case.name)
 
@@ -150,7 +160,11 @@ def test_dtensors_give_their_shard_and_receive_the_gradient(found: Found) -> Non
         ({"logits": X.long()}, TypeError, "logits must be one of"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing must be in"),
         ({"meter": 3}, TypeError, "meter must be a Meter"),
-        ({"config": KernelConfig(backend="cpp")}, ValueError, "no kernels for logits whose"),
+        ({"config": KernelConfig(backend="triton")}, ValueError, "no kernels for logits whose"),
+        ({"class_dim": 1}, TypeError, "unexpected keyword argument 'class_dim'"),
+        ({"targets2": T}, TypeError, "targets2 goes with share"),
+        ({"targets2": T + 8, "share": 0.5}, IndexError, "targets2: target 12"),
+        ({"targets2": T, "share": 1.5}, ValueError, "share must be in"),
     ],
     ids=str,
 )
