@@ -22,7 +22,9 @@ from esper_kernels import (
     vocab_parallel_cross_entropy_step,
 )
 from esper_kernels.native import UNAVAILABLE
+from esper_kernels.ops.linear_cross_entropy import sizes as linear_sizes
 from esper_kernels.testing import cross_entropy_samples
+from tests.helpers.linear_shards import CLASSES, linear_cases, linear_results
 
 TOPK = (1, 2, 5)
 SERVED = [("eager", torch.float64), ("eager", torch.float32)]
@@ -128,7 +130,7 @@ def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, A
 
 
 def from_dtensor() -> dict[str, Any]:
-    """The gradient of a DTensor's logits, and its shard."""
+    """The gradient of a DTensor's logits, and how one with fewer classes than ranks is refused."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(4, 3, 10, generator=generator)
@@ -137,7 +139,20 @@ def from_dtensor() -> dict[str, Any]:
     shard = ClassShard.of(logits)
     vocab_parallel_cross_entropy(logits.to_local(), targets, shard).backward()
     assert logits.grad is not None
-    return {"whole": whole, "targets": targets, "grad": logits.grad.full_tensor()}
+    refusal = ""
+    try:
+        ClassShard.of(distribute_tensor(torch.zeros(2, mesh.size() - 1), mesh, [ShardPlacement(1)]))
+    except ValueError as error:
+        refusal = str(error)
+    grad = logits.grad.full_tensor()
+    return {"whole": whole, "targets": targets, "grad": grad, "refusal": refusal}
+
+
+def use_small_chunks() -> None:
+    """Small batches of linear cross entropy in several chunks and panels, the last of them
+    ragged."""
+    linear_sizes.CPU_PANEL = 8
+    linear_sizes.chunk_rows = lambda *arguments: 7  # type: ignore[assignment]
 
 
 def main(rank: int, ranks: int, folder: Path) -> None:
@@ -150,6 +165,10 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     called = count_collectives()
     found: dict[str, Any] = {case.name: results(case, rank, ranks, called) for case in cases(ranks)}
     found["DTensor"] = from_dtensor()
+    use_small_chunks()
+    for case in linear_cases(SERVED):
+        sizes = sizes_of(case.name, CLASSES, ranks)
+        found[case.name] = linear_results(case, rank, sizes, called)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

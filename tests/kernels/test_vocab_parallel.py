@@ -18,10 +18,15 @@ from esper_kernels import (
     Meter,
     cross_entropy,
     cross_entropy_step,
+    linear_cross_entropy,
+    linear_cross_entropy_step,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_step,
 )
-from tests.helpers.vocab_parallel import TOPK, Case, cases, sizes_of
+from esper_kernels.testing import assert_no_worse_than_eager
+from tests.helpers.linear_shards import TOPK as LINEAR_TOPK
+from tests.helpers.linear_shards import LinearCase, linear_cases
+from tests.helpers.vocab_parallel import SERVED, TOPK, Case, cases, sizes_of
 
 pytestmark = pytest.mark.timeout(400)  # of all, so that they stay in one process with the fixture
 ROOT = Path(__file__).parents[2]
@@ -145,6 +150,62 @@ def test_dtensors_give_their_shard_and_receive_the_gradient(found: Found) -> Non
         leaf = rank["DTensor"]["whole"].requires_grad_()
         cross_entropy(leaf, rank["DTensor"]["targets"], config=EAGER).backward()
         torch.testing.assert_close(rank["DTensor"]["grad"], leaf.grad)
+        assert rank["DTensor"]["refusal"].startswith("every rank must hold at least one class")
+
+
+# --- the linear form ---
+
+
+def undivided(case: LinearCase, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Meter]:
+    """Loss, gradients and counts of the definition, without any division."""
+    given = [x for x in (case.hidden, case.weight, case.bias) if x is not None]
+    leaves = [x.to(dtype).requires_grad_() for x in given]
+    bias = leaves[2] if len(leaves) > 2 else None
+    meter = Meter("cpu", topk=LINEAR_TOPK)
+    loss = linear_cross_entropy(
+        *leaves[:2], case.targets, bias=bias, **case.options, meter=meter, config=EAGER
+    )
+    return loss.detach(), list(torch.autograd.grad(loss.sum(), leaves)), meter
+
+
+def joined(ranks: list[Any], kind: str) -> list[Tensor]:
+    """The gradient of hidden, the same on all ranks, and those of weight and bias put together."""
+    hidden, *parts = zip(*(rank[kind] for rank in ranks), strict=True)
+    assert all(torch.equal(x.nan_to_num(), hidden[0].nan_to_num()) for x in hidden)
+    return [hidden[0], *(torch.cat(part) for part in parts)]
+
+
+def test_the_linear_form_has_the_loss_and_gradients_of_all_classes(found: Found) -> None:
+    for case in linear_cases(SERVED):
+        ranks = [rank[case.name] for rank in found]
+        exact, grads, _ = undivided(case, torch.float64)
+        rival, eager_grads, _ = undivided(case, case.weight.dtype)
+        for rank in ranks:
+            near(rank["loss"], exact.to(rival.dtype), torch.float32, case.name)
+            assert torch.equal(rank["loss"].nan_to_num(), ranks[0]["loss"].nan_to_num())
+        kinds = ["grads"] + (["steps"] if ranks[0]["steps"] else [])
+        for kind in kinds:
+            for ours, eager, truth in zip(joined(ranks, kind), eager_grads, grads, strict=True):
+                assert_no_worse_than_eager(ours, eager, truth)
+
+
+def test_the_linear_form_counts_the_whole_batch_on_every_rank(found: Found) -> None:
+    for case in linear_cases(SERVED):
+        _, _, meter = undivided(case, torch.float64)
+        for rank in found:
+            assert torch.equal(rank[case.name]["meter"]["counts"], meter.counts), case.name
+            near(rank[case.name]["meter"]["sums"], meter.sums, torch.float32, case.name)
+
+
+def test_the_linear_form_takes_two_collectives_per_chunk_and_one_for_hidden(found: Found) -> None:
+    for case in linear_cases(SERVED):
+        rows = case.targets.numel()
+        chunks = 1 if case.weight.dtype == torch.float64 else -(-rows // 7)
+        called = found[0][case.name]["collectives"]
+        assert called.count("all_reduce") == 1, case.name
+        is_twice = case.weight.dtype == torch.float16 or "per row" in case.name
+        if not is_twice:  # the logits are computed again in the backward pass
+            assert called.count("all_gather") == 2 * chunks, case.name
 
 
 # --- what a rank refuses by itself, before it communicates ---
@@ -195,6 +256,37 @@ def test_a_step_refuses_memory_as_that_of_all_classes_does() -> None:
 def test_a_shard_lies_among_the_classes(first: int, num_classes: int) -> None:
     with pytest.raises(ValueError, match="first must be in"):
         ClassShard(first, num_classes)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"shard": 5}, TypeError, "shard must be a ClassShard, got int 5"),
+        ({"shard": ClassShard(8, 12)}, ValueError, "at most 4 classes .* got weight with 5"),
+        ({"class_weight": torch.ones(5)}, ValueError, r"class_weight must be.*\[12\].*\(5,\)"),
+        ({"targets": T + 8}, IndexError, r"target 12 of row .* is outside \[0, 12\)"),
+        ({"targets2": T + 8, "share": 0.5}, IndexError, "targets2: target 12"),
+        ({"config": KernelConfig(backend="cuda")}, ValueError, "no kernels for logits whose"),
+    ],
+    ids=str,
+)
+def test_the_linear_form_names_bad_arguments(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    weight = torch.ones(5, 5, requires_grad=True)
+    meter = Meter("cpu")
+    given = {"hidden": X, "weight": weight, "targets": T, "shard": HERE, "meter": meter, **change}
+    for call in (linear_cross_entropy, linear_cross_entropy_step):
+        with pytest.raises(error, match=words):
+            call(**given)
+    assert not meter.counts.any()
+
+
+def test_the_linear_form_is_no_part_of_a_compiled_graph() -> None:
+    compiled = torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(X, torch.ones(5, 5), T, shard=HERE)
+    torch._dynamo.reset()
 
 
 def test_transforms_are_refused_by_name() -> None:

@@ -5,6 +5,7 @@ A backend is a function with the arguments of `run`. It trusts them, because
 `esper_kernels.ops.linear_cross_entropy` has checked them, and never waits for the device.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import reference as cross_entropy
 from esper_kernels.ops.cross_entropy.reference import Number, Options
+from esper_kernels.ops.vocab_parallel.divided import DividedClasses
 
 
 class Batch(NamedTuple):
@@ -40,22 +42,27 @@ NO_TOTALS = Totals(None, None, None)
 
 
 def run(
-    batch: Batch, options: Options, meter: Meter | None, scale: Number | None, totals: Totals
+    batch: Batch,
+    options: Options,
+    meter: Meter | None,
+    scale: Number | None,
+    totals: Totals,
+    module: ModuleType | DividedClasses = cross_entropy,
 ) -> Tensor:
     """The loss, [] or for reduction "none" [N]; adds the batch to `meter`, and the gradients times
     `scale` to `totals`.
 
     scale: a number or a tensor [], by default 1; for reduction "none" a tensor [N].
+    module: what computes the loss of the logits; with `DividedClasses` the total of hidden is that
+        of the classes of this rank.
     """
     logits = F.linear(batch.hidden, batch.weight, batch.bias)
-    result = cross_entropy.forward(logits, batch.targets, options, meter)
+    result = module.forward(logits, batch.targets, options, meter)
     loss = result.loss
     if totals == NO_TOTALS:
         return loss
     grad_output = torch.ones_like(loss) if scale is None else torch.ones_like(loss) * scale
-    grad = cross_entropy.backward(
-        grad_output, logits, batch.targets, *result[1:], options
-    )  # [N, V]
+    grad = module.backward(grad_output, logits, batch.targets, *result[1:], options)  # [N, V]
     if totals.hidden is not None:
         totals.hidden.copy_(grad @ batch.weight)
     if totals.weight is not None:

@@ -36,6 +36,10 @@ class ClassShard:
                 f"first must be in [0, num_classes = {self.num_classes}), got {self.first}"
             )
 
+    def even_share(self) -> int:
+        """The most classes that a rank would have if all had as many, the same on every rank."""
+        return -(-self.num_classes // dist.get_world_size(self.group))
+
     @staticmethod
     def across(own_classes: int, group: dist.ProcessGroup | None = None) -> ClassShard:
         """The shard of this rank, whose logits have `own_classes` classes, where the ranks hold
