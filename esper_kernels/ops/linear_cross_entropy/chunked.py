@@ -8,7 +8,7 @@ torch's own are up to 200 times slower on processors without such arithmetic.
 """
 
 from collections.abc import Iterator
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,11 @@ from esper_kernels.ops.cross_entropy.memory import gradient_like
 from esper_kernels.ops.cross_entropy.reference import Number, Options, classify
 from esper_kernels.ops.linear_cross_entropy import sizes
 from esper_kernels.ops.linear_cross_entropy.reference import NO_TOTALS, Batch, Totals
-from esper_kernels.ops.vocab_parallel.divided import DividedClasses
 from esper_kernels.ops.vocab_parallel.shard import ClassShard
 
 
 def run(
-    module: ModuleType | DividedClasses,  # a backend of cross entropy, such as `cpp`
+    module: Any,  # a backend of cross entropy: a module such as `cpp`, or DividedClasses
     batch: Batch,
     options: Options,
     meter: Meter | None,

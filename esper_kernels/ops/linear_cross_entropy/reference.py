@@ -5,8 +5,7 @@ A backend is a function with the arguments of `run`. It trusts them, because
 `esper_kernels.ops.linear_cross_entropy` has checked them, and never waits for the device.
 """
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from torch import Tensor
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import reference as cross_entropy
 from esper_kernels.ops.cross_entropy.reference import Number, Options
-from esper_kernels.ops.vocab_parallel.divided import DividedClasses
 
 
 class Batch(NamedTuple):
@@ -47,14 +45,14 @@ def run(
     meter: Meter | None,
     scale: Number | None,
     totals: Totals,
-    module: ModuleType | DividedClasses = cross_entropy,
+    module: Any = cross_entropy,
 ) -> Tensor:
     """The loss, [] or for reduction "none" [N]; adds the batch to `meter`, and the gradients times
     `scale` to `totals`.
 
     scale: a number or a tensor [], by default 1; for reduction "none" a tensor [N].
-    module: what computes the loss of the logits; with `DividedClasses` the total of hidden is that
-        of the classes of this rank.
+    module: a backend of cross entropy: a module, or `DividedClasses`, with which the total of
+        hidden is that of the classes of this rank.
     """
     logits = F.linear(batch.hidden, batch.weight, batch.bias)
     result = module.forward(logits, batch.targets, options, meter)
