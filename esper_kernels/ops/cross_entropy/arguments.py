@@ -14,11 +14,9 @@ from esper_kernels.ops.cross_entropy.reference import Number, Options
 _MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
 
 
-class CommonOptions(TypedDict, total=False):
-    """What the loss and the step have in common."""
+class LossFormula(TypedDict, total=False):
+    """The options that say what the loss of a batch with one target per row is."""
 
-    targets2: Tensor | None
-    share: float | Tensor | None
     weight: Tensor | None
     ignore_index: int
     label_smoothing: float | Tensor
@@ -26,6 +24,13 @@ class CommonOptions(TypedDict, total=False):
     softcap: float | None
     reduction: str
     normalizer: float | Tensor | None
+
+
+class CommonOptions(LossFormula, total=False):
+    """What the loss and the step have in common."""
+
+    targets2: Tensor | None
+    share: float | Tensor | None
     class_dim: int
     config: KernelConfig | None
 
@@ -93,13 +98,18 @@ def mixture(
     targets2: Tensor | None,
     share: float | Tensor | None,
     options: Options,
+    num_classes: int | None = None,
 ) -> tuple[Tensor, Options]:
-    """Targets and options of a batch with two targets per row, after checks of those two."""
+    """Targets and options of a batch with two targets per row, after checks of those two.
+
+    num_classes: None for those of the logits.
+    """
     targets2, share = checks.check_mixture(targets, targets2, share)
-    reference.refuse_bad_targets(targets2, logits.shape[-1], options.ignore_index, "targets2: ")
+    num_classes = logits.shape[-1] if num_classes is None else num_classes
+    reference.refuse_bad_targets(targets2, num_classes, options.ignore_index, "targets2: ")
     if torch.compiler.is_compiling():
         share = as_tensor(share, logits)
-    return reference.mixed(targets, targets2, share, options, logits)
+    return reference.mixed(targets, targets2, share, options, logits, num_classes)
 
 
 def as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
