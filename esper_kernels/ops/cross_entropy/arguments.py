@@ -14,9 +14,11 @@ from esper_kernels.ops.cross_entropy.reference import Number, Options
 _MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
 
 
-class LossFormula(TypedDict, total=False):
-    """The options that say what the loss of a batch with one target per row is."""
+class CommonOptions(TypedDict, total=False):
+    """What the loss and the step have in common."""
 
+    targets2: Tensor | None
+    share: float | Tensor | None
     weight: Tensor | None
     ignore_index: int
     label_smoothing: float | Tensor
@@ -24,13 +26,6 @@ class LossFormula(TypedDict, total=False):
     softcap: float | None
     reduction: str
     normalizer: float | Tensor | None
-
-
-class CommonOptions(LossFormula, total=False):
-    """What the loss and the step have in common."""
-
-    targets2: Tensor | None
-    share: float | Tensor | None
     class_dim: int
     config: KernelConfig | None
 
