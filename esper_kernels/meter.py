@@ -4,8 +4,6 @@ The cross-entropy backends add to `sums` and `counts` batch by batch, compiled o
 only `reset`, `load_state_dict` and `all_reduce` write them. Use a meter on one stream.
 """
 
-import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +19,6 @@ from esper_kernels.readback import compute_all, words_to_floats
 # order.
 SUMS = ("loss_sum", "weight_sum", "batch_mean_sum")
 COUNTS = ("valid", "ignored", "nonfinite", "bad_targets", "batches", "batches_with_valid")
-_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +46,6 @@ class MeterResult:
     nonfinite: int
     bad_targets: int
     batches: int
-
-    @property
-    def perplexity(self) -> float:
-        """e^loss: infinite where that exceeds a float."""
-        return math.exp(self.loss) if not self.loss > _LARGEST_EXPONENT else math.inf
 
     def accuracy_at(self, k: int) -> float:
         """Fraction (0..1) of valid rows whose target is among the k largest logits. ValueError for
@@ -113,6 +105,21 @@ class Meter:
         """Forget every batch."""
         self.sums.zero_()
         self.counts.zero_()
+
+    def to(self, device: torch.device | str) -> "Meter":
+        """Move what was counted to another device, in place, and return the meter, as
+        `nn.Module.to` does. ValueError for a device without float64."""
+        device = Meter(device).device
+        with torch.inference_mode(False):
+            self.sums = self.sums.to(device)
+            self.counts = self.counts.to(device)
+            self.ticket = self.ticket.to(device)
+        self.device = device
+        return self
+
+    def __repr__(self) -> str:
+        """Where it counts and what; not the counts, which would be a host sync."""
+        return f"Meter(device={str(self.device)!r}, topk={self.topk})"
 
     def compute(self, strict: bool = True) -> MeterResult:
         """Read everything: the only host sync. strict: IndexError where targets were outside [0,
