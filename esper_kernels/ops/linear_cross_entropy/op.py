@@ -104,7 +104,9 @@ def _for_divided_classes(
 
 
 def _empty_sum(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if gradient is None else torch.empty_like(gradient, dtype=dtype)
+    if gradient is None:
+        return None
+    return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _call_op(
