@@ -208,6 +208,15 @@ def test_the_linear_form_takes_two_collectives_per_chunk_and_one_for_hidden(foun
             assert called.count("all_gather") == 2 * chunks, case.name
 
 
+def test_the_linear_form_takes_the_weight_of_a_dtensor(found: Found) -> None:
+    for rank in found:
+        case = rank["linear DTensor"]
+        leaves = [case[name].requires_grad_() for name in ("hidden", "whole")]
+        linear_cross_entropy(*leaves, case["targets"], config=EAGER).backward()
+        for ours, leaf in zip(case["grads"], leaves, strict=True):
+            torch.testing.assert_close(ours, leaf.grad)
+
+
 # --- what a rank refuses by itself, before it communicates ---
 
 
