@@ -14,9 +14,9 @@ from esper_kernels.ops.cross_entropy.reference import Number, Options
 _MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
 
 
-class LossFormula(TypedDict, total=False):
-    """The options that say what the loss of a batch with one target per row is."""
-
+class _CommonOptions(TypedDict, total=False):
+    targets2: Tensor | None
+    share: float | Tensor | None
     weight: Tensor | None
     ignore_index: int
     label_smoothing: float | Tensor
@@ -24,11 +24,6 @@ class LossFormula(TypedDict, total=False):
     softcap: float | None
     reduction: str
     normalizer: float | Tensor | None
-
-
-class _CommonOptions(LossFormula, total=False):
-    targets2: Tensor | None
-    share: float | Tensor | None
     class_dim: int
     config: KernelConfig | None
 

@@ -6,7 +6,7 @@ gradient of the logits alone. `divided` has what the ranks do together, `referen
 each does by itself. For logits that never exist as a whole `linear_cross_entropy` takes a `shard`.
 """
 
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from esper_kernels import checks
 from esper_kernels.config import KernelConfig
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy.arguments import (
-    LossFormula,
     destination,
     mixture,
     refuse_per_row,
@@ -36,9 +35,15 @@ def vocab_parallel_cross_entropy(
     *,
     targets2: Tensor | None = None,
     share: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float | Tensor = 0.0,
+    z_loss: float | Tensor = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
     meter: Meter | None = None,
     config: KernelConfig | None = None,
-    **formula: Unpack[LossFormula],
 ) -> Tensor:
     """`cross_entropy` of the logits of all ranks, on every rank.
 
@@ -46,11 +51,10 @@ def vocab_parallel_cross_entropy(
     targets: [...], the same on every rank, in [0, shard.num_classes) or ignore_index.
     shard: which classes these are, as `ClassShard.across(V of this rank)` finds them, or
         `ClassShard.of(logits)` for a DTensor.
-    targets2, share: MixUp, as for `cross_entropy`.
+    weight: [shard.num_classes], the weights of all classes, on every rank.
     meter: receives the whole batch on every rank, so do not add the meters of these ranks up.
-    formula: weight, ignore_index, label_smoothing, z_loss, softcap, reduction and normalizer, as
-        for `cross_entropy`. weight: [shard.num_classes], the weights of all classes, on every rank.
 
+    The other options, MixUp's too, are those of `cross_entropy`.
     All ranks of `shard.group` must call it, with the same options: it is one collective, with a
     meter two. The backward pass needs none: each rank gets the gradient of its own logits, from a
     `grad_output` that must be the same on every rank. A compiled graph breaks here.
@@ -58,7 +62,16 @@ def vocab_parallel_cross_entropy(
     Returns the same loss on every rank, as `cross_entropy` does. Raises as it does, before any
     communication, for what a rank can see by itself.
     """
-    options = Options(**formula, instruction_set=getattr(config, "instruction_set", "auto"))
+    options = Options(
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        normalizer,
+        getattr(config, "instruction_set", "auto"),  # of None too
+    )
     backend = _check(_OP, logits, targets, shard, meter, options, config)
     if targets2 is not None or share is not None:
         targets, options = mixture(logits, targets, targets2, share, options, shard.num_classes)
@@ -77,11 +90,17 @@ def vocab_parallel_cross_entropy_step(
     *,
     targets2: Tensor | None = None,
     share: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float | Tensor = 0.0,
+    z_loss: float | Tensor = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
     grad_scale: float | Tensor | None = None,
     out: Tensor | None = None,
     inplace: bool = False,
     config: KernelConfig | None = None,
-    **formula: Unpack[LossFormula],
 ) -> Tensor:
     """The gradient of `vocab_parallel_cross_entropy` for the logits of this rank, without a loss
     tensor or autograd node.
@@ -90,7 +109,16 @@ def vocab_parallel_cross_entropy_step(
 
     Returns the gradient [..., V of this rank] in the logits' dtype.
     """
-    options = Options(**formula, instruction_set=getattr(config, "instruction_set", "auto"))
+    options = Options(
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        normalizer,
+        getattr(config, "instruction_set", "auto"),  # of None too
+    )
     refuse_per_row(options.reduction)
     backend = _check(f"{_OP}_step", logits, targets, shard, meter, options, config)
     checks.check_number("grad_scale", grad_scale, logits, low=-torch.inf)
