@@ -98,7 +98,7 @@ def run_job(
         task_of_run(load_config(out).task, config.task_config(), job.task)
     if config.distributed.strategy != "none" and job.profile:
         raise ValueError("a profile is made in one process; leave out distributed.strategy")
-    with joined(config.distributed, config.device) as ranks, _signals(job.stop):
+    with joined(config.distributed, config.device, job.stop) as ranks, _signals(job.stop):
         if ranks is not None and not ranks.first:
             return [_run_beside(each, job) for each in episode_configs(config)]
         return _run_all(config, job, out, numbered=numbered)

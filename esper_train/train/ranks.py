@@ -20,6 +20,7 @@ from esper_train.base.stop import Stopped, StopRequest
 from esper_train.train.config import DistributedConfig
 from esper_train.train.data import Share
 from esper_train.train.errors import RanksDifferError
+from esper_train.train.meeting import meet
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 * 2**20
@@ -31,11 +32,12 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def joined(config: DistributedConfig, device: str) -> Iterator["Ranks | None"]:
+def joined(config: DistributedConfig, device: str, stop: StopRequest) -> Iterator["Ranks | None"]:
     """Within it, the process is one of the ranks that the config asks for; None for one process.
 
     A process group that the caller made is used, and left as it is. `ValueError` where there is
-    none and the environment does not say how to make one.
+    none and the environment does not say how to make one; `RankLostError`, which names the ranks,
+    where some did not start, failed, or do not answer any more.
     """
     if config.strategy == "none":
         yield None
@@ -44,20 +46,28 @@ def joined(config: DistributedConfig, device: str) -> Iterator["Ranks | None"]:
         yield Ranks()
         return
     kind = torch.device(device).type
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+        meeting = meet(config.timeout, stop)
     except ValueError as error:
         raise ValueError(
             f"distributed.strategy {config.strategy!r} needs one process per rank: start the "
             f"command with torchrun, or call torch.distributed.init_process_group first ({error})"
         ) from error
     try:
-        if kind == "cuda" and torch.device(device).index is None:
-            torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
-        yield Ranks()
+        with meeting.explained():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                store=meeting.store,
+                rank=meeting.rank,
+                world_size=meeting.world,
+                timeout=timedelta(seconds=config.timeout),
+            )
+            if kind == "cuda" and torch.device(device).index is None:
+                torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
+            yield Ranks()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def ranks_of(config: DistributedConfig) -> "Ranks | None":
