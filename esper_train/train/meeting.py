@@ -171,8 +171,12 @@ def _obey(stop: StopRequest) -> None:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank or the network. gloo raises a plain
-    RuntimeError whose message has the place in its source."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)
-    )
+    """Whether the error, or one that led to it, is of a collective that failed because of another
+    rank or the network. gloo raises a plain RuntimeError whose message has the place in its
+    source."""
+    if isinstance(error, dist.DistError):
+        return True
+    if isinstance(error, RuntimeError) and "/gloo/transport/" in str(error):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and lost_contact(before)

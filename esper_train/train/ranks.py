@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from esper_train.train.config import DistributedConfig
 from esper_train.train.data import Share
 from esper_train.train.errors import RanksDifferError
 from esper_train.train.meeting import meet
+
+if TYPE_CHECKING:  # importing it takes half as long as importing torch
+    from esper_train.train.shards import Shards
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 * 2**20
@@ -90,6 +93,8 @@ class Ranks:
         self.world = dist.get_world_size()
         self.stop = StopRequest()
         """Asked at each step and between epochs; a request to one rank stops all of them."""
+        self.shards: Shards | None = None
+        """Where each rank holds a part of every parameter."""
 
     @property
     def first(self) -> bool:
@@ -135,6 +140,8 @@ class Ranks:
     def require_equal(self, tensors: dict[str, Tensor]) -> None:
         """`RanksDifferError` unless all ranks have the same tensors: compares sums of their bits,
         in one collective."""
+        if not tensors:
+            return
         sums = torch.stack([_sum_of_bits(t) for t in tensors.values()])
         extremes = torch.cat([sums, ~sums])  # ~ reverses the order without overflow
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
