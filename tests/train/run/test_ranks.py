@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esper_train import RunConfig, TrainConfig, run_fit
+from esper_train import AmpConfig, CompileConfig, GradConfig, RunConfig, TrainConfig, run_fit
 from esper_train.run.directory import CHECKPOINTS, METRICS, load_run
 from esper_train.train.data import Share
 from esper_train.train.sources import make_source
@@ -16,6 +16,7 @@ from tests.helpers.ranks import (
     CONFIG,
     DDP,
     FITS,
+    FSDP2,
     LIVES,
     SCENARIOS,
     SHARDED_FIT,
@@ -175,6 +176,16 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         run_fit(replace(CONFIG, distributed=DDP), task=tables())
     with pytest.raises(ValueError, match=r"train\.capture needs distributed\.strategy 'none'"):
         RunConfig(train=TrainConfig(capture=True), distributed=DDP)
+    for changes, words in (
+        ({"train": TrainConfig(linear_loss=True)}, "linear_loss"),
+        ({"train": TrainConfig(on_bad_numbers="rollback")}, "on_bad_numbers"),
+        ({"train": TrainConfig(compile=CompileConfig(enabled=True))}, "compile"),
+        ({"train": TrainConfig(amp=AmpConfig(dtype="float16"))}, "amp.dtype"),
+        ({"train": TrainConfig(grad=GradConfig(clip_norm=1.0, every=2))}, "grad.every = 1"),
+        ({"channels_last": True}, "channels_last"),
+    ):
+        with pytest.raises(ValueError, match=f"strategy 'fsdp2' needs .*{words}"):
+            RunConfig(distributed=FSDP2, **changes)
     data = torch.zeros(9, 1), torch.zeros(9, dtype=torch.int64)
     with pytest.raises(ValueError, match="expected training data as a pair of tensors"):
         make_source([data], 4, share=Share(0, 2))
