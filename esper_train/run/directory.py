@@ -205,11 +205,11 @@ def digest_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def save_network(path: Path, model: MorphModel) -> None:
+def save_network(path: Path, model: MorphModel, weights: Mapping[str, Any]) -> None:
     """Write the weights and the state of every slot to `network.pt`, as tensors and plain values
     only."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "slots": model.topology(), "weights": model.state_dict()}, buffer)
+    torch.save({"format": FORMAT, "slots": model.topology(), "weights": weights}, buffer)
     write_with_digest(path / NETWORK, buffer.getvalue())
 
 
