@@ -26,8 +26,8 @@ def patch(
 ) -> Callable[[], None]:
     """Compute the loss of a causal language model by `linear_cross_entropy` while it trains.
 
-    Calls in training mode with labels [B, T] then return their loss and no logits. All others, and
-    those with logits_to_keep or shift_labels, run the model's own forward.
+    Calls in training mode with labels [B, T] then return their loss, no logits and no cache. All
+    others, and those with logits_to_keep or shift_labels, run the model's own forward.
 
     Tries the model on a few tokens first. Raises TypeError if its head is not an nn.Linear, and
     ValueError if its logits are not that layer of `base_model`'s output, as where they are capped.
@@ -61,7 +61,9 @@ def patch(
             meter=meter,
             config=config,
         )
-        return CausalLMOutputWithPast(loss=loss, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
     model.forward = patched = MethodType(forward, model)
 

@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with our loss: the stock Trainer's losses, true metrics, no further host
 sync."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,20 @@ def test_patch_leaves_other_calls_to_the_model_and_is_undone() -> None:
         patch(model)
     undo()
     assert model(input_ids=tokens, labels=tokens).logits is not None
+
+
+def test_a_copy_of_a_patched_model_uses_its_own_weights() -> None:
+    model = small_llama()
+    patch(model)
+    copied = copy.deepcopy(model)
+    nn.init.zeros_(copied.lm_head.weight)
+    tokens = torch.arange(6)[None]
+    assert copied(input_ids=tokens, labels=tokens).loss.item() == pytest.approx(
+        math.log(VOCABULARY)
+    )
+    asked = model(input_ids=tokens, labels=tokens, output_hidden_states=True)
+    assert len(asked.hidden_states) == 3
+    assert asked.loss.item() != pytest.approx(math.log(VOCABULARY))
 
 
 def test_patch_refuses_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
