@@ -129,6 +129,50 @@ CrossEntropy start(const LossCall& call, const Array* grad_output) {
   return p;
 }
 
+// The measures of each row, on their way from the kernels to the accumulators of a meter.
+struct MeasuredRows {
+  std::unique_ptr<int32_t[]> predicted;
+  std::unique_ptr<float[]> values;
+
+  // Memory for a call that takes measures.
+  MeasuredRows(const MeasurePlan& plan, LossRows& p) {
+    if (!plan.any()) return;
+    predicted.reset(new int32_t[p.rows]);
+    values.reset(new float[kNumRowMeasures * p.rows]);
+    p.predicted = predicted.get();
+    p.row_measures = values.get();
+    p.wants_entropy = plan.entropy;
+  }
+};
+
+// Adds the measures of all rows, in their order, to where a meter has room for them.
+void add_measures(const MeasurePlan& plan, const LossRows& p, double* sums, int64_t* counts) {
+  int64_t *const bin_rows = counts + plan.num_class_counts(), *const bin_correct = bin_rows + plan.bins;
+  double *const bin_confidence = sums + (kNumRowMeasures - kNll), of_batch[kNumRowMeasures] = {};
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const int64_t predicted = p.predicted[i];
+    if (predicted < 0) continue;
+    const int64_t target = target_of(p, i);
+    const bool correct = predicted == target;
+    if (plan.confusion) {
+      counts[target * plan.per_class + predicted] += 1;
+    } else if (plan.per_class) {
+      counts[target] += 1;
+      counts[plan.per_class + target] += correct;
+      counts[2 * plan.per_class + predicted] += 1;
+    }
+    for (int k = kNll; k < (plan.entropy ? kNumRowMeasures : kEntropy); ++k)
+      of_batch[k] += p.row_measures[k * p.rows + i];
+    if (!plan.bins) continue;
+    const float confidence = p.row_measures[kConfidence * p.rows + i];
+    const int64_t scaled = confidence * plan.bins, bin = scaled < plan.bins ? scaled : plan.bins - 1;
+    bin_rows[bin] += 1;
+    bin_correct[bin] += correct;
+    bin_confidence[bin] += confidence;
+  }
+  for (int k = kNll; k < kNumRowMeasures; ++k) sums[k - kNll] += of_batch[k];
+}
+
 void add_to_meter(const LossCall& call, const Sums& seen) {
   double* sums = static_cast<double*>(call.sums->data);
   int64_t* counts = static_cast<int64_t*>(call.counts->data);
@@ -160,6 +204,8 @@ void cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor par
   p.topk = call.topk.data();
   p.zero = denominator == 0;
   p.scale = call.numbers.grad_scale.read() / denominator;
+  const MeasurePlan plan = measures_of(call);
+  const MeasuredRows measured(plan, p);
   const Sums sums = run(kernels, parallel_for, p, call.counts.has_value(), targets);
 
   if (call.loss && call.reduction != kNone) {
@@ -167,7 +213,11 @@ void cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor par
     *static_cast<float*>(call.loss->data) = loss;
   }
   if (p.saved_denominator) *p.saved_denominator = denominator;
-  if (call.counts) add_to_meter(call, sums);
+  if (!call.counts) return;
+  add_to_meter(call, sums);
+  if (plan.any())
+    add_measures(plan, p, static_cast<double*>(call.sums->data) + kNumSums,
+                 static_cast<int64_t*>(call.counts->data) + kFirstCorrect + call.topk.size());
 }
 
 void cross_entropy_backward(const LossCall& call, const Array& grad_output, const Kernels& kernels,

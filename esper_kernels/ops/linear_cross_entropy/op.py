@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from esper_kernels.meter import Meter
+from esper_kernels.meter import Meter, meter_of
 from esper_kernels.ops.cross_entropy import cpp, triton
 from esper_kernels.ops.cross_entropy.reference import Number, Options, refuse_bad_targets
 from esper_kernels.ops.linear_cross_entropy import chunked, reference
@@ -62,6 +62,7 @@ def run(
         options.reduction,
         options.instruction_set,
         () if meter is None else meter.topk,
+        () if meter is None else meter.measures or (),
         None if meter is None else meter.sums,
         None if meter is None else meter.counts,
         loss,
@@ -85,6 +86,7 @@ def _run(
     reduction: str,
     instruction_set: str,
     topk: Sequence[int],
+    measures: Sequence[int],
     sums: Tensor | None,
     counts: Tensor | None,
     loss: Tensor,
@@ -110,7 +112,7 @@ def _run(
     refuse_bad_targets(targets, len(weight), ignore_index)
     meter = None
     if sums is not None and counts is not None:
-        meter = Meter(hidden.device, topk=topk)
+        meter = meter_of(hidden.device, topk, measures)
         meter.sums = sums
         meter.counts = counts
     with without_autocast(hidden):

@@ -123,6 +123,11 @@ def _check(
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard must be a ClassShard, got {checks.describe(shard)}")
     checks.choose_backend(_OP, logits, config, "logits")
+    if isinstance(meter, Meter) and meter.measures:
+        raise NotImplementedError(
+            f"{name} fills loss, counts and correct@k alone, got a Meter with per_class, "
+            "calibration_bins or entropy; leave these out"
+        )
     checks.check_batch(logits, targets, meter)
     classes = logits.shape[-1]
     if shard.first + classes > shard.num_classes:
