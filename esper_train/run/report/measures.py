@@ -70,7 +70,7 @@ def _reliability(calibration: Record) -> list[str]:
         axes.bar([(i + 0.5) / bins for i in full], accuracies, 0.9 / bins, label="accuracy")
         axes.plot(confidences, accuracies, "o", color="black", ms=3, label="mean confidence")
         axes.plot([0, 1], [0, 1], color=GREY, ls="--", label="perfectly calibrated")
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+        axes.set(xlim=(0, 1), ylim=(0, 1.05), xlabel="confidence", ylabel="accuracy")
         legend(axes)
 
     def draw_rows(axes: Axes) -> None:
@@ -94,7 +94,7 @@ def _bars(classes: Record) -> list[str]:
 
     def shares(axes: Axes) -> None:
         _pairs(axes, {"recall": recall, "precision": precision})
-        axes.set(ylim=(0, 1), ylabel="share")
+        axes.set(ylim=(0, 1.05), ylabel="share")
 
     def rows(axes: Axes) -> None:
         _pairs(axes, {"targets": support, "predictions": predicted})
