@@ -81,10 +81,16 @@ void require_second(const LossRows& p) {
       throw std::invalid_argument("esper: expected second targets that are classes");
 }
 
+// Calls f with the targets, of their type.
+template <class F>
+auto with_targets(const LossRows& p, const F& f) {
+  if (p.target_bytes == 8) return f(static_cast<const int64_t*>(p.targets));
+  if (p.target_bytes == 4) return f(static_cast<const int32_t*>(p.targets));
+  return f(static_cast<const uint8_t*>(p.targets));
+}
+
 Sums scan_targets(const LossRows& p) {
-  if (p.target_bytes == 8) return scan(static_cast<const int64_t*>(p.targets), p);
-  if (p.target_bytes == 4) return scan(static_cast<const int32_t*>(p.targets), p);
-  return scan(static_cast<const uint8_t*>(p.targets), p);
+  return with_targets(p, [&](const auto* targets) { return scan(targets, p); });
 }
 
 // Runs the kernels over all rows; adds their losses and counts to those of the targets.
@@ -145,32 +151,55 @@ struct MeasuredRows {
   }
 };
 
-// Adds the measures of all rows, in their order, to where a meter has room for them.
+// In an order that only n decides.
+double sum_of(const float* x, int64_t n) {
+  constexpr int kLanes = 8;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
+  for (; i < n; ++i) lanes[i % kLanes] += x[i];
+  double sum = 0;
+  for (const double lane : lanes) sum += lane;
+  return sum;
+}
+
+// Calls f(i, target, predicted) for each row that is measured.
+template <class F>
+void for_measured(const LossRows& p, const F& f) {
+  with_targets(p, [&](const auto* targets) {
+    for (int64_t i = 0; i < p.rows; ++i)
+      if (p.predicted[i] >= 0) f(i, static_cast<int64_t>(targets[i]), p.predicted[i]);
+  });
+}
+
+// Adds the measures of all rows to where a meter has room for them. One thread: a row takes a few
+// nanoseconds.
 void add_measures(const MeasurePlan& plan, const LossRows& p, double* sums, int64_t* counts) {
-  int64_t *const bin_rows = counts + plan.num_class_counts(), *const bin_correct = bin_rows + plan.bins;
-  double *const bin_confidence = sums + (kNumRowMeasures - kNll), of_batch[kNumRowMeasures] = {};
-  for (int64_t i = 0; i < p.rows; ++i) {
-    const int64_t predicted = p.predicted[i];
-    if (predicted < 0) continue;
-    const int64_t target = target_of(p, i);
-    const bool correct = predicted == target;
-    if (plan.confusion) {
-      counts[target * plan.per_class + predicted] += 1;
-    } else if (plan.per_class) {
-      counts[target] += 1;
-      counts[plan.per_class + target] += correct;
-      counts[2 * plan.per_class + predicted] += 1;
-    }
-    for (int k = kNll; k < (plan.entropy ? kNumRowMeasures : kEntropy); ++k)
-      of_batch[k] += p.row_measures[k * p.rows + i];
-    if (!plan.bins) continue;
-    const float confidence = p.row_measures[kConfidence * p.rows + i];
-    const int64_t scaled = confidence * plan.bins, bin = scaled < plan.bins ? scaled : plan.bins - 1;
-    bin_rows[bin] += 1;
-    bin_correct[bin] += correct;
-    bin_confidence[bin] += confidence;
+  for (int k = kNll; k < (plan.entropy ? kNumRowMeasures : kEntropy); ++k)
+    sums[k - kNll] += sum_of(p.row_measures + k * p.rows, p.rows);
+  const int64_t classes = plan.per_class, bins = plan.bins;
+  if (plan.confusion) {
+    for_measured(
+        p, [&](int64_t, int64_t target, int64_t predicted) { counts[target * classes + predicted] += 1; });
+  } else if (classes) {
+    int64_t *const support = counts, *const correct = counts + classes, *const chosen = correct + classes;
+    for_measured(p, [&](int64_t, int64_t target, int64_t predicted) {
+      support[target] += 1;
+      correct[target] += predicted == target;
+      chosen[predicted] += 1;
+    });
   }
-  for (int k = kNll; k < kNumRowMeasures; ++k) sums[k - kNll] += of_batch[k];
+  if (!bins) return;
+  const float *const confidence = p.row_measures + kConfidence * p.rows, scale = bins;
+  double* const confidence_sum = sums + (kNumRowMeasures - kNll);
+  int64_t *const rows = counts + plan.num_class_counts(), *const correct = rows + bins;
+  for_measured(p, [&](int64_t i, int64_t target, int64_t predicted) {
+    const int64_t scaled = confidence[i] * scale, bin = scaled < bins ? scaled : bins - 1;
+    rows[bin] += 1;
+    correct[bin] += predicted == target;
+    confidence_sum[bin] += confidence[i];
+  });
 }
 
 void add_to_meter(const LossCall& call, const Sums& seen) {
