@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from esper_kernels.config import INSTRUCTION_SETS, REDUCTIONS
-from esper_kernels.meter import Meter
+from esper_kernels.meter import SUMS, Meter
+from esper_kernels.ops.cross_entropy.measures import add_measures
 from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
-from esper_kernels.ops.cross_entropy.reference import Number, Options
+from esper_kernels.ops.cross_entropy.reference import Number, Options, measure
 
 
 def forward(
@@ -75,12 +76,13 @@ def step(
 
 
 def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
-    seen = Meter(meter.device, topk=meter.topk)
+    seen = meter.empty_copy()
     _call(logits, targets, options, seen)
     meter.counts.add_(seen.counts)
     valid = seen.counts[0].double()
     mean = torch.where(valid > 0, loss.double(), 0.0)
-    meter.sums.add_(torch.stack([mean * valid, valid, mean]))
+    sums = torch.stack([mean * valid, valid, mean])
+    meter.sums.add_(torch.cat([sums, seen.sums[len(SUMS) :]]))
 
 
 def _call(
@@ -106,6 +108,10 @@ def _call(
         second,
         shares,
     ) = options
+    # The CPU kernels measure as they read the logits; for the others it is a read of its own.
+    measured = None
+    if meter is not None and meter.measures and not logits.is_cpu:
+        measured = measure(logits, targets, options, meter.measures)
     numbers, tensors = _split((label_smoothing, z_loss, softcap, normalizer, grad_scale))
     if second is not None:
         tensors = (*(tensors or [None] * 5), second, shares)
@@ -127,6 +133,8 @@ def _call(
         out,
         *tensors,
     )
+    if meter is not None and measured is not None:
+        add_measures(meter, *measured)
 
 
 def _new_gradient(logits: Tensor) -> Tensor:

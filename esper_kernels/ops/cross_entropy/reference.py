@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from esper_kernels.meter import Meter
+from esper_kernels.measures import MeasurePlan
+from esper_kernels.meter import SUMS, Meter
+from esper_kernels.ops.cross_entropy.measures import RowMeasures, add_measures, row_measures
 from esper_kernels.sums import ordered_sum
 
 LOWEST_EXPONENT = -86.0
@@ -190,7 +192,23 @@ def forward(
     if meter is not None:
         rank = ranks(logits, rows.target, pick(logits, rows.target))
         add_to_meter(meter, rows, result.row_max.isfinite(), rank, loss_sum, weight_sum)
+        if meter.measures:
+            measured = rows.valid & result.row_max.isfinite()
+            found = row_measures(logits, x, rows.target, measured, meter.measures)
+            add_measures(meter, rows.target, found)
     return result
+
+
+@torch.no_grad()
+def measure(
+    logits: Tensor, targets: Tensor, options: Options, plan: MeasurePlan
+) -> tuple[Tensor, RowMeasures]:
+    """The target of each row, and its measures: for backends that do not measure in their own
+    read."""
+    rows = classify(targets, logits.shape[-1], options.ignore_index)
+    x = capped(logits, options.softcap)
+    measured = rows.valid & x.amax(-1).isfinite()
+    return rows.target, row_measures(logits, x, rows.target, measured, plan)
 
 
 def row_sums(x: Tensor, rows: Rows, options: Options, weights: Tensor) -> RowSums:
@@ -358,6 +376,8 @@ def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options:
     loss_sum = torch.where(valid > 0, loss.double() * valid, 0.0)
     rank = ranks(logits, rows.target, pick(logits, rows.target))
     add_to_meter(meter, rows, logits.amax(-1).isfinite(), rank, loss_sum, valid)
+    if meter.measures:
+        add_measures(meter, *measure(logits, targets, options, meter.measures))
 
 
 def ranks(logits: Tensor, target: Tensor, target_logit: Tensor, first_class: int = 0) -> Tensor:
@@ -379,8 +399,9 @@ def add_to_meter(
     counts += [torch.ones_like(has_valid, dtype=torch.int64), has_valid]
     counts += [(rows.valid & finite & (rank < k)).sum() for k in meter.topk]
     batch_mean = torch.where(has_valid, loss_sum / weight_sum, 0.0)
-    meter.sums.add_(torch.stack([loss_sum, weight_sum, batch_mean]))
-    meter.counts.add_(torch.stack([count.long() for count in counts]))
+    meter.sums[: len(SUMS)].add_(torch.stack([loss_sum, weight_sum, batch_mean]))
+    seen = torch.stack([count.long() for count in counts])
+    meter.counts[: len(seen)].add_(seen)
 
 
 def capped(logits: Tensor, softcap: Number | None) -> Tensor:
