@@ -160,6 +160,23 @@ class Meter:
         self.sums.zero_()
         self.counts.zero_()
 
+    def to(self, device: torch.device | str) -> "Meter":
+        """Move what was counted to another device, in place, and return the meter, as
+        `nn.Module.to` does. ValueError for a device without float64."""
+        device = Meter(device).device
+        with torch.inference_mode(False):
+            self.sums = self.sums.to(device)
+            self.counts = self.counts.to(device)
+            self.ticket = self.ticket.to(device)
+        self.device = device
+        return self
+
+    def __repr__(self) -> str:
+        """Where it counts and what; not the counts, which would be a host sync."""
+        measured = zip(MeasurePlan._fields, self._measures or (), strict=False)
+        options = "".join(f", {name}={number}" for name, number in measured if number)
+        return f"Meter(device={str(self.device)!r}, topk={self.topk}{options})"
+
     def compute(self, strict: bool = True) -> MeterResult:
         """Read everything: the only host sync. strict: IndexError where targets were outside [0,
         V)."""

@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with our loss: the stock Trainer's losses, true metrics, no further host
 sync."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper_kernels import Meter
+from esper_kernels import Meter, cross_entropy
 from esper_kernels.integrations.fused_head import patch
-from esper_kernels.integrations.huggingface import MeterLogs, causal_lm_loss, next_tokens
+from esper_kernels.integrations.huggingface import MeterLogs, causal_lm_loss, measures, next_tokens
 from esper_kernels.testing import SyncCounter
 from tests.helpers.tokens import VOCABULARY, sequences, small_gpt2, small_llama
 
@@ -143,6 +144,17 @@ def test_the_log_has_the_metrics_that_separate_passes_find(tmp_path: Path) -> No
     assert found["eval_top5_accuracy"] == top5
     assert found["eval_perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-5)
     assert logged(trainer, "eval_accuracy") == [accuracy]
+
+
+@pytest.mark.parametrize(
+    ("logit", "perplexity"), [(0.0, 2.0), (math.log(3), 4 / 3), (-2000.0, math.inf)]
+)
+def test_perplexity_is_the_exponential_of_the_loss(logit: float, perplexity: float) -> None:
+    meter = Meter("cpu")
+    cross_entropy(torch.tensor([[logit, 0.0]]), torch.tensor([0]), meter=meter)
+    found = measures(meter.compute(), "eval_")
+    assert found == {"eval_accuracy": logit >= 0, "eval_perplexity": pytest.approx(perplexity)}
+    assert math.isnan(measures(Meter("cpu").compute())["perplexity"])
 
 
 def test_no_host_sync_is_added(tmp_path: Path) -> None:
