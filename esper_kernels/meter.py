@@ -65,7 +65,7 @@ class MeterResult(Measured):
                 f"k must be one of {list(self.correct)}, which the meter counted, got {k}; make it "
                 f"Meter(device, topk=(1, {k}))"
             )
-        return _ratio(self.correct[k], self.valid)
+        return ratio(self.correct[k], self.valid)
 
 
 class Meter:
