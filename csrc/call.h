@@ -40,9 +40,9 @@ struct MeasurePlan {
   int64_t per_class = 0, bins = 0;
   bool entropy = false, confusion = false;
 
-  bool any() const { return per_class > 0 || bins > 0 || entropy; }
+  ESPER_ANYWHERE bool any() const { return per_class > 0 || bins > 0 || entropy; }
   int64_t num_sums() const;
-  int64_t num_class_counts() const { return per_class * (confusion ? per_class : 3); }
+  ESPER_ANYWHERE int64_t num_class_counts() const { return per_class * (confusion ? per_class : 3); }
   int64_t num_counts() const { return num_class_counts() + 2 * bins; }
 };
 // The measures of a row. Those from kNll on are summed, in the order of ROW_SUMS in that file.

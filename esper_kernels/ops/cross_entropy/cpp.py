@@ -13,9 +13,8 @@ from torch import Tensor
 
 from esper_kernels.config import INSTRUCTION_SETS, REDUCTIONS
 from esper_kernels.meter import SUMS, Meter
-from esper_kernels.ops.cross_entropy.measures import add_measures
 from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
-from esper_kernels.ops.cross_entropy.reference import Number, Options, measure
+from esper_kernels.ops.cross_entropy.reference import Number, Options
 
 
 def forward(
@@ -108,10 +107,6 @@ def _call(
         second,
         shares,
     ) = options
-    # The CPU kernels measure as they read the logits; for the others it is a read of its own.
-    measured = None
-    if meter is not None and meter.measures and not logits.is_cpu:
-        measured = measure(logits, targets, options, meter.measures)
     numbers, tensors = _split((label_smoothing, z_loss, softcap, normalizer, grad_scale))
     if second is not None:
         tensors = (*(tensors or [None] * 5), second, shares)
@@ -133,8 +128,6 @@ def _call(
         out,
         *tensors,
     )
-    if meter is not None and measured is not None:
-        add_measures(meter, *measured)
 
 
 def _new_gradient(logits: Tensor) -> Tensor:

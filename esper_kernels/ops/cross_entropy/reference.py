@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from esper_kernels.measures import MeasurePlan
 from esper_kernels.meter import SUMS, Meter
-from esper_kernels.ops.cross_entropy.measures import RowMeasures, add_measures, row_measures
+from esper_kernels.ops.cross_entropy.measures import add_measures, row_measures
 from esper_kernels.sums import ordered_sum
 
 LOWEST_EXPONENT = -86.0
@@ -199,18 +198,6 @@ def forward(
     return result
 
 
-@torch.no_grad()
-def measure(
-    logits: Tensor, targets: Tensor, options: Options, plan: MeasurePlan
-) -> tuple[Tensor, RowMeasures]:
-    """The target of each row, and its measures: for backends that do not measure in their own
-    read."""
-    rows = classify(targets, logits.shape[-1], options.ignore_index)
-    x = capped(logits, options.softcap)
-    measured = rows.valid & x.amax(-1).isfinite()
-    return rows.target, row_measures(logits, x, rows.target, measured, plan)
-
-
 def row_sums(x: Tensor, rows: Rows, options: Options, weights: Tensor) -> RowSums:
     """x: [..., V] after softcap. weights: [V]."""
     row_max = x.amax(-1)
@@ -377,7 +364,11 @@ def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options:
     rank = ranks(logits, rows.target, pick(logits, rows.target))
     add_to_meter(meter, rows, logits.amax(-1).isfinite(), rank, loss_sum, valid)
     if meter.measures:
-        add_measures(meter, *measure(logits, targets, options, meter.measures))
+        measured = rows.valid & logits.amax(-1).isfinite()
+        x = capped(logits, None)
+        add_measures(
+            meter, rows.target, row_measures(logits, x, rows.target, measured, meter.measures)
+        )
 
 
 def ranks(logits: Tensor, target: Tensor, target_logit: Tensor, first_class: int = 0) -> Tensor:
