@@ -173,8 +173,9 @@ class Meter:
 
     def __repr__(self) -> str:
         """Where it counts and what; not the counts, which would be a host sync."""
-        measured = zip(MeasurePlan._fields, self._measures or (), strict=False)
-        options = "".join(f", {name}={number}" for name, number in measured if number)
+        plan = {} if self._measures is None else self._measures._asdict()
+        plan |= {name: bool(plan[name]) for name in ("entropy", "confusion") if name in plan}
+        options = "".join(f", {name}={value}" for name, value in plan.items() if value)
         return f"Meter(device={str(self.device)!r}, topk={self.topk}{options})"
 
     def compute(self, strict: bool = True) -> MeterResult:

@@ -46,7 +46,7 @@ def test_repr_says_where_and_what_it_counts_without_a_sync() -> None:
     with SyncCounter() as syncs:
         assert repr(Meter("cpu", topk=(5,))) == "Meter(device='cpu', topk=(1, 5))"
         meter = Meter("cpu", per_class=3, entropy=True)
-        assert repr(meter) == "Meter(device='cpu', topk=(1,), per_class=3, entropy=1)"
+        assert repr(meter) == "Meter(device='cpu', topk=(1,), per_class=3, entropy=True)"
     assert syncs.count == 0
 
 
