@@ -6,6 +6,8 @@ import io
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -125,6 +127,7 @@ def create(path: Path, config: RunConfig) -> Path:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "device": config.device,
+        "command": shlex.join(sys.argv),
     }
     write_with_digest(path / CONFIG, (json.dumps(asdict(config), indent=2) + "\n").encode())
     write_file(path / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
