@@ -204,8 +204,15 @@ void check(const LossCall& call) {
   require(call.sums.has_value() == call.counts.has_value(), "both accumulators of a meter or none");
   if (call.ticket) memory_of<int32_t>("a meter's ticket", *call.ticket, kInt32, 1);
   if (call.sums) {
-    memory_of<double>("a meter's sums", *call.sums, kFloat64, kNumSums);
-    memory_of<int64_t>("a meter's counts", *call.counts, kInt64, kFirstCorrect + call.topk.size());
+    const int64_t classes = call.logits.sizes[call.logits.dims - 1];
+    require(call.measures.empty() || call.measures.size() == 4, "the four numbers of a meter's measures");
+    const MeasurePlan plan = measures_of(call);
+    require(plan.per_class == 0 || plan.per_class == classes,
+            "logits of as many classes as the meter counts");
+    require(plan.bins >= 0 && plan.bins < INT32_MAX, "a number of calibration bins of at least 0");
+    memory_of<double>("a meter's sums", *call.sums, kFloat64, kNumSums + plan.num_sums());
+    memory_of<int64_t>("a meter's counts", *call.counts, kInt64,
+                       kFirstCorrect + call.topk.size() + plan.num_counts());
     for (const int64_t k : call.topk) require(k > 0, "each k of topk to be at least 1");
   }
   if (call.loss) memory_of<float>("loss", *call.loss, kFloat32, call.reduction == kNone ? rows : 1);
@@ -265,6 +272,14 @@ GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays& out
           memory_of<float>("found_inf", out.found_inf, kFloat32, 1),
           table(out.table),
           table(out.table_on_host)};
+}
+
+int64_t MeasurePlan::num_sums() const { return any() ? kNumRowMeasures - kNll + bins : 0; }
+
+MeasurePlan measures_of(const LossCall& call) {
+  const std::vector<int64_t>& given = call.measures;
+  if (given.empty()) return {};
+  return {given[0], given[1], given[2] != 0, given[3] != 0};
 }
 
 LossRows rows_of(const LossCall& call, const Array* grad_output) {

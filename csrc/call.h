@@ -34,6 +34,20 @@ enum MeterCount {
   kFirstCorrect  // correct@k for each k of topk
 };
 
+// What a Meter measures besides, and how many places that takes after kNumSums and after the last
+// correct@k: see MeasurePlan and its layout in esper_kernels/measures.py.
+struct MeasurePlan {
+  int64_t per_class = 0, bins = 0;
+  bool entropy = false, confusion = false;
+
+  ESPER_ANYWHERE bool any() const { return per_class > 0 || bins > 0 || entropy; }
+  int64_t num_sums() const;
+  ESPER_ANYWHERE int64_t num_class_counts() const { return per_class * (confusion ? per_class : 3); }
+  int64_t num_counts() const { return num_class_counts() + 2 * bins; }
+};
+// The measures of a row. Those from kNll on are summed, in the order of ROW_SUMS in that file.
+enum RowMeasure { kConfidence, kNll, kBrier, kEntropy, kMargin, kNumRowMeasures };
+
 // Where row i of a tensor [..., classes] begins, in elements. Up to two leading dimensions.
 struct RowLayout {
   int64_t inner = 1, outer_stride = 0, inner_stride = 0;
@@ -96,7 +110,8 @@ struct LossCall {
   // A Meter's, float64, int64 and int32 [1]; kernels on a GPU use the ticket, 0 between launches.
   std::optional<Array> sums, counts, ticket;
   std::vector<int64_t> topk = {};
-  std::optional<Array> loss;   // float32 [], or [N] for kNone
+  std::vector<int64_t> measures = {};  // the numbers of a MeasurePlan, or none
+  std::optional<Array> loss;           // float32 [], or [N] for kNone
   std::optional<Array> saved;  // float32 [2 N + 1]: maxima, sums, denominator; written forward, read backward
   std::optional<Array> out;    // like the logits, and may be the logits themselves
 };
@@ -125,6 +140,11 @@ struct LossRows {
   float *saved_max, *saved_sum;
   float* saved_denominator;  // what the sum of row losses is divided by
   int64_t num_topk;
+  // Where measures are wanted: the predicted class of each row, -1 for one that is not measured, and its
+  // RowMeasures, [kNumRowMeasures, rows], which are 0 then. Entropy and margin only if `wants_entropy`.
+  int32_t* predicted;  // [rows] or null
+  float* row_measures;
+  bool wants_entropy;
   void* out;  // the gradient, or null; may be the logits
   RowLayout out_at;
   int64_t out_class_stride;
@@ -212,6 +232,8 @@ void check(const ClassSumsCall&);
 void check(const LogprobCall&);
 GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays&);
 
+// The plan of a checked call.
+MeasurePlan measures_of(const LossCall&);
 // A checked call as the kernels see it. Logits, targets, weight and out have been replaced by copies where
 // `usable` is false. backward: grad_output, which is [] or one number per row.
 LossRows rows_of(const LossCall&, const Array* grad_output = nullptr);

@@ -15,9 +15,10 @@ void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t
                       double label_smoothing, double z_loss, std::optional<double> softcap, int64_t reduction,
                       std::optional<double> normalizer, int64_t instruction_set, double grad_scale,
                       MaybeTensor sums, MaybeTensor counts, MaybeTensor ticket, std::vector<int64_t> topk,
-                      MaybeTensor loss, MaybeTensor saved, MaybeTensor out, MaybeTensor label_smoothing_at,
-                      MaybeTensor z_loss_at, MaybeTensor softcap_at, MaybeTensor normalizer_at,
-                      MaybeTensor grad_scale_at, MaybeTensor second, MaybeTensor shares) {
+                      std::vector<int64_t> measures, MaybeTensor loss, MaybeTensor saved, MaybeTensor out,
+                      MaybeTensor label_smoothing_at, MaybeTensor z_loss_at, MaybeTensor softcap_at,
+                      MaybeTensor normalizer_at, MaybeTensor grad_scale_at, MaybeTensor second,
+                      MaybeTensor shares) {
   Device device(logits, instruction_set);
   Arrays arrays{logits};
   const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
@@ -33,6 +34,7 @@ void cross_entropy_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t
   call.counts = arrays.of(counts);
   call.ticket = arrays.of(ticket);
   call.topk = std::move(topk);
+  call.measures = std::move(measures);
   call.loss = arrays.of(loss);
   call.saved = arrays.of(saved);
   call.out = arrays.of(out);

@@ -20,8 +20,9 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr const char* kSchemas[] = {
     "cross_entropy(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, float label_smoothing, "
     "float z_loss, float? softcap, int reduction, float? normalizer, int instruction_set, float grad_scale, "
-    "Tensor(a!)? sums, Tensor(b!)? counts, Tensor(c!)? ticket, int[] topk, Tensor(d!)? loss, "
-    "Tensor(e!)? saved, Tensor(f!)? out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
+    "Tensor(a!)? sums, Tensor(b!)? counts, Tensor(c!)? ticket, int[] topk, int[] measures, "
+    "Tensor(d!)? loss, Tensor(e!)? saved, Tensor(f!)? out, Tensor? label_smoothing_at=None, Tensor? "
+    "z_loss_at=None, "
     "Tensor? softcap_at=None, Tensor? normalizer_at=None, Tensor? grad_scale_at=None, Tensor? second=None, "
     "Tensor? shares=None) -> ()",
     "cross_entropy_backward(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, "

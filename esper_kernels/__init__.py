@@ -14,6 +14,7 @@ and the `compute` functions outside the compiled region.
 from esper_kernels.backends import select_backend
 from esper_kernels.config import KernelConfig
 from esper_kernels.info import info
+from esper_kernels.measures import Averages, Calibration, ClassMeasures, Measured
 from esper_kernels.meter import Meter, MeterResult
 from esper_kernels.modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from esper_kernels.ops.cross_entropy import cross_entropy, cross_entropy_step, record_loss
@@ -33,6 +34,9 @@ from esper_kernels.readback import compute_all
 from esper_kernels.version import __version__
 
 __all__ = [
+    "Averages",
+    "Calibration",
+    "ClassMeasures",
     "ClassShard",
     "CrossEntropyLoss",
     "GradHealth",
@@ -40,6 +44,7 @@ __all__ = [
     "KernelConfig",
     "LinearCrossEntropyLoss",
     "LinearGradients",
+    "Measured",
     "Meter",
     "MeterResult",
     "__version__",

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from esper_kernels.backends import select_backend
 from esper_kernels.config import DTYPES, REDUCTIONS, TARGET_DTYPES, KernelConfig
-from esper_kernels.meter import COUNTS, SUMS, Meter
+from esper_kernels.meter import Meter
 from esper_kernels.values import has_memory
 
 NUMBER_DTYPES = (*DTYPES, *TARGET_DTYPES)  # of options that are tensors
@@ -193,6 +193,17 @@ def check_batch(logits: Tensor, targets: Tensor, meter: Meter | None) -> None:
         )
     if meter is not None:
         check_meter(meter)
+        check_per_class(meter, logits.shape[-1])
+
+
+def check_per_class(meter: Meter, num_classes: int) -> None:
+    """That a meter that counts by class counts as many as the logits have."""
+    per_class = meter.measures.per_class if meter.measures else 0
+    if per_class not in (0, num_classes):
+        raise ValueError(
+            f"expected logits of {per_class} classes for a Meter with per_class={per_class}, got "
+            f"{num_classes}; make the Meter with per_class={num_classes}"
+        )
 
 
 def by_either_name(
@@ -259,8 +270,8 @@ def _check_share_tensor(share: Tensor, targets: Tensor) -> None:
 def check_meter(meter: Meter) -> None:
     """That nobody has replaced the accumulators by something else."""
     expected = {
-        "sums": ((len(SUMS),), torch.float64),
-        "counts": ((len(COUNTS) + len(meter.topk),), torch.int64),
+        "sums": ((meter.num_sums,), torch.float64),
+        "counts": ((meter.num_counts,), torch.int64),
         "ticket": ((1,), torch.int32),
     }
     for name, (shape, dtype) in expected.items():

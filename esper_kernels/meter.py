@@ -13,17 +13,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from esper_kernels.backends import DEVICES_WITHOUT_FLOAT64
+from esper_kernels.measures import (
+    Measured,
+    MeasurePlan,
+    exponential,
+    measured_of,
+    plan_measures,
+    ratio,
+)
 from esper_kernels.readback import compute_all, words_to_floats
 
 # The layout every backend writes. Correct@k follows the last count, for each k of `Meter.topk` in
-# order.
+# order; then come the sums and counts of `esper_kernels.measures`.
 SUMS = ("loss_sum", "weight_sum", "batch_mean_sum")
 COUNTS = ("valid", "ignored", "nonfinite", "bad_targets", "batches", "batches_with_valid")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeterResult:
-    """What a `Meter` saw. A mean over nothing is NaN. Rows are targets; losses are in nats.
+class MeterResult(Measured):
+    """What a `Meter` saw. A mean over nothing is NaN. Rows are targets; losses are in nats. The
+    fields of `Measured` are None unless the meter takes those measures.
 
     loss: loss_sum / (class weights of the valid rows summed; without class weights the valid rows;
         with MixUp the weights of both targets times their shares).
@@ -47,6 +56,12 @@ class MeterResult:
     bad_targets: int
     batches: int
 
+    @property
+    def perplexity(self) -> float:
+        """e^nll where that is measured, else e^loss, which is the same without class weights, label
+        smoothing, z-loss and MixUp. Infinite where it exceeds a float."""
+        return exponential(self.loss if self.nll is None else self.nll)
+
     def accuracy_at(self, k: int) -> float:
         """Fraction (0..1) of valid rows whose target is among the k largest logits. ValueError for
         a k that the meter did not count."""
@@ -55,11 +70,7 @@ class MeterResult:
                 f"k must be one of {list(self.correct)}, which the meter counted, got {k}; make it "
                 f"Meter(device, topk=(1, {k}))"
             )
-        return _ratio(self.correct[k], self.valid)
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else float("nan")
+        return ratio(self.correct[k], self.valid)
 
 
 class Meter:
@@ -68,14 +79,31 @@ class Meter:
     device: where the logits are. A device without float64 raises ValueError.
     topk: the k of correct@k, positive integers, 1 always among them; a k may exceed the number of
     classes.
+    per_class: the number of classes, to count rows by class; logits must have as many. confusion:
+    count them in a confusion matrix, for at most 1,024 classes.
+    calibration_bins: the number of bins of the largest probability, for calibration errors, the
+    Brier score and the negative log-likelihood.
+    entropy: measure the entropy of predictions, the negative log-likelihood and the margin of the
+    largest logit.
+    `esper_kernels.measures` defines these; 0 or False leaves them out, and then they cost nothing.
 
     A meter counts calls: inside `torch.utils.checkpoint`, which runs its function again in
     backward, a batch is counted twice. Compute the loss outside of the checkpointed function.
 
-    Attributes: device, topk (sorted), sums (float64, see SUMS), counts (int64, see COUNTS).
+    Attributes: device, topk (sorted), measures (None, or the plan of what it measures besides),
+    sums (float64, see SUMS), counts (int64, see COUNTS).
     """
 
-    def __init__(self, device: torch.device | str, *, topk: Sequence[int] = (1,)) -> None:
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        topk: Sequence[int] = (1,),
+        per_class: int = 0,
+        calibration_bins: int = 0,
+        entropy: bool = False,
+        confusion: bool = False,
+    ) -> None:
         device = torch.device(device)
         if device.type in DEVICES_WITHOUT_FLOAT64:
             raise ValueError(
@@ -87,12 +115,11 @@ class Meter:
         if not all(0 < k < 2**63 for k in topk):
             raise ValueError(f"topk must hold positive integers, got {tuple(topk)}")
         self._topk = tuple(sorted({1, *topk}))
+        self._measures = plan_measures(per_class, calibration_bins, entropy, confusion)
         # a meter made inside inference mode must work outside of it
         with torch.inference_mode(False):
-            self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-            self.counts = torch.zeros(
-                len(COUNTS) + len(self._topk), dtype=torch.int64, device=device
-            )
+            self.sums = torch.zeros(self.num_sums, dtype=torch.float64, device=device)
+            self.counts = torch.zeros(self.num_counts, dtype=torch.int64, device=device)
             self.ticket = torch.zeros(1, dtype=torch.int32, device=device)  # 0 between launches
         self.device = self.sums.device  # "cuda" has become "cuda:0"
 
@@ -100,6 +127,33 @@ class Meter:
     def topk(self) -> tuple[int, ...]:
         """The k of correct@k, sorted; fixed, because `counts` has a place for each."""
         return self._topk
+
+    @property
+    def measures(self) -> MeasurePlan | None:
+        """What is measured besides, fixed as `topk` is."""
+        return self._measures
+
+    @property
+    def num_sums(self) -> int:
+        """The length of `sums`."""
+        return len(SUMS) + (self._measures.num_sums if self._measures else 0)
+
+    @property
+    def num_counts(self) -> int:
+        """The length of `counts`."""
+        return self._first_measure + (self._measures.num_counts if self._measures else 0)
+
+    @property
+    def _first_measure(self) -> int:
+        return len(COUNTS) + len(self._topk)
+
+    def measure_accumulators(self) -> tuple[Tensor, Tensor]:
+        """The part of `sums` and of `counts` that the measures have."""
+        return self.sums[len(SUMS) :], self.counts[self._first_measure :]
+
+    def empty_copy(self) -> "Meter":
+        """A meter of the same arguments that has seen nothing."""
+        return meter_of(self.device, self._topk, self._measures)
 
     def reset(self) -> None:
         """Forget every batch."""
@@ -119,7 +173,10 @@ class Meter:
 
     def __repr__(self) -> str:
         """Where it counts and what; not the counts, which would be a host sync."""
-        return f"Meter(device={str(self.device)!r}, topk={self.topk})"
+        plan = {} if self._measures is None else self._measures._asdict()
+        plan |= {name: bool(plan[name]) for name in ("entropy", "confusion") if name in plan}
+        options = "".join(f", {name}={value}" for name, value in plan.items() if value)
+        return f"Meter(device={str(self.device)!r}, topk={self.topk}{options})"
 
     def compute(self, strict: bool = True) -> MeterResult:
         """Read everything: the only host sync. strict: IndexError where targets were outside [0,
@@ -131,28 +188,40 @@ class Meter:
         """Each count as an int64 [] view on the device, without a sync: "valid", "ignored", ...,
         "correct@1", ..."""
         names = (*COUNTS, *(f"correct@{k}" for k in self.topk))
-        return dict(zip(names, self.counts.unbind(), strict=True))
+        return dict(zip(names, self.counts[: len(names)].unbind(), strict=True))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up the meters of all ranks, in place on each: once, before `compute`. One collective,
         in which counts travel as float64, exact up to 2^53."""
         both = torch.cat([self.sums, self.counts.double()])
         dist.all_reduce(both, group=group)
-        self.sums.copy_(both[: len(SUMS)])
-        self.counts.copy_(both[len(SUMS) :])
+        self.sums.copy_(both[: self.num_sums])
+        self.counts.copy_(both[self.num_sums :])
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the accumulators and the list of k; `torch.load(weights_only=True)` reads it
-        back."""
-        return {"topk": list(self.topk), "sums": self.sums.clone(), "counts": self.counts.clone()}
+        """Copies of the accumulators, the list of k and the measures;
+        `torch.load(weights_only=True)` reads it back."""
+        return {
+            "topk": list(self.topk),
+            "measures": list(self._measures or ()),
+            "sums": self.sums.clone(),
+            "counts": self.counts.clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, from any device. ValueError for another topk or for
-        tensors of another shape or dtype."""
+        """Restore what `state_dict` returned, from any device. ValueError for another topk, other
+        measures, or tensors of another shape or dtype."""
         if tuple(state["topk"]) != self.topk:
             raise ValueError(
                 f"expected the state of a Meter with topk {self.topk}, got topk "
                 f"{tuple(state['topk'])}"
+            )
+        measures = state.get("measures", [])  # older states have none
+        if tuple(measures) != tuple(self._measures or ()):
+            raise ValueError(
+                "expected the state of a Meter with the same measures (per_class, "
+                f"calibration_bins, entropy, confusion): {list(self._measures or ())}, got "
+                f"{list(measures)}"
             )
         names = ("sums", "counts")
         for name in names:
@@ -170,20 +239,49 @@ class Meter:
         return torch.cat([self.sums.view(torch.int64), self.counts])
 
     def unpack(self, words: list[int], strict: bool) -> MeterResult:
-        loss_sum, weight_sum, batch_mean_sum = words_to_floats(words[: len(SUMS)])
-        counts = dict(zip(COUNTS, words[len(SUMS) :], strict=False))
+        sums = words_to_floats(words[: self.num_sums])
+        loss_sum, weight_sum, batch_mean_sum = sums[: len(SUMS)]
+        all_counts = words[self.num_sums :]
+        counts = dict(zip(COUNTS, all_counts, strict=False))
         batches_with_valid = counts.pop("batches_with_valid")  # the others are fields of the result
         if strict and counts["bad_targets"]:
             raise IndexError(
                 f"{counts['bad_targets']} targets were neither in [0, number of classes) nor "
                 "ignore_index; correct the data, or read the other rows with compute(strict=False)"
             )
-        correct = dict(zip(self.topk, words[len(SUMS) + len(COUNTS) :], strict=True))
+        correct = dict(zip(self.topk, all_counts[len(COUNTS) :], strict=False))
+        measured = measured_of(
+            self._measures,
+            sums[len(SUMS) :],
+            all_counts[self._first_measure :],
+            counts["valid"] - counts["nonfinite"],
+        )
         return MeterResult(
-            loss=_ratio(loss_sum, weight_sum),
+            loss=ratio(loss_sum, weight_sum),
             loss_sum=loss_sum,
-            mean_batch_loss=_ratio(batch_mean_sum, batches_with_valid),
-            accuracy=_ratio(correct[1], counts["valid"]),
+            mean_batch_loss=ratio(batch_mean_sum, batches_with_valid),
+            accuracy=ratio(correct[1], counts["valid"]),
             correct=correct,
             **counts,
+            per_class=measured.per_class,
+            confusion=measured.confusion,
+            calibration=measured.calibration,
+            nll=measured.nll,
+            entropy=measured.entropy,
+            margin=measured.margin,
         )
+
+
+def meter_of(device: torch.device, topk: Sequence[int], measures: Sequence[int] | None) -> Meter:
+    """An empty meter. measures: the numbers of a `MeasurePlan`; none for nothing besides."""
+    if not measures:
+        return Meter(device, topk=topk)
+    per_class, calibration_bins, entropy, confusion = measures
+    return Meter(
+        device,
+        topk=topk,
+        per_class=per_class,
+        calibration_bins=calibration_bins,
+        entropy=bool(entropy),
+        confusion=bool(confusion),
+    )

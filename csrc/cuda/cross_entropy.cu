@@ -309,6 +309,7 @@ void cross_entropy(const LossCall& call, const Allocate& allocate, cudaStream_t 
                            : reinterpret_cast<unsigned*>(b.partials + words);
     if (!call.ticket) check(cudaMemsetAsync(b.ticket, 0, sizeof(unsigned), stream));
   }
+  measure(call, allocate, stream);
   main.run(b, stream);
 }
 

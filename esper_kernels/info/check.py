@@ -57,7 +57,10 @@ def _sample(device: str, dtype: torch.dtype, rows: int, classes: int) -> tuple[T
 
 def _difference(config: KernelConfig, logits: Tensor, targets: Tensor) -> str | None:
     """The first thing in which the backend differs from eager by more than rounding."""
-    meter, expected = (Meter(logits.device, topk=(1, 5)) for _ in range(2))
+    meter, expected = (
+        Meter(logits.device, topk=(1, 5), per_class=logits.shape[-1], entropy=True)
+        for _ in range(2)
+    )
     leaf = logits.double().requires_grad_()
     rival = logits.clone().requires_grad_()
     loss = cross_entropy(

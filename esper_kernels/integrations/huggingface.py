@@ -8,8 +8,6 @@
 Nothing here imports transformers. Source: transformers 5.23, `trainer.py`.
 """
 
-import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +20,6 @@ from esper_kernels.config import KernelConfig
 from esper_kernels.meter import Meter, MeterResult
 from esper_kernels.ops.cross_entropy import cross_entropy
 
-LARGEST_EXPONENT = math.log(sys.float_info.max)
 IGNORED = -100  # the label that Hugging Face's collators give to padding
 
 
@@ -71,13 +68,12 @@ def causal_lm_loss(
 
 
 def measures(result: MeterResult, prefix: str = "") -> dict[str, float]:
-    """Accuracy, top-k accuracies and perplexity (e^loss) under the names of a log."""
-    large = result.loss > LARGEST_EXPONENT
+    """Accuracy, top-k accuracies and perplexity under the names of a log."""
     top = {f"{prefix}top{k}_accuracy": result.accuracy_at(k) for k in result.correct if k > 1}
     return {
         f"{prefix}accuracy": result.accuracy,
         **top,
-        f"{prefix}perplexity": math.inf if large else math.exp(result.loss),
+        f"{prefix}perplexity": result.perplexity,
     }
 
 

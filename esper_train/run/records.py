@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from esper_kernels import GradHealth
+from esper_kernels import GradHealth, Measured
 from esper_train.control.governor import Finding
 from esper_train.control.policy import Decision
 from esper_train.morph.lifecycle import SlotState, StageChange
@@ -105,4 +105,20 @@ def plain(measures: Measures) -> dict[str, Any]:
         "accuracy": None if measures.accuracy is None else measures.points,
         "correct": measures.correct,
         "valid": measures.valid,
+        **_measured(measures.measured),
     }
+
+
+def _measured(measured: Measured) -> dict[str, Any]:
+    """What `train.measures` asks for, with what the report draws of it; nothing for nothing."""
+    found = {name: value for name, value in asdict(measured).items() if value is not None}
+    if not found:
+        return {}
+    if measured.perplexity is not None:
+        found["perplexity"] = measured.perplexity
+    if classes := measured.per_class:
+        found["per_class"] |= {"macro": classes.macro()._asdict()}
+        found["per_class"] |= {"weighted": classes.weighted()._asdict()}
+    if calibration := measured.calibration:
+        found["calibration"] |= {"ece": calibration.ece, "mce": calibration.mce}
+    return {"measures": found}

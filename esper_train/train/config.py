@@ -67,6 +67,35 @@ class GradConfig(Settings, table="train.grad."):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuresConfig(Settings, table="train.measures."):
+    """What is measured besides loss and accuracy, in training and in evaluation, in the same read
+    of the logits; `esper_kernels.Measured` defines the numbers."""
+
+    per_class: CountOrZero = 0
+    """The number of classes, for support, precision, recall and F1 of each; 0 leaves them out."""
+    confusion: bool = False
+    """Count the rows of each pair of target and prediction; needs per_class of at most 1,024."""
+    calibration_bins: CountOrZero = 0
+    """Bins of the largest probability, for calibration errors, the Brier score and the negative
+    log-likelihood; 0 leaves them out."""
+    entropy: bool = False
+    """Entropy of the predictions, perplexity, and margin of the largest logit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.confusion or 0 < self.per_class <= 1024,
+            "train.measures.confusion needs train.measures.per_class, the number of classes, in "
+            "[1, 1024]",
+            self.per_class,
+        )
+
+    @property
+    def any(self) -> bool:
+        return bool(self.per_class or self.calibration_bins or self.entropy)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings, table="train."):
     """Settings of the epoch loop, the same for every way of training."""
 
@@ -74,6 +103,7 @@ class TrainConfig(Settings, table="train."):
     compile: CompileConfig = field(default_factory=CompileConfig)
     amp: AmpConfig = field(default_factory=AmpConfig)
     grad: GradConfig = field(default_factory=GradConfig)
+    measures: MeasuresConfig = field(default_factory=MeasuresConfig)
     accumulate: Count = 1
     """Batches a step. Their gradient is that of the mean over all their valid rows; with a
     criterion other than cross entropy, that of the mean over the batches."""

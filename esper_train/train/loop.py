@@ -32,6 +32,7 @@ from esper_train.train.results import (
     Measures,
     StepEnd,
     measures_of,
+    new_meter,
     refuse_bad_numbers,
 )
 from esper_train.train.step import Scope, TrainStep, build_train_step
@@ -265,7 +266,7 @@ def launch_evaluation(
     watch = Stopwatch(device)
     step.loss.saw_soft_targets = False
     overrides = dict(variants or {})
-    meters = [Meter(device, topk=config.topk) for _ in range(1 + len(overrides))]
+    meters = [new_meter(config, device), *(Meter(device, topk=config.topk) for _ in overrides)]
     alphas = list(overrides.values())
     entered = [(scopes or {}).get(name, nullcontext) for name in overrides]
     right: list[Tensor] = []

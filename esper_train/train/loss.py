@@ -135,6 +135,11 @@ class Loss:
                 f"task type {task_type!r} needs a criterion, got None; pass one, such as "
                 "nn.MSELoss()"
             )
+        if config.measures.any and not self.counts:
+            raise ValueError(
+                f"train.measures is about classes, and task type {task_type!r} has none; leave it "
+                "out"
+            )
         if self.counts:
             refuse_linear_module(criterion)
         options = criterion_options(criterion) if self.counts else None

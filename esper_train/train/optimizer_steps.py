@@ -14,7 +14,7 @@ from esper_train.train.learner import Learner
 from esper_train.train.loss import Divisor
 from esper_train.train.optimizers import OptimizerRegistry
 from esper_train.train.ranks import GradientSum, Ranks
-from esper_train.train.results import whole_epoch
+from esper_train.train.results import new_meter, whole_epoch
 from esper_train.train.step import TrainStep
 from esper_train.train.unit import Unit
 
@@ -47,7 +47,7 @@ class OptimizerSteps:
         self._config = config
         self._step = step
         self._learners = learners
-        self.meter = Meter(device, topk=config.topk)
+        self.meter = new_meter(config, device)
         self.saw_soft_targets = False
         groups = optimizers.parameters()
         self._parameters = [p for members in groups.values() for p in members]

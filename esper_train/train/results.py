@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
-from esper_kernels import GradHealth, Meter, MeterResult
+from esper_kernels import GradHealth, Measured, Meter, MeterResult
+from esper_train.train.config import TrainConfig
 from esper_train.train.errors import NonFiniteLossError
 
 
@@ -32,6 +34,8 @@ class Measures:
     """Rows left out because their target was outside the classes; see
     `TrainConfig.on_bad_numbers`."""
     batches: int
+    measured: Measured = field(default_factory=Measured)
+    """What `train.measures` asks for; in it, None is what was not measured."""
 
     @property
     def points(self) -> float:
@@ -51,6 +55,7 @@ class MeasuresFields(TypedDict):
     nonfinite: int
     bad_targets: int
     batches: int
+    measured: Measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,4 +166,24 @@ def measures_of(result: MeterResult, counts: bool) -> MeasuresFields:
         "nonfinite": result.nonfinite,
         "bad_targets": result.bad_targets,
         "batches": result.batches,
+        "measured": Measured(
+            per_class=result.per_class,
+            confusion=result.confusion,
+            calibration=result.calibration,
+            nll=result.nll,
+            entropy=result.entropy,
+            margin=result.margin,
+        ),
     }
+
+
+def new_meter(config: TrainConfig, device: torch.device) -> Meter:
+    """A meter of what the config asks for."""
+    return Meter(
+        device,
+        topk=config.topk,
+        per_class=config.measures.per_class,
+        calibration_bins=config.measures.calibration_bins,
+        entropy=config.measures.entropy,
+        confusion=config.measures.confusion,
+    )

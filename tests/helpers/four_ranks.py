@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from esper_train import HostConfig, RunConfig, Splits, Task, run_fit
 from esper_train.morph.host import Host, cnn_host
+from tests.helpers import sharded
 from tests.helpers.own import perceptron, table_data
-from tests.helpers.ranks import DDP, FSDP2, SHARDED_FIT, whole_weights
+from tests.helpers.ranks import DDP, whole_weights
+from tests.helpers.sharded import FSDP2
 
 WORLD = 4
-CONFIG = replace(SHARDED_FIT, max_epochs=4, batch_size=8)
+CONFIG = replace(sharded.CONFIG, max_epochs=4, batch_size=8)
 
 
 class NormByPart(nn.BatchNorm2d):

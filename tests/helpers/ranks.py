@@ -28,7 +28,6 @@ from esper_train import (
     Op,
     OptimConfig,
     RunConfig,
-    ScheduleConfig,
     Splits,
     Task,
     TelemetryHub,
@@ -47,7 +46,6 @@ from tests.helpers.scripted import EASY, Recorder, Script, germinate
 SECONDS = 400.0
 """How long a test waits for its processes."""
 DDP = DistributedConfig(strategy="ddp", timeout=60.0)
-FSDP2 = DistributedConfig(strategy="fsdp2", timeout=60.0)
 
 
 def together(world: int, work: Callable[[int, Path], Any], directory: Path) -> list[Any]:
@@ -156,10 +154,6 @@ CONFIG = RunConfig(
 )
 
 
-FIT = replace(CONFIG, max_epochs=3)
-SHARDED_FIT = replace(FIT, train=replace(FIT.train, on_bad_numbers="stop"))
-
-
 def life(blueprint: str, blend: str = "linear") -> Script:
     """Germinations, a blend, a fossilization, a cull in training, and one during a blend, which is
     undone."""
@@ -198,9 +192,9 @@ def life_of(task: Callable[[], Task], blueprint: str, rank: int, directory: Path
 def fit_of(
     make: Callable[[], Task],
     config: RunConfig,
-    distributed: DistributedConfig,
     rank: int,
     directory: Path,
+    distributed: DistributedConfig = DDP,
 ) -> Any:
     """Weights, and the epochs' measures, of plain training."""
     return fitted(make(), replace(config, distributed=distributed))
@@ -219,27 +213,8 @@ def fitted(task: Task, config: RunConfig) -> dict[str, Any]:
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the weights; those that are divided among the ranks are gathered."""
-    return {
-        name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
-        for name, value in model.state_dict().items()
-    }
-
-
-def fit_in_turn(rank: int, directory: Path) -> dict[str, Tensor]:
-    """The weights after an epoch each with FSDP2, in one process, with DDP, and with FSDP2."""
-    turns = (FSDP2, DistributedConfig(), DDP, FSDP2)
-    out = directory / "turns"
-    for epoch, distributed in enumerate(turns, start=1):
-        config = replace(SHARDED_FIT, max_epochs=epoch, distributed=distributed)
-        if rank == 0 or distributed.strategy != "none":
-            result = run_fit(config, task=texts(), out=out, resume=epoch > 1)
-        dist.barrier()
-    return whole_weights(result.model)
-
-
-def stop_sharded(rank: int, directory: Path) -> dict[str, Any]:
-    """SIGTERM comes to rank 1, before its 8th step, with FSDP2."""
-    return stop_in(directory / "stopped sharded", FSDP2, rank)
+    state = model.state_dict().items()
+    return {n: x.full_tensor() if isinstance(x, DTensor) else x.clone() for n, x in state}
 
 
 def continue_each_other(rank: int, directory: Path) -> dict[str, Any]:
@@ -275,16 +250,13 @@ class SignalledAt:
         return inputs, targets
 
 
-def stop_rank_1(rank: int, directory: Path) -> dict[str, Any]:
+def stop_rank_1(rank: int, directory: Path, distributed: DistributedConfig = DDP) -> dict[str, Any]:
     """SIGTERM comes to rank 1, before its 8th step."""
-    return stop_in(directory / "stopped", DDP, rank)
-
-
-def stop_in(out: Path, distributed: DistributedConfig, rank: int) -> dict[str, Any]:
     signalled = SignalledAt(8 if rank == 1 else 0)
     task = replace(tables(), augment=signalled)
+    config = replace(CONFIG, train=TrainConfig(), distributed=distributed)
     try:
-        run_fit(replace(SHARDED_FIT, max_epochs=22, distributed=distributed), task=task, out=out)
+        run_fit(config, task=task, out=directory / "stopped")
     except Stopped as stopped:
         return {"signal": int(stopped.args[0]), "steps": signalled.steps}
     return {}
@@ -331,6 +303,7 @@ def _counting(name: str, function: Callable[..., Any], counts: Counter[str]) -> 
     return call
 
 
+FIT = replace(CONFIG, max_epochs=3)
 CRITERIA: dict[str, Any] = {
     "weighted": nn.CrossEntropyLoss(
         weight=torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64), label_smoothing=0.1
@@ -357,31 +330,12 @@ FITS: dict[str, tuple[Callable[[], Task], RunConfig]] = {
         replace(FIT, batch_size=2, train=TrainConfig(accumulate=3)),
     ),
 }
-SHARDED_FITS = {
-    **{
-        name: (make, replace(config, train=replace(config.train, on_bad_numbers="stop")))
-        for name, (make, config) in FITS.items()
-        if name != "criterion of one's own"
-    },
-    "perceptron, best network": (tables, replace(SHARDED_FIT, keep="best")),
-    "AdamW, a schedule, bad steps skipped": (
-        partial(tables, 33, 7),
-        replace(
-            FIT,
-            optim=OptimConfig(kind="adamw", schedule=ScheduleConfig(kind="cosine")),
-            train=replace(FIT.train, on_bad_numbers="skip"),
-        ),
-    ),
-}
 LIVES: dict[str, tuple[Callable[[], Task], str]] = {
     "perceptron": (partial(tables, 33, 61), "bottleneck"),
     "transformer": (texts, "lora"),
 }
 SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
-    **{name: partial(fit_of, *case, DDP) for name, case in FITS.items()},
-    **{f"fsdp2: {name}": partial(fit_of, *case, FSDP2) for name, case in SHARDED_FITS.items()},
-    "turns": fit_in_turn,
-    "stopped sharded": stop_sharded,
+    **{name: partial(fit_of, *case) for name, case in FITS.items()},
     **{name: partial(life_of, *case) for name, case in LIVES.items()},
     "continued": continue_each_other,
     "stopped": stop_rank_1,

@@ -317,6 +317,7 @@ def test_public_names_are_exactly_these() -> None:
     names += " linear_cross_entropy linear_cross_entropy_step LinearGradients "
     names += "CrossEntropyLoss LinearCrossEntropyLoss token_logprobs linear_token_logprobs"
     names += " ClassShard vocab_parallel_cross_entropy vocab_parallel_cross_entropy_step"
+    names += " Averages Calibration ClassMeasures Measured"
     names += " grad_stats clip_grad_norm_ compute_all select_backend info __version__"
     assert set(esper_kernels.__all__) == set(names.split())
     assert all(hasattr(esper_kernels, name) for name in esper_kernels.__all__)

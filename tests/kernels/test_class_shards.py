@@ -5,13 +5,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from esper_kernels import (
+    KernelConfig,
+    Meter,
+    cross_entropy,
+    linear_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
 from esper_kernels.native import INSTRUCTION_SETS, UNAVAILABLE
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.reference import Forward, Options
@@ -167,6 +177,53 @@ def test_one_bad_shard_makes_the_row_bad_on_every_rank(module: Any) -> None:
     assert found.loss.isnan().tolist() == [False, True, True, True, False, False, False]
     assert grad.isnan().all(-1).tolist() == [False, True, True, True, False, False, False]
     assert not grad[4].isnan().any()
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch is built without torch.distributed or gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("module", EVERY_BACKEND, indirect=True)
+def test_one_rank_alone_has_all_classes(module: Any) -> None:
+    backend = KernelConfig(backend=module.__name__.rpartition(".")[2].replace("reference", "eager"))
+    hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(11, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    targets = torch.tensor([0, 10, -100, 4, 4])
+    shard = ClassShard.across(len(weight))
+    meters = [Meter("cpu", topk=(3,)) for _ in range(3)]
+    losses = [
+        vocab_parallel_cross_entropy(
+            hidden @ weight.t(),
+            targets,
+            shard,
+            label_smoothing=0.1,
+            meter=meters[0],
+            config=backend,
+        ),
+        linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            label_smoothing=0.1,
+            shard=shard,
+            meter=meters[1],
+            config=backend,
+        ),
+        F.cross_entropy(hidden @ weight.t(), targets, label_smoothing=0.1),
+    ]
+    found = [torch.autograd.grad(loss, (hidden, weight)) for loss in losses]
+    cross_entropy(hidden @ weight.t(), targets, label_smoothing=0.1, meter=meters[2])
+    for loss, grads, meter in zip(losses[:2], found[:2], meters[:2], strict=True):
+        torch.testing.assert_close(loss, losses[2])
+        torch.testing.assert_close(grads, found[2])
+        assert torch.equal(meter.counts, meters[2].counts)
 
 
 @needs_cpp

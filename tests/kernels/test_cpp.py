@@ -32,7 +32,7 @@ def test_ops_are_what_their_schemas_say(full: bool, dtype: torch.dtype) -> None:
     """Each op as it is called: with nothing that may be left out, and with all of it."""
     logits, targets = arguments(5, 40)
     logits = logits.to(dtype)
-    meter = Meter("cpu", topk=(5,))
+    meter = Meter("cpu", topk=(5,), per_class=40, calibration_bins=3, entropy=True)
     weight = torch.rand(40, generator=GENERATOR) if full else None
     loss = torch.empty(5 if full else ())
     saved = torch.empty(11)
@@ -42,7 +42,9 @@ def test_ops_are_what_their_schemas_say(full: bool, dtype: torch.dtype) -> None:
     options = (weight, -100, 0.1, 0.0, 5.0 if full else None)
     reduction = REDUCTIONS.index("none" if full else "mean")
     accumulators = (
-        (meter.sums, meter.counts, meter.ticket, meter.topk) if full else (None, None, None, (1,))
+        (meter.sums, meter.counts, meter.ticket, meter.topk, meter.measures)
+        if full
+        else (None, None, None, (1,), ())
     )
     tensors = (smoothing, None, None, None, scale) if full else ()
     forward = torch.ops.esper.cross_entropy.default

@@ -472,6 +472,40 @@ def test_why_the_kernels_cannot_run_is_a_constant_to_compilers() -> None:
     assert compiled(torch.zeros(())).item() == (1 if reason is None else 2)
 
 
+@pytest.mark.parametrize("v", [1, 7, 1000, 1030])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("confusion", [False, True])
+def test_measures_are_those_of_eager(
+    device: Device, v: int, backwards: bool, confusion: bool
+) -> None:
+    """Before a gradient in place, with ties, ignored and bad targets, and rows not finite; the same
+    bits in whatever order the blocks run."""
+    confusion = confusion and v <= 7
+    generator = torch.Generator().manual_seed(v)
+    logits = torch.randn(40, v, generator=generator).mul_(3)
+    logits[::3] = logits[::3].round()
+    logits[1, 0], logits[2, -1], logits[3] = torch.nan, torch.inf, -torch.inf
+    targets = torch.randint(v, (40,), generator=generator)
+    targets[::9] = -100
+    targets[5] = v
+    meters = [
+        Meter("cpu", per_class=v, calibration_bins=10, entropy=True, confusion=confusion)
+        for _ in range(3)
+    ]
+    device(backwards=backwards)
+    for softcap in (None, 4.0):
+        cross_entropy(logits, targets, softcap=softcap, meter=meters[0], config=CPP)
+        cross_entropy_step(
+            logits.clone(), targets, meters[1], softcap=softcap, inplace=True, config=CPP
+        )
+        within = targets.where(targets != v, -100)
+        cross_entropy(logits, within, softcap=softcap, meter=meters[2], config=EAGER)
+    assert torch.equal(meters[0].counts, meters[1].counts)
+    assert torch.equal(meters[0].sums[3:], meters[1].sums[3:])
+    assert torch.equal(meters[0].counts[7:], meters[2].counts[7:])
+    torch.testing.assert_close(meters[0].sums[3:], meters[2].sums[3:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path: Path) -> None:

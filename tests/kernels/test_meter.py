@@ -295,11 +295,12 @@ import sys, torch, torch.distributed as dist
 from esper_kernels import Meter, cross_entropy_step
 rank, file = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
-meter = Meter("cpu")
+meter = Meter("cpu", per_class=2, calibration_bins=2)
 cross_entropy_step(torch.zeros(1 + rank, 2), torch.full((1 + rank,), rank), meter)
 meter.all_reduce()
 result = meter.compute()
 print(result.valid, result.correct[1], result.batches, round(result.loss_sum, 6))
+print(result.per_class.support, result.calibration.rows)
 dist.destroy_process_group()
 """
 
@@ -320,4 +321,4 @@ def test_all_reduce_adds_up_two_ranks(tmp_path: Path) -> None:
         for process in ranks:
             process.kill()  # a process that waits for a dead peer would never end
     # 3 ln 2; rank 0's one row is correct, rank 1's two are not
-    assert outputs == ["3 1 2 2.079442"] * 2
+    assert outputs == ["3 1 2 2.079442\n(1, 2) (0, 3)"] * 2

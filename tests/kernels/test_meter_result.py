@@ -20,13 +20,33 @@ def test_accuracy_at_k_divides_by_the_valid_rows() -> None:
         result.accuracy_at(5)
 
 
+@pytest.mark.parametrize(
+    ("logit", "perplexity"), [(0.0, 2.0), (math.log(3), 4 / 3), (-2000.0, math.inf)]
+)
+def test_perplexity_is_the_exponential_of_the_loss(logit: float, perplexity: float) -> None:
+    meter = Meter("cpu")
+    cross_entropy(torch.tensor([[logit, 0.0]]), torch.tensor([0]), meter=meter)
+    assert meter.compute().perplexity == pytest.approx(perplexity, rel=1e-6)
+
+
+def test_perplexity_leaves_out_label_smoothing_where_the_likelihood_is_measured() -> None:
+    meter = Meter("cpu", entropy=True)
+    logits = torch.tensor([[math.log(3), 0.0]])
+    cross_entropy(logits, torch.tensor([0]), meter=meter, label_smoothing=0.5)
+    assert meter.compute().perplexity == pytest.approx(4 / 3, rel=1e-6)
+
+
 def test_nothing_measured_is_nan() -> None:
-    assert math.isnan(Meter("cpu", topk=(1, 5)).compute().accuracy_at(5))
+    result = Meter("cpu", topk=(1, 5)).compute()
+    assert math.isnan(result.accuracy_at(5))
+    assert math.isnan(result.perplexity)
 
 
 def test_repr_says_where_and_what_it_counts_without_a_sync() -> None:
     with SyncCounter() as syncs:
         assert repr(Meter("cpu", topk=(5,))) == "Meter(device='cpu', topk=(1, 5))"
+        meter = Meter("cpu", per_class=3, entropy=True)
+        assert repr(meter) == "Meter(device='cpu', topk=(1,), per_class=3, entropy=True)"
     assert syncs.count == 0
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels.config import INSTRUCTION_SETS, REDUCTIONS
-from esper_kernels.meter import Meter
+from esper_kernels.meter import SUMS, Meter
 from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
 from esper_kernels.ops.cross_entropy.reference import Number, Options
 
@@ -75,12 +75,13 @@ def step(
 
 
 def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options: Options) -> None:
-    seen = Meter(meter.device, topk=meter.topk)
+    seen = meter.empty_copy()
     _call(logits, targets, options, seen)
     meter.counts.add_(seen.counts)
     valid = seen.counts[0].double()
     mean = torch.where(valid > 0, loss.double(), 0.0)
-    meter.sums.add_(torch.stack([mean * valid, valid, mean]))
+    sums = torch.stack([mean * valid, valid, mean])
+    meter.sums.add_(torch.cat([sums, seen.sums[len(SUMS) :]]))
 
 
 def _call(

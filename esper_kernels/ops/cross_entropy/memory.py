@@ -35,8 +35,8 @@ def gradient_like(logits: Tensor, layout: torch.memory_format = torch.contiguous
 
 def accumulators(
     meter: Meter | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[int, ...]]:
-    """A meter's sums, counts, ticket and topk."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[int, ...], tuple[int, ...]]:
+    """A meter's sums, counts, ticket, topk and measures."""
     if meter is None:
-        return None, None, None, ()
-    return meter.sums, meter.counts, meter.ticket, meter.topk
+        return None, None, None, (), ()
+    return meter.sums, meter.counts, meter.ticket, meter.topk, meter.measures or ()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from esper_kernels.meter import Meter
+from esper_kernels.meter import SUMS, Meter
+from esper_kernels.ops.cross_entropy.measures import add_measures, row_measures
 from esper_kernels.sums import ordered_sum
 
 LOWEST_EXPONENT = -86.0
@@ -190,6 +191,10 @@ def forward(
     if meter is not None:
         rank = ranks(logits, rows.target, pick(logits, rows.target))
         add_to_meter(meter, rows, result.row_max.isfinite(), rank, loss_sum, weight_sum)
+        if meter.measures:
+            measured = rows.valid & result.row_max.isfinite()
+            found = row_measures(logits, x, rows.target, measured, meter.measures)
+            add_measures(meter, rows.target, found)
     return result
 
 
@@ -358,6 +363,12 @@ def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options:
     loss_sum = torch.where(valid > 0, loss.double() * valid, 0.0)
     rank = ranks(logits, rows.target, pick(logits, rows.target))
     add_to_meter(meter, rows, logits.amax(-1).isfinite(), rank, loss_sum, valid)
+    if meter.measures:
+        measured = rows.valid & logits.amax(-1).isfinite()
+        x = capped(logits, None)
+        add_measures(
+            meter, rows.target, row_measures(logits, x, rows.target, measured, meter.measures)
+        )
 
 
 def ranks(logits: Tensor, target: Tensor, target_logit: Tensor, first_class: int = 0) -> Tensor:
@@ -379,8 +390,9 @@ def add_to_meter(
     counts += [torch.ones_like(has_valid, dtype=torch.int64), has_valid]
     counts += [(rows.valid & finite & (rank < k)).sum() for k in meter.topk]
     batch_mean = torch.where(has_valid, loss_sum / weight_sum, 0.0)
-    meter.sums.add_(torch.stack([loss_sum, weight_sum, batch_mean]))
-    meter.counts.add_(torch.stack([count.long() for count in counts]))
+    meter.sums[: len(SUMS)].add_(torch.stack([loss_sum, weight_sum, batch_mean]))
+    seen = torch.stack([count.long() for count in counts])
+    meter.counts[: len(seen)].add_(seen)
 
 
 def capped(logits: Tensor, softcap: Number | None) -> Tensor:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from esper_kernels.measures import ROW_SUMS
 from esper_kernels.meter import COUNTS, Meter
 from esper_kernels.ops.cross_entropy import launch
+from esper_kernels.ops.cross_entropy.measures import RowMeasures, add_measures
 from esper_kernels.ops.cross_entropy.memory import accumulators, gradient_like, loss_and_saved
-from esper_kernels.ops.cross_entropy.reference import Number, Options
+from esper_kernels.ops.cross_entropy.reference import Number, Options, classify
 from esper_kernels.values import are_fake, has_plain_rows, materialized
 
 
@@ -89,7 +91,12 @@ def _call(
     tensors = [materialized(x.detach()) if isinstance(x, Tensor) else None for x in given_tensors]
     logits = materialized(logits)
     targets = materialized(targets)
-    *meters, topk = accumulators(meter)
+    *meters, topk, plan = accumulators(meter)
+    predicted = None
+    measures = None
+    if meter is not None and plan:
+        predicted = logits.new_empty(targets.shape, dtype=torch.int32)
+        measures = logits.new_zeros(1 + len(ROW_SUMS), *targets.shape, dtype=torch.float32)
     run = _op if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() else _launch
     per_row = options.reduction == "none"
     run(
@@ -103,8 +110,15 @@ def _call(
         loss,
         saved,
         grad,
+        predicted,
+        measures,
+        bool(meter and meter.measures and meter.measures.entropy),
         *meters,
     )
+    if meter is not None and predicted is not None and measures is not None:
+        target = classify(targets, logits.shape[-1], options.ignore_index).target
+        confidence, *row_sums = measures.unbind()
+        add_measures(meter, target, RowMeasures(predicted, confidence, tuple(row_sums)))
 
 
 def _row_stride(x: Tensor) -> int | None:
@@ -166,6 +180,9 @@ def _launch(
     loss: Tensor | None,
     saved_out: Tensor | None,
     grad: Tensor | None,
+    predicted: Tensor | None,  # int32 [...]
+    measures: Tensor | None,  # float32 [5, ...]
+    entropy: bool,
     sums: Tensor | None,
     counts: Tensor | None,
     ticket: Tensor | None,
@@ -192,7 +209,7 @@ def _launch(
     targets = targets.contiguous()
     unit, layout = _layout(logits, logits if grad is None else grad)
     shape = {"V": classes, "IGNORE": ignore_index}
-    heavy = not (weight is None and smoothing is None and softcap is None)
+    heavy = not (weight is None and smoothing is None and softcap is None and predicted is None)
     sizes = (rows, classes, logits.element_size(), targets.element_size(), heavy)
     chosen = launch.choose(*sizes, *_device(device))
     # Triton's own default, which it warns will change
@@ -226,7 +243,8 @@ def _launch(
             recorded,
         )
         kernels.batch[(chosen.programs,)](
-            *(*inputs, loss, saved_out, grad, sums, counts, partials, ticket, rows, *layout),
+            *(*inputs, loss, saved_out, grad, predicted, measures),
+            *(sums, counts, partials, ticket, rows, *layout),
             **shape,
             UNIT=unit,
             TOPK=tuple(topk),
@@ -236,6 +254,7 @@ def _launch(
             RESIDENT=chosen.resident,
             STAGES=chosen.stages,
             COUNT_BLOCK=256 * chosen.warps,
+            ENTROPY=entropy,
             num_warps=chosen.warps,
             **options,
         )
@@ -244,6 +263,15 @@ def _launch(
 _op = torch.library.custom_op(
     "esper::cross_entropy_triton",
     _launch,
-    mutates_args=("loss", "saved_out", "grad", "sums", "counts", "ticket"),
+    mutates_args=(
+        "loss",
+        "saved_out",
+        "grad",
+        "predicted",
+        "measures",
+        "sums",
+        "counts",
+        "ticket",
+    ),
 )
 _op.register_fake(lambda *arguments: None)

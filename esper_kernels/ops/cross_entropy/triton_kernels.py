@@ -15,6 +15,8 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 LOWEST_EXPONENT = tl.constexpr(-86.0)  # as in `reference`
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
+# Below it, exponentials are 0; in their products with logits it stands for those that may be -inf.
+DEEP = tl.constexpr(-100.0)
 LANES = tl.constexpr(256)  # results of other programs that the last program reads at a time
 
 
@@ -125,6 +127,12 @@ def _ahead(stored, c, target_logit, target):
 
 
 @triton.jit
+def _first_largest(x, c, V):
+    """Where the first largest of each row of a tile [rows, block] is."""
+    return tl.min(tl.where(x == tl.max(x, 1)[:, None], c, V), 1)
+
+
+@triton.jit
 def _gradient(
     p,
     x,
@@ -181,13 +189,15 @@ def batch(
     # added up
     saved_out,
     grad,  # like logits, written; may be the logits
+    predicted,  # [rows] int32, written; or None, where no measures are wanted
+    measures,  # [5, rows] float32, written: those of RowMeasures
     sums, counts,  # of the meter
     partials,  # [columns, programs] float64
     ticket,
     rows: tl.int64, inner, logits_outer, logits_inner, grad_outer, grad_inner,
     V: tl.constexpr, UNIT: tl.constexpr, IGNORE: tl.constexpr, TOPK: tl.constexpr,
     PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
-    STAGES: tl.constexpr, COUNT_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, COUNT_BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Row losses, gradient and counts of a batch, as wanted; the program that ends last adds them
     up."""
@@ -253,6 +263,13 @@ def batch(
             p = _exp(x - row_max[:, None])
             if saved_in is None:
                 row_sum = tl.sum(p, 1)
+            if predicted is not None:
+                place = _first_largest(stored, c, V)
+                squares = tl.sum(p * p, 1)
+                if ENTROPY:
+                    # not 0 * -inf
+                    products = tl.sum(p * tl.maximum(x - row_max[:, None], DEEP), 1)
+                    other_max = tl.max(tl.where(c == place[:, None], -float("inf"), x), 1)
             if label_smoothing is not None:
                 smooth = tl.sum(
                     tl.where(mask, _class_weights(weight, c, V) * (x - row_max[:, None]), 0.0), 1
@@ -264,6 +281,12 @@ def batch(
             lane_sum = tl.zeros([ROWS, BLOCK], tl.float32)
             lane_rank = tl.zeros([ROWS, BLOCK], tl.int32)
             lane_smooth = tl.zeros([ROWS, BLOCK], tl.float32)
+            if predicted is not None:
+                lane_top = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)  # as stored
+                lane_place = tl.zeros([ROWS, BLOCK], tl.int32)
+                lane_squares = tl.zeros([ROWS, BLOCK], tl.float32)
+                lane_products = tl.zeros([ROWS, BLOCK], tl.float32)
+                lane_other = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
             # The maximum is not known yet, and sums of large logits would cancel.
             origin = tl.where(tl.abs(target_x) < float("inf"), target_x, 0.0)
             for block in tl.range(
@@ -278,11 +301,37 @@ def batch(
                         at < V, _class_weights(weight, at, V) * (x - origin[:, None]), 0.0
                     )
                 p = tl.exp(-tl.abs(x - lane_max))
+                if predicted is not None:
+                    lane_place = tl.where(stored > lane_top, at, lane_place)
+                    lane_top = tl.maximum(lane_top, stored)
+                    lane_squares = tl.where(
+                        x > lane_max, lane_squares * p * p + 1.0, lane_squares + p * p
+                    )
+                    if ENTROPY:
+                        below = tl.maximum(-tl.abs(x - lane_max), DEEP)
+                        lane_products = tl.where(
+                            x > lane_max,
+                            p * (lane_products + below * lane_sum),
+                            lane_products + p * below,
+                        )
+                        lane_other = tl.maximum(lane_other, tl.minimum(lane_max, x))
                 lane_sum = tl.where(x > lane_max, lane_sum * p + 1.0, lane_sum + p)
                 lane_max = tl.maximum(lane_max, x)
             row_max = tl.max(lane_max, 1)
             row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max[:, None]), 1)
             row_sum = tl.where(row_sum == 0, float("nan"), row_sum)  # nothing but -inf
+            if predicted is not None:
+                row_top = tl.max(lane_top, 1)
+                place = tl.min(tl.where(lane_top == row_top[:, None], lane_place, V), 1)
+                above = lane_max - row_max[:, None]
+                squares = tl.sum(lane_squares * tl.exp(2.0 * above), 1)
+                if ENTROPY:
+                    above = tl.maximum(above, DEEP)
+                    products = tl.sum(tl.exp(above) * (lane_products + above * lane_sum), 1)
+                    lane = _first_largest(lane_max, c, BLOCK)
+                    others = tl.where(c == lane[:, None], LOWEST, lane_max)
+                    other_max = tl.maximum(tl.max(others, 1), tl.max(lane_other, 1))
+                    other_max = tl.where(other_max == LOWEST, -float("inf"), other_max)
             rank = tl.sum(lane_rank, 1)
             smooth = tl.sum(lane_smooth, 1) + weight_sum * (origin - row_max)
 
@@ -325,6 +374,17 @@ def batch(
         flags |= (valid[:, None] & (column == 0)) | (ignored[:, None] & (column == 1))
         flags |= ((valid & ~finite)[:, None] & (column == 2)) | (bad[:, None] & (column == 3))
         count_lanes += flags.to(tl.int32)
+
+        if predicted is not None:
+            tl.store(predicted + row, tl.where(valid & finite, place, -1), row < rows)
+            tl.store(measures + row, 1.0 / row_sum, row < rows)
+            nll = log_sum - (target_x - row_max)
+            tl.store(measures + rows + row, nll, row < rows)
+            brier = 1.0 - 2.0 * tl.exp(-nll) + squares / (row_sum * row_sum)
+            tl.store(measures + 2 * rows + row, tl.maximum(brier, 0.0), row < rows)
+            if ENTROPY:
+                tl.store(measures + 3 * rows + row, log_sum - products / row_sum, row < rows)
+                tl.store(measures + 4 * rows + row, row_max - other_max, row < rows)
 
         if PER_ROW and loss is not None:
             if counts is None:

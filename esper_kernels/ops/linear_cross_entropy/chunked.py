@@ -40,7 +40,7 @@ def run(
     if options.reduction == "mean":
         options = options._replace(normalizer=divisor)  # that of the batch, not of each chunk
     # Chunks are counted by a meter of their own, since the batch counts as one. It has the loss.
-    seen = Meter(batch.hidden.device, topk=() if meter is None else meter.topk)
+    seen = Meter(batch.hidden.device, topk=()) if meter is None else meter.empty_copy()
     losses = torch.empty_like(batch.targets, dtype=torch.float32)
     for rows, logits in chunks(batch, copies, classes_of_rank):
         targets = batch.targets[rows]
@@ -170,7 +170,7 @@ def _panels(weight: Tensor) -> Iterator[slice]:
 
 def _add_batch(meter: Meter, seen: Meter) -> None:
     """Add what the chunks of one batch added to `seen`."""
-    counts = dict(zip(COUNTS, seen.counts.unbind(), strict=False))
+    counts = dict(zip(COUNTS, seen.counts[: len(COUNTS)].unbind(), strict=True))
     has_valid = counts["valid"] > 0
     counts["batches"].fill_(1)
     counts["batches_with_valid"].copy_(has_valid)

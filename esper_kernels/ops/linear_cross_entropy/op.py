@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from esper_kernels.meter import Meter
+from esper_kernels.meter import Meter, meter_of
 from esper_kernels.ops.cross_entropy import cpp, triton
 from esper_kernels.ops.cross_entropy.reference import Number, Options, refuse_bad_targets
 from esper_kernels.ops.linear_cross_entropy import chunked, reference
@@ -140,6 +140,7 @@ def _call_op(
         options.reduction,
         options.instruction_set,
         () if meter is None else meter.topk,
+        () if meter is None else meter.measures or (),
         None if meter is None else meter.sums,
         None if meter is None else meter.counts,
         loss,
@@ -161,6 +162,7 @@ def _run_op(
     reduction: str,
     instruction_set: str,
     topk: Sequence[int],
+    measures: Sequence[int],
     sums: Tensor | None,
     counts: Tensor | None,
     loss: Tensor,
@@ -185,7 +187,7 @@ def _run_op(
     )
     meter = None
     if sums is not None and counts is not None:
-        meter = Meter(hidden.device, topk=topk)
+        meter = meter_of(hidden.device, topk, measures)
         meter.sums = sums
         meter.counts = counts
     batch = Batch(hidden, weight, bias, targets)

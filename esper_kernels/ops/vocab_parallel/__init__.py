@@ -23,7 +23,7 @@ from esper_kernels.ops.cross_entropy.arguments import (
 from esper_kernels.ops.cross_entropy.reference import Forward, Options, refuse_bad_targets
 from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.ops.vocab_parallel.divided import DividedClasses
-from esper_kernels.ops.vocab_parallel.shard import ClassShard, check_shard
+from esper_kernels.ops.vocab_parallel.shard import ClassShard, check_shard, refuse_measures
 
 __all__ = ["ClassShard", "vocab_parallel_cross_entropy", "vocab_parallel_cross_entropy_step"]
 _OP = "vocab_parallel_cross_entropy"
@@ -155,6 +155,7 @@ def _check(
         raise NotImplementedError(f"{name} is no part of a compiled graph; call it outside of one")
     checks.refuse_transforms(name, logits)
     backend = checks.choose_backend(_OP, logits, config, "logits")
+    refuse_measures(name, meter)
     checks.check_batch(logits, targets, meter)
     check_shard(shard, logits.shape[-1], "logits")
     checks.check_options(logits, options._asdict(), num_classes=shard.num_classes)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from esper_kernels import checks
+from esper_kernels.meter import Meter
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -93,6 +94,15 @@ def check_shard(shard: object, own_classes: int, name: str) -> None:
         raise ValueError(
             f"expected at most {most} classes from {shard.first} on, of {shard.num_classes} in "
             f"all, got {name} with {own_classes}"
+        )
+
+
+def refuse_measures(name: str, meter: object) -> None:
+    """NotImplementedError for a meter with measures, which no rank could take from its classes."""
+    if isinstance(meter, Meter) and meter.measures:
+        raise NotImplementedError(
+            f"{name} fills loss, counts and correct@k alone where classes are divided, got a Meter "
+            "with per_class, calibration_bins or entropy; leave these out"
         )
 
 

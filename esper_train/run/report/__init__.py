@@ -22,6 +22,7 @@ from esper_train.run.report.history import (
     number_at,
     read_history,
 )
+from esper_train.run.report.measures import measures_part
 from esper_train.run.report.origin import origin_part
 from esper_train.run.report.page import show, table, tag, write_page
 from esper_train.run.report.pictures import (
@@ -62,7 +63,7 @@ def write_report(directory: Path) -> Path:
         with suppress(OSError, ValueError, TypeError):  # missing, or written by another version
             growth = load_config(directory).growth
         parts += [*curves_part(run, baseline), *stages_part(run, growth), *gradients_part(run)]
-        parts += [*layers_part(run), *rewards_part(run), *decisions_part(run)]
+        parts += [*measures_part(run), *layers_part(run), *rewards_part(run), *decisions_part(run)]
         parts += [*_seeds(run), *_costs(run), *origin_part(directory)]
     return write_page(directory / REPORT, title, parts)
 

@@ -93,11 +93,16 @@ def require_matplotlib() -> None:
 
 
 def draw_picture(
-    name: str, title: str, panels: Sequence[Panel], height: float | None = None
+    name: str,
+    title: str,
+    panels: Sequence[Panel],
+    height: float | None = None,
+    over_epochs: bool = True,
 ) -> list[str]:
     """The panels below each other as one inline SVG; an empty list without panels.
 
-    `name` must be unique on the page.
+    over_epochs: the panels share an axis of epochs; otherwise each has named its own. `name` must
+    be unique on the page.
     """
     if not panels:
         return []
@@ -107,11 +112,12 @@ def draw_picture(
 
     with style.context(["default", dict(STYLE)]):
         figure = Figure(figsize=(5.0, height or 0.5 + 1.8 * len(panels)), layout="constrained")
-        rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        rows = figure.subplots(len(panels), sharex=over_epochs, squeeze=False)[:, 0]
         for axes, draw in zip(rows, panels, strict=True):
             draw(axes)
-        axes.set(xlabel="epoch", xlim=(0.5, None))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        if over_epochs:
+            axes.set(xlabel="epoch", xlim=(0.5, None))
+            axes.xaxis.get_major_locator().set_params(integer=True)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -30,8 +30,9 @@ template <class T>
 T __ldcg(const T* x) {
   return *x;
 }
-inline unsigned atomicAdd(unsigned* to, unsigned x) {
-  const unsigned before = *to;
+template <class T>
+T atomicAdd(T* to, T x) {
+  const T before = *to;
   *to += x;
   return before;
 }
