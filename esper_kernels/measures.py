@@ -172,16 +172,14 @@ class Measured:
         confusion=True)).
     calibration: (calibration_bins=...).
     nll: mean of -log p_target, in nats (with calibration_bins or entropy).
-    perplexity: exp(nll). entropy: mean of -sum_c p_c log p_c, in nats. margin: mean of the largest
-        minus the second largest of x; infinite where every other logit is -inf, or for one class.
-        (entropy=True)
+    entropy: mean of -sum_c p_c log p_c, in nats. margin: mean of the largest minus the second
+        largest of x; infinite where every other logit is -inf, or for one class. (entropy=True)
     """
 
     per_class: ClassMeasures | None = None
     confusion: tuple[tuple[int, ...], ...] | None = None
     calibration: Calibration | None = None
     nll: float | None = None
-    perplexity: float | None = None
     entropy: float | None = None
     margin: float | None = None
 
@@ -210,7 +208,6 @@ def measured_of(
         if bins
         else None,
         nll=means["nll"] if bins or plan.entropy else None,
-        perplexity=_exp(means["nll"]) if plan.entropy else None,
         entropy=means["entropy"] if plan.entropy else None,
         margin=means["margin"] if plan.entropy else None,
     )
@@ -240,10 +237,3 @@ def ratio(numerator: float, denominator: float) -> float:
 
 def _fraction(numerator: int, denominator: int) -> float:
     return numerator / denominator if denominator else 0.0
-
-
-def _exp(x: float) -> float:
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf

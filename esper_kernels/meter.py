@@ -78,7 +78,7 @@ class Meter:
     count them in a confusion matrix, for at most 1,024 classes.
     calibration_bins: the number of bins of the largest probability, for calibration errors, the
     Brier score and the negative log-likelihood.
-    entropy: measure the entropy of predictions, the perplexity and the margin of the largest logit.
+    entropy: measure the entropy of predictions and the margin of the largest logit.
     `esper_kernels.measures` defines these; 0 or False leaves them out, and then they cost nothing.
 
     A meter counts calls: inside `torch.utils.checkpoint`, which runs its function again in
@@ -243,7 +243,6 @@ class Meter:
             confusion=measured.confusion,
             calibration=measured.calibration,
             nll=measured.nll,
-            perplexity=measured.perplexity,
             entropy=measured.entropy,
             margin=measured.margin,
         )

@@ -79,7 +79,7 @@ class MeasuresConfig(Settings, table="train.measures."):
     """Bins of the largest probability, for calibration errors, the Brier score and the negative
     log-likelihood; 0 leaves them out."""
     entropy: bool = False
-    """Entropy of the predictions, perplexity, and margin of the largest logit."""
+    """Entropy of the predictions, and margin of the largest logit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

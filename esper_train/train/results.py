@@ -171,7 +171,6 @@ def measures_of(result: MeterResult, counts: bool) -> MeasuresFields:
             confusion=result.confusion,
             calibration=result.calibration,
             nll=result.nll,
-            perplexity=result.perplexity,
             entropy=result.entropy,
             margin=result.margin,
         ),

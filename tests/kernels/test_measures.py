@@ -79,7 +79,6 @@ def test_measures_are_those_of_float64(config: KernelConfig, classes: int) -> No
     assert result.per_class is not None
     nll = -log_p.gather(-1, t[:, None]).mean().item()
     assert result.nll == pytest.approx(nll, rel=1e-5)
-    assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
     brier = (p - one_hot).square().sum(-1).mean().item()
     assert result.calibration.brier == pytest.approx(brier, rel=1e-5)
     entropy = torch.special.entr(p).sum(-1).mean().item()
@@ -201,8 +200,8 @@ def test_three_rows_by_hand(config: KernelConfig) -> None:
 
 def test_what_is_not_measured_is_none_and_nothing_is_nan(config: KernelConfig) -> None:
     plain = Meter("cpu").compute()
-    fields = ("per_class", "confusion", "calibration", "nll", "perplexity", "entropy", "margin")
-    assert [getattr(plain, name) for name in fields] == [None] * 7
+    fields = ("per_class", "confusion", "calibration", "nll", "entropy", "margin")
+    assert [getattr(plain, name) for name in fields] == [None] * 6
     meter = Meter("cpu", per_class=3, calibration_bins=2, entropy=True)
     ignored = torch.full((2,), -100)
     cross_entropy(torch.zeros(2, 3), ignored, meter=meter, config=config)
@@ -210,7 +209,7 @@ def test_what_is_not_measured_is_none_and_nothing_is_nan(config: KernelConfig) -
     result = meter.compute()
     assert result.per_class is not None
     assert result.calibration is not None
-    means = (result.nll, result.perplexity, result.entropy, result.margin, result.calibration.ece)
+    means = (result.nll, result.entropy, result.margin, result.calibration.ece)
     assert all(math.isnan(x) for x in means if x is not None)
     assert math.isnan(result.per_class.macro().f1)
     assert result.per_class.support == (0, 0, 0)

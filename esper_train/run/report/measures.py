@@ -15,7 +15,6 @@ _NUMBERS = (
     ("expected calibration error", ("calibration", "ece"), ".4f", ""),
     ("largest calibration error", ("calibration", "mce"), ".4f", ""),
     ("Brier score", ("calibration", "brier"), ".4f", ""),
-    ("perplexity", ("perplexity",), ".4g", ""),
     ("entropy", ("entropy",), ".4f", " nats"),
     ("margin of the largest logit", ("margin",), ".4g", ""),
     ("macro precision", ("per_class", "macro", "precision"), ".4f", ""),
