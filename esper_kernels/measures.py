@@ -168,7 +168,7 @@ class Calibration:
 class Measured:
     """The measures of a `MeterResult`; None where the meter does not take them.
 
-    per_class, confusion: rows by class; confusion[target][prediction] (Meter(per_class=...,
+    per_class, confusion: rows by class; `confusion[target][prediction]` (Meter(per_class=...,
         confusion=True)).
     calibration: (calibration_bins=...).
     nll: mean of -log p_target, in nats (with calibration_bins or entropy).
