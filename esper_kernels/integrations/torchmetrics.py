@@ -5,16 +5,19 @@ from typing import Any, Unpack
 import torchmetrics
 from torch import Tensor
 
+from esper_kernels.measures import ROW_SUMS
 from esper_kernels.meter import SUMS, Meter
 from esper_kernels.ops.cross_entropy import cross_entropy
 from esper_kernels.ops.cross_entropy.arguments import CommonOptions
 
 
 class MeterMetric(torchmetrics.Metric):
-    """Loss and accuracies of an epoch, summed in float64 and int64, and over all ranks.
+    """Loss, accuracies and more of an epoch, summed in float64 and int64, and over all ranks.
 
-    topk: the k of the top-k accuracies. value: which of `measures` `compute` returns, for
-    `self.log("accuracy", metric)` of a LightningModule. Nothing here waits for the device.
+    topk, per_class, calibration_bins, entropy, confusion: what is counted, as for `Meter`. value:
+    which of `measures` `compute` returns, for `self.log("accuracy", metric)` of a LightningModule.
+    Nothing here waits for the device. What is no single number, such as the confusion matrix, is in
+    `metric.meter.compute()`, which does; call that inside `metric.sync_context()` for all ranks.
     """
 
     full_state_update = False  # or forward would count each batch twice
@@ -22,10 +25,25 @@ class MeterMetric(torchmetrics.Metric):
     counts: Tensor
 
     def __init__(
-        self, *, topk: tuple[int, ...] = (1,), value: str = "accuracy", **kwargs: Any
+        self,
+        *,
+        topk: tuple[int, ...] = (1,),
+        per_class: int = 0,
+        calibration_bins: int = 0,
+        entropy: bool = False,
+        confusion: bool = False,
+        value: str = "accuracy",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._meter = Meter("cpu", topk=topk)
+        self._meter = Meter(
+            "cpu",
+            topk=topk,
+            per_class=per_class,
+            calibration_bins=calibration_bins,
+            entropy=entropy,
+            confusion=confusion,
+        )
         self.value = value
         self.add_state("sums", self._meter.sums.clone(), dist_reduce_fx="sum")
         self.add_state("counts", self._meter.counts.clone(), dist_reduce_fx="sum")
@@ -47,21 +65,28 @@ class MeterMetric(torchmetrics.Metric):
     def meter(self) -> Meter:
         """A meter that counts in the states of this metric, which torchmetrics replaces."""
         if self._meter.device != self.sums.device:
-            self._meter = Meter(self.sums.device, topk=self._meter.topk)
+            self._meter.to(self.sums.device)
         self._meter.sums = self.sums
         self._meter.counts = self.counts
         return self._meter
 
     def measures(self) -> dict[str, Tensor]:
-        """loss, perplexity, accuracy and, for each k above 1, top{k}_accuracy: float64 [] on the
-        device, of this rank alone; NaN before the first batch."""
-        sums = dict(zip(SUMS, self.sums, strict=True))
+        """loss, perplexity, accuracy, for each k above 1 top{k}_accuracy, and of `MeterResult` nll,
+        entropy and margin or nll and brier where they are counted: float64 [] on the device, of
+        this rank alone; NaN before the first batch."""
+        sums = dict(zip(SUMS, self.sums, strict=False))
         counts = self.meter.on_device()
-        loss = sums["loss_sum"] / sums["weight_sum"]
-        found = {"loss": loss, "perplexity": loss.exp()}
+        found = {"loss": sums["loss_sum"] / sums["weight_sum"]}
         for k in self.meter.topk:
             name = "accuracy" if k == 1 else f"top{k}_accuracy"
             found[name] = counts[f"correct@{k}"] / counts["valid"]
+        if (plan := self.meter.measures) is not None:
+            row_sums = dict(zip(ROW_SUMS, self.meter.measure_accumulators()[0], strict=False))
+            rows = counts["valid"] - counts["nonfinite"]
+            names = ["nll", "entropy", "margin"] if plan.entropy else []
+            names += ["nll", "brier"] if plan.calibration_bins else []
+            found |= {name: row_sums[name] / rows for name in names}
+        found["perplexity"] = found.get("nll", found["loss"]).exp()
         return found
 
     def compute(self) -> Tensor:

@@ -56,6 +56,26 @@ def test_measures_are_those_of_torchmetrics() -> None:
     assert as_floats(metric.measures()) == pytest.approx(expected(seen[:1]), rel=1e-6)
 
 
+def test_what_a_meter_measures_besides_is_there_too() -> None:
+    from esper_kernels.integrations.torchmetrics import MeterMetric
+
+    metric = MeterMetric(per_class=CLASSES, calibration_bins=4, entropy=True, confusion=True)
+    for batch in batches():
+        metric.loss(*batch, label_smoothing=0.3)
+    result = metric.meter.compute()
+    assert result.calibration is not None
+    found = as_floats(metric.measures())
+    alone = (found.pop("loss"), found.pop("accuracy"), found.pop("brier"))
+    assert alone == pytest.approx((result.loss, result.accuracy, result.calibration.brier))
+    assert found == pytest.approx({name: getattr(result, name) for name in found})
+    assert set(found) == {"nll", "entropy", "margin", "perplexity"}
+    assert result.nll == pytest.approx(expected(batches())["loss"])
+    metric.reset()
+    assert (
+        metric.meter.compute().per_class == MeterMetric(per_class=CLASSES).meter.compute().per_class
+    )
+
+
 def test_forward_gives_the_value_of_a_batch_and_counts_it_once() -> None:
     from esper_kernels.integrations.torchmetrics import MeterMetric
 
