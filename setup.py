@@ -38,6 +38,7 @@ HEADERS = [
     "simd.inc",
     "cross_entropy.inc",
     "tiles.inc",
+    "class_sums.inc",
     "token_logprobs.inc",
     "grad_stats.inc",
     "vector_functions.inc",

@@ -104,9 +104,11 @@ void check_inputs(const LossCall& call) {
           "targets of the logits' shape without the classes");
   require_storage("logits", logits);
   require_storage("targets", targets);
+  const int64_t classes = logits.sizes[logits.dims - 1], all = call.num_classes.value_or(classes);
+  require(all >= classes && call.first_class >= 0 && call.first_class <= all - classes,
+          "logits of some of all classes");
   if (call.weight) {
-    const int64_t classes = logits.sizes[logits.dims - 1];
-    require(call.weight->dims == 1 && call.weight->sizes[0] == classes, "weight [V]");
+    require(call.weight->dims == 1 && call.weight->sizes[0] == all, "weight of all classes");
     require(call.weight->dtype == kFloat32, "weight of float32");
     require_storage("weight", *call.weight);
   }
@@ -220,6 +222,13 @@ void check_backward(const LossCall& call, const Array& grad_output) {
   check_out(call);
 }
 
+void check(const ClassSumsCall& call) {
+  check_inputs(call.batch);
+  const int64_t rows = call.batch.targets.numel();
+  if (call.target_logits) memory_of<float>("target_logits", *call.target_logits, kFloat32, rows);
+  memory_of<double>("sums", call.sums, kFloat64, kNumClassSums * rows);
+}
+
 void check(const LogprobCall& call) {
   check_inputs(call.batch);
   require(call.temperature >= 0x1p-100 && call.temperature <= 0x1p100, "temperature in [2**-100, 2**100]");
@@ -262,6 +271,8 @@ LossRows rows_of(const LossCall& call, const Array* grad_output) {
   LossRows p{};
   p.rows = call.targets.numel();
   p.classes = call.logits.sizes[call.logits.dims - 1];
+  p.first_class = call.first_class;
+  p.all_classes = call.num_classes.value_or(p.classes);
   p.dtype = call.logits.dtype;
   p.logits = call.logits.data;
   p.logits_at = call.logits.row_layout();

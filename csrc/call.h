@@ -87,6 +87,10 @@ struct LossCall {
   // With MixUp: int64 [...], the second target of each row, and float32 [2, ...], the shares of both.
   std::optional<Array> second = {}, shares = {};
   int64_t ignore_index = -100;
+  // Where the logits are a shard of the classes: the first class of theirs, and how many classes there are.
+  // Targets and weight are those of all classes. CPU only.
+  int64_t first_class = 0;
+  std::optional<int64_t> num_classes = {};
   LossNumbers numbers = {};
   int64_t reduction = kMean;
   // A Meter's, float64, int64 and int32 [1]; kernels on a GPU use the ticket, 0 between launches.
@@ -127,6 +131,9 @@ struct LossRows {
   bool backward;              // the gradient only, from saved_max and saved_sum
   const float* scale_of_row;  // the gradient's factor for row i is element i * scale_stride; or null
   int64_t scale_stride;
+  // The logits are those of `classes` of all_classes classes, from first_class on; targets, second and weight
+  // count all of them. Less than all only if `backward` or in ClassSums.
+  int64_t first_class, all_classes;
 };
 
 ESPER_ANYWHERE inline int64_t target_of(const LossRows& p, int64_t i) {
@@ -136,8 +143,28 @@ ESPER_ANYWHERE inline int64_t target_of(const LossRows& p, int64_t i) {
 }
 
 ESPER_ANYWHERE inline bool is_valid(const LossRows& p, int64_t target) {
-  return target != p.ignore_index && target >= 0 && target < p.classes;
+  return target != p.ignore_index && target >= 0 && target < p.all_classes;
 }
+
+// What a shard of the classes contributes to the loss of a row, with x the logits after softcap.
+enum ClassSum {
+  kMaximum,      // of x; NaN if x holds NaN or +inf
+  kExponential,  // sum of exp(x - origin), the origin being the maximum, or 0 where that is -inf
+  kTarget,       // x of the target, 0 if it lies elsewhere
+  kSecond,       // likewise of the second target
+  kWeighted,     // with label smoothing, sum of w_c (x_c - origin)
+  kWeights,      // with label smoothing, sum of w_c
+  kAhead,        // with target_logits, the classes that rank before the target
+  kNumClassSums
+};
+
+// One call of class_sums.
+struct ClassSumsCall {
+  // The inputs; label smoothing counts as on or off. The other fields stay empty.
+  LossCall batch;
+  std::optional<Array> target_logits;  // float32 [N], of each row's target, wherever it lies
+  Array sums;                          // float64 [kNumClassSums, N], written
+};
 
 // One call of token_logprobs: log-probabilities and entropies or, if `batch.out` is given, the gradient.
 struct LogprobCall {
@@ -181,6 +208,7 @@ struct GradStatsOut {
 // sense, before anything is written. Values in device memory are not checked.
 void check(const LossCall&);
 void check_backward(const LossCall&, const Array& grad_output);
+void check(const ClassSumsCall&);
 void check(const LogprobCall&);
 GradStatsOut check(const std::vector<Array>& tensors, const GradStatsArrays&);
 

@@ -47,7 +47,8 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
                                double label_smoothing, double z_loss, std::optional<double> softcap,
                                int64_t instruction_set, Tensor grad_output, Tensor saved, Tensor out,
                                MaybeTensor label_smoothing_at, MaybeTensor z_loss_at, MaybeTensor softcap_at,
-                               MaybeTensor second, MaybeTensor shares) {
+                               MaybeTensor second, MaybeTensor shares, int64_t first_class,
+                               std::optional<int64_t> num_classes) {
   Device device(logits, instruction_set);
   Arrays arrays{logits};
   const LossNumbers numbers{arrays.number(label_smoothing, label_smoothing_at),
@@ -57,6 +58,8 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
                             {},
                             softcap || softcap_at};
   LossCall call = inputs_of(arrays, logits, targets, weight, second, shares, ignore_index, numbers);
+  call.first_class = first_class;
+  call.num_classes = num_classes;
   call.saved = arrays.of(saved);
   call.out = arrays.of(out);
   Array gradient = arrays.of(grad_output);
@@ -65,6 +68,25 @@ void cross_entropy_backward_op(Tensor logits, Tensor targets, MaybeTensor weight
   Device::check(call);
   run_usable(Device::kAccess, call, arrays, logits, targets, weight, out,
              [&] { device.cross_entropy_backward(call, gradient); });
+}
+
+template <class Device>
+void class_sums_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index, bool smoothed,
+                   std::optional<double> softcap, int64_t instruction_set, int64_t first_class,
+                   int64_t num_classes, MaybeTensor target_logits, MaybeTensor second, MaybeTensor shares,
+                   Tensor sums) {
+  Device device(logits, instruction_set);
+  Arrays arrays{logits};
+  LossNumbers numbers{{smoothed ? 1.0 : 0.0}};
+  numbers.softcap = {softcap.value_or(0)};
+  numbers.has_softcap = softcap.has_value();
+  ClassSumsCall call{inputs_of(arrays, logits, targets, weight, second, shares, ignore_index, numbers),
+                     arrays.of(target_logits), arrays.of(sums)};
+  call.batch.first_class = first_class;
+  call.batch.num_classes = num_classes;
+  check(call);
+  run_usable(Access::kRows, call.batch, arrays, logits, targets, weight, std::nullopt,
+             [&] { device.class_sums(call); });
 }
 
 inline LogprobCall logprob_call(const Arrays& arrays, const Tensor& logits, const Tensor& targets,

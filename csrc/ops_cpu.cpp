@@ -28,6 +28,7 @@ struct Cpu {
   void cross_entropy_backward(const LossCall& call, const Array& grad_output) const {
     esper::cross_entropy_backward(call, grad_output, kernels, parallel_for);
   }
+  void class_sums(const ClassSumsCall& call) const { esper::class_sums(call, kernels, parallel_for); }
   void token_logprobs(const LogprobCall& call) const { esper::token_logprobs(call, kernels, parallel_for); }
   void grad_stats(const std::vector<Array>& tensors, const Number& inv_scale, const GradStatsOut& out) const {
     esper::grad_stats(tensors, inv_scale.read(), out, kernels, parallel_for);
@@ -62,6 +63,7 @@ STABLE_TORCH_LIBRARY(esper, m) {
 STABLE_TORCH_LIBRARY_IMPL(esper, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&esper::cross_entropy_op<esper::Cpu>));
   m.impl("cross_entropy_backward", TORCH_BOX(&esper::cross_entropy_backward_op<esper::Cpu>));
+  m.impl("class_sums", TORCH_BOX(&esper::class_sums_op<esper::Cpu>));
   m.impl("token_logprobs", TORCH_BOX(&esper::token_logprobs_op<esper::Cpu>));
   m.impl("token_logprobs_backward", TORCH_BOX(&esper::token_logprobs_backward_op<esper::Cpu>));
   m.impl("grad_stats", TORCH_BOX(&esper::grad_stats_op<esper::Cpu>));

@@ -27,7 +27,11 @@ constexpr const char* kSchemas[] = {
     "cross_entropy_backward(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, int instruction_set, Tensor grad_output, "
     "Tensor saved, Tensor(a!) out, Tensor? label_smoothing_at=None, Tensor? z_loss_at=None, "
-    "Tensor? softcap_at=None, Tensor? second=None, Tensor? shares=None) -> ()",
+    "Tensor? softcap_at=None, Tensor? second=None, Tensor? shares=None, int first_class=0, "
+    "int? num_classes=None) -> ()",
+    "class_sums(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, bool smoothed, "
+    "float? softcap, int instruction_set, int first_class, int num_classes, Tensor? target_logits, "
+    "Tensor? second, Tensor? shares, Tensor(a!) sums) -> ()",
     "token_logprobs(Tensor logits, Tensor targets, int ignore_index, float temperature, "
     "int instruction_set, Tensor(a!) logprobs, Tensor(b!)? entropy, Tensor(c!)? row_sums) -> ()",
     "token_logprobs_backward(Tensor logits, Tensor targets, int ignore_index, float temperature, "

@@ -20,6 +20,7 @@ _CUDA_LIBRARY = _LIBRARY.with_name("esper_cuda.so")
 _OPS = (
     "cross_entropy",
     "cross_entropy_backward",
+    "class_sums",
     "token_logprobs",
     "token_logprobs_backward",
     "grad_stats",

@@ -12,10 +12,12 @@ namespace esper::avx512 {
 #include "simd.inc"
 #include "cross_entropy.inc"
 #include "tiles.inc"
+#include "class_sums.inc"
 #include "token_logprobs.inc"
 #include "grad_stats.inc"
 #include "vector_functions.inc"
 
-extern const Kernels kernels{"avx512", cross_entropy, token_logprobs, grad_chunk, vector_functions};
+extern const Kernels kernels{"avx512",       cross_entropy, class_sums,
+                             token_logprobs, grad_chunk,    vector_functions};
 }  // namespace esper::avx512
 #endif

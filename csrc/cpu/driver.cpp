@@ -40,7 +40,7 @@ struct Sums {
   int64_t i = 0;
   while (target_of(p, i) == p.ignore_index || is_valid(p, target_of(p, i))) ++i;
   throw std::out_of_range("target " + std::to_string(target_of(p, i)) + " of row " + std::to_string(i) +
-                          " is outside [0, " + std::to_string(p.classes) + ") and not ignore_index " +
+                          " is outside [0, " + std::to_string(p.all_classes) + ") and not ignore_index " +
                           std::to_string(p.ignore_index) + "; " + std::to_string(bad) + " such rows");
 }
 
@@ -59,7 +59,7 @@ Sums scan(const T* targets, const LossRows& p) {
     const int64_t t = targets[i];
     const bool skip = t == p.ignore_index;
     ignored += skip;
-    bad += !skip & (static_cast<uint64_t>(t) >= static_cast<uint64_t>(p.classes));
+    bad += !skip & (static_cast<uint64_t>(t) >= static_cast<uint64_t>(p.all_classes));
   }
   if (bad) throw_bad_target(p, bad);
   Sums sums;
@@ -77,7 +77,7 @@ Sums scan(const T* targets, const LossRows& p) {
 // Throws for a second target that is no class.
 void require_second(const LossRows& p) {
   for (int64_t i = 0; p.second && i < p.rows; ++i)
-    if (p.second[i] < 0 || p.second[i] >= p.classes)
+    if (p.second[i] < 0 || p.second[i] >= p.all_classes)
       throw std::invalid_argument("esper: expected second targets that are classes");
 }
 
@@ -119,10 +119,10 @@ CrossEntropy start(const LossCall& call, const Array* grad_output) {
   p.smoothing = call.numbers.label_smoothing.read();
   p.z_loss = call.numbers.z_loss.read();
   p.softcap = call.numbers.has_softcap ? call.numbers.softcap.read() : 0;
-  p.weight_sum = p.classes;
+  p.weight_sum = p.all_classes;
   if (p.weight && p.smoothing > 0) {
     double sum = 0;
-    for (int64_t c = 0; c < p.classes; ++c) sum += p.weight[c];
+    for (int64_t c = 0; c < p.all_classes; ++c) sum += p.weight[c];
     p.weight_sum = sum;
   }
   p.stream = exceeds_caches(p);
@@ -182,6 +182,20 @@ void cross_entropy_backward(const LossCall& call, const Array& grad_output, cons
     p.scale_of_row = nullptr;
   }
   run(kernels, parallel_for, p, false, {});
+}
+
+void class_sums(const ClassSumsCall& call, const Kernels& kernels, ParallelFor parallel_for) {
+  ClassSums p{start(call.batch, nullptr)};
+  require_second(p);
+  scan_targets(p);
+  p.target_logits = call.target_logits ? static_cast<const float*>(call.target_logits->data) : nullptr;
+  p.sums = static_cast<double*>(call.sums.data);
+  const int64_t step = rows_per_block(p.classes), blocks = (p.rows + step - 1) / step;
+  for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_size(p.classes), parallel_for,
+             [&](int64_t block, float* scratch) {
+               const int64_t begin = block * step;
+               kernels.class_sums(p, begin, begin + step < p.rows ? begin + step : p.rows, scratch);
+             });
 }
 
 void token_logprobs(const LogprobCall& call, const Kernels& kernels, ParallelFor parallel_for) {

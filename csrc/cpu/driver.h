@@ -20,6 +20,10 @@ void cross_entropy(const LossCall&, const Kernels&, ParallelFor);
 // The gradient, from what `cross_entropy` saved. grad_output: [], or one number per row.
 void cross_entropy_backward(const LossCall&, const Array& grad_output, const Kernels&, ParallelFor);
 
+// What a shard of the classes contributes to the loss of each row; nothing for ignored rows. Throws
+// std::out_of_range for a bad target, before anything is written.
+void class_sums(const ClassSumsCall&, const Kernels&, ParallelFor);
+
 // Log-probabilities and entropies, or the gradient. Throws std::out_of_range for a bad target, before
 // anything is written.
 void token_logprobs(const LogprobCall&, const Kernels&, ParallelFor);

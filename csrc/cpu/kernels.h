@@ -24,6 +24,12 @@ struct CrossEntropy : LossRows {
   bool stream;  // store the gradient past the caches
 };
 
+// Likewise a call of class_sums.
+struct ClassSums : CrossEntropy {
+  const float* target_logits;  // [rows] or null
+  double* sums;                // [kNumClassSums, rows]
+};
+
 // Likewise a call of token_logprobs.
 struct TokenLogprobs : LogprobRows {
   bool stream;
@@ -52,7 +58,8 @@ struct Kernels {
   // each k of topk.
   void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end, float* scratch, double* loss,
                         int64_t* counts);
-  void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);  // rows [begin, end)
+  void (*class_sums)(const ClassSums&, int64_t begin, int64_t end, float* scratch);  // likewise
+  void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);          // rows [begin, end)
   // n contiguous elements, each multiplied by inv_scale.
   GradChunk (*grad_chunk)(const void*, Dtype, int64_t n, double inv_scale);
   const VectorFunctions* vector_functions;  // null, except in the build for tests

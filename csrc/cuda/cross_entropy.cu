@@ -236,6 +236,7 @@ void check(const LossCall& call) {
   if (call.topk.size() > kMostTopk)
     throw std::invalid_argument("on CUDA a Meter counts correct@k for up to " + std::to_string(kMostTopk) +
                                 " k, got " + std::to_string(call.topk.size()));
+  if (call.num_classes) throw std::invalid_argument("on CUDA the logits have to be those of all classes");
   if (call.logits.sizes[call.logits.dims - 1] > INT32_MAX)
     throw std::invalid_argument("on CUDA there may be up to 2^31 - 1 classes");
 }

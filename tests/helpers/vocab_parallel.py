@@ -16,14 +16,20 @@ from torch.distributed.tensor import distribute_tensor
 
 from esper_kernels import (
     ClassShard,
+    KernelConfig,
     Meter,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_step,
 )
+from esper_kernels.native import UNAVAILABLE
+from esper_kernels.ops.linear_cross_entropy import sizes as linear_sizes
 from esper_kernels.testing import cross_entropy_samples
+from tests.helpers.linear_shards import CLASSES, linear_cases, linear_results
 
 TOPK = (1, 2, 5)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+SERVED = [("eager", torch.float64), ("eager", torch.float32)]
+if UNAVAILABLE is None:
+    SERVED += [("cpp", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
 class Case(NamedTuple):
@@ -33,15 +39,29 @@ class Case(NamedTuple):
     logits: Tensor  # of all classes
     targets: Tensor
     options: dict[str, Any]
+    config: KernelConfig
 
 
 def cases(ranks: int) -> Iterator[Case]:
-    """The samples that have a class for each rank."""
-    for dtype in DTYPES:
-        for sample in cross_entropy_samples(dtype):
-            if sample.logits.shape[-1] >= ranks:
-                name = f"{sample.name}, {dtype}"
-                yield Case(name, sample.logits, sample.targets, sample.options)
+    """The samples that have a class for each rank, and more."""
+    for backend, dtype in SERVED:
+        config = KernelConfig(backend=backend)
+        for name, logits, targets, options in (*cross_entropy_samples(dtype), *_more(dtype)):
+            if logits.shape[-1] >= ranks:
+                yield Case(f"{name}, {dtype}, {backend}", logits, targets, options, config)
+
+
+def _more(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(9, 13, generator=generator).to(dtype)
+    targets = torch.randint(13, (9,), generator=generator)
+    targets[3] = -100
+    mixup = {"targets2": targets.roll(1), "share": torch.linspace(0, 1, 9)}
+    yield "mixup", logits, targets, mixup
+    everything = {"weight": torch.linspace(0.5, 2.0, 13), "label_smoothing": 0.1, "z_loss": 0.01}
+    yield "mixup, everything", logits, targets, {**mixup, **everything, "softcap": 3.0}
+    yield "all ignored", logits, torch.full((9,), -100), everything
+    yield "few values, many ties", logits.round(), targets, {}
 
 
 def sizes_of(name: str, classes: int, ranks: int) -> list[int]:
@@ -80,18 +100,22 @@ def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, A
     counted = []
 
     called.clear()
-    loss = vocab_parallel_cross_entropy(leaf, case.targets, shard, **case.options, meter=meter)
+    options = {**case.options, "config": case.config}
+    loss = vocab_parallel_cross_entropy(leaf, case.targets, shard, **options, meter=meter)
     counted.append(len(called))
     called.clear()
     (grad,) = torch.autograd.grad(loss, leaf)
     counted.append(len(called))
     called.clear()
-    step = vocab_parallel_cross_entropy_step(
-        parts[rank], case.targets, None, shard, **case.options, grad_scale=3.0
-    )
+    given = {**options, "grad_scale": 3.0}
+    step = vocab_parallel_cross_entropy_step(parts[rank], case.targets, None, shard, **given)
     counted.append(len(called))
+    out = torch.full_like(step, 7.0)
+    vocab_parallel_cross_entropy_step(parts[rank], case.targets, None, shard, **given, out=out)
+    inplace = parts[rank].clone(memory_format=torch.contiguous_format)
+    vocab_parallel_cross_entropy_step(inplace, case.targets, None, shard, **given, inplace=True)
     rows = vocab_parallel_cross_entropy(
-        leaf, case.targets, shard, **{**case.options, "reduction": "none", "normalizer": None}
+        leaf, case.targets, shard, **{**options, "reduction": "none", "normalizer": None}
     )
     return {
         "shard": (shard.first, shard.num_classes),
@@ -99,13 +123,14 @@ def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, A
         "rows": rows.detach(),
         "grad": grad,
         "step": step,
+        "step into memory": (out, inplace),
         "meter": meter.state_dict(),
         "collectives": counted,
     }
 
 
 def from_dtensor() -> dict[str, Any]:
-    """The gradient of a DTensor's logits, and its shard."""
+    """The gradient of a DTensor's logits, and how one with fewer classes than ranks is refused."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(4, 3, 10, generator=generator)
@@ -114,7 +139,20 @@ def from_dtensor() -> dict[str, Any]:
     shard = ClassShard.of(logits)
     vocab_parallel_cross_entropy(logits.to_local(), targets, shard).backward()
     assert logits.grad is not None
-    return {"whole": whole, "targets": targets, "grad": logits.grad.full_tensor()}
+    refusal = ""
+    try:
+        ClassShard.of(distribute_tensor(torch.zeros(2, mesh.size() - 1), mesh, [ShardPlacement(1)]))
+    except ValueError as error:
+        refusal = str(error)
+    grad = logits.grad.full_tensor()
+    return {"whole": whole, "targets": targets, "grad": grad, "refusal": refusal}
+
+
+def use_small_chunks() -> None:
+    """Small batches of linear cross entropy in several chunks and panels, the last of them
+    ragged."""
+    linear_sizes.CPU_PANEL = 8
+    linear_sizes.chunk_rows = lambda *arguments: 7  # type: ignore[assignment]
 
 
 def main(rank: int, ranks: int, folder: Path) -> None:
@@ -127,6 +165,10 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     called = count_collectives()
     found: dict[str, Any] = {case.name: results(case, rank, ranks, called) for case in cases(ranks)}
     found["DTensor"] = from_dtensor()
+    use_small_chunks()
+    for case in linear_cases(SERVED):
+        sizes = sizes_of(case.name, CLASSES, ranks)
+        found[case.name] = linear_results(case, rank, sizes, called)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

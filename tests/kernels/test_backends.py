@@ -20,20 +20,22 @@ from esper_kernels.info import check as checks
 from esper_kernels.ops.cross_entropy import cpp
 
 Damage = Callable[[Path], object]
-EAGER_ONLY = "vocab_parallel_cross_entropy"
-WITH_KERNELS = [op for op in OPS if op != EAGER_ONLY]
+EAGER_ON_GPUS = "vocab_parallel_cross_entropy"
+WITH_KERNELS = [op for op in OPS if op != EAGER_ON_GPUS]
 
 
 def test_an_op_without_kernels_is_served_by_eager_and_says_so() -> None:
-    for device in ("cpu", "cuda", "xpu"):
-        choice = select_backend(EAGER_ONLY, device, torch.bfloat16)
+    reason = "it has no kernels for logits whose classes are divided"
+    for device in ("cuda", "xpu"):
+        choice = select_backend(EAGER_ON_GPUS, device, torch.bfloat16)
         assert choice.name == "eager"
-        assert {reason for _, reason in choice.refused} == {
-            "it has no kernels for logits whose classes are divided yet"
-        }
+        assert {given for _, given in choice.refused} == {reason}
+    for backend in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=f"{backend}: {reason}"):
+            select_backend(EAGER_ON_GPUS, "cuda", torch.float32, KernelConfig(backend=backend))
 
 
-@pytest.mark.parametrize("op", WITH_KERNELS)
+@pytest.mark.parametrize("op", OPS)
 def test_auto_takes_cpp_on_the_cpu(op: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert select_backend(op, "cpu", dtype) == ("cpp", (), "auto")

@@ -24,6 +24,7 @@ NAMES = (
     "grad_stats",
     "cpp",
     "cpp_any_input",
+    "class_shards",
 )
 AARCH64 = "aarch64-linux-gnu-g++"
 

@@ -18,10 +18,15 @@ from esper_kernels import (
     Meter,
     cross_entropy,
     cross_entropy_step,
+    linear_cross_entropy,
+    linear_cross_entropy_step,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_step,
 )
-from tests.helpers.vocab_parallel import TOPK, Case, cases, sizes_of
+from esper_kernels.testing import assert_no_worse_than_eager
+from tests.helpers.linear_shards import TOPK as LINEAR_TOPK
+from tests.helpers.linear_shards import LinearCase, linear_cases
+from tests.helpers.vocab_parallel import SERVED, TOPK, Case, cases, sizes_of
 
 pytestmark = pytest.mark.timeout(400)  # of all, so that they stay in one process with the fixture
 ROOT = Path(__file__).parents[2]
@@ -29,11 +34,19 @@ EAGER = KernelConfig(backend="eager")
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([0, 1, 2, 3, 4, -100])
 HERE = ClassShard(first=5, num_classes=12)
-ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 1e-3,
+}
 Found = list[dict[str, Any]]  # by rank: the results of each case by its name
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.slow, id=f"{n} ranks") for n in (2, 4)],
+)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What the ranks computed, once for all tests."""
     if not dist.is_available() or not dist.is_gloo_available():
@@ -91,8 +104,7 @@ def test_the_loss_is_that_of_all_classes_on_every_rank(found: Found) -> None:
     for case, ranks in each_case(found):
         loss, _, _ = whole(case)
         rows, _, _ = whole(case, reduction="none", normalizer=None)
-        # bfloat16 logits have a float32 loss
-        dtype = loss.dtype
+        dtype = loss.dtype  # float32 for half precision
         for rank in ranks:
             near(rank["loss"], loss, dtype, case.name)
             near(rank["rows"], rows, dtype, case.name)
@@ -106,6 +118,9 @@ def test_each_rank_has_the_gradient_of_its_classes(found: Found) -> None:
             case.logits, case.targets, None, **case.options, grad_scale=3.0, config=EAGER
         )
         dtype = case.logits.dtype
+        for rank in ranks:
+            for into in rank["step into memory"]:
+                near(into, rank["step"], torch.float64, case.name)
         near(torch.cat([rank["grad"] for rank in ranks], -1), grad, dtype, case.name)
         near(torch.cat([rank["step"] for rank in ranks], -1), step, dtype, case.name)
 
@@ -135,6 +150,62 @@ def test_dtensors_give_their_shard_and_receive_the_gradient(found: Found) -> Non
         leaf = rank["DTensor"]["whole"].requires_grad_()
         cross_entropy(leaf, rank["DTensor"]["targets"], config=EAGER).backward()
         torch.testing.assert_close(rank["DTensor"]["grad"], leaf.grad)
+        assert rank["DTensor"]["refusal"].startswith("every rank must hold at least one class")
+
+
+# --- the linear form ---
+
+
+def undivided(case: LinearCase, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Meter]:
+    """Loss, gradients and counts of the definition, without any division."""
+    given = [x for x in (case.hidden, case.weight, case.bias) if x is not None]
+    leaves = [x.to(dtype).requires_grad_() for x in given]
+    bias = leaves[2] if len(leaves) > 2 else None
+    meter = Meter("cpu", topk=LINEAR_TOPK)
+    loss = linear_cross_entropy(
+        *leaves[:2], case.targets, bias=bias, **case.options, meter=meter, config=EAGER
+    )
+    return loss.detach(), list(torch.autograd.grad(loss.sum(), leaves)), meter
+
+
+def joined(ranks: list[Any], kind: str) -> list[Tensor]:
+    """The gradient of hidden, the same on all ranks, and those of weight and bias put together."""
+    hidden, *parts = zip(*(rank[kind] for rank in ranks), strict=True)
+    assert all(torch.equal(x.nan_to_num(), hidden[0].nan_to_num()) for x in hidden)
+    return [hidden[0], *(torch.cat(part) for part in parts)]
+
+
+def test_the_linear_form_has_the_loss_and_gradients_of_all_classes(found: Found) -> None:
+    for case in linear_cases(SERVED):
+        ranks = [rank[case.name] for rank in found]
+        exact, grads, _ = undivided(case, torch.float64)
+        rival, eager_grads, _ = undivided(case, case.weight.dtype)
+        for rank in ranks:
+            near(rank["loss"], exact.to(rival.dtype), torch.float32, case.name)
+            assert torch.equal(rank["loss"].nan_to_num(), ranks[0]["loss"].nan_to_num())
+        kinds = ["grads"] + (["steps"] if ranks[0]["steps"] else [])
+        for kind in kinds:
+            for ours, eager, truth in zip(joined(ranks, kind), eager_grads, grads, strict=True):
+                assert_no_worse_than_eager(ours, eager, truth)
+
+
+def test_the_linear_form_counts_the_whole_batch_on_every_rank(found: Found) -> None:
+    for case in linear_cases(SERVED):
+        _, _, meter = undivided(case, torch.float64)
+        for rank in found:
+            assert torch.equal(rank[case.name]["meter"]["counts"], meter.counts), case.name
+            near(rank[case.name]["meter"]["sums"], meter.sums, torch.float32, case.name)
+
+
+def test_the_linear_form_takes_two_collectives_per_chunk_and_one_for_hidden(found: Found) -> None:
+    for case in linear_cases(SERVED):
+        rows = case.targets.numel()
+        chunks = 1 if case.weight.dtype == torch.float64 else -(-rows // 7)
+        called = found[0][case.name]["collectives"]
+        assert called.count("all_reduce") == 1, case.name
+        is_twice = case.weight.dtype == torch.float16 or "per row" in case.name
+        if not is_twice:  # the logits are computed again in the backward pass
+            assert called.count("all_gather") == 2 * chunks, case.name
 
 
 # --- what a rank refuses by itself, before it communicates ---
@@ -150,7 +221,11 @@ def test_dtensors_give_their_shard_and_receive_the_gradient(found: Found) -> Non
         ({"logits": X.long()}, TypeError, "logits must be one of"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing must be in"),
         ({"meter": 3}, TypeError, "meter must be a Meter"),
-        ({"config": KernelConfig(backend="cpp")}, ValueError, "no kernels for logits whose"),
+        ({"config": KernelConfig(backend="triton")}, ValueError, "no kernels for logits whose"),
+        ({"class_dim": 1}, TypeError, "unexpected keyword argument 'class_dim'"),
+        ({"targets2": T}, TypeError, "targets2 goes with share"),
+        ({"targets2": T + 8, "share": 0.5}, IndexError, "targets2: target 12"),
+        ({"targets2": T, "share": 1.5}, ValueError, "share must be in"),
     ],
     ids=str,
 )
@@ -181,6 +256,37 @@ def test_a_step_refuses_memory_as_that_of_all_classes_does() -> None:
 def test_a_shard_lies_among_the_classes(first: int, num_classes: int) -> None:
     with pytest.raises(ValueError, match="first must be in"):
         ClassShard(first, num_classes)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"shard": 5}, TypeError, "shard must be a ClassShard, got int 5"),
+        ({"shard": ClassShard(8, 12)}, ValueError, "at most 4 classes .* got weight with 5"),
+        ({"class_weight": torch.ones(5)}, ValueError, r"class_weight must be.*\[12\].*\(5,\)"),
+        ({"targets": T + 8}, IndexError, r"target 12 of row .* is outside \[0, 12\)"),
+        ({"targets2": T + 8, "share": 0.5}, IndexError, "targets2: target 12"),
+        ({"config": KernelConfig(backend="cuda")}, ValueError, "no kernels for logits whose"),
+    ],
+    ids=str,
+)
+def test_the_linear_form_names_bad_arguments(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    weight = torch.ones(5, 5, requires_grad=True)
+    meter = Meter("cpu")
+    given = {"hidden": X, "weight": weight, "targets": T, "shard": HERE, "meter": meter, **change}
+    for call in (linear_cross_entropy, linear_cross_entropy_step):
+        with pytest.raises(error, match=words):
+            call(**given)
+    assert not meter.counts.any()
+
+
+def test_the_linear_form_is_no_part_of_a_compiled_graph() -> None:
+    compiled = torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(X, torch.ones(5, 5), T, shard=HERE)
+    torch._dynamo.reset()
 
 
 def test_transforms_are_refused_by_name() -> None:

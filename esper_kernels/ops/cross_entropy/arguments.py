@@ -91,13 +91,18 @@ def mixture(
     targets2: Tensor | None,
     share: float | Tensor | None,
     options: Options,
+    num_classes: int | None = None,
 ) -> tuple[Tensor, Options]:
-    """Targets and options of a batch with two targets per row, after checks of those two."""
+    """Targets and options of a batch with two targets per row, after checks of those two.
+
+    num_classes: None for those of the logits.
+    """
     targets2, share = checks.check_mixture(targets, targets2, share)
-    reference.refuse_bad_targets(targets2, logits.shape[-1], options.ignore_index, "targets2: ")
+    num_classes = logits.shape[-1] if num_classes is None else num_classes
+    reference.refuse_bad_targets(targets2, num_classes, options.ignore_index, "targets2: ")
     if torch.compiler.is_compiling():
         share = as_tensor(share, logits)
-    return reference.mixed(targets, targets2, share, options, logits)
+    return reference.mixed(targets, targets2, share, options, logits, num_classes)
 
 
 def as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:

@@ -27,12 +27,23 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor, logits: Tensor, targets: Tensor, saved: Tensor, options: Options
+    grad_output: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    saved: Tensor,
+    options: Options,
+    first_class: int = 0,
+    num_classes: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    grad = _new_gradient(logits)
+    """first_class, num_classes: where the logits hold V of num_classes classes, the first of
+    theirs; on the CPU only."""
+    grad = _new_gradient(logits) if out is None else out
     numbers, tensors = _split((options.label_smoothing, options.z_loss, options.softcap))
-    if options.second is not None:
-        tensors = (*(tensors or [None] * 3), options.second, options.shares)
+    more: tuple[Tensor | int | None, ...] = tuple(tensors)
+    if options.second is not None or num_classes is not None:
+        numbers_as_tensors = tensors or [None] * 3
+        more = (*numbers_as_tensors, options.second, options.shares, first_class, num_classes)
     torch.ops.esper.cross_entropy_backward.default(
         logits,
         targets,
@@ -45,7 +56,7 @@ def backward(
         grad_output,
         saved,
         grad,
-        *tensors,
+        *more,
     )
     return grad
 

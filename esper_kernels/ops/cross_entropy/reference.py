@@ -28,13 +28,13 @@ Number = float | Tensor  # a tensor is [], on the logits' device or the CPU
 class Options(NamedTuple):
     """The options of `esper_kernels.cross_entropy`, documented there."""
 
-    weight: Tensor | None  # [V]
-    ignore_index: int
-    label_smoothing: Number
-    z_loss: Number
-    softcap: Number | None  # a tensor only inside compiled graphs
-    reduction: str
-    normalizer: Number | None
+    weight: Tensor | None = None  # [V]
+    ignore_index: int = -100
+    label_smoothing: Number = 0.0
+    z_loss: Number = 0.0
+    softcap: Number | None = None  # a tensor only inside compiled graphs
+    reduction: str = "mean"
+    normalizer: Number | None = None
     instruction_set: str = "auto"  # for `cpp`
     second: Tensor | None = None  # int64 [...], the second target of each row, from `mixed`
     shares: Tensor | None = None  # [2, ...] float32 or float64, of the target and the second
@@ -80,7 +80,12 @@ def classify(targets: Tensor, num_classes: int, ignore_index: int) -> Rows:
 
 @torch.no_grad()
 def mixed(
-    targets: Tensor, targets2: Tensor, share: Number, options: Options, logits: Tensor
+    targets: Tensor,
+    targets2: Tensor,
+    share: Number,
+    options: Options,
+    logits: Tensor,
+    num_classes: int | None = None,
 ) -> tuple[Tensor, Options]:
     """MixUp: the definition of two targets per row, for every backend.
 
@@ -91,9 +96,11 @@ def mixed(
     A mean divides by the sum of share * weight[target].
 
     A share outside [0, 1] makes the loss NaN; on CPU tensors it has been refused before the call.
+    num_classes: None for those of the logits.
     """
-    first = classify(targets, logits.shape[-1], options.ignore_index)
-    other = classify(targets2, logits.shape[-1], options.ignore_index)
+    num_classes = logits.shape[-1] if num_classes is None else num_classes
+    first = classify(targets, num_classes, options.ignore_index)
+    other = classify(targets2, num_classes, options.ignore_index)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     share = torch.zeros(targets.shape, dtype=dtype, device=targets.device) + share
     share = torch.where((share >= 0) & (share <= 1), share, torch.nan)
@@ -112,8 +119,8 @@ def mixed(
     targets = torch.where(swap, targets2.long(), targets.long())
     options = options._replace(second=second, shares=shares)
     if options.reduction == "mean" and options.normalizer is None:
-        rows = classify(targets, logits.shape[-1], options.ignore_index)
-        weights = class_weights(options.weight, logits.shape[-1], shares)
+        rows = classify(targets, num_classes, options.ignore_index)
+        weights = class_weights(options.weight, num_classes, shares)
         at_target, at_second, _ = _weights_at(rows, options, weights)
         row_weight = at_target if at_second is None else at_target + at_second
         row_weight = torch.where(rows.valid, row_weight, 0.0)
@@ -306,11 +313,15 @@ def step(
     """The gradient of the loss times grad_scale, into `out` (may be the logits); adds the batch to
     `meter`."""
     result = forward(logits, targets, options, meter)
-    scale = torch.ones_like(result.denominator)
-    if grad_scale is not None:
-        scale = scale * grad_scale
+    scale = first_gradient(result, grad_scale)
     grad = backward(scale, logits, targets, *result[1:], options)
     return grad if out is None else out.copy_(grad)
+
+
+def first_gradient(result: Forward, grad_scale: Number | None) -> Tensor:
+    """The gradient of the loss with which the backward pass of a step begins: float64 []."""
+    one = torch.ones_like(result.denominator)
+    return one if grad_scale is None else one * grad_scale
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Linear cross entropy: the loss of `hidden @ weight.T + bias`, without the logits of the batch.
 
 `linear_cross_entropy` is differentiable; `linear_cross_entropy_step` returns or adds up gradients
-without an autograd node. `reference` is the definition, `chunked` serves the fused backends. The
-options, what is refused and how rows are counted are those of `esper_kernels.cross_entropy`.
+without an autograd node. `reference` is the definition, `chunked` serves the fused backends, and
+divided classes (`shard`) on every backend. The options, what is refused and how rows are counted
+are those of `esper_kernels.cross_entropy`.
 
 Long functions: each public function hands on every option by name.
 """
@@ -20,6 +21,7 @@ from esper_kernels.ops.cross_entropy.reference import Options, refuse_bad_target
 from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.ops.linear_cross_entropy import arguments, op
 from esper_kernels.ops.linear_cross_entropy.reference import NO_TOTALS, Batch, Totals
+from esper_kernels.ops.vocab_parallel.shard import ClassShard
 
 _INSTEAD = "F.linear and F.cross_entropy"  # where derivatives or traces are refused
 
@@ -47,6 +49,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    shard: ClassShard | None = None,
     meter: Meter | None = None,
     config: KernelConfig | None = None,
 ) -> Tensor:
@@ -57,6 +60,13 @@ def linear_cross_entropy(
     weight: [V, H], and bias: [V], of that dtype; under autocast each may have its own.
     targets: [...]. The options, MixUp's too, are those of `cross_entropy`, whose `weight` is
         class_weight here.
+    shard: which classes weight and bias hold, where ranks divide them, as
+        `ClassShard.across(len(weight))` finds it. All ranks of `shard.group` must then call this
+        with the same hidden, targets and options, and want gradients of the same arguments;
+        class_weight is [shard.num_classes]. Every rank gets the loss over all classes, and the
+        gradient of hidden summed over the ranks, so do not add that up again; those of weight and
+        bias are of its own classes. meter receives the whole batch on every rank. A compiled graph
+        breaks here.
 
     The backward pass of "mean" and "sum" only multiplies: the gradients of what requires grad are
     computed with the loss, because the logits would have to be computed again later. In float16,
@@ -86,13 +96,14 @@ def linear_cross_entropy(
         share,
         meter,
         options,
+        shard,
         config,
     )
     options = traceable(options, hidden)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in batch[:3]):
-        loss: Tensor = _LinearCrossEntropy.apply(*batch, meter, backend, dtype, *options)
+        loss: Tensor = _LinearCrossEntropy.apply(*batch, meter, backend, dtype, shard, *options)
     else:
-        loss = op.run(backend, batch, dtype, options, meter, None, NO_TOTALS)
+        loss = op.run(backend, batch, dtype, options, meter, None, NO_TOTALS, shard)
     return loss.view(hidden.shape[:-1]) if reduction == "none" else loss
 
 
@@ -115,6 +126,7 @@ def linear_cross_entropy_step(
     grad_scale: float | Tensor | None = None,
     weight_grad: Tensor | None = None,
     bias_grad: Tensor | None = None,
+    shard: ClassShard | None = None,
     config: KernelConfig | None = None,
 ) -> LinearGradients:
     """The gradients of `linear_cross_entropy`, without a loss tensor or autograd node.
@@ -154,6 +166,7 @@ def linear_cross_entropy_step(
         share,
         meter,
         options,
+        shard,
         config,
     )
     checks.check_number("grad_scale", grad_scale, hidden, low=-torch.inf)
@@ -177,7 +190,7 @@ def linear_cross_entropy_step(
         _memory_for(bias, bias_grad),
     )
     scale = as_tensor(grad_scale, hidden) if torch.compiler.is_compiling() else grad_scale
-    op.run(backend, batch, dtype, traceable(options, hidden), meter, scale, totals)
+    op.run(backend, batch, dtype, traceable(options, hidden), meter, scale, totals, shard)
     grad_hidden = None if totals.hidden is None else totals.hidden.view(hidden.shape)
     return LinearGradients(grad_hidden, totals.weight, totals.bias)
 
@@ -192,6 +205,7 @@ def _prepare(
     share: float | Tensor | None,
     meter: Meter | None,
     options: Options,
+    shard: ClassShard | None,
     config: KernelConfig | None,
 ) -> tuple[str, Batch, torch.dtype, Options]:
     """Check everything but the values of the targets; the backend, the batch with one leading
@@ -199,13 +213,18 @@ def _prepare(
     for x in (hidden, weight, bias):
         checks.refuse_transforms(name, x, _INSTEAD)
     arguments.check_linear(hidden, weight, bias)
+    num_classes = len(weight)
+    if shard is not None:
+        arguments.check_divided(name, shard, weight)
+        num_classes = shard.num_classes
     dtype = arguments.compute_dtype(hidden)
     logits = arguments.logits_stand_in(hidden, weight, dtype)
-    arguments.check_batch(logits, targets, meter, options)
-    backend = checks.choose_backend("linear_cross_entropy", logits, config, "hidden")
+    arguments.check_batch(logits, targets, meter, options, num_classes)
+    served_as = "linear_cross_entropy" if shard is None else "vocab_parallel_cross_entropy"
+    backend = checks.choose_backend(served_as, logits, config, "hidden")
     if targets2 is not None or share is not None:
-        refuse_bad_targets(targets, len(weight), options.ignore_index)
-        targets, options = mixture(logits, targets, targets2, share, options)
+        refuse_bad_targets(targets, num_classes, options.ignore_index)
+        targets, options = mixture(logits, targets, targets2, share, options, num_classes)
         assert options.second is not None
         assert options.shares is not None
         options = options._replace(
@@ -232,16 +251,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         meter: Meter | None,
         backend: str,
         dtype: torch.dtype,
+        shard: ClassShard | None,
         *options: Any,
     ) -> Tensor:
         batch = Batch(hidden, weight, bias, targets)
         ctx.call = (backend, dtype)
+        ctx.shard = shard
         ctx.computes_later = dtype == torch.float16 or Options(*options).reduction == "none"
         totals = NO_TOTALS
         if not ctx.computes_later:
             sums = torch.promote_types(dtype, torch.float32)
             totals = _new_totals(batch, ctx.needs_input_grad[:3], sums)
-        loss = op.run(backend, batch, dtype, Options(*options), meter, None, totals)
+        loss = op.run(backend, batch, dtype, Options(*options), meter, None, totals, shard)
         # Tensors go through save_for_backward, which notices a later change of their values.
         ctx.options = [None if isinstance(x, Tensor) else x for x in options]
         tensors = [x if isinstance(x, Tensor) else None for x in options]
@@ -265,7 +286,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
                 backend, dtype = ctx.call
                 totals = _new_totals(batch, ctx.needs_input_grad[:3], None)
-                op.run(backend, batch, dtype, options, None, grad_output.contiguous(), totals)
+                scale = grad_output.contiguous()
+                op.run(backend, batch, dtype, options, None, scale, totals, ctx.shard)
             else:
                 totals = Totals(
                     *(
@@ -282,7 +304,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else DifferentiableOnce.apply("linear_cross_entropy", grad, *depends_on)
                 for grad in grads
             ]
-        return *grads, *(None,) * (4 + len(Options._fields))
+        return *grads, *(None,) * (5 + len(Options._fields))
 
 
 def _new_totals(batch: Batch, wanted: tuple[bool, ...], sum_dtype: torch.dtype | None) -> Totals:

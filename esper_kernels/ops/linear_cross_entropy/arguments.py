@@ -9,6 +9,7 @@ from esper_kernels import checks
 from esper_kernels.config import DTYPES
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy.reference import Options
+from esper_kernels.ops.vocab_parallel.shard import ClassShard, check_shard
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -76,10 +77,21 @@ def logits_stand_in(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tenso
     return one.expand(*hidden.shape[:-1], len(weight))
 
 
-def check_batch(logits: Tensor, targets: Tensor, meter: Meter | None, options: Options) -> None:
+def check_batch(
+    logits: Tensor, targets: Tensor, meter: Meter | None, options: Options, num_classes: int
+) -> None:
     """What cross entropy checks. logits: a stand-in of their shape, dtype and device."""
     checks.check_batch(logits, targets, meter)
-    checks.check_options(logits, options._asdict(), class_weight="class_weight")
+    checks.check_options(logits, options._asdict(), "class_weight", num_classes)
+
+
+def check_divided(name: str, shard: ClassShard, weight: Tensor) -> None:
+    """weight: that of the classes of this rank."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{name} with a shard is no part of a compiled graph; call it outside of one"
+        )
+    check_shard(shard, len(weight), "weight")
 
 
 def check_gradient_memory(name: str, memory: object, parameter: Tensor) -> None:

@@ -8,7 +8,7 @@ torch's own are up to 200 times slower on processors without such arithmetic.
 """
 
 from collections.abc import Iterator
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +18,31 @@ from esper_kernels.ops.cross_entropy.memory import gradient_like
 from esper_kernels.ops.cross_entropy.reference import Number, Options, classify
 from esper_kernels.ops.linear_cross_entropy import sizes
 from esper_kernels.ops.linear_cross_entropy.reference import NO_TOTALS, Batch, Totals
+from esper_kernels.ops.vocab_parallel.shard import ClassShard
 
 
 def run(
-    module: ModuleType,  # a backend of cross entropy, such as `cpp`
+    module: Any,  # a backend of cross entropy: a module such as `cpp`, or DividedClasses
     batch: Batch,
     options: Options,
     meter: Meter | None,
     scale: Number | None,
     totals: Totals,
+    shard: ClassShard | None = None,
 ) -> Tensor:
-    """As `reference.run`."""
+    """As `reference.run`. Ranks that divide the classes all have the same chunks."""
     wants_gradients = totals != NO_TOTALS
     is_per_row = options.reduction == "none"
-    divisor = _divisor(batch, options)
+    num_classes = len(batch.weight) if shard is None else shard.num_classes
+    classes_of_rank = len(batch.weight) if shard is None else shard.even_share()
+    copies = 2 if is_per_row and wants_gradients else 1
+    divisor = _divisor(batch, options, num_classes)
     if options.reduction == "mean":
         options = options._replace(normalizer=divisor)  # that of the batch, not of each chunk
     # Chunks are counted by a meter of their own, since the batch counts as one. It has the loss.
     seen = Meter(batch.hidden.device, topk=() if meter is None else meter.topk)
     losses = torch.empty_like(batch.targets, dtype=torch.float32)
-    for rows, logits in chunks(batch, copies=2 if is_per_row and wants_gradients else 1):
+    for rows, logits in chunks(batch, copies, classes_of_rank):
         targets = batch.targets[rows]
         of_chunk = _options_of(rows, options)
         if wants_gradients and not is_per_row:
@@ -52,7 +57,7 @@ def run(
             add_gradients(grad, batch, rows, totals)
 
     # A meter will report bad targets; without one, the loss itself has to.
-    bad = classify(batch.targets, len(batch.weight), options.ignore_index).bad
+    bad = classify(batch.targets, num_classes, options.ignore_index).bad
     unknown = bad if meter is None else torch.zeros_like(bad)
     if meter is not None:
         _add_batch(meter, seen)
@@ -70,29 +75,30 @@ def _options_of(rows: slice, options: Options) -> Options:
     return options._replace(second=options.second[rows], shares=shares)
 
 
-def _divisor(batch: Batch, options: Options) -> Tensor:
+def _divisor(batch: Batch, options: Options, num_classes: int) -> Tensor:
     """The divisor of the sum over all rows: float64 []."""
     one = torch.ones((), dtype=torch.float64, device=batch.hidden.device)
     if options.reduction != "mean":
         return one
     if options.normalizer is not None:
         return one * options.normalizer
-    rows = classify(batch.targets, len(batch.weight), options.ignore_index)
+    rows = classify(batch.targets, num_classes, options.ignore_index)
     if options.weight is None:
         return rows.valid.sum().double()
     return torch.where(rows.valid, options.weight[rows.target].float(), 0.0).double().sum()
 
 
-def chunks(batch: Batch, copies: int) -> Iterator[tuple[slice, Tensor]]:
+def chunks(batch: Batch, copies: int, classes: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """The rows of each chunk, and their logits in memory that all chunks share.
 
     copies: how many chunks of logits will exist at a time.
+    classes: for how many classes the size of a chunk is chosen, by default those of the weight.
     """
     hidden, weight, bias, _ = batch
     count = len(hidden)
     most = sizes.chunk_rows(
         count,
-        len(weight),
+        len(weight) if classes is None else classes,
         hidden.shape[1],
         copies * hidden.element_size(),
         _product_dtype(hidden) != hidden.dtype,

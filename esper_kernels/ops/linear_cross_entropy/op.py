@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from esper_kernels.meter import Meter
@@ -14,6 +15,8 @@ from esper_kernels.ops.cross_entropy.reference import Number, Options, refuse_ba
 from esper_kernels.ops.linear_cross_entropy import chunked, reference
 from esper_kernels.ops.linear_cross_entropy.arguments import without_autocast
 from esper_kernels.ops.linear_cross_entropy.reference import Batch, Totals
+from esper_kernels.ops.vocab_parallel.divided import DividedClasses
+from esper_kernels.ops.vocab_parallel.shard import ClassShard
 
 _PART = 4096  # classes
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -32,15 +35,89 @@ def run(
     meter: Meter | None,
     scale: Number | None,
     totals: Totals,
+    shard: ClassShard | None = None,
 ) -> Tensor:
     """As `reference.run`, with the batch converted to `dtype`; raises IndexError for bad targets on
     the CPU before anything is written.
 
-    `totals` of any dtype are added to, and rounded once: the sum is float32.
+    `totals` of any dtype are added to, and rounded once: the sum is float32. With a shard the total
+    of hidden is that of the classes of all ranks, the others are those of this rank.
     """
     shape = batch.targets.shape if options.reduction == "none" else ()
     loss_dtype = torch.promote_types(dtype, torch.float32)
     loss = batch.hidden.new_empty(shape, dtype=loss_dtype)
+    if torch.compiler.is_compiling():
+        _call_op(backend, batch, dtype, options, meter, scale, totals, loss)
+    else:
+        _write(backend, batch, dtype, options, meter, scale, totals, loss, shard)
+    return loss
+
+
+@torch.no_grad()
+def _write(
+    backend: str,
+    batch: Batch,
+    dtype: torch.dtype,
+    options: Options,
+    meter: Meter | None,
+    scale: Number | None,
+    totals: Totals,
+    loss: Tensor,
+    shard: ClassShard | None,
+) -> None:
+    """Write the loss, and add to `totals` and `meter`."""
+    hidden, weight, bias, targets = batch
+    num_classes = len(weight) if shard is None else shard.num_classes
+    refuse_bad_targets(targets, num_classes, options.ignore_index)
+    with without_autocast(hidden):
+        converted = Batch(
+            hidden.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            targets,
+        )
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        sums = Totals(
+            totals.hidden if shard is None else _empty_sum(totals.hidden, sum_dtype),
+            _sum_for(totals.weight, sum_dtype),
+            _sum_for(totals.bias, sum_dtype),
+        )
+        compute = _BACKENDS[backend]
+        if shard is not None:
+            compute = _for_divided_classes(backend, shard, dtype)
+        loss.copy_(compute(converted, options, meter, scale, sums))
+        if shard is not None and totals.hidden is not None and sums.hidden is not None:
+            dist.all_reduce(sums.hidden, group=shard.group)
+            totals.hidden.copy_(sums.hidden)
+        _add_rounded(totals.weight, sums.weight)
+        _add_rounded(totals.bias, sums.bias)
+
+
+def _for_divided_classes(
+    backend: str, shard: ClassShard, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    """In chunks, by `eager` too, which is all that GPUs have for divided classes."""
+    divided = DividedClasses.served_by(backend, shard)
+    if dtype == torch.float64:
+        return partial(reference.run, module=divided)
+    return partial(chunked.run, divided, shard=shard)
+
+
+def _empty_sum(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else torch.empty_like(gradient, dtype=dtype)
+
+
+def _call_op(
+    backend: str,
+    batch: Batch,
+    dtype: torch.dtype,
+    options: Options,
+    meter: Meter | None,
+    scale: Number | None,
+    totals: Totals,
+    loss: Tensor,
+) -> None:
+    """`_write` as a compiled graph takes it."""
     values = (
         options.label_smoothing,
         options.z_loss,
@@ -51,8 +128,7 @@ def run(
     numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in values]
     given_tensors = (*values, options.weight, options.second, options.shares)
     tensors = [x if isinstance(x, Tensor) else None for x in given_tensors]
-    call = _op if torch.compiler.is_compiling() else _run
-    call(
+    _op(
         backend,
         *batch,
         dtype,
@@ -67,11 +143,9 @@ def run(
         loss,
         *totals,
     )
-    return loss
 
 
-@torch.no_grad()
-def _run(
+def _run_op(
     backend: str,
     hidden: Tensor,
     weight: Tensor,
@@ -107,26 +181,14 @@ def _run(
         instruction_set,
         *tensors[6:],
     )
-    refuse_bad_targets(targets, len(weight), ignore_index)
     meter = None
     if sums is not None and counts is not None:
         meter = Meter(hidden.device, topk=topk)
         meter.sums = sums
         meter.counts = counts
-    with without_autocast(hidden):
-        batch = Batch(
-            hidden.to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-            targets,
-        )
-        sum_dtype = torch.promote_types(dtype, torch.float32)
-        totals = Totals(
-            grad_hidden, _sum_for(grad_weight, sum_dtype), _sum_for(grad_bias, sum_dtype)
-        )
-        loss.copy_(_BACKENDS[backend](batch, options, meter, scale, totals))
-        _add_rounded(grad_weight, totals.weight)
-        _add_rounded(grad_bias, totals.bias)
+    batch = Batch(hidden, weight, bias, targets)
+    totals = Totals(grad_hidden, grad_weight, grad_bias)
+    _write(backend, batch, dtype, options, meter, scale, totals, loss, None)
 
 
 def _sum_for(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -146,7 +208,7 @@ def _add_rounded(gradient: Tensor | None, total: Tensor | None) -> None:
 
 _op = torch.library.custom_op(
     "esper::linear_cross_entropy",
-    _run,
+    _run_op,
     mutates_args=("sums", "counts", "loss", "grad_hidden", "grad_weight", "grad_bias"),
 )
 _op.register_fake(lambda *arguments: None)

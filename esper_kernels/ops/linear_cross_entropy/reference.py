@@ -5,7 +5,7 @@ A backend is a function with the arguments of `run`. It trusts them, because
 `esper_kernels.ops.linear_cross_entropy` has checked them, and never waits for the device.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,22 +40,27 @@ NO_TOTALS = Totals(None, None, None)
 
 
 def run(
-    batch: Batch, options: Options, meter: Meter | None, scale: Number | None, totals: Totals
+    batch: Batch,
+    options: Options,
+    meter: Meter | None,
+    scale: Number | None,
+    totals: Totals,
+    module: Any = cross_entropy,
 ) -> Tensor:
     """The loss, [] or for reduction "none" [N]; adds the batch to `meter`, and the gradients times
     `scale` to `totals`.
 
     scale: a number or a tensor [], by default 1; for reduction "none" a tensor [N].
+    module: a backend of cross entropy: a module, or `DividedClasses`, with which the total of
+        hidden is that of the classes of this rank.
     """
     logits = F.linear(batch.hidden, batch.weight, batch.bias)
-    result = cross_entropy.forward(logits, batch.targets, options, meter)
+    result = module.forward(logits, batch.targets, options, meter)
     loss = result.loss
     if totals == NO_TOTALS:
         return loss
     grad_output = torch.ones_like(loss) if scale is None else torch.ones_like(loss) * scale
-    grad = cross_entropy.backward(
-        grad_output, logits, batch.targets, *result[1:], options
-    )  # [N, V]
+    grad = module.backward(grad_output, logits, batch.targets, *result[1:], options)  # [N, V]
     if totals.hidden is not None:
         totals.hidden.copy_(grad @ batch.weight)
     if totals.weight is not None:

@@ -2,7 +2,8 @@
 parallelism leaves them: no rank ever holds all logits of a row.
 
 `vocab_parallel_cross_entropy` is differentiable, and `vocab_parallel_cross_entropy_step` gives the
-gradient of the logits alone. `reference` is the definition, and so far the only backend.
+gradient of the logits alone. `divided` has what the ranks do together, `reference` and `cpp` what
+each does by itself. For logits that never exist as a whole `linear_cross_entropy` takes a `shard`.
 """
 
 from typing import Any
@@ -13,11 +14,15 @@ from torch import Tensor
 from esper_kernels import checks
 from esper_kernels.config import KernelConfig
 from esper_kernels.meter import Meter
-from esper_kernels.ops.cross_entropy.arguments import destination, refuse_per_row
+from esper_kernels.ops.cross_entropy.arguments import (
+    destination,
+    mixture,
+    refuse_per_row,
+)
 from esper_kernels.ops.cross_entropy.reference import Forward, Options, refuse_bad_targets
 from esper_kernels.ops.derivatives import DifferentiableOnce
-from esper_kernels.ops.vocab_parallel import reference
-from esper_kernels.ops.vocab_parallel.shard import ClassShard
+from esper_kernels.ops.vocab_parallel.divided import DividedClasses
+from esper_kernels.ops.vocab_parallel.shard import ClassShard, check_shard
 
 __all__ = ["ClassShard", "vocab_parallel_cross_entropy", "vocab_parallel_cross_entropy_step"]
 _OP = "vocab_parallel_cross_entropy"
@@ -28,6 +33,8 @@ def vocab_parallel_cross_entropy(
     targets: Tensor,
     shard: ClassShard,
     *,
+    targets2: Tensor | None = None,
+    share: float | Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float | Tensor = 0.0,
@@ -47,20 +54,32 @@ def vocab_parallel_cross_entropy(
     weight: [shard.num_classes], the weights of all classes, on every rank.
     meter: receives the whole batch on every rank, so do not add the meters of these ranks up.
 
-    The other options are those of `cross_entropy`; there is no MixUp. All ranks of `shard.group`
-    must call it, with the same options: it is one collective, with a meter two. The backward pass
-    needs none: each rank gets the gradient of its own logits, from a `grad_output` that must be the
-    same on every rank. A compiled graph breaks here.
+    The other options, MixUp's too, are those of `cross_entropy`.
+    All ranks of `shard.group` must call it, with the same options: it is one collective, with a
+    meter two. The backward pass needs none: each rank gets the gradient of its own logits, from a
+    `grad_output` that must be the same on every rank. A compiled graph breaks here.
 
     Returns the same loss on every rank, as `cross_entropy` does. Raises as it does, before any
     communication, for what a rank can see by itself.
     """
-    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
-    _check(_OP, logits, targets, shard, meter, options, config)
+    options = Options(
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        normalizer,
+        getattr(config, "instruction_set", "auto"),  # of None too
+    )
+    backend = _check(_OP, logits, targets, shard, meter, options, config)
+    if targets2 is not None or share is not None:
+        targets, options = mixture(logits, targets, targets2, share, options, shard.num_classes)
+    divided = DividedClasses.served_by(backend, shard)
     if logits.requires_grad and torch.is_grad_enabled():
-        loss: Tensor = _VocabParallel.apply(logits, targets, meter, shard, *options)
+        loss: Tensor = _VocabParallel.apply(logits, targets, meter, divided, *options)
         return loss
-    return reference.forward(logits, targets, options, meter, shard).loss
+    return divided.forward(logits, targets, options, meter).loss
 
 
 def vocab_parallel_cross_entropy_step(
@@ -69,6 +88,8 @@ def vocab_parallel_cross_entropy_step(
     meter: Meter | None,
     shard: ClassShard,
     *,
+    targets2: Tensor | None = None,
+    share: float | Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float | Tensor = 0.0,
@@ -88,20 +109,31 @@ def vocab_parallel_cross_entropy_step(
 
     Returns the gradient [..., V of this rank] in the logits' dtype.
     """
-    name = f"{_OP}_step"
-    options = Options(weight, ignore_index, label_smoothing, z_loss, softcap, reduction, normalizer)
-    refuse_per_row(reduction)
-    _check(name, logits, targets, shard, meter, options, config)
+    options = Options(
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+        normalizer,
+        getattr(config, "instruction_set", "auto"),  # of None too
+    )
+    refuse_per_row(options.reduction)
+    backend = _check(f"{_OP}_step", logits, targets, shard, meter, options, config)
     checks.check_number("grad_scale", grad_scale, logits, low=-torch.inf)
     written = destination(logits, out, inplace)
     if inplace:
         checks.check_writable("logits with inplace=True", logits)
     elif out is not None:
         checks.check_out(out, logits)
+    if targets2 is not None or share is not None:
+        targets, options = mixture(logits, targets, targets2, share, options, shard.num_classes)
     if written is not None:
         read = {**options._asdict(), "targets": targets, "grad_scale": grad_scale}
         checks.check_apart(written, read)
-    grad = reference.step(logits.detach(), targets, options, meter, grad_scale, written, shard)
+    divided = DividedClasses.served_by(backend, shard)
+    grad = divided.step(logits.detach(), targets, options, meter, grad_scale, written)
     if written is not None:
         torch.autograd.graph.increment_version(written)
     return grad
@@ -115,23 +147,18 @@ def _check(
     meter: Meter | None,
     options: Options,
     config: KernelConfig | None,
-) -> None:
-    """Raise for what one rank can see; the other ranks then wait for it until their timeout."""
+) -> str:
+    """The backend. Raise for what one rank can see; the other ranks then wait for it until their
+    timeout."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(f"{name} is no part of a compiled graph; call it outside of one")
     checks.refuse_transforms(name, logits)
-    if not isinstance(shard, ClassShard):
-        raise TypeError(f"shard must be a ClassShard, got {checks.describe(shard)}")
-    checks.choose_backend(_OP, logits, config, "logits")
+    backend = checks.choose_backend(_OP, logits, config, "logits")
     checks.check_batch(logits, targets, meter)
-    classes = logits.shape[-1]
-    if shard.first + classes > shard.num_classes:
-        raise ValueError(
-            f"expected at most {shard.num_classes - shard.first} classes from "
-            f"{shard.first} on, of {shard.num_classes} in all, got logits with {classes}"
-        )
+    check_shard(shard, logits.shape[-1], "logits")
     checks.check_options(logits, options._asdict(), num_classes=shard.num_classes)
     refuse_bad_targets(targets, shard.num_classes, options.ignore_index)
+    return backend
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -141,11 +168,11 @@ class _VocabParallel(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,
         meter: Meter | None,
-        shard: ClassShard,
+        divided: DividedClasses,
         *options: Any,
     ) -> Tensor:
-        result = reference.forward(logits, targets, Options(*options), meter, shard)
-        ctx.shard = shard
+        result = divided.forward(logits, targets, Options(*options), meter)
+        ctx.divided = divided
         ctx.options = options
         # Tensors go through save_for_backward, which notices a later change of their values.
         ctx.places = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
@@ -162,8 +189,8 @@ class _VocabParallel(torch.autograd.Function):
         for place, value in zip(ctx.places, tensors[4:], strict=True):
             options[place] = value
         with torch.no_grad():
-            grad = reference.backward(
-                grad_output, logits, targets, result, Options(*options), ctx.shard
+            grad = ctx.divided.backward(
+                grad_output, logits, targets, *result[1:], Options(*options)
             )
         if torch.is_grad_enabled():  # create_graph=True
             grad = DifferentiableOnce.apply(_OP, grad, logits, grad_output)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
+from esper_kernels import checks
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -34,6 +36,10 @@ class ClassShard:
                 f"first must be in [0, num_classes = {self.num_classes}), got {self.first}"
             )
 
+    def even_share(self) -> int:
+        """The most classes that a rank would have if all had as many, the same on every rank."""
+        return -(-self.num_classes // dist.get_world_size(self.group))
+
     @staticmethod
     def across(own_classes: int, group: dist.ProcessGroup | None = None) -> ClassShard:
         """The shard of this rank, whose logits have `own_classes` classes, where the ranks hold
@@ -42,7 +48,7 @@ class ClassShard:
         found = [0] * dist.get_world_size(group)
         dist.all_gather_object(found, own_classes, group=group)
         if min(found) < 1:
-            raise ValueError(f"every rank must hold a class at least, got {found} of the ranks")
+            raise ValueError(f"every rank must hold at least one class, got {found} of the ranks")
         return ClassShard(sum(found[: dist.get_rank(group)]), sum(found), group)
 
     @staticmethod
@@ -67,9 +73,27 @@ class ClassShard:
                 "redistribute them, or pass plain tensors with a ClassShard"
             )
         group = logits.device_mesh.get_group(places[0])
+        ranks = dist.get_world_size(group)
         classes = logits.shape[-1]
-        size = -(-classes // dist.get_world_size(group))  # as torch.chunk divides them
+        size = -(-classes // ranks)  # as torch.chunk divides them
+        if size * (ranks - 1) >= classes:  # the same on every rank, so that none waits
+            raise ValueError(
+                f"every rank must hold at least one class, but {classes} classes in shards of "
+                f"{size} leave some of {ranks} ranks without any; use fewer ranks or add classes"
+            )
         return ClassShard(size * dist.get_rank(group), classes, group)
+
+
+def check_shard(shard: object, own_classes: int, name: str) -> None:
+    """That `own_classes` classes are a shard of all; name: what has them."""
+    if not isinstance(shard, ClassShard):
+        raise TypeError(f"shard must be a ClassShard, got {checks.describe(shard)}")
+    most = shard.num_classes - shard.first
+    if own_classes > most:
+        raise ValueError(
+            f"expected at most {most} classes from {shard.first} on, of {shard.num_classes} in "
+            f"all, got {name} with {own_classes}"
+        )
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
