@@ -291,9 +291,13 @@ def batch(
             mask = valid[:, None] & (c < V)
             stored, x = _read(x_row[:, None], c, mask, softcap)
             if counts is not None:
-                behind = _behind(stored, c, target_logit, above, target_class, WIDTH)
+                GROUP: tl.constexpr = (
+                    WIDTH if ROWS == 1 else 1
+                )  # short rows have few elements to save
+                behind = _behind(stored, c, target_logit, above, target_class, GROUP)
                 rank = BLOCK - tl.sum(behind, 1)  # behind, too, is what is masked
-                rank += _tied(x_row, target_class, target_logit, valid, 0, WIDTH)
+                if GROUP > 1:
+                    rank += _tied(x_row, target_class, target_logit, valid, 0, GROUP)
             if saved_in is None:
                 row_max = tl.max(x, 1)
             p = _exp(x - row_max[:, None])
