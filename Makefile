@@ -18,7 +18,7 @@ TEST_PROCESSES ?= auto
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TORCHINDUCTOR_COMPILE_THREADS=1 \
 	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal
 
-.PHONY: run test test-all test-long lint format wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
+.PHONY: run test test-all test-long lint format docs wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
 
 run: $(READY)
 	$(BIN)/esper-train grow
@@ -43,6 +43,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
+
+# The documentation as pages in build/docs, which open without a server or a network.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # A wheel for other Linux machines, with CUDA kernels if a toolkit is installed. auditwheel tags it with
 # the oldest system that it runs on and shows why. Libraries of torch and of the driver stay out of it.

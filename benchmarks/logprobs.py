@@ -9,7 +9,7 @@ one process, and medians are reported; memory is the peak of one call in a proce
 besides the logits. Nothing is timed before results and gradients were checked against float64, on a
 few rows. The time of our forward pass is also given over that of `logits.amax(-1)`, which reads
 every logit once and computes next to nothing. How often the logits are read from memory is counted
-in tests/kernels/test_token_logprobs_reads.py. Figures of all shapes together are written to
+in tests/kernels/test_row_reads.py. Figures of all shapes together are written to
 results/logprobs.json.
 """
 

@@ -51,7 +51,7 @@ def refusal(
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
         return None
-    if op == "vocab_parallel_cross_entropy" and backend != "cpp":
+    if op == "vocab_parallel_cross_entropy" and backend == "cuda":
         return "it has no kernels for logits whose classes are divided"
     if dtype == torch.float64 and (op, backend) != ("grad_stats", "triton"):
         return "float64 is served by eager only"

@@ -4,6 +4,8 @@ The cross-entropy backends add to `sums` and `counts` batch by batch, compiled o
 only `reset`, `load_state_dict` and `all_reduce` write them. Use a meter on one stream.
 """
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from esper_kernels.readback import compute_all, words_to_floats
 # order.
 SUMS = ("loss_sum", "weight_sum", "batch_mean_sum")
 COUNTS = ("valid", "ignored", "nonfinite", "bad_targets", "batches", "batches_with_valid")
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,21 @@ class MeterResult:
     nonfinite: int
     bad_targets: int
     batches: int
+
+    @property
+    def perplexity(self) -> float:
+        """e^loss: infinite where that exceeds a float."""
+        return math.exp(self.loss) if not self.loss > _LARGEST_EXPONENT else math.inf
+
+    def accuracy_at(self, k: int) -> float:
+        """Fraction (0..1) of valid rows whose target is among the k largest logits. ValueError for
+        a k that the meter did not count."""
+        if k not in self.correct:
+            raise ValueError(
+                f"k must be one of {list(self.correct)}, which the meter counted, got {k}; make it "
+                f"Meter(device, topk=(1, {k}))"
+            )
+        return _ratio(self.correct[k], self.valid)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -45,3 +45,16 @@ def has_plain_rows(x: Tensor) -> bool:
     """Whether Triton kernels can follow the strides of x [..., V]: contiguous, or at most two
     leading dimensions of rows whose classes are next to each other."""
     return x.is_contiguous() or (x.dim() <= 3 and (x.stride(-1) == 1 or x.shape[-1] == 1))
+
+
+def plain_rows(logits: Tensor) -> tuple[Tensor, int, int, int]:
+    """Logits whose rows are [outer, inner] with class stride 1, the inner size, and both strides: a
+    copy where they are not."""
+    classes = logits.shape[-1]
+    if logits.is_contiguous():
+        return logits, logits.numel() // classes, 0, classes
+    if not has_plain_rows(logits):
+        return plain_rows(logits.contiguous())
+    *outer, inner = logits.shape[:-1] or (1,)
+    *outer_stride, inner_stride = logits.stride()[:-1] or (0,)
+    return logits, inner, outer_stride[0] if outer else 0, inner_stride

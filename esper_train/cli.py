@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 
 from esper_kernels import KernelConfig, __version__
@@ -39,7 +39,9 @@ USAGE = """usage: esper-train {grow,fit,ppo,report,info} [options]
   report     write the report of a run again, or compare runs on one page
   info       versions, and which kernel backend serves what, and why
 
-`esper-train grow --help` lists every option; `esper-train --version` prints the version.
+`esper-train grow --help` lists the main options, and `esper-train grow --help-all` every setting.
+`esper-train --version` prints the version. For completion with the Tab key in bash, once:
+esper-train --completion bash > ~/.local/share/bash-completion/completions/esper-train
 `esper-train heuristic` is the earlier name of grow.
 grow, fit, ppo and report need the extra: pip install 'esper-kernels[train]'
 ppo also needs: pip install 'esper-kernels[rl]'"""
@@ -80,6 +82,9 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
         return 0
     if command == "--version":
         print(f"esper-train {__version__}")
+        return 0
+    if command == "--completion":
+        _completion(arguments)
         return 0
     if command == "heuristic":
         command = "grow"
@@ -162,14 +167,49 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     task = given.task or (load_toml(given.config).task if given.config else RunConfig().task)
     run = load_config(Path(given.resume)) if given.resume is not None else preset(task)
     run = run if given.config is None else load_toml(given.config, base=run)
-    default = _Options(**{f.name: getattr(run, f.name) for f in fields(RunConfig)})
+    options = _Options
+    if "--help-all" in arguments:
+        arguments = ["--help"]
+    elif not {"-h", "--help"}.isdisjoint(arguments):
+        options = _main_options()
     return tyro.cli(
-        _Options,
+        options,
         prog=f"esper-train {command}",
-        description=DESCRIPTIONS[command],
+        description=f"{DESCRIPTIONS[command]} --help-all lists every setting.",
         args=arguments,
-        default=default,
+        default=options(**{f.name: getattr(run, f.name) for f in fields(RunConfig)}),
     )
+
+
+def _main_options() -> type[_Options]:
+    """The options without those of the tables of settings, for the first page of help."""
+    import tyro
+
+    tables = [
+        (f.name, tyro.conf.Suppress[f.type], field(default_factory=f.default_factory))  # type: ignore[misc, name-defined]
+        for f in fields(RunConfig)
+        if is_dataclass(f.type)
+    ]
+    return make_dataclass("_MainOptions", tables, bases=(_Options,), frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True)
+class _NoOptions:
+    """What completion knows of the commands that are not runs."""
+
+
+def _completion(arguments: Sequence[str]) -> None:
+    """Print a script that completes commands and options, for the shell that is named."""
+    parser = argparse.ArgumentParser(prog="esper-train --completion")
+    parser.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    shell = parser.parse_args(arguments).shell
+    _require_packages("--completion", "tyro")
+    import tyro
+
+    commands = {name: _Options() for name in DESCRIPTIONS}
+    others = {"report": _NoOptions(), "info": _NoOptions()}
+    every = tyro.extras.subcommand_type_from_defaults({**commands, **others})
+    tyro.cli(every, prog="esper-train", args=["--tyro-print-completion", shell])
 
 
 def _require_packages(command: str, *packages: str) -> None:

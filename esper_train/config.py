@@ -87,6 +87,22 @@ class RunConfig(Settings):
         one_process = self.distributed.strategy == "none"
         words = "train.capture needs distributed.strategy 'none'"
         require(one_process or not self.train.capture, words, self.distributed.strategy)
+        if self.distributed.strategy == "fsdp2":
+            self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        """Refuse what needs whole parameters."""
+        train = self.train
+        clips = train.grad.clip_norm is not None
+        for allowed, words, found in (
+            (not train.compile.enabled, "train.compile.enabled = False", True),
+            (not train.linear_loss, "train.linear_loss = False", True),
+            (train.amp.dtype != "float16", "another train.amp.dtype", train.amp.dtype),
+            (train.on_bad_numbers != "rollback", "another train.on_bad_numbers", "rollback"),
+            (not self.channels_last, "channels_last = False", True),
+            (not clips or train.grad.every == 1, "train.grad.every = 1", train.grad.every),
+        ):
+            require(allowed, f"distributed.strategy 'fsdp2' needs {words}", found)
 
     def task_config(self) -> TaskConfig:
         """What the task is told of its data."""

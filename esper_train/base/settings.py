@@ -70,7 +70,7 @@ def _check(where: str, value: Any, hint: Any) -> None:
         choices = ", ".join(c or "left out" for c in typing.get_args(hint))
         require(value in typing.get_args(hint), f"{where} must be one of {choices}", value)
         return
-    limits: tuple[Limit, ...] = getattr(hint, "__metadata__", ())
+    limits = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Limit)]
     hint = _plain(hint)
     if not _fits(value, hint):
         raise TypeError(f"{where} takes {_named(hint)}, got {value!r}")

@@ -86,6 +86,10 @@ def build_episode(
     )
     if ranks is not None:
         ranks.copy_first([*model.parameters(), *model.buffers()])
+        if config.distributed.strategy == "fsdp2":
+            from esper_train.train.shards import Shards  # takes half as long as importing torch
+
+            ranks.shards = Shards(model, [*host.segments.values(), host.head])
     episode.attach_optimizer("host")
     return episode
 
@@ -96,6 +100,16 @@ def _step(config: RunConfig, task: Task, device: torch.device, *, grows: bool) -
         raise ValueError(
             f"seeds are judged by accuracy, which task {task.name!r} of type {task.task_type!r} "
             "has not; train its host alone, with run_fit, or `esper-train fit`"
+        )
+    if grows and config.distributed.strategy == "fsdp2":
+        raise ValueError(
+            "distributed.strategy 'fsdp2' trains networks without slots; use 'ddp' to grow one, or "
+            "train the host alone, with run_fit, or `esper-train fit`"
+        )
+    if step.loss.own is not None and config.distributed.strategy == "fsdp2":
+        raise ValueError(
+            "distributed.strategy 'fsdp2' needs cross entropy as the loss, got a criterion of "
+            "one's own; use 'ddp'"
         )
     if grows and task.forward is not None:
         raise ValueError(
@@ -193,6 +207,8 @@ def _channels_last(config: RunConfig, host: nn.Module, device: torch.device) -> 
     from 16 channels on, and a fifth more below."""
     if config.channels_last is not None:
         return config.channels_last
+    if config.distributed.strategy == "fsdp2":
+        return False
     if device.type == "cuda":
         return config.train.amp.dtype is not None
     return (

@@ -8,10 +8,10 @@ leaves the earlier checkpoints.
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -67,6 +67,34 @@ def parts(episode: Episode) -> dict[str, Stateful]:
     }
 
 
+def whole_states(episode: Episode) -> Iterator[tuple[str, Any]]:
+    """Each part's name and state, as those of one process. With `fsdp2` every rank has to go
+    through them, because what is divided is gathered."""
+    for name, part in parts(episode).items():
+        yield name, episode.whole(part.state_dict())
+
+
+class Taker(Protocol):
+    """What `run_episode` gives its states to."""
+
+    def take(self, episode: Episode) -> None:
+        """Called at the end of each epoch."""
+
+    def write(self) -> None:
+        """Called at the end of the run."""
+
+
+class Beside:
+    """Takes part in the gathering of states that rank 0 writes."""
+
+    def take(self, episode: Episode) -> None:
+        for _ in whole_states(episode):
+            pass
+
+    def write(self) -> None:
+        pass
+
+
 class Checkpoints:
     """Keeps a copy of the state at the end of each epoch, and writes it when it is time or when the
     run ends.
@@ -82,7 +110,7 @@ class Checkpoints:
     def take(self, episode: Episode) -> None:
         """Keep the state at the end of an epoch. Raises `OSError` as `write` does, and `TypeError`
         for a state that is more than tensors and plain values."""
-        state = {name: copied(part.state_dict(), "cpu") for name, part in parts(episode).items()}
+        state = {name: copied(each, "cpu") for name, each in whole_states(episode)}
         record = {
             "format": FORMAT,
             "run": _identity(episode),

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -125,6 +127,7 @@ def create(path: Path, config: RunConfig) -> Path:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "device": config.device,
+        "command": shlex.join(sys.argv),
     }
     write_with_digest(path / CONFIG, (json.dumps(asdict(config), indent=2) + "\n").encode())
     write_file(path / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
@@ -202,11 +205,11 @@ def digest_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def save_network(path: Path, model: MorphModel) -> None:
+def save_network(path: Path, model: MorphModel, weights: Mapping[str, Any]) -> None:
     """Write the weights and the state of every slot to `network.pt`, as tensors and plain values
     only."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "slots": model.topology(), "weights": model.state_dict()}, buffer)
+    torch.save({"format": FORMAT, "slots": model.topology(), "weights": weights}, buffer)
     write_with_digest(path / NETWORK, buffer.getvalue())
 
 

@@ -106,6 +106,18 @@ class Episode(PlainState):
     def __post_init__(self) -> None:
         self.sources = SourceStates(train=self.train, validation=self.validation, test=self.test)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds only a part of every parameter."""
+        return self.ranks is not None and self.ranks.shards is not None
+
+    def whole(self, state: Any) -> Any:
+        """A state as one process would have it; where the network is divided among ranks, all of
+        them have to call this."""
+        if self.ranks is None or self.ranks.shards is None:
+            return state
+        return self.ranks.shards.whole(state)
+
     def state_dict(self) -> dict[str, Any]:
         """Progress, and which seeds there are; weights, momentum and the rest have their own
         state."""
@@ -138,7 +150,9 @@ class Episode(PlainState):
         self.ranks.obey_stop()
         every = self.config.distributed.check_every
         if every and self.epoch % every == 0:
-            self.ranks.require_equal(self.model.state_dict())
+            model = self.model
+            divided = self.ranks.shards is not None  # of a parameter there is only one then
+            self.ranks.require_equal(dict(model.named_buffers()) if divided else model.state_dict())
         return self.ranks.from_first(measured)
 
     def decide(self, signals: Signals) -> Decision:
@@ -228,11 +242,16 @@ class Episode(PlainState):
         host = self.model.host if group == "host" else None
         module = host or (self.model.slot(slot).gate if gate else self.model.slot(slot).seed)
         parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        shards = None if self.ranks is None else self.ranks.shards
+        if shards is not None:
+            parameters = [shards.part(p) for p in parameters]
         if not parameters:
             self.optimizers.attach(group, None)
             return
         lr = optim.host_lr if host else optim.seed_lr
         optimizer = self._make_optimizer(parameters, lr, group)
+        if shards is not None:
+            shards.follow(optimizer)
         left = max(1, self.config.max_epochs - epoch) * (
             self.steps if optim.schedule.each == "step" else 1
         )

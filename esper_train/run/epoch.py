@@ -154,7 +154,7 @@ class Epoch:
         grad = self._train.grad
         if troubles or (grad is not None and grad.has_exploding):
             hub.escalate()
-        if hub.collects(EventType.LAYER_GRADIENTS):
+        if hub.collects(EventType.LAYER_GRADIENTS) and not episode.sharded:
             names, parameters = zip(*episode.model.named_parameters(), strict=True)
             (norms,) = compute_all(grad_stats([p.grad for p in parameters]).norms)  # a host sync
             data = {"norms": dict(zip(names, norms, strict=True))}

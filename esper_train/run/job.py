@@ -14,7 +14,7 @@ from esper_train.base.stop import StopRequest
 from esper_train.config import RunConfig
 from esper_train.control.policy import Policy
 from esper_train.morph.blueprints import BlueprintRegistry
-from esper_train.run.checkpoint import Checkpoints, load, restore, saved
+from esper_train.run.checkpoint import Beside, Checkpoints, load, restore, saved
 from esper_train.run.directory import (
     BASELINE,
     CHECKPOINTS,
@@ -98,7 +98,7 @@ def run_job(
         task_of_run(load_config(out).task, config.task_config(), job.task)
     if config.distributed.strategy != "none" and job.profile:
         raise ValueError("a profile is made in one process; leave out distributed.strategy")
-    with joined(config.distributed, config.device) as ranks, _signals(job.stop):
+    with joined(config.distributed, config.device, job.stop) as ranks, _signals(job.stop):
         if ranks is not None and not ranks.first:
             return [_run_beside(each, job) for each in episode_configs(config)]
         return _run_all(config, job, out, numbered=numbered)
@@ -173,7 +173,10 @@ def _run_beside(config: RunConfig, job: Job) -> EpisodeResult:
     """What ranks other than the first do: the same run, with nothing on disk."""
     episode = _prepared(config, job)
     _restore(episode, None)
-    result = run_episode(episode)
+    sharded = episode.sharded
+    result = run_episode(episode, Beside() if sharded else None)
+    if sharded:
+        episode.whole(episode.model.state_dict())  # which rank 0 writes
     episode.hub.close()
     del episode  # its worker processes end here
     if job.growing and job.baseline:
@@ -211,7 +214,7 @@ def _restore(episode: Episode, state: Mapping[str, Any] | None) -> None:
 
 def _run_episode(episode: Episode, directory: Path, job: Job) -> EpisodeResult:
     """One run, from its start or from where it was restored. The network is written however it
-    ends."""
+    ends, unless it is divided among ranks, which may be gone."""
     cut_back(directory, episode.epoch)
     episode.hub.add(JsonlSink(directory / METRICS))
     display = job.display() if job.display is not None else None
@@ -221,8 +224,13 @@ def _run_episode(episode: Episode, directory: Path, job: Job) -> EpisodeResult:
         job.say(f"resuming after epoch {episode.epoch}")
         if display is not None:
             display.write(run_started(episode))
+    done = False
     try:
-        return run_episode(episode, Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint))
+        checkpoints = Checkpoints(directory / CHECKPOINTS, episode.config.checkpoint)
+        result = run_episode(episode, checkpoints)
+        done = True
+        return result
     finally:
         episode.hub.close()
-        save_network(directory, episode.model)
+        if done or not episode.sharded:
+            save_network(directory, episode.model, episode.whole(episode.model.state_dict()))

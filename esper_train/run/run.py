@@ -20,7 +20,7 @@ from esper_train.control.signals import Signals
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
 from esper_train.run.build import build_episode
-from esper_train.run.checkpoint import Checkpoints
+from esper_train.run.checkpoint import Taker
 from esper_train.run.episode import Episode
 from esper_train.run.epoch import Epoch, keep_good
 from esper_train.run.measure import Measured
@@ -115,7 +115,7 @@ def prepare(
     return episode
 
 
-def run_episode(episode: Episode, checkpoints: Checkpoints | None = None) -> EpisodeResult:
+def run_episode(episode: Episode, checkpoints: Taker | None = None) -> EpisodeResult:
     """Run every epoch under the episode's policy.
 
     An episode restored from a checkpoint goes on with the epoch after it.
@@ -142,7 +142,7 @@ class EpisodeRun:
     or "failed"; what ended it is raised again.
     """
 
-    def __init__(self, episode: Episode, checkpoints: Checkpoints | None = None) -> None:
+    def __init__(self, episode: Episode, checkpoints: Taker | None = None) -> None:
         self._episode = episode
         self._checkpoints = checkpoints
         self._ending = Ending(status="failed", epoch=episode.epoch)

@@ -106,7 +106,7 @@ def _run(config: RunConfig, job: Job, out: str | Path | None) -> list[EpisodeRes
         return run_job(config, replace(job, say=print, display=ConsoleSink), Path(out))
     if job.resume:
         raise ValueError("resume=True continues the run in a directory: name it with out=...")
-    with joined(config.distributed, config.device):
+    with joined(config.distributed, config.device, job.stop):
         episode = prepare(
             config, job.mode, task=job.task, policy=job.policy, hub=job.hub, registry=job.registry
         )

@@ -21,3 +21,8 @@ class NonFiniteLossError(BadNumbersError):
 
 class RanksDifferError(RuntimeError):
     """Processes that train one network together do not have the same one any more."""
+
+
+class RankLostError(RuntimeError):
+    """A process lost contact with others that train the network with it. The message names those
+    that failed or do not answer."""

@@ -1,9 +1,10 @@
 """The steps of an epoch's optimizers, and the sums that they keep on the device until its end."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from esper_kernels import GradHealth, GradStats, Meter, MeterResult
@@ -16,6 +17,9 @@ from esper_train.train.ranks import GradientSum, Ranks
 from esper_train.train.results import whole_epoch
 from esper_train.train.step import TrainStep
 from esper_train.train.unit import Unit
+
+if TYPE_CHECKING:  # importing it takes half as long as importing torch
+    from esper_train.train.shards import Shards
 
 NETWORK = ""
 """Name of the unit of all that no learner owns."""
@@ -47,14 +51,19 @@ class OptimizerSteps:
         self.saw_soft_targets = False
         groups = optimizers.parameters()
         self._parameters = [p for members in groups.values() for p in members]
+        self._ranks = ranks
+        shards = None if ranks is None else ranks.shards
+        self._shards = shards
         self._add_up = None if ranks is None else GradientSum(ranks, self._parameters)
         units: dict[str, Unit] = {}
         apart = {id(buffer) for learner in learners for buffer in learner.buffers}
         for learner in learners:
             own = {name: groups.pop(name) for name in learner.groups}
-            units[learner.start] = Unit(own, learner.buffers, learner.scaler, config, device)
+            units[learner.start] = Unit(
+                own, learner.buffers, learner.scaler, config, device, shards
+            )
         buffers = [buffer for buffer in model.buffers() if id(buffer) not in apart]
-        units[NETWORK] = Unit(groups, buffers, step.scaler, config, device)
+        units[NETWORK] = Unit(groups, buffers, step.scaler, config, device, shards)
         self._names = tuple(units)
         self._units = tuple(units.values())
 
@@ -98,6 +107,8 @@ class OptimizerSteps:
                 unit.keep_buffers()
         if self._add_up is None:
             self._learn(group)
+        elif self._shards is not None:
+            self._learn_sharded(group, self._shards)
         else:
             self._add_up(self._learn_share(group))
         if measure:
@@ -129,6 +140,49 @@ class OptimizerSteps:
         if loss.own is not None:
             return float(sum(_rows(batch) for batch in group))
         return None if seen is None else seen.value
+
+    def _learn_sharded(self, group: Sequence[Batch], shards: "Shards") -> None:
+        """`_learn` for this rank's share of the batches, where the backward pass adds up the
+        gradients of all ranks. A rank without rows runs on none of them, because it has to take
+        part. Raises `Stopped` on every rank if one was asked to stop, on the CPU."""
+        assert self._ranks is not None
+        for batch in group:
+            _rows(batch)
+            if batch[1].is_floating_point():
+                raise ValueError(
+                    "distributed.strategy 'fsdp2' needs targets that are classes, got soft ones; "
+                    "use 'ddp'"
+                )
+        divisor = self._step.loss.divisor([targets for _, targets in group])
+        total = None if divisor is None else _Total(divisor, self._ranks)
+        for inputs, targets in group:
+            self._step(self._model, inputs, targets, self.meter, total)
+        shards.take_gradients()
+        if total is not None:
+            total.obey_stop()
+
+
+class _Total:
+    """A divisor added up over all ranks, with their requests to stop: one collective."""
+
+    def __init__(self, divisor: Divisor, ranks: Ranks) -> None:
+        self._divisor = divisor
+        self._ranks = ranks
+        self._sums: Tensor | None = None
+
+    def __call__(self, classes: int) -> Tensor:
+        if self._sums is None:
+            weight = torch.as_tensor(self._divisor(classes)).double()
+            asked = torch.full_like(weight, float(self._ranks.stop.signal is not None))
+            self._sums = torch.stack([weight, asked])
+            dist.all_reduce(self._sums)
+        return self._sums[0]
+
+    def obey_stop(self) -> None:
+        """Raise `Stopped` if a rank was asked to stop. On other devices than the CPU reading that
+        would be a host sync, so the end of the epoch does it."""
+        if self._sums is not None and self._sums.is_cpu and self._sums[1].item() > 0:
+            self._ranks.raise_stopped()
 
 
 class _Seen:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,10 @@ from esper_train.base.stop import Stopped, StopRequest
 from esper_train.train.config import DistributedConfig
 from esper_train.train.data import Share
 from esper_train.train.errors import RanksDifferError
+from esper_train.train.meeting import meet
+
+if TYPE_CHECKING:  # importing it takes half as long as importing torch
+    from esper_train.train.shards import Shards
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 * 2**20
@@ -31,11 +35,12 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def joined(config: DistributedConfig, device: str) -> Iterator["Ranks | None"]:
+def joined(config: DistributedConfig, device: str, stop: StopRequest) -> Iterator["Ranks | None"]:
     """Within it, the process is one of the ranks that the config asks for; None for one process.
 
     A process group that the caller made is used, and left as it is. `ValueError` where there is
-    none and the environment does not say how to make one.
+    none and the environment does not say how to make one; `RankLostError`, which names the ranks,
+    where some did not start, failed, or do not answer any more.
     """
     if config.strategy == "none":
         yield None
@@ -44,20 +49,28 @@ def joined(config: DistributedConfig, device: str) -> Iterator["Ranks | None"]:
         yield Ranks()
         return
     kind = torch.device(device).type
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+        meeting = meet(config.timeout, stop)
     except ValueError as error:
         raise ValueError(
             f"distributed.strategy {config.strategy!r} needs one process per rank: start the "
             f"command with torchrun, or call torch.distributed.init_process_group first ({error})"
         ) from error
     try:
-        if kind == "cuda" and torch.device(device).index is None:
-            torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
-        yield Ranks()
+        with meeting.explained():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                store=meeting.store,
+                rank=meeting.rank,
+                world_size=meeting.world,
+                timeout=timedelta(seconds=config.timeout),
+            )
+            if kind == "cuda" and torch.device(device).index is None:
+                torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
+            yield Ranks()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def ranks_of(config: DistributedConfig) -> "Ranks | None":
@@ -80,6 +93,8 @@ class Ranks:
         self.world = dist.get_world_size()
         self.stop = StopRequest()
         """Asked at each step and between epochs; a request to one rank stops all of them."""
+        self.shards: Shards | None = None
+        """Where each rank holds a part of every parameter."""
 
     @property
     def first(self) -> bool:
@@ -125,6 +140,8 @@ class Ranks:
     def require_equal(self, tensors: dict[str, Tensor]) -> None:
         """`RanksDifferError` unless all ranks have the same tensors: compares sums of their bits,
         in one collective."""
+        if not tensors:
+            return
         sums = torch.stack([_sum_of_bits(t) for t in tensors.values()])
         extremes = torch.cat([sums, ~sums])  # ~ reverses the order without overflow
         dist.all_reduce(extremes, dist.ReduceOp.MAX)

@@ -5,14 +5,19 @@ skip, scale or clip the step of the other. `loop` makes them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from esper_kernels import GradStats, clip_grad_norm_, grad_stats
 from esper_train.train.amp import LossScaler
 from esper_train.train.config import TrainConfig
 from esper_train.train.optimizers import OptimizerRegistry
+
+if TYPE_CHECKING:  # importing it takes half as long as importing torch
+    from esper_train.train.shards import Shards
 
 
 class Unit:
@@ -25,6 +30,7 @@ class Unit:
         scaler: LossScaler | None,
         config: TrainConfig,
         device: torch.device,
+        shards: "Shards | None" = None,
     ) -> None:
         self._groups = groups
         self._buffers = list(buffers)
@@ -32,6 +38,7 @@ class Unit:
         self._parameters = [p for members in groups.values() for p in members]
         self._scaler = scaler
         self._config = config
+        self._shards = shards
         self._stats: GradStats | None = None
         self._counts: Tensor | None = None
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -66,6 +73,8 @@ class Unit:
             config=self._config.kernel,
             out=self._stats,
         )
+        if self._shards is not None:
+            stats = self._shards.measured(stats, self._parameters)
         self._stats = stats
         if self._counts is None:
             self._counts = torch.zeros_like(stats.counts)
@@ -78,7 +87,12 @@ class Unit:
         scaler = self._scaler
         if clip_norm is not None:
             stats = self._stats if measured else None
-            clip_grad_norm_(self._parameters, clip_norm, stats=stats, config=self._config.kernel)
+            if self._shards is not None and stats is not None:
+                clip_grads_with_norm_(self._parameters, clip_norm, stats.total_norm)
+            else:
+                clip_grad_norm_(
+                    self._parameters, clip_norm, stats=stats, config=self._config.kernel
+                )
         skips = self._config.on_bad_numbers == "skip"
         if self._stats is None or not (skips or scaler is not None):
             optimizers.step(self._groups)

@@ -63,6 +63,8 @@ def _samples() -> Iterator[tuple[str, bool, Tensor, Tensor, dict[str, Any]]]:
     yield "mixup", True, hidden, targets, {**everything, **mixup}
     yield "all ignored", True, hidden, torch.full_like(targets, -100), {}
     yield "no rows", True, hidden[:, :0], targets[:, :0], {"reduction": "sum"}
+    columns = hidden.flatten(0, 1).t().contiguous().t()  # each of its columns in one piece
+    yield "hidden in columns", True, columns, targets.flatten(), {}
     broken = hidden.clone()
     broken[0, 1] = torch.nan
     broken[2, 2] = torch.inf

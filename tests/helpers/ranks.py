@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch import multiprocessing as mp
+from torch.distributed.tensor import DTensor
 
 from esper_train import (
     Decision,
@@ -27,6 +28,7 @@ from esper_train import (
     Op,
     OptimConfig,
     RunConfig,
+    ScheduleConfig,
     Splits,
     Task,
     TelemetryHub,
@@ -45,6 +47,7 @@ from tests.helpers.scripted import EASY, Recorder, Script, germinate
 SECONDS = 400.0
 """How long a test waits for its processes."""
 DDP = DistributedConfig(strategy="ddp", timeout=60.0)
+FSDP2 = DistributedConfig(strategy="fsdp2", timeout=60.0)
 
 
 def together(world: int, work: Callable[[int, Path], Any], directory: Path) -> list[Any]:
@@ -153,6 +156,10 @@ CONFIG = RunConfig(
 )
 
 
+FIT = replace(CONFIG, max_epochs=3)
+SHARDED_FIT = replace(FIT, train=replace(FIT.train, on_bad_numbers="stop"))
+
+
 def life(blueprint: str, blend: str = "linear") -> Script:
     """Germinations, a blend, a fossilization, a cull in training, and one during a blend, which is
     undone."""
@@ -188,9 +195,15 @@ def life_of(task: Callable[[], Task], blueprint: str, rank: int, directory: Path
     return result_of(task(), replace(CONFIG, distributed=DDP), life(blueprint))
 
 
-def fit_of(make: Callable[[], Task], config: RunConfig, rank: int, directory: Path) -> Any:
+def fit_of(
+    make: Callable[[], Task],
+    config: RunConfig,
+    distributed: DistributedConfig,
+    rank: int,
+    directory: Path,
+) -> Any:
     """Weights, and the epochs' measures, of plain training."""
-    return fitted(make(), replace(config, distributed=DDP))
+    return fitted(make(), replace(config, distributed=distributed))
 
 
 def fitted(task: Task, config: RunConfig) -> dict[str, Any]:
@@ -198,10 +211,35 @@ def fitted(task: Task, config: RunConfig) -> dict[str, Any]:
     result = run_fit(config, task=task, hub=TelemetryHub([recorder]))
     epochs = recorder.of(EventType.EPOCH)
     return {
-        "weights": copied(result.model.state_dict()),
+        "weights": whole_weights(result.model),
         "train": [e.data["train"] for e in epochs],
         "norms": [e.data["grad"]["gradient_norm"] for e in epochs],
     }
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights; those that are divided among the ranks are gathered."""
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def fit_in_turn(rank: int, directory: Path) -> dict[str, Tensor]:
+    """The weights after an epoch each with FSDP2, in one process, with DDP, and with FSDP2."""
+    turns = (FSDP2, DistributedConfig(), DDP, FSDP2)
+    out = directory / "turns"
+    for epoch, distributed in enumerate(turns, start=1):
+        config = replace(SHARDED_FIT, max_epochs=epoch, distributed=distributed)
+        if rank == 0 or distributed.strategy != "none":
+            result = run_fit(config, task=texts(), out=out, resume=epoch > 1)
+        dist.barrier()
+    return whole_weights(result.model)
+
+
+def stop_sharded(rank: int, directory: Path) -> dict[str, Any]:
+    """SIGTERM comes to rank 1, before its 8th step, with FSDP2."""
+    return stop_in(directory / "stopped sharded", FSDP2, rank)
 
 
 def continue_each_other(rank: int, directory: Path) -> dict[str, Any]:
@@ -239,10 +277,14 @@ class SignalledAt:
 
 def stop_rank_1(rank: int, directory: Path) -> dict[str, Any]:
     """SIGTERM comes to rank 1, before its 8th step."""
+    return stop_in(directory / "stopped", DDP, rank)
+
+
+def stop_in(out: Path, distributed: DistributedConfig, rank: int) -> dict[str, Any]:
     signalled = SignalledAt(8 if rank == 1 else 0)
     task = replace(tables(), augment=signalled)
     try:
-        run_fit(replace(CONFIG, distributed=DDP), task=task, out=directory / "stopped")
+        run_fit(replace(SHARDED_FIT, max_epochs=22, distributed=distributed), task=task, out=out)
     except Stopped as stopped:
         return {"signal": int(stopped.args[0]), "steps": signalled.steps}
     return {}
@@ -289,7 +331,6 @@ def _counting(name: str, function: Callable[..., Any], counts: Counter[str]) -> 
     return call
 
 
-FIT = replace(CONFIG, max_epochs=3)
 CRITERIA: dict[str, Any] = {
     "weighted": nn.CrossEntropyLoss(
         weight=torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64), label_smoothing=0.1
@@ -316,12 +357,31 @@ FITS: dict[str, tuple[Callable[[], Task], RunConfig]] = {
         replace(FIT, batch_size=2, train=TrainConfig(accumulate=3)),
     ),
 }
+SHARDED_FITS = {
+    **{
+        name: (make, replace(config, train=replace(config.train, on_bad_numbers="stop")))
+        for name, (make, config) in FITS.items()
+        if name != "criterion of one's own"
+    },
+    "perceptron, best network": (tables, replace(SHARDED_FIT, keep="best")),
+    "AdamW, a schedule, bad steps skipped": (
+        partial(tables, 33, 7),
+        replace(
+            FIT,
+            optim=OptimConfig(kind="adamw", schedule=ScheduleConfig(kind="cosine")),
+            train=replace(FIT.train, on_bad_numbers="skip"),
+        ),
+    ),
+}
 LIVES: dict[str, tuple[Callable[[], Task], str]] = {
     "perceptron": (partial(tables, 33, 61), "bottleneck"),
     "transformer": (texts, "lora"),
 }
 SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
-    **{name: partial(fit_of, *case) for name, case in FITS.items()},
+    **{name: partial(fit_of, *case, DDP) for name, case in FITS.items()},
+    **{f"fsdp2: {name}": partial(fit_of, *case, FSDP2) for name, case in SHARDED_FITS.items()},
+    "turns": fit_in_turn,
+    "stopped sharded": stop_sharded,
     **{name: partial(life_of, *case) for name, case in LIVES.items()},
     "continued": continue_each_other,
     "stopped": stop_rank_1,

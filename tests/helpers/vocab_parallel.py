@@ -18,6 +18,7 @@ from esper_kernels import (
     ClassShard,
     KernelConfig,
     Meter,
+    linear_cross_entropy,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_step,
 )
@@ -148,6 +149,21 @@ def from_dtensor() -> dict[str, Any]:
     return {"whole": whole, "targets": targets, "grad": grad, "refusal": refusal}
 
 
+def linear_from_dtensor() -> dict[str, Any]:
+    """The gradients of hidden and of a DTensor, a weight whose classes are divided."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(10, 4, generator=generator)
+    hidden = torch.randn(3, 4, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 9, 4])
+    weight = distribute_tensor(whole, mesh, [ShardPlacement(0)]).requires_grad_()
+    shard = ClassShard.of(weight.t())
+    linear_cross_entropy(hidden, weight.to_local(), targets, shard=shard).backward()
+    assert weight.grad is not None
+    found = {"hidden": hidden.detach(), "whole": whole, "targets": targets}
+    return {**found, "grads": (hidden.grad, weight.grad.full_tensor())}
+
+
 def use_small_chunks() -> None:
     """Small batches of linear cross entropy in several chunks and panels, the last of them
     ragged."""
@@ -165,6 +181,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     called = count_collectives()
     found: dict[str, Any] = {case.name: results(case, rank, ranks, called) for case in cases(ranks)}
     found["DTensor"] = from_dtensor()
+    found["linear DTensor"] = linear_from_dtensor()
     use_small_chunks()
     for case in linear_cases(SERVED):
         sizes = sizes_of(case.name, CLASSES, ranks)

@@ -1,6 +1,11 @@
 """What each rank computes by itself where the classes are divided: all shards in one process,
 beside the definition for undivided classes. test_vocab_parallel has processes."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +15,7 @@ from torch import Tensor
 from esper_kernels.native import INSTRUCTION_SETS, UNAVAILABLE
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.reference import Forward, Options
-from esper_kernels.ops.vocab_parallel import ClassShard, cpp
+from esper_kernels.ops.vocab_parallel import ClassShard, cpp, triton
 from esper_kernels.ops.vocab_parallel import reference as eager
 from esper_kernels.ops.vocab_parallel.divided import combined
 from esper_kernels.testing import (
@@ -22,6 +27,22 @@ from esper_kernels.testing import (
 needs_cpp = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 SAMPLES = [sample for sample in cross_entropy_samples() if sample.logits.shape[-1] >= 3]
 HALF = [torch.bfloat16, torch.float16]
+
+
+# Triton's interpreter is slow, so that one test is enough for every day.
+EVERY_BACKEND = ["eager", "cpp", "triton"]
+
+
+@pytest.fixture(params=["eager", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
+def module(request: pytest.FixtureRequest) -> Any:
+    """Each backend, on CPU tensors."""
+    if request.param == "cpp" and UNAVAILABLE is not None:
+        pytest.skip(UNAVAILABLE)
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("Triton's kernels run on the GPU here and not in the interpreter")
+    return {"eager": eager, "cpp": cpp, "triton": triton}[request.param]
 
 
 def shards_of(sizes: list[int]) -> list[ClassShard]:
@@ -100,18 +121,24 @@ def test_shards_of_any_size_add_up(
     check(cpp, logits, targets, given, sizes)
 
 
-@pytest.mark.parametrize(
-    "module", [eager, pytest.param(cpp, marks=needs_cpp)], ids=["eager", "cpp"]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [Options(), EVERYTHING], ids=["plain", "everything"])
+def test_any_backend_takes_long_and_short_shards(
+    module: Any, dtype: torch.dtype, options: Options
+) -> None:
+    for sizes in ([1, 2, 1, 3], [31, 33], [1, 2048, 2051]):
+        logits, targets = batch(sum(sizes), dtype=dtype)
+        weight = torch.linspace(0.5, 2.0, sum(sizes)) if options.softcap else None
+        check(module, logits, targets, options._replace(weight=weight), sizes)
+
+
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 def test_every_sample_in_three_shards(module: Any, sample: CrossEntropySample) -> None:
     sizes = [1, sample.logits.shape[-1] - 2, 1]
     check(module, sample.logits, sample.targets, Options(**sample.options), sizes)
 
 
-@pytest.mark.parametrize(
-    "module", [eager, pytest.param(cpp, marks=needs_cpp)], ids=["eager", "cpp"]
-)
+@pytest.mark.parametrize("module", EVERY_BACKEND, indirect=True)
 @pytest.mark.parametrize("sizes", [[2, 9], [4, 3, 4]], ids=str)
 def test_mixup_with_its_targets_in_any_shard(module: Any, sizes: list[int]) -> None:
     logits, targets = batch(11, rows=9)
@@ -123,9 +150,6 @@ def test_mixup_with_its_targets_in_any_shard(module: Any, sizes: list[int]) -> N
     check(module, logits.clamp(min=-9.0), targets, options, sizes)
 
 
-@pytest.mark.parametrize(
-    "module", [eager, pytest.param(cpp, marks=needs_cpp)], ids=["eager", "cpp"]
-)
 def test_ties_across_shards_go_to_the_lower_class(module: Any) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0, 3.0]]).repeat(6, 1)
     targets = torch.arange(6)
@@ -134,9 +158,6 @@ def test_ties_across_shards_go_to_the_lower_class(module: Any) -> None:
         assert rank.tolist() == [4, 0, 1, 5, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "module", [eager, pytest.param(cpp, marks=needs_cpp)], ids=["eager", "cpp"]
-)
 def test_one_bad_shard_makes_the_row_bad_on_every_rank(module: Any) -> None:
     logits, targets = batch(40)
     logits[1, 0], logits[2, 20], logits[3] = torch.nan, torch.inf, -torch.inf
@@ -237,3 +258,24 @@ def test_class_sums_of_rows_that_are_not_contiguous() -> None:
         assert torch.equal(cpp.class_sums(same, targets, options, None, shard), expected)
     folded = cpp.class_sums(logits.view(2, 3, 40), targets.view(2, 3), options, None, shard)
     assert torch.equal(folded.flatten(1), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_triton_kernels_compile_without_a_spill() -> None:
+    pytest.importorskip("triton")
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.divided_kernels"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len(rows) == 48
+    assert {row["sm"] for row in rows} == {80, 90, 100}
+    for row in rows:
+        assert row["registers"] > 0, row
+        assert row["spilled_bytes"] == 0, row

@@ -208,6 +208,15 @@ def test_the_linear_form_takes_two_collectives_per_chunk_and_one_for_hidden(foun
             assert called.count("all_gather") == 2 * chunks, case.name
 
 
+def test_the_linear_form_takes_the_weight_of_a_dtensor(found: Found) -> None:
+    for rank in found:
+        case = rank["linear DTensor"]
+        leaves = [case[name].requires_grad_() for name in ("hidden", "whole")]
+        linear_cross_entropy(*leaves, case["targets"], config=EAGER).backward()
+        for ours, leaf in zip(case["grads"], leaves, strict=True):
+            torch.testing.assert_close(ours, leaf.grad)
+
+
 # --- what a rank refuses by itself, before it communicates ---
 
 
@@ -221,7 +230,7 @@ def test_the_linear_form_takes_two_collectives_per_chunk_and_one_for_hidden(foun
         ({"logits": X.long()}, TypeError, "logits must be one of"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing must be in"),
         ({"meter": 3}, TypeError, "meter must be a Meter"),
-        ({"config": KernelConfig(backend="triton")}, ValueError, "no kernels for logits whose"),
+        ({"config": KernelConfig(backend="cuda")}, ValueError, "no kernels for logits whose"),
         ({"class_dim": 1}, TypeError, "unexpected keyword argument 'class_dim'"),
         ({"targets2": T}, TypeError, "targets2 goes with share"),
         ({"targets2": T + 8, "share": 0.5}, IndexError, "targets2: target 12"),

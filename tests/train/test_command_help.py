@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -101,3 +102,54 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("grow", "heuristic", "fit", "ppo", "info"))
+
+
+def test_the_first_page_of_help_is_short_and_the_other_has_every_setting(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pages = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["grow", option])
+        pages.append(capsys.readouterr().out)
+    first, whole = pages
+    for name in ("--task", "--max-epochs", "--seed", "--out", "--resume", "--help-all"):
+        assert name in first
+    assert "--optim.host-lr" not in first
+    assert len(first.splitlines()) < len(whole.splitlines()) / 3
+    settings = re.findall(r"--([a-z.-]+)", whole)
+    for f in fields(RunConfig):
+        assert any(name.split(".")[0] == f.name.replace("_", "-") for name in settings), f.name
+
+
+def test_what_follows_help_is_still_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """The defaults on the page are those of the task."""
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["grow", "--task", "pysource", "--help"])
+    assert re.search(r"--max-epochs INT\s.*\(default: 60\)", capsys.readouterr().out, re.DOTALL)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_completion_knows_commands_and_options() -> None:
+    script = subprocess.run(
+        [sys.executable, "-m", "esper_train", "--completion", "bash"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for typed, expected in (
+        ("esper-train gr", "grow"),
+        ("esper-train fit --max-b", "--max-batches"),
+    ):
+        place = len(typed.split()) - 1
+        code = (
+            f"COMP_WORDS=({typed}); COMP_CWORD={place}; _tyro_esper_train; echo ${{COMPREPLY[@]}}"
+        )
+        done = subprocess.run(["bash", "-c", f"{script}\n{code}"], capture_output=True, text=True)
+        assert expected in done.stdout, done.stderr
+
+
+def test_completion_names_the_shells_that_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = fails(capsys, "--completion", "fish")
+    assert code == 2
+    assert all(shell in text for shell in ("bash", "zsh", "tcsh"))

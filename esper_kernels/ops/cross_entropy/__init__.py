@@ -238,7 +238,7 @@ def record_loss(
     1 a row. logits [..., V] and targets [...] as for `cross_entropy`; they give the counts, by the
     same rules.
     """
-    options = Options(None, ignore_index, 0.0, 0.0, None, "mean", None)
+    options = Options(ignore_index=ignore_index)
     checks.refuse_transforms("record_loss", logits)
     if meter is None:
         raise TypeError("meter must be a Meter, got None")

@@ -14,7 +14,9 @@ from esper_kernels.ops.cross_entropy.reference import Number, Options
 _MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
 
 
-class _CommonOptions(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
+    """What the loss and the step have in common."""
+
     targets2: Tensor | None
     share: float | Tensor | None
     weight: Tensor | None
@@ -28,13 +30,13 @@ class _CommonOptions(TypedDict, total=False):
     config: KernelConfig | None
 
 
-class LossOptions(_CommonOptions, total=False):
+class LossOptions(CommonOptions, total=False):
     """The options of `cross_entropy`."""
 
     meter: Meter | None
 
 
-class StepOptions(_CommonOptions, total=False):
+class StepOptions(CommonOptions, total=False):
     """The options of `cross_entropy_step`."""
 
     grad_scale: float | Tensor | None

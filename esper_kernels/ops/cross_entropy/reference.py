@@ -61,6 +61,15 @@ class RowSums(NamedTuple):
     weighted: Tensor | None  # sum over c of weight[c] (x[c] - row_max), with label smoothing
 
 
+class RowFactors(NamedTuple):
+    """Of each row, the factors of what its gradient adds up; [] or [...]."""
+
+    of_softmax: Tensor
+    at_target: Tensor  # subtracted at the target
+    at_second: Tensor | None  # likewise, with MixUp
+    everywhere: Tensor | None  # of the class weights, subtracted; with label smoothing
+
+
 class Rows(NamedTuple):
     """The class of each row [...]: exactly one of valid, ignored, bad."""
 
@@ -261,22 +270,9 @@ def backward(
     num_classes = logits.shape[-1] if num_classes is None else num_classes
     rows = classify(targets, num_classes, options.ignore_index)
     x = capped(logits, options.softcap)
-    e = _factor(options.label_smoothing, x)
-    z = _factor(options.z_loss, x)
-
-    weights = class_weights(options.weight, num_classes, x)
-    scale = grad_output.to(x.dtype) / denominator.to(x.dtype)  # [] or [...]
-    at_target, at_second, share_sum = _weights_at(rows, options, weights)
-    at_target = at_target * (1 - e) * scale  # [...]
-    everywhere = e / num_classes * share_sum * scale  # times the class weights
-    of_softmax = at_target
-    if options.second is not None and at_second is not None:
-        at_second = at_second * (1 - e) * scale
-        of_softmax = of_softmax + at_second
-    if is_on(e):
-        of_softmax = of_softmax + everywhere * ordered_sum(weights)
-    if is_on(z):
-        of_softmax = of_softmax + 2 * z * share_sum * (row_max + row_log_sum) * scale
+    of_softmax, at_target, at_second, everywhere = row_factors(
+        grad_output, rows, row_max, row_log_sum, denominator, options, num_classes
+    )
 
     # In place from the softmax on: at large V new memory costs more than the arithmetic.
     grad = x - row_max[..., None]
@@ -290,7 +286,8 @@ def backward(
     grad.sub_(torch.where(classes == rows.target[..., None], at_target[..., None], 0.0))
     if options.second is not None and at_second is not None:
         grad.sub_(torch.where(classes == options.second[..., None], at_second[..., None], 0.0))
-    if is_on(e):
+    if everywhere is not None:
+        weights = class_weights(options.weight, num_classes, x)
         own = weights[first_class : first_class + x.shape[-1]]
         grad.addcmul_(everywhere[..., None], own, value=-1)
     if options.softcap is not None:
@@ -299,6 +296,35 @@ def backward(
         grad.masked_fill_(grad.abs() < SMALLEST, 0.0)
     counts = rows.valid & (denominator != 0)
     return grad.masked_fill_(~counts[..., None], 0.0).to(logits.dtype)
+
+
+def row_factors(
+    grad_output: Tensor,  # shaped as the loss
+    rows: Rows,
+    row_max: Tensor,
+    row_log_sum: Tensor,
+    denominator: Tensor,
+    options: Options,
+    num_classes: int,
+) -> RowFactors:
+    """All that the gradient of a row depends on besides its logits."""
+    e = _factor(options.label_smoothing, row_max)
+    z = _factor(options.z_loss, row_max)
+    weights = class_weights(options.weight, num_classes, row_max)
+    scale = grad_output.to(row_max.dtype) / denominator.to(row_max.dtype)  # [] or [...]
+    at_target, at_second, share_sum = _weights_at(rows, options, weights)
+    at_target = at_target * (1 - e) * scale  # [...]
+    of_softmax = at_target
+    if at_second is not None:
+        at_second = at_second * (1 - e) * scale
+        of_softmax = of_softmax + at_second
+    everywhere = None
+    if is_on(e):
+        everywhere = e / num_classes * share_sum * scale
+        of_softmax = of_softmax + everywhere * ordered_sum(weights)
+    if is_on(z):
+        of_softmax = of_softmax + 2 * z * share_sum * (row_max + row_log_sum) * scale
+    return RowFactors(of_softmax, at_target, at_second, everywhere)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def _write(
 def _for_divided_classes(
     backend: str, shard: ClassShard, dtype: torch.dtype
 ) -> Callable[..., Tensor]:
-    """In chunks, by `eager` too, which is all that GPUs have for divided classes."""
+    """In chunks, by `eager` too, which may be all that a GPU has for divided classes."""
     divided = DividedClasses.served_by(backend, shard)
     if dtype == torch.float64:
         return partial(reference.run, module=divided)
@@ -104,7 +104,9 @@ def _for_divided_classes(
 
 
 def _empty_sum(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if gradient is None else torch.empty_like(gradient, dtype=dtype)
+    if gradient is None:
+        return None
+    return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _call_op(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels.ops.token_logprobs.reference import Options
-from esper_kernels.values import are_fake, has_plain_rows, materialized
+from esper_kernels.values import are_fake, materialized, plain_rows
 
 _BLOCK = 2048  # classes that a program reads at a time
 _PER_WARP = 256  # of them
@@ -63,7 +63,7 @@ def _launch(
     classes = logits.shape[-1]
     if rows == 0:
         return
-    logits, inner, outer_stride, inner_stride = _layout(materialized(logits))
+    logits, inner, outer_stride, inner_stride = plain_rows(materialized(logits))
     block = min(_BLOCK, max(16, 1 << (classes - 1).bit_length()))
     on_cpu = logits.device.type == "cpu"  # in the interpreter
     device = nullcontext() if on_cpu else torch.accelerator.device_index(logits.device.index)
@@ -84,16 +84,3 @@ def _launch(
             # Triton's own default, which it warns will change
             enable_fp_fusion=True,
         )
-
-
-def _layout(logits: Tensor) -> tuple[Tensor, int, int, int]:
-    """Logits whose rows are [outer, inner] with class stride 1, the inner size, and both strides: a
-    copy where they are not."""
-    classes = logits.shape[-1]
-    if logits.is_contiguous():
-        return logits, logits.numel() // classes, 0, classes
-    if not has_plain_rows(logits):
-        return _layout(logits.contiguous())
-    *outer, inner = logits.shape[:-1] or (1,)
-    *outer_stride, inner_stride = logits.stride()[:-1] or (0,)
-    return logits, inner, outer_stride[0] if outer else 0, inner_stride

@@ -2,8 +2,9 @@
 parallelism leaves them: no rank ever holds all logits of a row.
 
 `vocab_parallel_cross_entropy` is differentiable, and `vocab_parallel_cross_entropy_step` gives the
-gradient of the logits alone. `divided` has what the ranks do together, `reference` and `cpp` what
-each does by itself. For logits that never exist as a whole `linear_cross_entropy` takes a `shard`.
+gradient of the logits alone. `divided` has what the ranks do together; `reference`, `cpp` and
+`triton` have what each does by itself. For logits that never exist as a whole,
+`linear_cross_entropy` takes a `shard`.
 """
 
 from typing import Any

@@ -14,11 +14,11 @@ from torch import Tensor
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.reference import Forward, Number, Options, RowSums
-from esper_kernels.ops.vocab_parallel import cpp
+from esper_kernels.ops.vocab_parallel import cpp, triton
 from esper_kernels.ops.vocab_parallel import reference as eager
 from esper_kernels.ops.vocab_parallel.shard import ClassShard, gathered
 
-_MODULES = {"eager": eager, "cpp": cpp}
+_MODULES = {"eager": eager, "cpp": cpp, "triton": triton}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """`report.html`: the events of a run in words, tables and pictures, on one page that opens offline.
 
 `cli` calls `write_report`, and `write_comparison` for several runs. A page shows only what the runs
-wrote: `metrics.jsonl`, the baseline's, and `config.json`. `history` reads what was measured, `draw`
-and `pictures` draw it, `page` writes it.
+wrote: `metrics.jsonl`, the baseline's, `config.json` and `environment.json`. `history` reads what
+was measured, `draw` and `pictures` draw it, `origin` says how it was made, `page` writes it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from esper_train.run.report.history import (
     number_at,
     read_history,
 )
+from esper_train.run.report.origin import origin_part
 from esper_train.run.report.page import show, table, tag, write_page
 from esper_train.run.report.pictures import (
     curves_part,
@@ -62,7 +63,7 @@ def write_report(directory: Path) -> Path:
             growth = load_config(directory).growth
         parts += [*curves_part(run, baseline), *stages_part(run, growth), *gradients_part(run)]
         parts += [*layers_part(run), *rewards_part(run), *decisions_part(run)]
-        parts += [*_seeds(run), *_costs(run)]
+        parts += [*_seeds(run), *_costs(run), *origin_part(directory)]
     return write_page(directory / REPORT, title, parts)
 
 

@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from esper_train import DistributedConfig, RunConfig, TrainConfig, run_fit
-from esper_train.run.directory import CHECKPOINTS, METRICS
+from esper_train import AmpConfig, CompileConfig, GradConfig, RunConfig, TrainConfig, run_fit
+from esper_train.run.directory import CHECKPOINTS, METRICS, load_run
 from esper_train.train.data import Share
 from esper_train.train.sources import make_source
 from tests.helpers.ranks import (
     CONFIG,
     DDP,
     FITS,
+    FSDP2,
     LIVES,
     SCENARIOS,
+    SHARDED_FIT,
+    SHARDED_FITS,
     all_scenarios,
     fitted,
     life,
@@ -93,6 +96,27 @@ def test_training_is_that_of_one_process(name: str, found: Found) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED_FITS)
+def test_divided_parameters_train_as_whole_ones(name: str, found: Found) -> None:
+    make, config = SHARDED_FITS[name]
+    one = fitted(make(), config)
+    for rank in found[f"fsdp2: {name}"]:
+        assert_same_weights(rank["weights"], one["weights"], 1e-9)
+        assert_same_measures(rank["train"], one["train"], 1e-9)
+        assert rank["norms"] == pytest.approx(one["norms"], rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_strategies_continue_each_others_runs(found: Found) -> None:
+    unbroken = fitted(texts(), replace(SHARDED_FIT, max_epochs=4))
+    for weights in found["turns"]:
+        assert_same_weights(weights, unbroken["weights"], 1e-9)
+    (directory,) = found["directory"]
+    network = load_run(directory / "turns", task=texts())
+    assert_same_weights(dict(network.state_dict()), unbroken["weights"], 1e-9)
+
+
+@pytest.mark.slow
 def test_one_process_and_two_continue_each_others_runs(found: Found) -> None:
     unbroken = result_of(texts(), replace(CONFIG, max_epochs=6), life("lora"))
     for weights in found["continued"]:
@@ -105,10 +129,11 @@ def test_one_process_and_two_continue_each_others_runs(found: Found) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(found: Found) -> None:
-    assert found["stopped"] == [{"signal": 15, "steps": 8}] * 2
     (directory,) = found["directory"]
-    written = (directory / "stopped" / CHECKPOINTS).glob("*.pt")
-    assert [path.name for path in written] == ["epoch-1.pt"]
+    for name in ("stopped", "stopped sharded"):
+        assert found[name] == [{"signal": 15, "steps": 8}] * 2
+        written = (directory / name / CHECKPOINTS).glob("*.pt")
+        assert [path.name for path in written] == ["epoch-1.pt"]
 
 
 @pytest.mark.slow
@@ -149,10 +174,18 @@ def test_shares_are_the_whole_batch_in_order() -> None:
 def test_what_is_not_supported_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"needs one process per rank: start the command with"):
         run_fit(replace(CONFIG, distributed=DDP), task=tables())
-    with pytest.raises(ValueError, match=r"distributed\.strategy.*fsdp2"):
-        DistributedConfig(strategy="fsdp2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"train\.capture needs distributed\.strategy 'none'"):
         RunConfig(train=TrainConfig(capture=True), distributed=DDP)
+    for changes, words in (
+        ({"train": TrainConfig(linear_loss=True)}, "linear_loss"),
+        ({"train": TrainConfig(on_bad_numbers="rollback")}, "on_bad_numbers"),
+        ({"train": TrainConfig(compile=CompileConfig(enabled=True))}, "compile"),
+        ({"train": TrainConfig(amp=AmpConfig(dtype="float16"))}, "amp.dtype"),
+        ({"train": TrainConfig(grad=GradConfig(clip_norm=1.0, every=2))}, "grad.every = 1"),
+        ({"channels_last": True}, "channels_last"),
+    ):
+        with pytest.raises(ValueError, match=f"strategy 'fsdp2' needs .*{words}"):
+            RunConfig(distributed=FSDP2, **changes)
     data = torch.zeros(9, 1), torch.zeros(9, dtype=torch.int64)
     with pytest.raises(ValueError, match="expected training data as a pair of tensors"):
         make_source([data], 4, share=Share(0, 2))

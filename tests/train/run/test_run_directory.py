@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module
     model.germinate_seed("norm", "seed_1", slot="mid")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    run_directory.save_network(path, episode.model)
+    run_directory.save_network(path, episode.model, episode.model.state_dict())
     return path, episode.model.eval()
 
 

@@ -30,7 +30,7 @@ def epochs(directory: Path) -> list[Any]:
     ]
 
 
-@pytest.mark.long  # gloo now and then fails to connect after a restart, and a rank then waits
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -45,8 +45,7 @@ def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -
         f"else exec {module} {new}; fi"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    # More than one, as in real use: gloo may fail to connect after a restart.
-    command += ["--nproc-per-node=2", "--max-restarts=4", "--no-python", "bash", "-c", script]
+    command += ["--nproc-per-node=2", "--max-restarts=1", "--no-python", "bash", "-c", script]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -1,0 +1,158 @@
+"""Parameters that FSDP2 divides among the ranks, each of which holds and trains a part of them.
+
+FSDP2 gathers a block's parameters before the block runs, and adds up their gradients after it. What
+comes after that works on plain tensors: optimizers and statistics see this rank's part of each
+parameter. States hold DTensors, from which `whole` makes the tensors of one process.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from esper_kernels import GradStats
+
+
+class Shards:
+    """The parts of a model's parameters that this rank holds.
+
+    Making it divides the model: each of the blocks that is called by itself, then what is left.
+    Parameters that several blocks share stay with what is left.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        device = next(model.parameters()).device
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for block in _apart(blocks):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # sums: losses are divided by the weight of all rows
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        model.register_load_state_dict_pre_hook(_divide_weights)
+        self._parts: dict[Tensor, nn.Parameter] = {p: _part(p) for p in model.parameters()}
+        self._wholes = {id(part): p for p, part in self._parts.items()}
+
+    def part(self, p: Tensor) -> nn.Parameter:
+        """This rank's rows of a parameter of the model, as a plain leaf tensor."""
+        return self._parts[p]
+
+    def take_gradients(self) -> None:
+        """After a backward pass: give each part its rows of the gradient."""
+        for p, part in self._parts.items():
+            part.grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
+            p.grad = None
+
+    def measured(self, stats: GradStats, parts: Sequence[Tensor]) -> GradStats:
+        """The statistics of whole gradients, from those of this rank's parts: one collective. The
+        largest magnitudes stay those of the parts."""
+        sums = torch.cat([stats.norms.square()[None], stats.counts.double()])
+        dist.all_reduce(sums)
+        stats.norms.copy_(sums[0].sqrt())
+        stats.counts.copy_(sums[1:])
+        stats.total_norm.copy_(sums[0].sum().sqrt())
+        stats.found_inf.copy_(sums[2:].sum() > 0)
+        numels = [0 if part.grad is None else self._wholes[id(part)].numel() for part in parts]
+        return replace(stats, numels=tuple(numels))
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Let the state of an optimizer of parts be saved as DTensors, and be restored from those
+        or from the state of one process."""
+        optimizer.register_state_dict_post_hook(self._joined)
+        optimizer.register_load_state_dict_pre_hook(self._divided)
+
+    def whole(self, state: Any) -> Any:
+        """A state with the tensors of one process in place of DTensors: one collective for each, so
+        every rank calls it."""
+        if isinstance(state, DTensor):
+            return state.full_tensor()
+        if isinstance(state, dict):
+            result = copy.copy(state)  # with the attributes that a module's state has
+            result.update((key, self.whole(value)) for key, value in state.items())
+            return result
+        if type(state) in (list, tuple):
+            return type(state)(self.whole(value) for value in state)
+        return state
+
+    def _joined(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        def join(value: Any, p: Tensor) -> Any:
+            assert isinstance(p, DTensor)
+            if not isinstance(value, Tensor) or value.shape != self._parts[p].shape:
+                return value
+            return DTensor.from_local(
+                value,
+                p.device_mesh,
+                p.placements,
+                run_check=False,
+                shape=p.shape,
+                stride=p.stride(),
+            )
+
+        return self._changed(optimizer, state, join)
+
+    def _divided(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        def divide(value: Any, p: Tensor) -> Any:
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                return _rows_of(value, p).to_local()
+            return value
+
+        return self._changed(optimizer, state, divide)
+
+    def _changed(
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        change: Callable[[Any, Tensor], Any],
+    ) -> dict[str, Any]:
+        """The state with each value that belongs to a parameter changed."""
+        parts = [part for group in optimizer.param_groups for part in group["params"]]
+        by_place = {
+            place: {
+                name: change(value, self._wholes[id(parts[place])]) for name, value in own.items()
+            }
+            for place, own in state["state"].items()
+        }
+        return state | {"state": by_place}
+
+
+def _apart(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The blocks that have parameters, none of which another block has too."""
+    owners: dict[nn.Parameter, int] = {}
+    for block in blocks:
+        for p in block.parameters():
+            owners[p] = owners.get(p, 0) + 1
+    return [
+        block
+        for block in blocks
+        if [*block.parameters()] and all(owners[p] == 1 for p in block.parameters())
+    ]
+
+
+def _part(p: Tensor) -> nn.Parameter:
+    assert isinstance(p, DTensor)
+    with torch.no_grad():
+        return nn.Parameter(p.to_local(), requires_grad=p.requires_grad)
+
+
+def _rows_of(value: Tensor, p: Tensor) -> DTensor:
+    """This rank's rows of a whole tensor, divided as the parameter."""
+    assert isinstance(p, DTensor)
+    if isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
+def _divide_weights(model: nn.Module, state: dict[str, Any], *others: Any) -> None:
+    """Let the model restore the weights of one process."""
+    for name, p in model.named_parameters(remove_duplicate=False):  # tied ones have two names
+        if name in state:
+            state[name] = _rows_of(state[name], p)
