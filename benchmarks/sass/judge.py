@@ -116,8 +116,8 @@ def passes(subject: Subject) -> list[Pass]:
     if not paths:
         raise ValueError(f"{subject.name} for sm_{subject.sm} has no loop over elements")
     counted = [count.count(path) for path in paths]
-    if not subject.rows:
-        counted = count.main_loops(counted)
+    if not subject.rows:  # one without a gradient stores only what rows give
+        counted = count.main_loops([one for one in counted if subject.writes or not one.stored])
     return [
         Pass(counts, subject.filled * (subject.elements or count.elements(counts, size)))
         for counts in counted
