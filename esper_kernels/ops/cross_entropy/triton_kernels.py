@@ -125,24 +125,25 @@ def _offset(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _next_above(x):
-    """The next larger float32; any number for NaN."""
+def _next_below(x):
+    """The next smaller float32; NaN for -inf."""
     bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(x == 0, 1, tl.where(x > 0, bits + 1, bits - 1))
+    bits = tl.where(x == 0, -2147483647, tl.where(x > 0, bits - 1, bits + 1))
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _behind(stored, c, target_logit, above, target, GROUP: tl.constexpr):
+def _behind(stored, c, target_logit, below, target, GROUP: tl.constexpr):
     """1 for each class of a tile [rows, block] that does not rank before the target: smaller, or
     equal and not in an earlier group of classes. `_tied` has the equal ones of the target's group.
 
-    A thread has the classes of a group, so it compares places once for all of them. above: the
-    number that follows the target's logit, so that one comparison of logits is enough.
+    A thread has the classes of a group, so it compares places once for all of them. below: the
+    next smaller number than the target's logit, so that one comparison of logits is enough; NaN
+    compares as larger.
     """
     earlier = (c & -GROUP) < (target & -GROUP)[:, None]
-    bar = tl.where(earlier, target_logit[:, None], above[:, None])
-    return (stored < bar).to(tl.int32)
+    bar = tl.where(earlier, below[:, None], target_logit[:, None])
+    return (stored <= bar).to(tl.int32)
 
 
 @triton.jit
@@ -261,7 +262,7 @@ def batch(
         target, valid, ignored = _classify(targets, row, rows, V, IGNORE)
         x_row = logits + _offset(row, inner, logits_outer, logits_inner, UNIT)
         target_logit = tl.load(x_row + target, valid, other=0.0).to(tl.float32)
-        above = _next_above(target_logit)
+        below = _next_below(target_logit)
         target_class = target.to(tl.int32)  # of a tile: comparisons of 64 bits are two
         target_x = _capped(target_logit, softcap)
         second_target = None
@@ -294,7 +295,7 @@ def batch(
                 GROUP: tl.constexpr = (
                     WIDTH if ROWS == 1 else 1
                 )  # short rows have few elements to save
-                behind = _behind(stored, c, target_logit, above, target_class, GROUP)
+                behind = _behind(stored, c, target_logit, below, target_class, GROUP)
                 rank = BLOCK - tl.sum(behind, 1)  # behind, too, is what is masked
                 if GROUP > 1:
                     rank += _tied(x_row, target_class, target_logit, valid, 0, GROUP)
@@ -322,7 +323,7 @@ def batch(
                 first = head + block * BLOCK  # class
                 if counts is not None:
                     place = target_class - first
-                    behind = _behind(stored, lanes, target_logit, above, place, WIDTH)
+                    behind = _behind(stored, lanes, target_logit, below, place, WIDTH)
                     word_behind += tl.where(there, tl.sum(behind, 1), WIDTH)
                 if label_smoothing is not None:
                     part = _class_weights(weight, first + lanes, V) * (x - origin[:, None])
@@ -338,7 +339,7 @@ def batch(
             row_sum += tl.sum(tl.exp2((edge_x - row_max[:, None]) * LOG2_E), 1)
             row_sum = tl.where(row_sum == 0, float("nan"), row_sum)  # nothing but -inf
             if counts is not None:
-                edge_behind = _behind(edge_stored, edge, target_logit, above, target_class, 1)
+                edge_behind = _behind(edge_stored, edge, target_logit, below, target_class, 1)
                 rank = blocks * BLOCK - tl.sum(word_behind[None, :], 1)
                 rank += 2 * WIDTH - tl.sum(tl.where(read, edge_behind, 1), 1)
                 in_word = valid & (target_class < head + words * WIDTH)
