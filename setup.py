@@ -58,6 +58,7 @@ CUDA_DEPENDS = [
         for name in (
             "driver",
             "cross_entropy_elements",
+            "cross_entropy_few",
             "cross_entropy_rows",
             "rows",
             "simt",

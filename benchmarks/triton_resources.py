@@ -33,6 +33,7 @@ from esper_kernels.ops.token_logprobs import triton as token_logprobs
 from esper_kernels.ops.token_logprobs.reference import Options as LogprobOptions
 
 CLASSES = (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144)  # at least one for every launch choice
+LOGPROB_CLASSES = (10, 1000, 50257)
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
 
 
@@ -187,7 +188,7 @@ def _autograd(logits: torch.Tensor, targets: torch.Tensor, options: Options, met
 
 def token_logprobs_variants() -> Iterator[Variant]:
     """Both passes for every size of block, with and without entropies."""
-    for classes in (10, 1000, 50257):
+    for classes in LOGPROB_CLASSES:
         for dtype in (torch.bfloat16, torch.float32):
             for entropy in (True, False):
                 name = f"token_logprobs, {classes} classes, {dtype}"

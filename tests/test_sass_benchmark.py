@@ -150,6 +150,46 @@ def test_a_branch_tells_which_guarded_instructions_are_executed() -> None:
     assert (found.instructions, found.loads, found.stores) == (6, {2: 1}, {2: 1})
 
 
+def test_of_accesses_under_opposite_guards_the_wide_ones_are_on_the_path() -> None:
+    found = count.count(
+        instructions(
+            "@P0 STG.E.128 desc[UR4][R2.64], R4",
+            *("@!P0 STG.E desc[UR4][R2.64], R4",) * 4,
+            "@P1 STG.E desc[UR4][R8.64], R4",
+        )
+    )
+    assert (found.instructions, found.stores) == (6, {4: 1, 16: 1})
+
+
+def test_loops_for_the_rest_of_a_row_and_for_class_weights_are_left_out() -> None:
+    load, use, store = "LDG.E.128 R4, desc[UR4][R2.64]", "MUFU.EX2 R6, R4", "STG.E [R2.64], R4"
+    lines = [
+        (load, load, use),  # reads most of a row
+        (load, use),  # and the rest
+        (load, load, load, load),  # class weights
+        (load, use, *(store,) * 4),
+        (store, use),
+    ]
+    found = [count.count(instructions(*some)) for some in lines]
+    assert count.main_loops(found) == [found[0], found[3]]
+    assert count.main_loops([found[2]]) == [found[2]]
+
+
+def test_a_program_without_a_loop_is_a_path_of_its_own() -> None:
+    lines = [
+        "/*0000*/ LDG.E R4, desc[UR4][R2.64] ;",
+        "/*0010*/ @P0 BRA `(.end) ;",
+        "/*0020*/ STG.E desc[UR4][R2.64], R4 ;",
+        ".end:",
+        "/*0030*/ EXIT ;",
+        ".never:",
+        "/*0040*/ BRA `(.never) ;",
+    ]
+    graph = parse.blocks(lines)
+    assert parse.loops(graph) == []
+    assert [i.name for i in count.hot_path(*parse.program(graph))] == ["LDG", "BRA", "STG", "EXIT"]
+
+
 def test_a_copy_is_counted_as_by_hand() -> None:
     graph = graph_of(COPY, "copy")
     found = count.count(count.hot_path(graph, parse.loops(graph)[0]))
@@ -400,7 +440,10 @@ from dataclasses import asdict
 from benchmarks.sass.judge import judge
 from benchmarks.sass.kernels import subjects
 rows = [asdict(judge(s)) for b in ("cuda", "triton") for s in subjects(90, b, "grad_stats")]
-rows += [asdict(judge(s)) for s in subjects(90, "triton", "cross_entropy, 8192 classes, torch.bfl")]
+more = {"triton": "cross_entropy, 8192 classes, bfloat16", "cuda": "token_logprobs"}
+more = [s for backend, only in more.items() for s in subjects(90, backend, only)]
+assert len(more) == 14
+rows += [asdict(judge(s)) for s in more]
 print(json.dumps(rows))
 """
     done = subprocess.run(

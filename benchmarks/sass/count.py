@@ -115,8 +115,17 @@ def _first(patterns: dict[str, str], text: str) -> str:
 
 
 def _accesses(instructions: Iterable[Instruction], names: frozenset[str]) -> dict[int, int]:
-    found = Counter(width(i) for i in instructions if i.name in names and i.guard != "!PT")
+    executed = [i for i in instructions if i.name in names and i.guard != "!PT"]
+    wide = {i.guard for i in executed if width(i) >= WIDE and i.guard}
+    # The compiler may put both ways of a branch under opposite guards; the path is the wide one.
+    found = Counter(
+        width(i) for i in executed if width(i) >= WIDE or _opposite(i.guard) not in wide
+    )
     return dict(sorted(found.items()))
+
+
+def _opposite(guard: str) -> str:
+    return guard[1:] if guard.startswith("!") else f"!{guard}"
 
 
 def _is_memory_barrier(instruction: Instruction) -> bool:
@@ -182,6 +191,22 @@ def _streams(instructions: Sequence[Instruction], size: int) -> bool:
     return any(width(i) >= WIDE and i.name in LOADS for i in accesses) or (
         exponential and any(width(i) in (size, 4) or width(i) >= WIDE for i in accesses)
     )
+
+
+def main_loops(found: Sequence[Counts]) -> list[Counts]:
+    """Without the loops for the rest of a row, which another one leaves: of those that store, and
+    of those that only load, the ones that move the most bytes per trip. Where some loops have
+    exponentials, others are not for elements but for class weights."""
+
+    def moved(one: Counts) -> int:
+        return one.loaded + one.stored
+
+    exponential = [one for one in found if one.purposes.get("exponential")] or list(found)
+    most = {
+        stores: max((moved(one) for one in exponential if bool(one.stored) == stores), default=0)
+        for stores in (False, True)
+    }
+    return [one for one in exponential if moved(one) == most[bool(one.stored)]]
 
 
 def row_loop(graph: Sequence[Block], inner: Sequence[Loop]) -> Loop | None:

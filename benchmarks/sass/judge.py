@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.sass import count, model
 from benchmarks.sass.count import Counts
 from benchmarks.sass.kernels import SIZES, Subject
-from benchmarks.sass.parse import Instruction, loops
+from benchmarks.sass.parse import Instruction, loops, program
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,19 @@ def judge(subject: Subject) -> Row:
 def passes(subject: Subject) -> list[Pass]:
     """The loops through which every element goes."""
     graph, size = subject.code.graph, SIZES[subject.dtype]
-    if subject.rows:
+    if subject.rows and not loops(graph):
+        paths = [count.hot_path(*program(graph))]
+    elif subject.rows:
         paths = [max((count.hot_path(graph, loop) for loop in loops(graph)), key=len)]
     else:
         paths = [count.hot_path(graph, loop) for loop in count.element_loops(graph, size)]
-        if not subject.cross_entropy:
+        if subject.every_dtype:
             paths = _of_dtype(paths, subject)
     if not paths:
         raise ValueError(f"{subject.name} for sm_{subject.sm} has no loop over elements")
-    counted = map(count.count, paths)
+    counted = [count.count(path) for path in paths]
+    if not subject.rows:  # one without a gradient stores only what rows give
+        counted = count.main_loops([one for one in counted if subject.writes or not one.stored])
     return [
         Pass(counts, subject.filled * (subject.elements or count.elements(counts, size)))
         for counts in counted
@@ -135,7 +139,7 @@ def _around(subject: Subject, found: Sequence[Pass]) -> Counts | None:
     loop = count.row_loop(graph, inner)
     if loop is None:
         return None
-    shared = subject.cluster > 1 or not subject.cross_entropy
+    shared = subject.cluster > 1 or subject.every_dtype
     return count.count(count.row_path(graph, loop, inner, shared))
 
 

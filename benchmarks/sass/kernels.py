@@ -1,6 +1,7 @@
-"""The GPU kernels of cross entropy and gradient statistics as their launches use them, compiled and
-disassembled without a GPU. Needs `nvcc` for CUDA, and Triton, whose wheel has the disassembler, for
-both."""
+"""Every GPU kernel as its launches use it, compiled and disassembled without a GPU.
+
+Needs `nvcc` for CUDA, and Triton, whose wheel has the disassembler, for both.
+"""
 
 from __future__ import annotations
 
@@ -54,16 +55,17 @@ class Subject:
     shared_bytes: int
     cluster: int = 1
     teams: int = 1  # of threads, which each stream through a row of their own
-    rows: int = (
-        0  # of a trip around the loop that takes whole rows; 0 where loops stream through one
-    )
+    # of a trip around the loop that takes whole rows, or of a program without one; 0 where loops
+    # stream through a row
+    rows: int = 0
     # of a thread and trip; None to read them off the accesses
     elements: float | None = None
     filled: float = 1.0  # the share of a trip's elements that lie within the row
 
     @property
-    def cross_entropy(self) -> bool:
-        return self.name.startswith("cross_entropy")
+    def every_dtype(self) -> bool:
+        """Whether the kernel has a loop for each dtype."""
+        return self.name.startswith("grad_stats")
 
 
 def subjects(sm: int, backend: str, only: str = "") -> Iterator[Subject]:
@@ -106,10 +108,15 @@ def _compiled(source: str, sm: int) -> dict[str, Code]:
 
 
 def _cuda(sm: int, only: str) -> Iterator[Subject]:
-    if not only.startswith("grad_stats"):
-        yield from _cuda_cross_entropy(sm)
-    if not only.startswith("cross_entropy"):
-        yield from _cuda_grad_stats(sm)
+    kernels = {
+        "cross_entropy": _cuda_cross_entropy,
+        "token_logprobs": _cuda_token_logprobs,
+        "grad_stats": _cuda_grad_stats,
+    }
+    named = only.partition(",")[0]
+    for name, found in kernels.items():
+        if named not in kernels or name == named:  # compiling takes long
+            yield from found(sm)
 
 
 def _cuda_cross_entropy(sm: int) -> Iterator[Subject]:
@@ -125,7 +132,7 @@ class _Plan:
 
     dtype: str
     classes: int
-    few: int
+    per_lane: int  # classes, where a lane has some of a whole row; else 0
     kept: int
     team: int
     threads: int
@@ -154,11 +161,11 @@ def _cuda_subject(plan: _Plan, capped: bool, codes: dict[str, Code], sm: int) ->
     """The kernel is chosen as `kernel_of` does it in cross_entropy.cu."""
     start = f"{_CUDA_TYPES[plan.dtype]}, {str(capped).lower()}"
     whole: dict[str, Any] = {}
-    if plan.few:
-        kernel = f"cross_entropy_few_classes<{start}>"
-        per_lane = 8
-        whole = {"rows": plan.threads // plan.team, "elements": per_lane}
-        whole["filled"] = plan.classes / (plan.team * per_lane)
+    if plan.per_lane:
+        alone = str(plan.per_lane == 12).lower()  # kAlonePerLane
+        kernel = f"cross_entropy_few_classes<{start}, {plan.per_lane}, {alone}>"
+        whole = {"rows": plan.threads // plan.team, "elements": plan.per_lane}
+        whole["filled"] = plan.classes / (plan.team * plan.per_lane)
     else:
         kernel = f"cross_entropy_many_classes<{start}, {str(bool(plan.kept)).lower()}>"
         whole = {"teams": plan.threads // plan.team}
@@ -194,8 +201,29 @@ def _cuda_grad_stats(sm: int) -> Iterator[Subject]:
         )
 
 
+def _cuda_token_logprobs(sm: int) -> Iterator[Subject]:
+    """With entropies: whether they are wanted is known only when a kernel runs. Not for so few
+    classes that most of a warp has none."""
+    codes = _compiled("token_logprobs", sm)
+    passes = {"forward": "token_logprobs_rows", "backward": "token_logprobs_gradients"}
+    for classes in triton_resources.LOGPROB_CLASSES[1:]:
+        for dtype, kind in _CUDA_TYPES.items():
+            for name, kernel in passes.items():
+                yield Subject(
+                    name=f"token_logprobs, {classes} classes, {dtype}, entropy, {name}",
+                    backend="cuda",
+                    sm=sm,
+                    code=codes[f"{kernel}<{kind}>"],
+                    dtype=dtype,
+                    row=classes,
+                    writes=name == "backward",
+                    threads=32 if classes <= 1024 else 256,
+                    shared_bytes=32 * 12,  # kMostWarps states of token_logprobs.cu
+                )
+
+
 def _triton(sm: int, only: str) -> Iterator[Subject]:
-    for variants in (triton_resources.grad_stats_variants, triton_resources.cross_entropy_variants):
+    for variants in triton_resources.VARIANTS:
         for variant in variants():
             if only not in _name(variant):
                 continue  # compiling takes seconds
@@ -204,15 +232,20 @@ def _triton(sm: int, only: str) -> Iterator[Subject]:
                 cubin = Path(folder, "kernel.cubin")
                 cubin.write_bytes(compiled.asm["cubin"])
                 (code,) = disassembled(cubin).values()
-            if variant.kernel.fn.__name__ == "batch":
+            name = variant.kernel.fn.__name__
+            if name == "batch":
                 yield _triton_cross_entropy(variant, code, compiled.metadata, sm)
-            elif variant.kernel.fn.__name__ == "kernel":
+            elif name in ("logprobs_of_rows", "gradients_of_rows"):
+                yield _triton_token_logprobs(variant, code, compiled.metadata, sm)
+            elif name == "kernel":
                 yield from _triton_grad_stats(variant, code, compiled.metadata, sm)
 
 
 def _name(variant: triton_resources.Variant) -> str:
     name = variant.name.replace("torch.", "")
-    return name.replace("step: batch 0", "step").replace(": kernel 0", "")
+    name = name.replace("step: batch 0", "step").replace(": kernel 0", "")
+    name = name.replace(": logprobs_of_rows 0", ", forward")
+    return name.replace(": gradients_of_rows 1", ", backward")
 
 
 def _triton_cross_entropy(
@@ -235,6 +268,28 @@ def _triton_cross_entropy(
         rows=rows if constants["RESIDENT"] else 0,
         elements=rows * block / threads,
         filled=classes / (-(-classes // block) * block),
+    )
+
+
+def _triton_token_logprobs(
+    variant: triton_resources.Variant, code: Code, metadata: Any, sm: int
+) -> Subject:
+    names = variant.kernel.arg_names
+    constants = {names[place[0]]: value for place, value in variant.constants.items()}
+    classes, block, threads = constants["V"], constants["BLOCK"], 32 * metadata.num_warps
+    whole: dict[str, Any] = {"rows": 1, "elements": block / threads} if classes <= block else {}
+    return Subject(
+        name=_name(variant),
+        backend="triton",
+        sm=sm,
+        code=code,
+        dtype=_TRITON_TYPES[variant.signature["logits"].lstrip("*")],
+        row=classes,
+        writes="grad" in variant.signature,
+        threads=threads,
+        shared_bytes=metadata.shared,
+        filled=classes / (-(-classes // block) * block),
+        **whole,
     )
 
 

@@ -174,6 +174,16 @@ def loops(graph: Sequence[Block]) -> list[Loop]:
     return [Loop(header, frozenset(body)) for header, body in sorted(bodies.items())]
 
 
+def program(graph: Sequence[Block]) -> tuple[list[Block], Loop]:
+    """A whole program as a loop, as if it began again at its end."""
+    again = [replace(block, successors=(0,)) if _is_end(block) else block for block in graph]
+    return again, Loop(0, frozenset(_order(graph)))
+
+
+def _is_end(block: Block) -> bool:
+    return not block.successors and any(i.name == "EXIT" for i in block.instructions[-1:])
+
+
 def innermost(found: Sequence[Loop]) -> list[Loop]:
     """The loops that contain no other."""
     return [a for a in found if not any(b.body < a.body for b in found)]

@@ -23,7 +23,7 @@ int main(int count, char** arguments) {
                   dtype == esper::kFloat32    ? "float32"
                   : dtype == esper::kBFloat16 ? "bfloat16"
                                               : "float16",
-                  number(i), plan.few, plan.kept, plan.team, plan.grid.threads,
+                  number(i), plan.per_lane, plan.kept, plan.team, plan.grid.threads,
                   static_cast<int>(plan.grid.shared_bytes), plan.grid.cluster);
     }
 }

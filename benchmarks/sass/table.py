@@ -24,12 +24,15 @@ def table(figures: Mapping[str, Any], sm: int = 90) -> str:
 
 
 def usual(rows: Sequence[Mapping[str, Any]], sm: int = 90) -> list[Mapping[str, Any]]:
-    """Those for an architecture in bfloat16 or float32 without options, in a step."""
+    """Those for an architecture in bfloat16 or float32 without options, in a step; of
+    token_logprobs, those with entropies."""
     left_out = ("softcap", "heavy", "autograd", " float16,", "inv_scale b", "inv_scale f")
     return [
         row
         for row in rows
-        if row["sm"] == sm and not any(word in f"{row['kernel']}," for word in left_out)
+        if row["sm"] == sm
+        and not any(word in f"{row['kernel']}," for word in left_out)
+        and not ("logprobs" in row["kernel"] and "entropy" not in row["kernel"])
     ]
 
 

@@ -1,69 +1,18 @@
 // Cross entropy over rows: loss, counts, accumulation and gradient in one launch. The fields of CrossEntropy
 // are described in ../call.h.
 //
-// Few classes: a group of lanes per row, with the row in registers. More classes: one block per row, or a
-// cluster of blocks that each hold a part of the row in shared memory, so that the row is read once. Rows
-// that do not fit are read twice, the second time backwards, to find the end of the first read in the cache.
+// Few classes: a lane or a group of them per row, with the row in registers. More classes: one block per row,
+// or a cluster of blocks that each hold a part of the row in shared memory, so that the row is read once.
+// Rows that do not fit are read twice, the second time backwards, to find the end of the first read in the
+// cache.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "cuda/cross_entropy_rows.h"
+#include "cuda/cross_entropy_few.h"
 
 namespace esper::cuda {
 namespace {
-
-// Rows of up to kFewClasses classes: a group of lanes takes a row, each every `lanes`-th class.
-template <class T, bool kCap>
-__global__ void __launch_bounds__(kFewThreads, kFewBlocks)
-    cross_entropy_few_classes(const __grid_constant__ Batch b) {
-  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const LossRows& p = b.p;
-  const int lanes = b.team, group = threadIdx.x / lanes, lane = threadIdx.x % lanes,
-            groups = blockDim.x / lanes;
-  const Scalars s = prepare(b, shared);
-  Tally tally;
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * groups; begin < p.rows;
-       begin += static_cast<int64_t>(gridDim.x) * groups) {
-    const int64_t i = begin + group;
-    const bool there = i < p.rows;
-    const Row row = there ? open_row<T, kCap>(p, s, i) : Row{i, -1, false, 0, 0, 0, 0};
-    State state{};
-    float logits[kFewPerLane];
-    if (row.target >= 0) {
-      const T* at = static_cast<const T*>(p.logits) + p.logits_at.offset(i);
-      float top = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < kFewPerLane; ++j) {
-        const int c = lane + j * lanes;
-        logits[j] = c < p.classes ? widen(at[c]) : -INFINITY;
-        top = fmaxf(top, logits[j]);
-      }
-      if (p.backward) {
-        state = saved_state(p, row);
-      } else {
-        Reader reader(row);
-        reader.raise(capped<kCap>(top, s.softcap));
-        reader.absorb<kCap>(p, s, row, logits, lane, lanes);
-        state = reader.state;
-      }
-    }
-    if (!p.backward) state = merged(state, lanes, s.smoothing > 0);
-    if (!there) continue;  // only in the last round
-    const Gradient gradient = close_row(b, s, row, state, lane == 0, tally, shared);
-    if (!p.out) continue;
-    float g[kFewPerLane] = {};
-    if (!gradient.zero) gradient.compute<kCap>(p, s, logits, lane, lanes, g);
-    T* out = static_cast<T*>(p.out) + p.out_at.offset(i);
-#pragma unroll
-    for (int j = 0; j < kFewPerLane; ++j) {
-      const int c = lane + j * lanes;
-      if (c < p.classes) out[c] = narrow<T>(g[j]);
-    }
-    gradient.write_targets(out, [&](int c) { return c % lanes == lane; });
-  }
-  finish(b, tally, blockIdx.x, gridDim.x, shared);
-}
 
 // Rows of more classes. Softcap takes many registers.
 template <bool kCap>
@@ -158,7 +107,8 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   if (may_lead) tally = {};
   int round = 0;  // of rows that are read
   for (int64_t i = first_row; i < p.rows; i += static_cast<int64_t>(gridDim.x / parts) * teams) {
-    const Row row = open_row<T, kCap>(p, s, i);
+    const T* const logits = static_cast<const T*>(p.logits) + p.logits_at.offset(i);
+    const Row row = open_row<T, kCap>(p, s, i, target_of(p, i), logits);
     const Share<T> share(p, i, thread, team, part, parts);
     State state{};
     if (row.target >= 0 && p.backward) state = saved_state(p, row);
@@ -183,8 +133,9 @@ __global__ void __launch_bounds__(kManyThreads, 1)
 // Which kernel, and on what grid.
 struct Plan {
   Grid grid;
-  int team;  // threads that share a row
-  bool few = false, kept = false;
+  int team;          // threads that share a row
+  int per_lane = 0;  // with few classes: how many of them a lane has, at most
+  bool kept = false;
   int kept_words = 0;
 };
 
@@ -193,9 +144,11 @@ Plan plan_of(const LossRows& p, const Device& device) {
   Plan plan{{0, kManyThreads / 2, kSharedBytes}, kManyThreads / 2};
   Grid& grid = plan.grid;
   if (p.classes <= kFewClasses) {
-    plan.few = true;
     grid.threads = kFewThreads;
     for (plan.team = 1; plan.team * kFewPerLane < p.classes;) plan.team *= 2;
+    plan.per_lane = p.classes <= kAlonePerLane ? kAlonePerLane : kFewPerLane;
+    plan.kept_words = kFewThreads / plan.team * p.classes * bytes_of(p.dtype) / 16 + 2;  // in any phase
+    grid.shared_bytes += 2 * plan.kept_words * 16;
   } else if (words <= kWordsOfWarp) {
     plan.team = kWarp;
   } else if (words <= 4 * 128) {  // so that each thread has several loads in flight
@@ -208,7 +161,7 @@ Plan plan_of(const LossRows& p, const Device& device) {
   const int64_t wanted = std::min(kKeptBytes, device.shared_bytes_of_block);
   int parts = 1;
   while (parts < most && bytes(parts) > wanted) parts *= 2;
-  plan.kept = !plan.few && p.out && !p.backward && bytes(parts) <= device.shared_bytes_of_block;
+  plan.kept = !plan.per_lane && p.out && !p.backward && bytes(parts) <= device.shared_bytes_of_block;
   if (plan.kept) {
     plan.kept_words = kept_words(parts);
     grid.cluster = parts;
@@ -216,7 +169,8 @@ Plan plan_of(const LossRows& p, const Device& device) {
   }
   const int64_t memory_for = device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024);
   if (plan.kept && teams == 1 && memory_for == 1) plan.team = grid.threads = kManyThreads;
-  const int64_t room = std::min<int64_t>(plan.few ? kFewBlocks : kManyThreads / grid.threads, memory_for);
+  const int64_t room =
+      std::min<int64_t>(plan.per_lane ? kFewBlocks : kManyThreads / grid.threads, memory_for);
   const int64_t fit = std::max<int64_t>(1, device.multiprocessors * room / grid.cluster);
   const int64_t wanted_blocks = (p.rows + teams - 1) / teams;
   grid.blocks = static_cast<int>(std::max<int64_t>(1, std::min(wanted_blocks, fit))) * grid.cluster;
@@ -227,7 +181,8 @@ using Kernel = void (*)(Batch);
 
 template <class T, bool kCap>
 Kernel kernel_of(const Plan& plan) {
-  if (plan.few) return cross_entropy_few_classes<T, kCap>;
+  if (plan.per_lane == kAlonePerLane) return cross_entropy_few_classes<T, kCap, kAlonePerLane, true>;
+  if (plan.per_lane == kFewPerLane) return cross_entropy_few_classes<T, kCap, kFewPerLane, false>;
   return plan.kept ? cross_entropy_many_classes<T, kCap, true> : cross_entropy_many_classes<T, kCap, false>;
 }
 
@@ -241,6 +196,11 @@ Kernel kernel_of(const Batch& b, const Plan& plan) {
                                   : of_type(Float16());
 }
 
+// Whether the rows of a tensor lie side by side.
+bool adjacent(const LossRows& p, const RowLayout& at) {
+  return p.rows == 1 || (at.inner >= p.rows && at.inner_stride == p.classes);
+}
+
 // Chooses kernel and grid, and tells the kernel what the plan says.
 struct Launch {
   Kernel kernel;
@@ -250,6 +210,8 @@ struct Launch {
     const Plan plan = plan_of(b.p, current_device());
     b.team = plan.team;
     b.kept_words = plan.kept_words;
+    b.logits_adjacent = adjacent(b.p, b.p.logits_at);
+    b.out_adjacent = adjacent(b.p, b.p.out_at);
     kernel = kernel_of(b, plan);
     grid = plan.grid;
     if (grid.cluster == 1) return;

@@ -67,13 +67,13 @@ struct Max {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// All of a power of two of values, as a tree, so that few wait for each other.
+// All values, as a tree, so that few wait for each other.
 template <int n, class F>
 __device__ float fold(float (&x)[n], const F& f) {
 #pragma unroll
-  for (int half = n / 2; half > 0; half /= 2)
+  for (int step = 1; step < n; step *= 2)
 #pragma unroll
-    for (int j = 0; j < half; ++j) x[j] = f(x[j], x[j + half]);
+    for (int j = 0; j + step < n; j += 2 * step) x[j] = f(x[j], x[j + step]);
   return x[0];
 }
 

@@ -7,11 +7,13 @@
 namespace esper::cuda {
 namespace {  // part of cross_entropy.cu
 
-constexpr int kFewThreads = 128, kFewBlocks = 6;  // of a block; blocks on a multiprocessor, at least
+constexpr int kFewThreads = 128, kFewBlocks = 5;  // of a block; blocks on a multiprocessor, at least
 constexpr int kManyThreads = 512;                 // on a multiprocessor, at least: in one block or more
 constexpr int kWarps = kManyThreads / kWarp;      // of a block, at most
-constexpr int kFewPerLane = 8, kFewClasses = kFewPerLane * kWarp;
-constexpr int kWordsOfWarp = 256;      // of rows up to which a warp takes a row by itself
+constexpr int kFewClasses = 256;                  // up to which lanes have rows in registers
+constexpr int kAlonePerLane = 12;                 // classes up to which a lane takes a row by itself
+constexpr int kFewPerLane = kFewClasses / 16;     // classes of a lane otherwise, at most
+constexpr int kWordsOfWarp = 256;                 // of rows up to which a warp takes a row by itself
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
 constexpr int kLargestCluster = 8;     // the largest that every chip with clusters supports
 constexpr int kCountHere = 128 << 10;  // bytes of targets up to which every block counts all of them
@@ -22,7 +24,8 @@ constexpr int kMostCounts = kRowCounts + kMostTopk;  // then correct@k
 struct Batch {
   LossRows p;
   int team;        // threads that share a row
-  int kept_words;  // room in shared memory for the row of each team
+  int kept_words;  // room in shared memory for the row of each team; for few classes, for a tile of rows
+  bool logits_adjacent, out_adjacent;  // whether rows lie side by side in memory
   LossNumbers numbers;
   int64_t reduction;
   const double* weights;  // kCountBlocks parts of the sum of the rows' weights; null: add them up here
@@ -112,12 +115,11 @@ __device__ Scalars prepare(const Batch& b, Shared& shared) {
   return s;
 }
 
+// logits: of row i.
 template <class T, bool kCap>
-__device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i) {
-  const int64_t target = target_of(p, i);
+__device__ Row open_row(const LossRows& p, const Scalars& s, int64_t i, int64_t target, const T* logits) {
   Row row{i, -1, target == p.ignore_index, 0, 0, 0};
   if (!is_valid(p, target)) return row;
-  const T* logits = static_cast<const T*>(p.logits) + p.logits_at.offset(i);
   row.target = target;
   row.class_weight = p.weight ? p.weight[target] : 1;
   row.logit = widen(logits[target]);

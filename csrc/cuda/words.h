@@ -40,4 +40,28 @@ __device__ void for_batches(int n, int thread, int threads, const Load& load, co
   f(at, words, false);
 }
 
+// Where elements lie in `memory`, at a 16-byte boundary, as far behind such a boundary as at `from`.
+template <class T>
+__device__ std::remove_const_t<T>* in_phase(unsigned char* memory, T* from) {
+  return reinterpret_cast<std::remove_const_t<T>*>(memory + reinterpret_cast<uintptr_t>(from) % 16);
+}
+
+// Copies n elements between global and shared memory, by the whole block. Both begin equally far behind a
+// 16-byte boundary, so that whole words are copied: up to kMost by a thread, all in flight together.
+template <int kMost, class T>
+__device__ void copy_words(const T* from, T* to, int n) {
+  const Cut<const T> cut(from, n);
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const Words* const source = reinterpret_cast<const Words*>(from + cut.head);
+  Words* const target = reinterpret_cast<Words*>(to + cut.head);
+  Words words[kMost];
+#pragma unroll
+  for (int j = 0; j < kMost; ++j)
+    if (thread + j * threads < cut.words) words[j] = source[thread + j * threads];
+  if (thread < cut.ragged) to[cut.ragged_element(thread)] = from[cut.ragged_element(thread)];
+#pragma unroll
+  for (int j = 0; j < kMost; ++j)
+    if (thread + j * threads < cut.words) target[thread + j * threads] = words[j];
+}
+
 }  // namespace esper::cuda

@@ -19,6 +19,7 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr size_t kStack = 256 << 10;
+constexpr int kAlwaysShared = 48 << 10;  // bytes that a block may have on every GPU, without asking
 
 struct Fiber;
 
@@ -241,7 +242,7 @@ int resident_clusters_of(const Grid& grid) { return std::max(1, multiprocessors 
 
 cudaError_t run_grid(const Grid& grid, const std::function<void()>& thread) {
   if (grid.threads % 32 || grid.threads > 1024 || grid.blocks < 1 || grid.blocks % grid.cluster ||
-      grid.shared_bytes > shared_bytes || (grid.cluster > 1 && architecture < 9))
+      grid.shared_bytes > std::max(shared_bytes, kAlwaysShared) || (grid.cluster > 1 && architecture < 9))
     return cudaErrorInvalidValue;
   if (!launches) return cudaSuccess;
   body = &thread;

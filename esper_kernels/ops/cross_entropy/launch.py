@@ -16,12 +16,12 @@ _CACHE_FRACTION = 0.6
 _COUNT_BYTES = 512 << 10
 _REGISTERS = 65536  # of a multiprocessor
 
-# For rows that fit into registers, by `heavy`: the longest such row, warps, stages, and the largest
-# number of programs per multiprocessor that compiles without spilling. While some of them wait for
-# memory, others compute; a program that is alone reads one tile ahead instead.
+# For rows that fit into registers, by `heavy`: the longest such row, warps, and the largest number
+# of programs per multiprocessor that compiles without spilling. While some of them wait for memory,
+# others compute.
 _RESIDENT = {
-    False: ((1024, 4, 1, 5), (2048, 4, 1, 5), (4096, 8, 1, 3), (8192, 16, 1, 2), (16384, 16, 2, 1)),
-    True: ((1024, 4, 1, 5), (2048, 4, 1, 4), (4096, 8, 1, 2), (8192, 16, 1, 1)),
+    False: ((1024, 4, 5), (2048, 4, 5), (4096, 8, 3), (8192, 8, 2), (16384, 16, 1)),
+    True: ((1024, 4, 5), (2048, 4, 4), (4096, 8, 2), (8192, 16, 1)),
 }
 
 
@@ -31,7 +31,6 @@ class Launch:
 
     resident: a tile is whole rows, and logits are read once. Otherwise a row is read in pieces of
         `block` classes, and again from its end for the gradient, while the cache still has it.
-    stages: how many tiles (resident) or pieces are being loaded at a time.
     registers: the limit per thread with which all programs of a multiprocessor fit.
     programs: they stride over the tiles, so few partial sums remain to be added up at the end.
     count_first: a separate launch adds up the rows' weights; otherwise each program does it.
@@ -41,7 +40,6 @@ class Launch:
     block: int
     resident: bool
     warps: int
-    stages: int
     registers: int
     programs: int
     count_first: bool
@@ -69,21 +67,18 @@ def choose(
     in_flight = multiprocessors * classes * element_size
     if fitting:
         tile_rows = max(1, _TILE // block)
-        warps, stages, at_once = fitting[0]
+        warps, at_once = fitting[0]
     elif heavy:
-        block = 2048
-        warps = 16
-        stages = 4
-        at_once = 1
-    elif 2 * in_flight <= _CACHE_FRACTION * cache_bytes:
-        block = 2048
-        warps = 8
-        stages = 4
-        at_once = 2
-    else:
         block = 4096
         warps = 16
-        stages = 4
+        at_once = 1
+    elif 2 * in_flight <= _CACHE_FRACTION * cache_bytes:
+        block = 4096
+        warps = 8
+        at_once = 2
+    else:
+        block = 8192
+        warps = 16
         at_once = 1
     programs = max(1, min(-(-rows // tile_rows), multiprocessors * at_once))
     return Launch(
@@ -91,7 +86,6 @@ def choose(
         block=block,
         resident=bool(fitting),
         warps=warps,
-        stages=stages,
         registers=_REGISTERS // (32 * warps * at_once) // 8 * 8,
         programs=programs,
         count_first=rows * target_size * -(-programs // multiprocessors) > _COUNT_BYTES,

@@ -151,6 +151,14 @@ def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
     )
 
 
+def _same_phase(logits: Tensor, grad: Tensor) -> bool:
+    """Whether each row of both begins equally far behind a 16 byte boundary."""
+    distances = [grad.data_ptr() - logits.data_ptr()]
+    strides = zip(logits.stride()[:-1], grad.stride()[:-1], logits.shape[:-1], strict=True)
+    distances += [(x - g) * logits.element_size() for x, g, size in strides if size > 1]
+    return all(distance % 16 == 0 for distance in distances)
+
+
 @cache
 def _device(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of second-level cache."""
@@ -252,8 +260,8 @@ def _launch(
             ROWS=chosen.rows,
             BLOCK=chosen.block,
             RESIDENT=chosen.resident,
-            STAGES=chosen.stages,
             COUNT_BLOCK=256 * chosen.warps,
+            SAME_PHASE=not chosen.resident and grad is not None and _same_phase(logits, grad),
             ENTROPY=entropy,
             num_warps=chosen.warps,
             **options,

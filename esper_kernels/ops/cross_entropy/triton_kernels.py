@@ -14,6 +14,7 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 LOWEST_EXPONENT = tl.constexpr(-86.0)  # as in `reference`
+LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
 # Below it, exponentials are 0; in their products with logits it stands for those that may be -inf.
 DEEP = tl.constexpr(-100.0)
@@ -42,7 +43,8 @@ def _tanh(x):
 
 @triton.jit
 def _exp(x):
-    return tl.where(x <= LOWEST_EXPONENT, 0.0, tl.exp(x))
+    # exp2 is one instruction on GPUs. exp has more, for results below the normal numbers.
+    return tl.where(x <= LOWEST_EXPONENT, 0.0, tl.exp2(x * LOG2_E))
 
 
 @triton.jit
@@ -53,14 +55,20 @@ def _capped(x, softcap):
 
 
 @triton.jit
-# no default: Triton 3.6 compiles no string there
-def _read(x_row, c, mask, softcap, EVICT: tl.constexpr):
-    """A tile [rows, block]: the logits as stored, and after softcap; -inf where masked."""
-    x = tl.load(x_row[:, None] + c, mask, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
+def _read(start, c, mask, softcap):
+    """A tile: the logits as stored, `c` behind `start`, and after softcap; -inf where masked."""
+    x = tl.load(start + c, mask, other=-float("inf")).to(tl.float32)
     if softcap is None:
         return x, x
     else:
         return x, tl.where(mask, _capped(x, softcap), -float("inf"))
+
+
+@triton.jit
+def _before_boundary(start):
+    """How many elements lie between the address `start` and the next 16 byte boundary."""
+    size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
+    return ((16 - start.to(tl.int64) % 16) % 16 // size).to(tl.int32)
 
 
 @triton.jit
@@ -119,11 +127,11 @@ def _offset(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _ahead(stored, c, target_logit, target):
-    """1 for each class of a tile [rows, block] that ranks before the target: larger, or equal and
-    earlier."""
-    earlier = (stored == target_logit[:, None]) & (c < target[:, None])
-    return ((stored > target_logit[:, None]) | earlier).to(tl.int32)
+def _next_below(x):
+    """The next smaller float32; NaN for -inf."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == 0, -2147483647, tl.where(x > 0, bits - 1, bits + 1))
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -133,32 +141,52 @@ def _first_largest(x, c, V):
 
 
 @triton.jit
-def _gradient(
-    p,
-    x,
-    c,
-    target,
-    live,
-    of_softmax,
-    at_target,
-    second_target,
-    at_second,
-    everywhere,
-    weight,
-    softcap,
-    V,
-):
-    """The gradient of a tile [rows, block]. x is after softcap, and p * of_softmax is the softmax's
-    share."""
+def _behind(stored, c, target_logit, below, target, GROUP: tl.constexpr):
+    """1 for each class of a tile [rows, block] that does not rank before the target: smaller, or
+    equal and not in an earlier group of classes. `_tied` has the equal ones of the target's group.
+
+    A thread has the classes of a group, so it compares places once for all of them. below: the
+    next smaller number than the target's logit, so that one comparison of logits is enough; NaN
+    compares as larger.
+    """
+    earlier = (c & -GROUP) < (target & -GROUP)[:, None]
+    bar = tl.where(earlier, below[:, None], target_logit[:, None])
+    return (stored <= bar).to(tl.int32)
+
+
+@triton.jit
+def _tied(x_row, target, target_logit, valid, origin, GROUP: tl.constexpr):
+    """How many classes of the target's group equal its logit and come before it. Groups are counted
+    from class `origin` on; a target before it has none."""
+    before = (target - origin) & (GROUP - 1)
+    lane = tl.arange(0, GROUP)[None, :]
+    mask = (valid & (target >= origin))[:, None] & (lane < before[:, None])
+    at = x_row[:, None] + (target - before)[:, None] + lane
+    equal = tl.load(at, mask, other=0.0).to(tl.float32) == target_logit[:, None]
+    return tl.sum((mask & equal).to(tl.int32), 1)
+
+
+@triton.jit
+def _gradient(p, x, c, own, live, of_softmax, everywhere, weight, softcap, V):
+    """The gradient of a tile [rows, block]. x is after softcap, p * of_softmax is the softmax's
+    share, and `own` is what a target has less than other classes."""
     grad = p * of_softmax[:, None]
-    grad = tl.where(c == target[:, None], grad - at_target[:, None], grad)
-    if at_second is not None:
-        grad = tl.where(c == second_target[:, None], grad - at_second[:, None], grad)
+    if own is not None:
+        grad -= own[:, None]
     if everywhere is not None:
         grad -= everywhere[:, None] * _class_weights(weight, c, V)
     if softcap is not None:
         grad *= 1.0 - (x / softcap) * (x / softcap)
     return tl.where(live[:, None] & ~(tl.abs(grad) < SMALLEST), grad, 0.0)
+
+
+@triton.jit
+def _store_target(g_row, row_max, x, target, own, live, of_softmax, everywhere, weight, softcap, V):
+    """The gradient at one class of each row, x its logits after softcap."""
+    c = target[:, None]
+    p = _exp(x - row_max)[:, None]
+    g = _gradient(p, x[:, None], c, own, live, of_softmax, everywhere, weight, softcap, V)
+    tl.store(g_row[:, None] + c, g, live[:, None])
 
 
 @triton.jit(
@@ -197,10 +225,13 @@ def batch(
     rows: tl.int64, inner, logits_outer, logits_inner, grad_outer, grad_inner,
     V: tl.constexpr, UNIT: tl.constexpr, IGNORE: tl.constexpr, TOPK: tl.constexpr,
     PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
-    STAGES: tl.constexpr, COUNT_BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr, SAME_PHASE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Row losses, gradient and counts of a batch, as wanted; the program that ends last adds them
-    up."""
+    up.
+
+    SAME_PHASE: rows of logits and gradient begin equally far behind a boundary of 16 bytes.
+    """
     COLUMNS: tl.constexpr = 6 + len(TOPK)
     PADDED: tl.constexpr = triton.next_power_of_2(COLUMNS)
     program = tl.program_id(0)
@@ -208,6 +239,10 @@ def batch(
     if softcap is not None:
         softcap = _number(softcap)
     c = tl.arange(0, BLOCK)[None, :]
+    WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    WORDS: tl.constexpr = BLOCK // WIDTH
+    word = tl.arange(0, WORDS)
+    lanes = word[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     column = tl.arange(0, PADDED)
     limit = tl.zeros([PADDED], tl.int32)  # the first rank that is not correct
     for i in tl.static_range(len(TOPK)):
@@ -232,17 +267,17 @@ def batch(
     weight_lanes = tl.zeros([ROWS], tl.float64)
     count_lanes = tl.zeros([ROWS, PADDED], tl.int32)
 
-    for tile in tl.range(
-        program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES if RESIDENT else 1
-    ):
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=1):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         target, valid, ignored = _classify(targets, row, rows, V, IGNORE)
         x_row = logits + _offset(row, inner, logits_outer, logits_inner, UNIT)
         target_logit = tl.load(x_row + target, valid, other=0.0).to(tl.float32)
+        below = _next_below(target_logit)
+        target_class = target.to(tl.int32)  # of a tile: comparisons of 64 bits are two
         target_x = _capped(target_logit, softcap)
         second_target = None
         if second is not None:
-            second_target = tl.load(second + row, valid, other=0)
+            second_target = tl.load(second + row, valid, other=0).to(tl.int32)
             second_x = tl.load(x_row + second_target, valid, other=0.0).to(tl.float32)
             second_x = _capped(second_x, softcap)
             share = tl.load(shares + row, valid, other=0.0)
@@ -250,90 +285,113 @@ def batch(
             share_sum = share + second_share
         rank = tl.zeros([ROWS], tl.int32)
         smooth = target_x
+        if not RESIDENT:
+            # Whole words of 16 bytes, and the elements before and after them: the edge.
+            x_start = logits + _offset(tile, inner, logits_outer, logits_inner, UNIT)
+            head = _before_boundary(x_start)
+            x_words = tl.multiple_of(x_start + head, 16)
+            words = (V - head) // WIDTH
+            blocks = tl.cdiv(words, WORDS)
+            edge = tl.arange(0, 2 * WIDTH)[None, :]
+            on_edge = (edge < head) | (edge >= 2 * WIDTH - (V - head) % WIDTH)
+            edge = tl.where(edge < WIDTH, edge, edge + (V - 2 * WIDTH))
         if saved_in is not None:
             row_max = tl.load(saved_in + row, valid, other=0.0)
             row_sum = tl.load(saved_in + rows + row, valid, other=1.0)
         if RESIDENT:
             mask = valid[:, None] & (c < V)
-            stored, x = _read(x_row, c, mask, softcap, "")
+            stored, x = _read(x_row[:, None], c, mask, softcap)
             if counts is not None:
-                rank = tl.sum(_ahead(stored, c, target_logit, target), 1)
+                GROUP: tl.constexpr = (
+                    WIDTH if ROWS == 1 else 1
+                )  # short rows have few elements to save
+                behind = _behind(stored, c, target_logit, below, target_class, GROUP)
+                rank = BLOCK - tl.sum(behind, 1)  # behind, too, is what is masked
+                if GROUP > 1:
+                    rank += _tied(x_row, target_class, target_logit, valid, 0, GROUP)
             if saved_in is None:
                 row_max = tl.max(x, 1)
             p = _exp(x - row_max[:, None])
             if saved_in is None:
                 row_sum = tl.sum(p, 1)
             if predicted is not None:
-                place = _first_largest(stored, c, V)
+                place_of_top = _first_largest(stored, c, V)
                 squares = tl.sum(p * p, 1)
                 if ENTROPY:
                     # not 0 * -inf
                     products = tl.sum(p * tl.maximum(x - row_max[:, None], DEEP), 1)
-                    other_max = tl.max(tl.where(c == place[:, None], -float("inf"), x), 1)
+                    other_max = tl.max(tl.where(c == place_of_top[:, None], -float("inf"), x), 1)
             if label_smoothing is not None:
                 smooth = tl.sum(
                     tl.where(mask, _class_weights(weight, c, V) * (x - row_max[:, None]), 0.0), 1
                 )
         elif saved_in is None:
-            # Each lane has a maximum and a sum. The maximum starts below all logits, because a lane
-            # must not subtract -inf from -inf.
-            lane_max = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
-            lane_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-            lane_rank = tl.zeros([ROWS, BLOCK], tl.int32)
-            lane_smooth = tl.zeros([ROWS, BLOCK], tl.float32)
-            if predicted is not None:
+            # Each word has a maximum and a sum. The maximum starts below all logits, because -inf
+            # must not be subtracted from -inf.
+            word_max = tl.full([WORDS], LOWEST, tl.float32)
+            word_sum = tl.zeros([WORDS], tl.float32)
+            word_behind = tl.zeros([WORDS], tl.int32)
+            word_smooth = tl.zeros([WORDS], tl.float32)
+            # The maximum is not known yet, and sums of large logits would cancel.
+            origin = tl.where(tl.abs(target_x) < float("inf"), target_x, 0.0)
+            for block in tl.range(0, blocks * tl.max(valid.to(tl.int32), 0), num_stages=1):
+                there = block * WORDS + word < words
+                stored, x = _read(x_words, block * BLOCK + lanes, there[:, None], softcap)
+                first = head + block * BLOCK  # class
+                if counts is not None:
+                    place = target_class - first
+                    behind = _behind(stored, lanes, target_logit, below, place, WIDTH)
+                    word_behind += tl.where(there, tl.sum(behind, 1), WIDTH)
+                if label_smoothing is not None:
+                    part = _class_weights(weight, first + lanes, V) * (x - origin[:, None])
+                    word_smooth += tl.where(there, tl.sum(part, 1), 0.0)
+                new_max = tl.maximum(word_max, tl.max(x, 1))
+                word_sum *= tl.exp2((word_max - new_max) * LOG2_E)
+                word_sum += tl.sum(tl.exp2((x - new_max[:, None]) * LOG2_E), 1)
+                word_max = new_max
+            read = on_edge & valid[:, None]
+            edge_stored, edge_x = _read(x_row[:, None], edge, read, softcap)
+            row_max = tl.maximum(tl.max(word_max[None, :], 1), tl.max(edge_x, 1))
+            row_sum = tl.sum((word_sum * tl.exp2((word_max - row_max) * LOG2_E))[None, :], 1)
+            row_sum += tl.sum(tl.exp2((edge_x - row_max[:, None]) * LOG2_E), 1)
+            row_sum = tl.where(row_sum == 0, float("nan"), row_sum)  # nothing but -inf
+            if counts is not None:
+                edge_behind = _behind(edge_stored, edge, target_logit, below, target_class, 1)
+                rank = blocks * BLOCK - tl.sum(word_behind[None, :], 1)
+                rank += 2 * WIDTH - tl.sum(tl.where(read, edge_behind, 1), 1)
+                in_word = valid & (target_class < head + words * WIDTH)
+                rank += _tied(x_row, target_class, target_logit, in_word, head, WIDTH)
+            edge_part = _class_weights(weight, edge, V) * (edge_x - origin[:, None])
+            smooth = tl.sum(word_smooth[None, :], 1) + tl.sum(tl.where(read, edge_part, 0.0), 1)
+            smooth += weight_sum * (origin - row_max)
+            if predicted is not None:  # the row is read again, with its maximum known
                 lane_top = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)  # as stored
                 lane_place = tl.zeros([ROWS, BLOCK], tl.int32)
                 lane_squares = tl.zeros([ROWS, BLOCK], tl.float32)
                 lane_products = tl.zeros([ROWS, BLOCK], tl.float32)
-                lane_other = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
-            # The maximum is not known yet, and sums of large logits would cancel.
-            origin = tl.where(tl.abs(target_x) < float("inf"), target_x, 0.0)
-            for block in tl.range(
-                0, tl.cdiv(V, BLOCK) * tl.max(valid.to(tl.int32), 0), num_stages=STAGES
-            ):
-                at = block * BLOCK + c
-                stored, x = _read(x_row, at, at < V, softcap, "")
-                if counts is not None:
-                    lane_rank += _ahead(stored, at, target_logit, target)
-                if label_smoothing is not None:
-                    lane_smooth += tl.where(
-                        at < V, _class_weights(weight, at, V) * (x - origin[:, None]), 0.0
-                    )
-                p = tl.exp(-tl.abs(x - lane_max))
-                if predicted is not None:
-                    lane_place = tl.where(stored > lane_top, at, lane_place)
-                    lane_top = tl.maximum(lane_top, stored)
-                    lane_squares = tl.where(
-                        x > lane_max, lane_squares * p * p + 1.0, lane_squares + p * p
-                    )
+                lane_max = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
+                lane_other = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
+                pieces = tl.cdiv(V, BLOCK) * tl.max(valid.to(tl.int32), 0)
+                for piece in tl.range(0, pieces, num_stages=1):
+                    class_of_lane = piece * BLOCK + c
+                    logit, capped = _read(x_row[:, None], class_of_lane, class_of_lane < V, softcap)
+                    depth = capped - row_max[:, None]
+                    share_of_top = _exp(depth)
+                    lane_squares += share_of_top * share_of_top
+                    lane_place = tl.where(logit > lane_top, class_of_lane, lane_place)
+                    lane_top = tl.maximum(lane_top, logit)
                     if ENTROPY:
-                        below = tl.maximum(-tl.abs(x - lane_max), DEEP)
-                        lane_products = tl.where(
-                            x > lane_max,
-                            p * (lane_products + below * lane_sum),
-                            lane_products + p * below,
-                        )
-                        lane_other = tl.maximum(lane_other, tl.minimum(lane_max, x))
-                lane_sum = tl.where(x > lane_max, lane_sum * p + 1.0, lane_sum + p)
-                lane_max = tl.maximum(lane_max, x)
-            row_max = tl.max(lane_max, 1)
-            row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max[:, None]), 1)
-            row_sum = tl.where(row_sum == 0, float("nan"), row_sum)  # nothing but -inf
-            if predicted is not None:
+                        lane_products += share_of_top * tl.maximum(depth, DEEP)
+                        lane_other = tl.maximum(lane_other, tl.minimum(lane_max, capped))
+                        lane_max = tl.maximum(lane_max, capped)
                 row_top = tl.max(lane_top, 1)
-                place = tl.min(tl.where(lane_top == row_top[:, None], lane_place, V), 1)
-                above = lane_max - row_max[:, None]
-                squares = tl.sum(lane_squares * tl.exp(2.0 * above), 1)
+                place_of_top = tl.min(tl.where(lane_top == row_top[:, None], lane_place, V), 1)
+                squares = tl.sum(lane_squares, 1)
                 if ENTROPY:
-                    above = tl.maximum(above, DEEP)
-                    products = tl.sum(tl.exp(above) * (lane_products + above * lane_sum), 1)
+                    products = tl.sum(lane_products, 1)
                     lane = _first_largest(lane_max, c, BLOCK)
-                    others = tl.where(c == lane[:, None], LOWEST, lane_max)
+                    others = tl.where(c == lane[:, None], -float("inf"), lane_max)
                     other_max = tl.maximum(tl.max(others, 1), tl.max(lane_other, 1))
-                    other_max = tl.where(other_max == LOWEST, -float("inf"), other_max)
-            rank = tl.sum(lane_rank, 1)
-            smooth = tl.sum(lane_smooth, 1) + weight_sum * (origin - row_max)
 
         row_weight = tl.full([ROWS], 1.0, tl.float32)
         if weight is not None:
@@ -376,7 +434,7 @@ def batch(
         count_lanes += flags.to(tl.int32)
 
         if predicted is not None:
-            tl.store(predicted + row, tl.where(valid & finite, place, -1), row < rows)
+            tl.store(predicted + row, tl.where(valid & finite, place_of_top, -1), row < rows)
             tl.store(measures + row, 1.0 / row_sum, row < rows)
             nll = log_sum - (target_x - row_max)
             tl.store(measures + rows + row, nll, row < rows)
@@ -424,43 +482,42 @@ def batch(
             live = valid & (denominator != 0)
             g_row = grad + _offset(row, inner, grad_outer, grad_inner, UNIT)
             if RESIDENT:
-                g = _gradient(
-                    p,
-                    x,
-                    c,
-                    target,
-                    live,
-                    of_softmax,
-                    at_target,
-                    second_target,
-                    at_second,
-                    everywhere,
-                    weight,
-                    softcap,
-                    V,
-                )
+                g = _gradient(p, x, c, None, live, of_softmax, everywhere, weight, softcap, V)
                 tl.store(g_row[:, None] + c, g, (row < rows)[:, None] & (c < V))
             else:
-                for block in tl.range(0, tl.cdiv(V, BLOCK), num_stages=STAGES):
-                    at = (tl.cdiv(V, BLOCK) - 1 - block) * BLOCK + c
-                    _, x = _read(x_row, at, live[:, None] & (at < V), softcap, "evict_first")
+                g_words = grad + _offset(tile, inner, grad_outer, grad_inner, UNIT) + head
+                if SAME_PHASE:
+                    g_words = tl.multiple_of(g_words, 16)
+                for trip in tl.range(0, blocks, num_stages=1):
+                    block = blocks - 1 - trip
+                    inside = (block * WORDS + word < words)[:, None]
+                    at = block * BLOCK + lanes
+                    x = tl.load(x_words + at, inside & live[:, None], eviction_policy="evict_first")
+                    x = _capped(x.to(tl.float32), softcap)
                     p = _exp(x - row_max[:, None])
                     g = _gradient(
-                        p,
-                        x,
-                        at,
-                        target,
-                        live,
-                        of_softmax,
-                        at_target,
-                        second_target,
-                        at_second,
-                        everywhere,
-                        weight,
-                        softcap,
-                        V,
+                        p, x, head + at, None, live, of_softmax, everywhere, weight, softcap, V
                     )
-                    tl.store(g_row[:, None] + at, g, at < V, cache_modifier=".cs")
+                    tl.store(g_words + at, g, inside, cache_modifier=".cs")
+                edge_x = tl.load(x_row[:, None] + edge, on_edge & live[:, None], other=0.0)
+                edge_x = _capped(edge_x.to(tl.float32), softcap)
+                edge_p = _exp(edge_x - row_max[:, None])
+                edge_g = _gradient(
+                    edge_p, edge_x, edge, None, live, of_softmax, everywhere, weight, softcap, V
+                )
+                tl.store(g_row[:, None] + edge, edge_g, on_edge)
+            tl.debug_barrier()  # all threads have stored what the targets' gradients replace
+            if (
+                second is not None
+            ):  # where it has no share it may be the first, which comes after it
+                _store_target(
+                    g_row, row_max, second_x, second_target, at_second,
+                    live, of_softmax, everywhere, weight, softcap, V,
+                )  # fmt: skip
+            _store_target(
+                g_row, row_max, target_x, target_class, at_target,
+                live, of_softmax, everywhere, weight, softcap, V,
+            )  # fmt: skip
 
     if partials is not None:
         # Columns as the meter's counts; `batches` and `batches_with_valid` need no sum and make
@@ -471,15 +528,15 @@ def batch(
         tl.debug_barrier()  # all threads have stored
         if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
             tl.store(ticket, 0)  # for the next launch
-            lanes = tl.zeros([PADDED, LANES], tl.float64)
+            lane_sums = tl.zeros([PADDED, LANES], tl.float64)
             for start in tl.range(0, programs, LANES):
                 lane = (start + tl.arange(0, LANES))[None, :]
                 at = column[:, None] * programs + lane
                 mask = (column < COLUMNS)[:, None] & (lane < programs)
                 # Past the first-level cache, which does not see what other multiprocessors store.
-                lanes += tl.load(partials + at, mask, other=0.0, cache_modifier=".cg")
+                lane_sums += tl.load(partials + at, mask, other=0.0, cache_modifier=".cg")
             _finish(
-                tl.sum(lanes, 1),
+                tl.sum(lane_sums, 1),
                 column,
                 loss,
                 saved_out,
