@@ -28,7 +28,7 @@ KERNEL_ARROWS = {
     "checks": {"backends", "config", "meter", "values"},
     "ops": {"backends", "checks", "config", "measures", "meter", "readback", "sums", "values"},
     "modules": {"config", "meter", "ops"},
-    "integrations": {"config", "meter", "ops"},
+    "integrations": {"config", "measures", "meter", "ops"},
     "info": {"backends", "config", "meter", "native", "ops", "testing", "version"},
     "testing": {"config", "meter", "ops"},
 }
