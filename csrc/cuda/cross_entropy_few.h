@@ -83,7 +83,7 @@ __device__ void write_few(const LossRows& p, const Scalars& s, const Gradient& g
 
 // kPerLane: the most classes of a lane. kAlone: a lane takes a row by itself.
 template <class T, bool kCap, int kPerLane, bool kAlone>
-__global__ void __launch_bounds__(kFewThreads, kFewBlocks)
+__global__ void __launch_bounds__(kFewThreads, few_blocks(kPerLane))
     cross_entropy_few_classes(const __grid_constant__ Batch b) {
   constexpr int kWords = (kPerLane * sizeof(T) + 15) / 16;  // of a tile, for each thread
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());

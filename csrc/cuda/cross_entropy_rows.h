@@ -7,13 +7,15 @@
 namespace esper::cuda {
 namespace {  // part of cross_entropy.cu
 
-constexpr int kFewThreads = 128, kFewBlocks = 5;  // of a block; blocks on a multiprocessor, at least
-constexpr int kManyThreads = 512;                 // on a multiprocessor, at least: in one block or more
-constexpr int kWarps = kManyThreads / kWarp;      // of a block, at most
-constexpr int kFewClasses = 256;                  // up to which lanes have rows in registers
-constexpr int kAlonePerLane = 12;                 // classes up to which a lane takes a row by itself
-constexpr int kFewPerLane = kFewClasses / 16;     // classes of a lane otherwise, at most
-constexpr int kWordsOfWarp = 256;                 // of rows up to which a warp takes a row by itself
+constexpr int kFewThreads = 128;               // of a block
+constexpr int kManyThreads = 512;              // on a multiprocessor, at least: in one block or more
+constexpr int kWarps = kManyThreads / kWarp;   // of a block, at most
+constexpr int kFewClasses = 256;               // up to which lanes have rows in registers
+constexpr int kAlonePerLane = 12;              // classes up to which a lane takes a row by itself
+constexpr int kFewPerLane = kFewClasses / 16;  // classes of a lane otherwise, at most
+// Blocks on a multiprocessor, at least: as many as leave each thread the registers that it needs.
+constexpr int few_blocks(int per_lane) { return per_lane <= kAlonePerLane ? 5 : 4; }
+constexpr int kWordsOfWarp = 256;      // of rows up to which a warp takes a row by itself
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
 constexpr int kLargestCluster = 8;     // the largest that every chip with clusters supports
 constexpr int kCountHere = 128 << 10;  // bytes of targets up to which every block counts all of them
