@@ -158,8 +158,11 @@ def check_storage(name: str, x: Tensor) -> None:
         )
 
 
-def check_batch(logits: Tensor, targets: Tensor, meter: Meter | None) -> None:
-    """logits [..., V], targets [...], and a meter on their device."""
+def check_batch(
+    logits: Tensor, targets: Tensor, meter: Meter | None, num_classes: int | None = None
+) -> None:
+    """logits [..., V], targets [...], and a meter on their device. num_classes: where V is not that
+    of all classes."""
     for name, x in (("logits", logits), ("targets", targets)):
         check_dense(name, x)
     if meter is not None and not isinstance(meter, Meter):
@@ -193,7 +196,7 @@ def check_batch(logits: Tensor, targets: Tensor, meter: Meter | None) -> None:
         )
     if meter is not None:
         check_meter(meter)
-        check_per_class(meter, logits.shape[-1])
+        check_per_class(meter, logits.shape[-1] if num_classes is None else num_classes)
 
 
 def check_per_class(meter: Meter, num_classes: int) -> None:

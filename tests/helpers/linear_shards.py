@@ -71,6 +71,11 @@ def _samples() -> Iterator[tuple[str, bool, Tensor, Tensor, dict[str, Any]]]:
     yield "broken rows", True, broken, targets, {}
 
 
+def measuring() -> Meter:
+    """A meter of everything. No confidence of the cases lies between two bins."""
+    return Meter("cpu", topk=TOPK, per_class=CLASSES, calibration_bins=7, entropy=True)
+
+
 def linear_results(
     case: LinearCase, rank: int, sizes: list[int], called: list[str]
 ) -> dict[str, Any]:
@@ -85,6 +90,8 @@ def linear_results(
     wanted = [x for x in (hidden, weight, bias) if x is not None]
     grads = torch.autograd.grad(loss.sum(), wanted)
     collectives = list(called)
+    everything = measuring()
+    linear_cross_entropy(hidden, weight, case.targets, bias=bias, **options, meter=everything)
     steps: list[Tensor] = []
     if "reduction" not in options or options["reduction"] != "none":
         memory = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
@@ -99,5 +106,6 @@ def linear_results(
         "grads": grads,
         "steps": steps,
         "meter": meter.state_dict(),
+        "measures": everything.state_dict(),
         "collectives": collectives,
     }

@@ -22,6 +22,7 @@ from esper_kernels import (
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_step,
 )
+from esper_kernels.measures import MOST_CONFUSION_CLASSES
 from esper_kernels.native import UNAVAILABLE
 from esper_kernels.ops.linear_cross_entropy import sizes as linear_sizes
 from esper_kernels.testing import cross_entropy_samples
@@ -92,6 +93,14 @@ def count_collectives() -> list[str]:
     return called
 
 
+def measuring(classes: int, topk: tuple[int, ...]) -> Meter:
+    """A meter of everything."""
+    confusion = classes <= MOST_CONFUSION_CLASSES
+    return Meter(
+        "cpu", topk=topk, per_class=classes, calibration_bins=3, entropy=True, confusion=confusion
+    )
+
+
 def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, Any]:
     """Loss, gradient and counts of one case, and how many collectives each part took."""
     parts = case.logits.split(sizes_of(case.name, case.logits.shape[-1], ranks), -1)
@@ -111,6 +120,10 @@ def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, A
     given = {**options, "grad_scale": 3.0}
     step = vocab_parallel_cross_entropy_step(parts[rank], case.targets, None, shard, **given)
     counted.append(len(called))
+    everything = measuring(case.logits.shape[-1], TOPK)
+    called.clear()
+    vocab_parallel_cross_entropy(leaf, case.targets, shard, **options, meter=everything)
+    counted.append(len(called))
     out = torch.full_like(step, 7.0)
     vocab_parallel_cross_entropy_step(parts[rank], case.targets, None, shard, **given, out=out)
     inplace = parts[rank].clone(memory_format=torch.contiguous_format)
@@ -126,6 +139,7 @@ def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, A
         "step": step,
         "step into memory": (out, inplace),
         "meter": meter.state_dict(),
+        "measures": everything.state_dict(),
         "collectives": counted,
     }
 

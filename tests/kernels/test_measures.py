@@ -313,9 +313,9 @@ def test_wrong_arguments_are_refused_by_name(config: KernelConfig) -> None:
     with pytest.raises(ValueError, match=r"expected logits of 4 classes .*got 5; make the Meter"):
         cross_entropy(torch.zeros(2, 5), torch.tensor([0, 1]), meter=meter, config=config)
     assert not meter.counts.any()
-    with pytest.raises(NotImplementedError, match="fills loss, counts and correct@k alone"):
+    with pytest.raises(ValueError, match=r"expected logits of 4 classes .*got 6; make the Meter"):
         vocab_parallel_cross_entropy(
-            torch.zeros(2, 4), torch.tensor([0, 1]), ClassShard(0, 4), meter=meter
+            torch.zeros(2, 4), torch.tensor([0, 1]), ClassShard(0, 6), meter=meter
         )
 
 

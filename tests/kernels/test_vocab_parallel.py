@@ -26,7 +26,8 @@ from esper_kernels import (
 from esper_kernels.testing import assert_no_worse_than_eager
 from tests.helpers.linear_shards import TOPK as LINEAR_TOPK
 from tests.helpers.linear_shards import LinearCase, linear_cases
-from tests.helpers.vocab_parallel import SERVED, TOPK, Case, cases, sizes_of
+from tests.helpers.linear_shards import measuring as linear_measuring
+from tests.helpers.vocab_parallel import SERVED, TOPK, Case, cases, measuring, sizes_of
 
 pytestmark = pytest.mark.timeout(400)  # of all, so that they stay in one process with the fixture
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,15 @@ def test_every_rank_counts_the_whole_batch(found: Found) -> None:
             near(rank["meter"]["sums"], meter.sums, torch.float32, case.name)
 
 
+def test_every_rank_measures_the_whole_batch(found: Found) -> None:
+    for case, ranks in each_case(found):
+        meter = measuring(case.logits.shape[-1], TOPK)
+        cross_entropy(case.logits, case.targets, **case.options, meter=meter, config=EAGER)
+        for rank in ranks:
+            assert torch.equal(rank["measures"]["counts"], meter.counts), case.name
+            near(rank["measures"]["sums"], meter.sums, torch.float32, case.name)
+
+
 def test_shards_are_found_from_their_sizes(found: Found) -> None:
     for case, ranks in each_case(found):
         sizes = sizes_of(case.name, case.logits.shape[-1], len(found))
@@ -140,9 +150,9 @@ def test_shards_are_found_from_their_sizes(found: Found) -> None:
             assert rank["shard"] == (sum(sizes[:number]), case.logits.shape[-1])
 
 
-def test_a_loss_takes_one_collective_with_a_meter_two_and_its_gradient_none(found: Found) -> None:
+def test_a_loss_takes_up_to_three_collectives_and_its_gradient_none(found: Found) -> None:
     for case, ranks in each_case(found):
-        assert [rank["collectives"] for rank in ranks] == [[2, 0, 1]] * len(found), case.name
+        assert [rank["collectives"] for rank in ranks] == [[2, 0, 1, 3]] * len(found), case.name
 
 
 def test_dtensors_give_their_shard_and_receive_the_gradient(found: Found) -> None:
@@ -195,6 +205,21 @@ def test_the_linear_form_counts_the_whole_batch_on_every_rank(found: Found) -> N
         for rank in found:
             assert torch.equal(rank[case.name]["meter"]["counts"], meter.counts), case.name
             near(rank[case.name]["meter"]["sums"], meter.sums, torch.float32, case.name)
+
+
+def test_the_linear_form_measures_the_whole_batch(found: Found) -> None:
+    for case in linear_cases(SERVED):
+        meter = linear_measuring()
+        given = [None if x is None else x.double() for x in (case.hidden, case.weight, case.bias)]
+        hidden, weight, bias = given
+        assert hidden is not None
+        assert weight is not None
+        linear_cross_entropy(
+            hidden, weight, case.targets, bias=bias, **case.options, meter=meter, config=EAGER
+        )
+        for rank in found:
+            assert torch.equal(rank[case.name]["measures"]["counts"], meter.counts), case.name
+            near(rank[case.name]["measures"]["sums"], meter.sums, torch.float32, case.name)
 
 
 def test_the_linear_form_takes_two_collectives_per_chunk_and_one_for_hidden(found: Found) -> None:

@@ -21,7 +21,7 @@ from esper_kernels.ops.cross_entropy.reference import Options, refuse_bad_target
 from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.ops.linear_cross_entropy import arguments, op
 from esper_kernels.ops.linear_cross_entropy.reference import NO_TOTALS, Batch, Totals
-from esper_kernels.ops.vocab_parallel.shard import ClassShard, refuse_measures
+from esper_kernels.ops.vocab_parallel.shard import ClassShard
 
 _INSTEAD = "F.linear and F.cross_entropy"  # where derivatives or traces are refused
 
@@ -216,7 +216,6 @@ def _prepare(
     num_classes = len(weight)
     if shard is not None:
         arguments.check_divided(name, shard, weight)
-        refuse_measures(name, meter)
         num_classes = shard.num_classes
     dtype = arguments.compute_dtype(hidden)
     logits = arguments.logits_stand_in(hidden, weight, dtype)

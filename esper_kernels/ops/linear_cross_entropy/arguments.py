@@ -81,7 +81,7 @@ def check_batch(
     logits: Tensor, targets: Tensor, meter: Meter | None, options: Options, num_classes: int
 ) -> None:
     """What cross entropy checks. logits: a stand-in of their shape, dtype and device."""
-    checks.check_batch(logits, targets, meter)
+    checks.check_batch(logits, targets, meter, num_classes)
     checks.check_options(logits, options._asdict(), "class_weight", num_classes)
 
 

@@ -23,7 +23,7 @@ from esper_kernels.ops.cross_entropy.arguments import (
 from esper_kernels.ops.cross_entropy.reference import Forward, Options, refuse_bad_targets
 from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.ops.vocab_parallel.divided import DividedClasses
-from esper_kernels.ops.vocab_parallel.shard import ClassShard, check_shard, refuse_measures
+from esper_kernels.ops.vocab_parallel.shard import ClassShard, all_classes, check_shard
 
 __all__ = ["ClassShard", "vocab_parallel_cross_entropy", "vocab_parallel_cross_entropy_step"]
 _OP = "vocab_parallel_cross_entropy"
@@ -57,8 +57,9 @@ def vocab_parallel_cross_entropy(
 
     The other options, MixUp's too, are those of `cross_entropy`.
     All ranks of `shard.group` must call it, with the same options: it is one collective, with a
-    meter two. The backward pass needs none: each rank gets the gradient of its own logits, from a
-    `grad_output` that must be the same on every rank. A compiled graph breaks here.
+    meter two, and three with one that measures more. The backward pass needs none: each rank gets
+    the gradient of its own logits, from a `grad_output` that must be the same on every rank. A
+    compiled graph breaks here.
 
     Returns the same loss on every rank, as `cross_entropy` does. Raises as it does, before any
     communication, for what a rank can see by itself.
@@ -155,8 +156,7 @@ def _check(
         raise NotImplementedError(f"{name} is no part of a compiled graph; call it outside of one")
     checks.refuse_transforms(name, logits)
     backend = checks.choose_backend(_OP, logits, config, "logits")
-    refuse_measures(name, meter)
-    checks.check_batch(logits, targets, meter)
+    checks.check_batch(logits, targets, meter, all_classes(shard))
     check_shard(shard, logits.shape[-1], "logits")
     checks.check_options(logits, options._asdict(), num_classes=shard.num_classes)
     refuse_bad_targets(targets, shard.num_classes, options.ignore_index)

@@ -2,7 +2,8 @@
 
 Every rank has all rows and targets, and some classes. One collective brings seven numbers per row
 and rank together, from which every rank computes the same loss; where correct predictions are
-counted, another one first brings the logit of each row's target. The gradient needs none.
+counted, another one first brings the logit of each row's target. What a meter measures besides
+takes a third. The gradient needs none.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import reference
+from esper_kernels.ops.cross_entropy.measures import add_measures
 from esper_kernels.ops.cross_entropy.reference import Forward, Number, Options, RowSums
 from esper_kernels.ops.vocab_parallel import cpp, triton
 from esper_kernels.ops.vocab_parallel import reference as eager
+from esper_kernels.ops.vocab_parallel.measures import row_measures
 from esper_kernels.ops.vocab_parallel.shard import ClassShard, gathered
 
 _MODULES = {"eager": eager, "cpp": cpp, "triton": triton}
@@ -60,6 +63,12 @@ class DividedClasses:
         if meter is not None:
             finite = result.row_max.isfinite()
             reference.add_to_meter(meter, rows, finite, rank, loss_sum, weight_sum)
+            if meter.measures:
+                measured = rows.valid & finite
+                found = row_measures(
+                    logits, sums, measured, options.softcap, meter.measures, self.shard
+                )
+                add_measures(meter, rows.target, found)
         return result
 
     def backward(

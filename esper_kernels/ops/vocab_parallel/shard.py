@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from esper_kernels import checks
-from esper_kernels.meter import Meter
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -85,24 +84,20 @@ class ClassShard:
         return ClassShard(size * dist.get_rank(group), classes, group)
 
 
-def check_shard(shard: object, own_classes: int, name: str) -> None:
-    """That `own_classes` classes are a shard of all; name: what has them."""
+def all_classes(shard: ClassShard) -> int:
+    """How many classes all ranks hold together; TypeError for what is no shard."""
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard must be a ClassShard, got {checks.describe(shard)}")
-    most = shard.num_classes - shard.first
+    return shard.num_classes
+
+
+def check_shard(shard: object, own_classes: int, name: str) -> None:
+    """That `own_classes` classes are a shard of all; name: what has them."""
+    most = all_classes(shard) - shard.first
     if own_classes > most:
         raise ValueError(
             f"expected at most {most} classes from {shard.first} on, of {shard.num_classes} in "
             f"all, got {name} with {own_classes}"
-        )
-
-
-def refuse_measures(name: str, meter: object) -> None:
-    """NotImplementedError for a meter with measures, which no rank could take from its classes."""
-    if isinstance(meter, Meter) and meter.measures:
-        raise NotImplementedError(
-            f"{name} fills loss, counts and correct@k alone where classes are divided, got a Meter "
-            "with per_class, calibration_bins or entropy; leave these out"
         )
 
 
