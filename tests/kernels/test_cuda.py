@@ -590,7 +590,8 @@ def test_kernels_compile_for_gpus_without_spilling(source: str, architecture: in
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
     rows = cuda_resources.resources(source, architecture)
-    assert len(rows) == {"cross_entropy": 25, "token_logprobs": 6, "grad_stats": 2}[source]
+    kernels = {"cross_entropy": 25, "measures": 4, "token_logprobs": 6, "grad_stats": 2}
+    assert len(rows) == kernels[source]
     for row in rows:
         assert 0 < row["registers"] <= 255, row
         assert row["spilled_bytes"] == 0, row
