@@ -170,7 +170,7 @@ Plan plan_of(const LossRows& p, const Device& device) {
   const int64_t memory_for = device.shared_bytes_of_multiprocessor / (grid.shared_bytes + 1024);
   if (plan.kept && teams == 1 && memory_for == 1) plan.team = grid.threads = kManyThreads;
   const int64_t room =
-      std::min<int64_t>(plan.per_lane ? few_blocks(plan.per_lane) : kManyThreads / grid.threads, memory_for);
+      std::min<int64_t>(plan.per_lane ? kFewBlocks : kManyThreads / grid.threads, memory_for);
   const int64_t fit = std::max<int64_t>(1, device.multiprocessors * room / grid.cluster);
   const int64_t wanted_blocks = (p.rows + teams - 1) / teams;
   grid.blocks = static_cast<int>(std::max<int64_t>(1, std::min(wanted_blocks, fit))) * grid.cluster;

@@ -13,8 +13,14 @@ constexpr int kWarps = kManyThreads / kWarp;   // of a block, at most
 constexpr int kFewClasses = 256;               // up to which lanes have rows in registers
 constexpr int kAlonePerLane = 12;              // classes up to which a lane takes a row by itself
 constexpr int kFewPerLane = kFewClasses / 16;  // classes of a lane otherwise, at most
-// Blocks on a multiprocessor, at least: as many as leave each thread the registers that it needs.
-constexpr int few_blocks(int per_lane) { return per_lane <= kAlonePerLane ? 5 : 4; }
+// Blocks on a multiprocessor, at least. Compiled for Blackwell, lanes with 16 classes would spill at 5, and
+// for earlier GPUs at 4.
+constexpr int kFewBlocks = 5;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int few_blocks(int per_lane) { return per_lane <= kAlonePerLane ? kFewBlocks : 4; }
+#else
+constexpr int few_blocks(int) { return kFewBlocks; }
+#endif
 constexpr int kWordsOfWarp = 256;      // of rows up to which a warp takes a row by itself
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
 constexpr int kLargestCluster = 8;     // the largest that every chip with clusters supports
