@@ -91,7 +91,7 @@ def all_classes(shard: ClassShard) -> int:
     return shard.num_classes
 
 
-def check_shard(shard: object, own_classes: int, name: str) -> None:
+def check_shard(shard: ClassShard, own_classes: int, name: str) -> None:
     """That `own_classes` classes are a shard of all; name: what has them."""
     most = all_classes(shard) - shard.first
     if own_classes > most:
