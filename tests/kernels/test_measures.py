@@ -189,6 +189,9 @@ def test_three_rows_by_hand(config: KernelConfig) -> None:
     assert calibration is not None
     assert (calibration.rows, calibration.correct) == ((0, 0, 1, 2), (0, 0, 0, 1))
     assert calibration.confidence == pytest.approx((0, 0, 0.5, 1.5))
+    nan = math.nan
+    assert calibration.mean_confidence == pytest.approx((nan, nan, 0.5, 0.75), nan_ok=True)
+    assert calibration.accuracy == pytest.approx((nan, nan, 0.0, 0.5), nan_ok=True)
     assert calibration.ece == pytest.approx((0.5 + 0.5) / 3)
     assert calibration.mce == pytest.approx(0.5)
     assert calibration.brier == pytest.approx((2 / 16 + 2 / 4 + 18 / 16) / 3)
