@@ -17,6 +17,13 @@ from esper_train import get_task
 
 def main() -> None:
     dist.init_process_group("gloo")
+    train()
+    # The network must be gone by now. If it is the last to hold the group, it waits for a thread of
+    # the group, which may in turn wait for Python.
+    dist.destroy_process_group()
+
+
+def train() -> None:
     torch.manual_seed(0)
     splits = get_task("digits").load()
     data = TensorDataset(*splits.train)
@@ -37,7 +44,6 @@ def main() -> None:
         result = meter.compute()
         if dist.get_rank() == 0:
             print(f"epoch {epoch}: {result.valid} rows, {result.accuracy:.1%} right")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
