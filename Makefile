@@ -18,7 +18,7 @@ TEST_PROCESSES ?= auto
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TORCHINDUCTOR_COMPILE_THREADS=1 \
 	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal
 
-.PHONY: run test test-all test-long lint format docs wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
+.PHONY: run test test-all test-long test-arm lint format docs wheel table compat gpu gpu-correct gpu-speed gpu-why gpu-prepare size clean
 
 run: $(READY)
 	$(BIN)/esper-train grow
@@ -32,6 +32,10 @@ test-all: test
 # By hand and before a release: every value instead of a sample, with the figures that these tests print.
 test-long: $(READY)
 	$(PYTEST) -m long -rP
+
+# The CPU kernels on aarch64, in an emulator. On Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static
+test-arm: $(READY)
+	$(BIN)/python -m pytest tests/kernels/test_arm.py -rs
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,8 +7,9 @@
 Every shape is measured twice, each time in a new process: with the C library's default
 allocation, which is what users get, and with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_
 raised, which is eager torch at its best. Rounds alternate between the candidates, and medians are
-reported. A shape is timed only after its gradient and counts agree with eager torch's. Figures of
-all shapes together are written to results/cpu.json.
+reported. A shape is timed only after its gradient and counts agree with eager torch's. Then the
+instructions per logit are printed, as `python -m benchmarks instructions` does. Figures of all
+shapes together are written to results/cpu-PROCESSOR.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import record, timing
+from benchmarks import instructions, record, timing
 from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 
 SHAPES = (
@@ -237,7 +238,8 @@ def main() -> None:
         print(show(rows[-1:]).splitlines()[-1], flush=True)
     print(f"\n{table(rows)}\n\n{grad_table(rows)}")
     if not options.shapes:
-        print(f"\n{record.write('cpu', rows)}")
+        print(f"\n{instructions.table(instructions.measure())}")
+        print(f"\n{record.write(f'cpu-{record.machine_name()}', rows)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from benchmarks import (
     growth,
     host_time,
     hosts,
+    instructions,
     linear,
     linear_run,
     logprobs,
@@ -55,6 +56,7 @@ def observation_table() -> str:
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "cpu in short": ("cpu", cpu.short_table),
     "cpu": ("cpu", cpu.table),
+    "cpu instructions": ("instructions", instructions.table),
     "gradient statistics": ("cpu", cpu.grad_table),
     "linear": ("linear", linear.table),
     "linear run": ("linear-run", linear_run.table),
@@ -75,6 +77,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "sass purposes": ("sass", sass.by_purpose),
 }
 """The results and the function that make each table."""
+BY_MACHINE = {"cpu", "gradient statistics"}
+"""Tables of results with one file per machine, all of which are shown; of other tables the last."""
 DESCRIPTIONS: dict[str, Callable[[], str]] = {"observation": observation_table}
 """Tables that are made from the code alone."""
 BARS = {"eager PyTorch": ("eager", "#9aa5b1"), "torch.compile": ("compile", "#5b7c99")}
@@ -97,9 +101,12 @@ def _block(found: re.Match[str]) -> str:
             f"there is no table {name!r}; there are {', '.join(TABLES | DESCRIPTIONS)}"
         )
     results, table = TABLES[name]
-    measured = record.read(results)
-    lines = [f"<!-- {name} -->", table(measured["figures"]), "", caption(measured["environment"])]
-    return "\n".join([*lines, f"<!-- end of {name} -->"])
+    measured = record.of_machines(results) if results == "cpu" else [record.read(results)]
+    shown = [(table(found["figures"]), caption(found["environment"])) for found in measured]
+    if name not in BY_MACHINE:
+        shown = shown[:1]
+    lines = [line for made, under in shown for line in (made, "", under, "")][:-1]
+    return "\n".join([f"<!-- {name} -->", *lines, f"<!-- end of {name} -->"])
 
 
 def caption(environment: dict[str, Any]) -> str:
@@ -113,7 +120,8 @@ def caption(environment: dict[str, Any]) -> str:
 
 def speedups() -> tuple[list[str], dict[str, list[float]]]:
     """The shapes of the picture, and how many times faster a step is than each rival."""
-    rows = [row for row in record.read("cpu")["figures"] if not cpu.is_gradients(row)]
+    figures = record.of_machines("cpu")[0]["figures"]
+    rows = [row for row in figures if not cpu.is_gradients(row)]
     times = [row["default"]["microseconds"] for row in rows]
     factors = {name: [t[key] / t["out"] for t in times] for name, (key, _) in BARS.items()}
     return [cpu.label(row) for row in rows], factors

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,20 @@ def write(name: str, figures: Any, folder: Path = RESULTS) -> Path:
 def read(name: str) -> dict[str, Any]:
     """The committed results `NAME.json`: their `environment` and their `figures`."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def machine_name() -> str:
+    """The processor of this machine as part of a file name: "Intel(R) Xeon(R)" is intel-xeon."""
+    plain = re.sub(r"\((r|tm)\)", " ", _cpu_model().lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def of_machines(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The committed results `NAME-PROCESSOR.json`, those of the last measured machine first."""
+    paths = sorted(folder.glob(f"{name}-*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found.sort(key=lambda results: str(results["environment"]["date"]), reverse=True)
     return found
 
 

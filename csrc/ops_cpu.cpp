@@ -12,6 +12,8 @@ namespace {
 
 void parallel_for(int64_t n, const Range& f) { torch::stable::parallel_for(0, n, 1, f); }
 
+Machine machine() { return {parallel_for, second_level_cache()}; }
+
 const Kernels& kernels_of(int64_t instruction_set) {
   const Kernels* found = kernels_at(instruction_set);
   if (!found) throw std::invalid_argument("esper: this machine or build lacks that instruction set");
@@ -24,14 +26,14 @@ struct Cpu {
 
   Cpu(const Tensor&, int64_t instruction_set) : kernels(kernels_of(instruction_set)) {}
   static void check(const LossCall&) {}
-  void cross_entropy(const LossCall& call) const { esper::cross_entropy(call, kernels, parallel_for); }
+  void cross_entropy(const LossCall& call) const { esper::cross_entropy(call, kernels, machine()); }
   void cross_entropy_backward(const LossCall& call, const Array& grad_output) const {
-    esper::cross_entropy_backward(call, grad_output, kernels, parallel_for);
+    esper::cross_entropy_backward(call, grad_output, kernels, machine());
   }
-  void class_sums(const ClassSumsCall& call) const { esper::class_sums(call, kernels, parallel_for); }
-  void token_logprobs(const LogprobCall& call) const { esper::token_logprobs(call, kernels, parallel_for); }
+  void class_sums(const ClassSumsCall& call) const { esper::class_sums(call, kernels, machine()); }
+  void token_logprobs(const LogprobCall& call) const { esper::token_logprobs(call, kernels, machine()); }
   void grad_stats(const std::vector<Array>& tensors, const Number& inv_scale, const GradStatsOut& out) const {
-    esper::grad_stats(tensors, inv_scale.read(), out, kernels, parallel_for);
+    esper::grad_stats(tensors, inv_scale.read(), out, kernels, machine());
   }
 };
 

@@ -6,9 +6,10 @@
 
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/driver.h"
 
 namespace py = pybind11;
 
@@ -38,6 +39,46 @@ auto elementwise(void (*VectorFunctions::*function)(const From*, To*, int64_t)) 
   };
 }
 
+// In kThreads threads, each of which may do any part of the work.
+template <int kThreads>
+void parallel_for(int64_t n, const esper::Range& f) {
+  std::vector<std::thread> threads;
+  for (int i = 1; i < kThreads; ++i) threads.emplace_back([&] { f(0, n); });
+  f(0, n);
+  for (std::thread& thread : threads) thread.join();
+}
+
+esper::ParallelFor in_threads(int threads) {
+  if (threads == 1) return parallel_for<1>;
+  if (threads == 2) return parallel_for<2>;
+  if (threads == 5) return parallel_for<5>;
+  throw std::invalid_argument("expected 1, 2 or 5 threads");
+}
+
+// The gradient and the loss of mean cross entropy, on a machine with such caches and threads.
+py::tuple cross_entropy(const Array<float>& logits, const Array<int64_t>& targets,
+                        const std::string& instruction_set, int64_t cache_bytes, int threads) {
+  const esper::Kernels* kernels = esper::find_kernels(instruction_set.c_str());
+  if (!kernels || logits.ndim() != 2) throw std::invalid_argument("expected kernels and a matrix");
+  const int64_t rows = logits.shape(0), classes = logits.shape(1);
+  const int64_t sizes[] = {rows, classes}, strides[] = {classes, 1}, one[] = {1};
+  Array<float> out({rows, classes}), loss(std::vector<py::ssize_t>{1});
+  const auto array = [](const void* data, int64_t dims, const int64_t* shape, const int64_t* steps,
+                        esper::Dtype dtype, int64_t room) {
+    return esper::Array{const_cast<void*>(data), dims, shape, steps, dtype, room};
+  };
+  esper::LossCall call{
+      array(logits.data(), 2, sizes, strides, esper::kFloat32, logits.nbytes()),
+      array(targets.data(), 1, sizes, one, esper::kInt64, targets.nbytes()),
+      {},
+  };
+  call.loss = array(loss.data(), 0, nullptr, nullptr, esper::kFloat32, loss.nbytes());
+  call.out = array(out.data(), 2, sizes, strides, esper::kFloat32, out.nbytes());
+  esper::check(call);
+  esper::cross_entropy(call, *kernels, {in_threads(threads), cache_bytes});
+  return py::make_tuple(out, loss);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cpp, m) {
@@ -46,6 +87,10 @@ PYBIND11_MODULE(cpp, m) {
   const auto def = [&m](const char* name, auto function) {
     m.def(name, function, py::arg("x").noconvert(), py::arg("instruction_set"));
   };
+  m.def("cross_entropy", cross_entropy,
+        "The gradient and the loss, on a machine with such caches and threads.",
+        py::arg("logits").noconvert(), py::arg("targets").noconvert(), py::arg("instruction_set"),
+        py::arg("cache_bytes"), py::arg("threads"));
   def("exp", elementwise(&VectorFunctions::exp));
   def("log", elementwise(&VectorFunctions::log));
   def("tanh", elementwise(&VectorFunctions::tanh));

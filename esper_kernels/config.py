@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
-INSTRUCTION_SETS = ("auto", "avx512", "avx2", "baseline")  # in the order of csrc/cpu/driver.h
+INSTRUCTION_SETS = ("auto", "avx512bf16", "avx512", "avx2", "baseline")  # as in csrc/cpu/driver.h
 REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/call.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of logits and of gradients
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -18,8 +18,9 @@ class KernelConfig:
 
     backend: "auto" takes the first of the device's backends that can serve the call; a name takes
         that one, or raises ValueError with the reason. Unknown names raise ValueError here.
-    instruction_set: for the `cpp` backend: "auto" takes the best that this machine has; "avx512",
-        "avx2" or "baseline" takes that one, or raises ValueError if the machine or build lacks it.
+    instruction_set: for the `cpp` backend: "auto" takes the best that this machine has;
+        "avx512bf16", "avx512", "avx2" or "baseline" takes that one, or raises ValueError if the
+        machine or build lacks it.
     """
 
     backend: str = "auto"

@@ -64,7 +64,7 @@ libtorch, library = sys.argv[1:]
 ctypes.CDLL(libtorch, mode=ctypes.RTLD_GLOBAL)
 ops = ctypes.CDLL(library)
 ops.esper_has_instruction_set.restype = ctypes.c_bool
-names = ("auto", "avx512", "avx2", "baseline")
+names = ("auto", "avx512bf16", "avx512", "avx2", "baseline")
 print(*(n for i, n in enumerate(names) if i and ops.esper_has_instruction_set(ctypes.c_int64(i))))
 """
 

@@ -9,6 +9,7 @@
 
 namespace esper::avx2 {
 #include "simd.inc"
+#include "elements.inc"
 #include "cross_entropy.inc"
 #include "tiles.inc"
 #include "class_sums.inc"

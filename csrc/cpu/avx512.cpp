@@ -10,6 +10,7 @@
 
 namespace esper::avx512 {
 #include "simd.inc"
+#include "elements.inc"
 #include "cross_entropy.inc"
 #include "tiles.inc"
 #include "class_sums.inc"

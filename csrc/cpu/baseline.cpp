@@ -10,6 +10,7 @@
 #define ESPER_LEVEL 1
 namespace esper::baseline {
 #include "simd.inc"
+#include "elements.inc"
 #include "cross_entropy.inc"
 #include "tiles.inc"
 #include "class_sums.inc"

@@ -1,9 +1,15 @@
 #include <cstring>
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
 namespace esper {
 #if defined(__x86_64__)
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -16,7 +22,7 @@ extern const Kernels kernels;
 }
 
 const Kernels* const* available_kernels() {
-  static const Kernels* sets[4] = {};
+  static const Kernels* sets[5] = {};
   [[maybe_unused]] static const bool filled = [] {
     const Kernels** next = sets;
 #if defined(__x86_64__)
@@ -24,6 +30,7 @@ const Kernels* const* available_kernels() {
                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
     const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (v3 && v4 && __builtin_cpu_supports("avx512bf16")) *next++ = &avx512bf16::kernels;
     if (v3 && v4) *next++ = &avx512::kernels;
     if (v3) *next++ = &avx2::kernels;
 #endif
@@ -31,6 +38,15 @@ const Kernels* const* available_kernels() {
     return true;
   }();
   return sets;
+}
+
+int64_t second_level_cache() {
+  constexpr int64_t kUsual = 512 << 10;  // where the system does not say
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);  // once: it may ask the processor
+  if (size > 0) return size;
+#endif
+  return kUsual;
 }
 
 const Kernels* find_kernels(const char* name) {

@@ -1,5 +1,7 @@
+// Long file: how a call is split among threads, and what it adds to a meter or to gradient statistics.
 #include "driver.h"
 
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <stdexcept>
@@ -13,20 +15,32 @@ constexpr int64_t kSerial = 65536;
 // Gradients larger than this are stored past the caches, which could not hold them until they are read.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-// Calls f(block, scratch) for each block, in parallel unless `serial`.
+// Calls f(block, next, scratch) for each block, in parallel unless `serial`; `next` is the block that the
+// same thread does after it, or any number from `blocks` on. Threads take pieces of the work as they become
+// free, so that none waits long for another whose core is busy.
 template <class F>
-void for_blocks(int64_t blocks, bool serial, int64_t scratch_size, ParallelFor parallel_for, const F& f) {
-  const auto range = [&](int64_t begin, int64_t end) {
+void for_blocks(int64_t blocks, bool serial, int64_t scratch_size, const Machine& machine, const F& f) {
+  constexpr int64_t kPieces = 256;
+  const int64_t piece = (blocks + kPieces - 1) / kPieces;
+  std::atomic<int64_t> taken{0};
+  const auto work = [&](int64_t, int64_t) {
     thread_local std::unique_ptr<float[]> scratch;  // reused, because fresh pages cost more than the kernel
     thread_local int64_t size = 0;
     if (size < scratch_size) {
       scratch.reset(new float[scratch_size]);
       size = scratch_size;
     }
-    for (int64_t block = begin; block < end; ++block) f(block, scratch.get());
+    int64_t begin = taken.fetch_add(piece);
+    while (begin < blocks) {
+      const int64_t end = begin + piece < blocks ? begin + piece : blocks;
+      const int64_t then = taken.fetch_add(piece);  // known this early, so that it can be prefetched
+      for (int64_t block = begin; block < end; ++block)
+        f(block, block + 1 < end ? block + 1 : then, scratch.get());
+      begin = then;
+    }
   };
-  if (serial) return range(0, blocks);
-  parallel_for(blocks, range);
+  if (serial) return work(0, blocks);
+  machine.parallel_for(blocks, work);
 }
 
 // What a batch adds to a meter.
@@ -93,19 +107,24 @@ Sums scan_targets(const LossRows& p) {
   return with_targets(p, [&](const auto* targets) { return scan(targets, p); });
 }
 
+// The rows of a block of `step` rows.
+RowRange rows_at(const LossRows& p, int64_t step, int64_t block, int64_t next) {
+  const int64_t begin = block * step, end = begin + step < p.rows ? begin + step : p.rows;
+  return {begin, end, next * step < p.rows ? next * step : end - 1};
+}
+
 // Runs the kernels over all rows; adds their losses and counts to those of the targets.
-Sums run(const Kernels& kernels, ParallelFor parallel_for, const CrossEntropy& p, bool count, Sums sums) {
+Sums run(const Kernels& kernels, const Machine& machine, const CrossEntropy& p, bool count, Sums sums) {
   const bool tiled = is_tiled(p);
   const int64_t step = tiled ? rows_per_tile(p.classes) : rows_per_block(p.classes);
   const int64_t blocks = (p.rows + step - 1) / step;
-  const int64_t scratch_floats = scratch_size(p.classes) + (tiled ? step * tile_width(p.classes) : 0);
+  const int64_t scratch_floats = scratch_size(p.classes, p.kept) + (tiled ? step * tile_width(p.classes) : 0);
   const int64_t columns = 1 + p.num_topk;
   std::vector<double> loss(blocks);
   std::vector<int64_t> counts(count ? blocks * columns : 0);
-  for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_floats, parallel_for,
-             [&](int64_t block, float* scratch) {
-               const int64_t begin = block * step, end = begin + step < p.rows ? begin + step : p.rows;
-               kernels.cross_entropy(p, begin, end, scratch, &loss[block],
+  for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_floats, machine,
+             [&](int64_t block, int64_t next, float* scratch) {
+               kernels.cross_entropy(p, rows_at(p, step, block, next), scratch, &loss[block],
                                      count ? &counts[block * columns] : nullptr);
              });
   for (double x : loss) sums.loss += x;
@@ -120,7 +139,7 @@ bool exceeds_caches(const LossRows& p) {
 }
 
 // What both passes have in common.
-CrossEntropy start(const LossCall& call, const Array* grad_output) {
+CrossEntropy start(const LossCall& call, const Array* grad_output, const Machine& machine) {
   CrossEntropy p{rows_of(call, grad_output)};
   p.smoothing = call.numbers.label_smoothing.read();
   p.z_loss = call.numbers.z_loss.read();
@@ -132,6 +151,7 @@ CrossEntropy start(const LossCall& call, const Array* grad_output) {
     p.weight_sum = sum;
   }
   p.stream = exceeds_caches(p);
+  p.kept = kept_classes(machine.cache_bytes);
   return p;
 }
 
@@ -223,8 +243,8 @@ const Kernels* kernels_at(int64_t instruction_set) {
   return known ? find_kernels(kInstructionSets[instruction_set]) : nullptr;
 }
 
-void cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor parallel_for) {
-  CrossEntropy p = start(call, nullptr);
+void cross_entropy(const LossCall& call, const Kernels& kernels, const Machine& machine) {
+  CrossEntropy p = start(call, nullptr, machine);
   require_second(p);
   const Sums targets = scan_targets(p);
   double denominator = 1;
@@ -235,7 +255,7 @@ void cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor par
   p.scale = call.numbers.grad_scale.read() / denominator;
   const MeasurePlan plan = measures_of(call);
   const MeasuredRows measured(plan, p);
-  const Sums sums = run(kernels, parallel_for, p, call.counts.has_value(), targets);
+  const Sums sums = run(kernels, machine, p, call.counts.has_value(), targets);
 
   if (call.loss && call.reduction != kNone) {
     const double loss = denominator == 0 ? std::nan("") : sums.loss / denominator;
@@ -250,8 +270,8 @@ void cross_entropy(const LossCall& call, const Kernels& kernels, ParallelFor par
 }
 
 void cross_entropy_backward(const LossCall& call, const Array& grad_output, const Kernels& kernels,
-                            ParallelFor parallel_for) {
-  CrossEntropy p = start(call, &grad_output);
+                            const Machine& machine) {
+  CrossEntropy p = start(call, &grad_output, machine);
   require_second(p);
   const double denominator = *p.saved_denominator;
   p.zero = denominator == 0;
@@ -260,36 +280,34 @@ void cross_entropy_backward(const LossCall& call, const Array& grad_output, cons
     p.scale = *p.scale_of_row / denominator;
     p.scale_of_row = nullptr;
   }
-  run(kernels, parallel_for, p, false, {});
+  run(kernels, machine, p, false, {});
 }
 
-void class_sums(const ClassSumsCall& call, const Kernels& kernels, ParallelFor parallel_for) {
-  ClassSums p{start(call.batch, nullptr)};
+void class_sums(const ClassSumsCall& call, const Kernels& kernels, const Machine& machine) {
+  ClassSums p{start(call.batch, nullptr, machine)};
   require_second(p);
   scan_targets(p);
   p.target_logits = call.target_logits ? static_cast<const float*>(call.target_logits->data) : nullptr;
   p.sums = static_cast<double*>(call.sums.data);
   const int64_t step = rows_per_block(p.classes), blocks = (p.rows + step - 1) / step;
-  for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_size(p.classes), parallel_for,
-             [&](int64_t block, float* scratch) {
-               const int64_t begin = block * step;
-               kernels.class_sums(p, begin, begin + step < p.rows ? begin + step : p.rows, scratch);
+  for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_size(p.classes, 0), machine,
+             [&](int64_t block, int64_t next, float* scratch) {
+               kernels.class_sums(p, rows_at(p, step, block, next), scratch);
              });
 }
 
-void token_logprobs(const LogprobCall& call, const Kernels& kernels, ParallelFor parallel_for) {
+void token_logprobs(const LogprobCall& call, const Kernels& kernels, const Machine& machine) {
   TokenLogprobs p{rows_of(call)};
   scan_targets(p);
   p.stream = exceeds_caches(p);
   const int64_t step = rows_per_block(p.classes), blocks = (p.rows + step - 1) / step;
-  for_blocks(blocks, p.rows * p.classes <= kSerial, 0, parallel_for, [&](int64_t block, float*) {
-    const int64_t begin = block * step;
-    kernels.token_logprobs(p, begin, begin + step < p.rows ? begin + step : p.rows);
+  for_blocks(blocks, p.rows * p.classes <= kSerial, 0, machine, [&](int64_t block, int64_t next, float*) {
+    kernels.token_logprobs(p, rows_at(p, step, block, next));
   });
 }
 
 void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradStatsOut& out,
-                const Kernels& kernels, ParallelFor parallel_for) {
+                const Kernels& kernels, const Machine& machine) {
   constexpr int64_t kPiece = 16384;
   struct Piece {
     int64_t tensor, begin, size;
@@ -312,7 +330,7 @@ void grad_stats(const std::vector<Array>& tensors, double inv_scale, const GradS
     seen += pieces[i].size;
   }
   std::vector<GradChunk> found(pieces.size());
-  for_blocks(shares, shares <= 1, 0, parallel_for, [&](int64_t share, float*) {
+  for_blocks(shares, shares <= 1, 0, machine, [&](int64_t share, int64_t, float*) {
     for (int64_t i = first[share]; i < first[share + 1]; ++i) {
       const Piece& piece = pieces[i];
       const Array& x = tensors[piece.tensor];

@@ -20,8 +20,9 @@ struct CrossEntropy : LossRows {
   const int64_t* topk;
   // The gradient of the sum of row losses is multiplied by scale, and by scale_of_row if that is given.
   float scale;
-  bool zero;    // write a gradient of 0, even for rows that are not finite
-  bool stream;  // store the gradient past the caches
+  bool zero;     // write a gradient of 0, even for rows that are not finite
+  bool stream;   // store the gradient past the caches
+  int64_t kept;  // the exponentials of so many classes of a row fit the scratch; a multiple of kLargestChunk
 };
 
 // Likewise a call of class_sums.
@@ -35,10 +36,19 @@ struct TokenLogprobs : LogprobRows {
   bool stream;
 };
 
-// The exponentials of the first kKept classes of a row are kept in a thread's scratch, in floats; those of
-// later classes are computed twice. So a thread needs at most 256 KiB, whatever the number of classes.
-constexpr int64_t kKept = 65536;
-constexpr int64_t kSmallestChunk = 1024;  // the fewest classes per chunk on any instruction set
+// Rows [begin, end), and the row that the same thread reads after them.
+struct RowRange {
+  int64_t begin, end, next;
+};
+
+constexpr int64_t kSmallestChunk = 1024, kLargestChunk = 4096;  // classes per chunk, on any instruction set
+
+// How many exponentials of a row a thread keeps in its scratch, in floats, where its second-level cache holds
+// `cache_bytes`: at most half of that, so that the row and its gradient have room too. Those of later classes
+// are computed twice. It changes no bit of a result.
+inline int64_t kept_classes(int64_t cache_bytes) {
+  return cache_bytes / 2 / static_cast<int64_t>(sizeof(float)) / kLargestChunk * kLargestChunk;
+}
 
 // The functions that kernels are made of, on arrays: n elements from x to y. Half-precision numbers are given
 // as their bits.
@@ -54,20 +64,18 @@ struct VectorFunctions {
 
 struct Kernels {
   const char* name;
-  // Rows [begin, end). scratch: scratch_size floats. counts: rows that are not finite, then correct@k for
-  // each k of topk.
-  void (*cross_entropy)(const CrossEntropy&, int64_t begin, int64_t end, float* scratch, double* loss,
-                        int64_t* counts);
-  void (*class_sums)(const ClassSums&, int64_t begin, int64_t end, float* scratch);  // likewise
-  void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);          // rows [begin, end)
+  // scratch: scratch_size floats. counts: rows that are not finite, then correct@k for each k of topk.
+  void (*cross_entropy)(const CrossEntropy&, const RowRange&, float* scratch, double* loss, int64_t* counts);
+  void (*class_sums)(const ClassSums&, const RowRange&, float* scratch);  // likewise
+  void (*token_logprobs)(const TokenLogprobs&, const RowRange&);
   // n contiguous elements, each multiplied by inv_scale.
   GradChunk (*grad_chunk)(const void*, Dtype, int64_t n, double inv_scale);
   const VectorFunctions* vector_functions;  // null, except in the build for tests
 };
 
 // Floats of scratch: kept exponentials, and the maximum of each chunk of a row.
-inline int64_t scratch_size(int64_t classes) {
-  return (classes < kKept ? classes : kKept) + classes / kSmallestChunk + 64;
+inline int64_t scratch_size(int64_t classes, int64_t kept) {
+  return (classes < kept ? classes : kept) + classes / kSmallestChunk + 64;
 }
 
 // Rows per unit of work: fixed by the shape, so that sums do not depend on the number of threads.
@@ -91,5 +99,7 @@ inline int64_t tile_width(int64_t classes) { return classes / 16 * 16 + 32; }
 const Kernels* const* available_kernels();
 // The named one, the best for "auto", or null.
 const Kernels* find_kernels(const char* name);
+// Bytes of the second-level cache of a core.
+int64_t second_level_cache();
 
 }  // namespace esper

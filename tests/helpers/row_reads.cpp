@@ -48,7 +48,8 @@ int main(int, char** arguments) {
   check(sums);
   const Kernels* kernels = find_kernels("avx2");  // valgrind knows no AVX-512
   if (!kernels) kernels = find_kernels("baseline");
+  const Machine machine{serial, 1 << 20};
   for (int i = 0; i < calls; ++i)
-    kernel == 2 ? class_sums(sums, *kernels, serial) : token_logprobs(logprobs, *kernels, serial);
+    kernel == 2 ? class_sums(sums, *kernels, machine) : token_logprobs(logprobs, *kernels, machine);
   std::printf("%lld\n", static_cast<long long>(bytes));
 }

@@ -19,6 +19,7 @@ BACKENDS = {
     "cuda": ("cuda",),
     # These differ from the machine's best in their arithmetic only, so the quick tests leave them
     # out.
+    "cpp-avx512": ("cpu",),
     "cpp-avx2": ("cpu",),
     "cpp-baseline": ("cpu",),
 }

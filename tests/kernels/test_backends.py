@@ -140,7 +140,9 @@ def test_the_compiler_of_the_launcher_is_a_constant_to_torch_compile() -> None:
 
 
 def test_instruction_set_is_one_of_the_machine_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"'auto', 'avx512', 'avx2', 'baseline'.*got 'sse'"):
+    with pytest.raises(
+        ValueError, match=r"'auto', 'avx512bf16', 'avx512', 'avx2', 'baseline'.*got 'sse'"
+    ):
         KernelConfig(instruction_set="sse")
     assert "baseline" in native.INSTRUCTION_SETS
     monkeypatch.setattr(native, "INSTRUCTION_SETS", ("baseline",))

@@ -194,10 +194,10 @@ def test_info_names_the_instruction_sets_of_this_machine() -> None:
     if not flags.exists():
         pytest.skip("no /proc/cpuinfo here")
     has = set(flags.read_text(encoding="utf-8").split())
-    needs = {
-        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"}
-    }
-    needs |= {"avx2": {"avx2", "fma", "bmi2", "f16c"}, "baseline": set()}
+    avx2 = {"avx2", "fma", "bmi2", "f16c"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needs = {"avx512bf16": avx512 | {"avx512_bf16"}, "avx512": avx512, "avx2": avx2}
+    needs |= {"baseline": set()}
     names = tuple(name for name, wanted in needs.items() if wanted <= has)
     assert info().instruction_sets == INSTRUCTION_SETS == names
     assert f"CPU kernels: {', '.join(names)}\n" in str(info())

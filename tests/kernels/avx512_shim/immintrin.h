@@ -1,7 +1,8 @@
 // The AVX-512 instructions that csrc/cpu names, in plain code for a machine that has only AVX2. With this
-// folder first in the include path, csrc/cpu/avx512.cpp computes what it does on a machine with AVX-512.
+// folder first in the include path, csrc/cpu/avx512.cpp and avx512bf16.cpp compute what they do on a machine
+// with AVX-512.
 #pragma once
-#if ESPER_LEVEL != 4
+#if ESPER_LEVEL < 4
 #include_next <immintrin.h>  // the other instruction sets are compiled as they always are
 #else
 #pragma GCC reset_options
@@ -47,13 +48,6 @@ inline __m512 max_ps(__m512 x, __m512 y) {
   return a.vector();
 }
 
-inline __m512 scalef_ps(__m512 x, __m512 exponents) {  // x * 2^floor(exponent); of whole exponents here
-  Lanes<__m512, float> a(x), b(exponents);
-  for (int i = 0; i < 16; ++i)
-    a.lane[i] = b.lane[i] == b.lane[i] ? __builtin_ldexpf(a.lane[i], b.lane[i]) : b.lane[i];
-  return a.vector();
-}
-
 inline __m512 cvtph_ps(__m256i x) {
   __m256i in = x;
   __m512 out;
@@ -77,10 +71,63 @@ inline void stream_si512(void* memory, __m512i x) {
   _mm256_stream_si256(static_cast<__m256i*>(memory) + 1, halves[1]);
 }
 
+inline __m512i cvtepu16_epi32(__m256i x) {
+  __m512i out;
+  for (int half = 0; half < 2; ++half) {
+    const __m256i wide =
+        _mm256_cvtepu16_epi32(half ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x));
+    std::memcpy(reinterpret_cast<char*>(&out) + 32 * half, &wide, 32);
+  }
+  return out;
+}
+
+inline __m512i slli_epi32(__m512i x, int count) {
+  Lanes<__m512i, uint32_t> a(x);
+  for (uint32_t& lane : a.lane) lane <<= count;
+  return a.vector();
+}
+
+// The classes that csrc/cpu asks for together: denormals and NaN.
+inline uint16_t is_denormal_or_nan(__m512 x) {
+  const Lanes<__m512, uint32_t> a(x);
+  uint16_t mask = 0;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t magnitude = a.lane[i] & 0x7fffffff;
+    mask |= (magnitude > 0x7f800000 || (magnitude - 1) < 0x7fffff) << i;
+  }
+  return mask;
+}
+
+inline uint16_t cvtneps_pbh(uint32_t bits) {
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return bits >> 16 | 0x40;
+  if (magnitude < 0x800000) return bits >> 16 & 0x8000;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline __m256i cvtneps_pbh(__m512 x) {
+  const Lanes<__m512, uint32_t> a(x);
+  Lanes<__m256i, uint16_t> out{__m256i{}};
+  for (int i = 0; i < 16; ++i) out.lane[i] = cvtneps_pbh(a.lane[i]);
+  return out.vector();
+}
+
+inline __m512i cvtne2ps_pbh(__m512 upper, __m512 lower) {
+  const __m256i halves[2] = {cvtneps_pbh(lower), cvtneps_pbh(upper)};
+  __m512i out;
+  std::memcpy(&out, halves, sizeof out);
+  return out;
+}
+
 }  // namespace esper_shim
 
 #define _mm512_max_ps esper_shim::max_ps
-#define _mm512_scalef_ps esper_shim::scalef_ps
+#define _mm512_cvtepu16_epi32 esper_shim::cvtepu16_epi32
+#define _mm512_slli_epi32 esper_shim::slli_epi32
+#define _mm512_fpclass_ps_mask(x, classes) esper_shim::is_denormal_or_nan(x)
+#define _mm512_kortestz(a, b) (((a) | (b)) == 0)
+#define _mm512_cvtneps_pbh esper_shim::cvtneps_pbh
+#define _mm512_cvtne2ps_pbh esper_shim::cvtne2ps_pbh
 #define _mm512_cvtph_ps esper_shim::cvtph_ps
 #define _mm512_cvtps_ph(x, rounding) esper_shim::cvtps_ph(x)
 #define _mm512_stream_si512 esper_shim::stream_si512
