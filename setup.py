@@ -46,7 +46,7 @@ HEADERS = [
 # those that nvcc knows; newer GPUs compile from the last
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 CUDA_KERNELS = [
-    f"csrc/cuda/{name}.cu" for name in ("cross_entropy", "measures", "token_logprobs", "grad_stats")
+    f"csrc/cuda/{name}.cu" for name in ("cross_entropy", "token_logprobs", "grad_stats")
 ]
 CUDA_LIBRARIES = ["-ltorch", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDA_DEPENDS = [
@@ -59,6 +59,7 @@ CUDA_DEPENDS = [
             "driver",
             "cross_entropy_elements",
             "cross_entropy_few",
+            "cross_entropy_measures",
             "cross_entropy_rows",
             "rows",
             "simt",
