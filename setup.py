@@ -26,6 +26,7 @@ FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNELS = [
     "csrc/call.cpp",
     "csrc/cpu/driver.cpp",
+    "csrc/cpu/measures.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/avx512.cpp",
     "csrc/cpu/avx2.cpp",
@@ -35,6 +36,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # every torch from 2.1
 HEADERS = [
     "driver.h",
     "kernels.h",
+    "measures.h",
     "simd.inc",
     "cross_entropy.inc",
     "tiles.inc",

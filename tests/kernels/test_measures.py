@@ -263,16 +263,19 @@ def test_other_ops_fill_the_same_measures(config: KernelConfig, reduction: str) 
         torch.testing.assert_close(first.sums[3:], other.sums[3:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [10, 1000])
-def test_bits_do_not_depend_on_threads(classes: int) -> None:
-    logits, targets = batch(700, classes)
+@pytest.mark.parametrize(("rows", "classes"), [(700, 10), (700, 1000), (30_000, 3), (20_000, 40)])
+@pytest.mark.parametrize("confusion", [False, True])
+def test_bits_do_not_depend_on_threads(rows: int, classes: int, confusion: bool) -> None:
+    """Few rows and many, which threads add up in chunks."""
+    logits, targets = batch(rows, classes)
     found = []
+    plan = {"per_class": classes, "calibration_bins": 15, "entropy": True, "confusion": confusion}
     threads = torch.get_num_threads()
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             for backend in ("eager", "cpp"):
-                meter = Meter("cpu", per_class=classes, calibration_bins=15, entropy=True)
+                meter = Meter("cpu", **plan)
                 config = KernelConfig(backend=backend)
                 cross_entropy_step(logits, targets, meter, config=config)
                 found.append((meter.sums.view(torch.int64).tolist(), meter.counts.tolist()))
@@ -280,6 +283,9 @@ def test_bits_do_not_depend_on_threads(classes: int) -> None:
         torch.set_num_threads(threads)
     assert found[0] == found[2] == found[4]
     assert found[1] == found[3] == found[5]
+    places = 7 + (classes if confusion else 3) * classes  # bins may differ by a rounding
+    assert found[0][1][:places] == found[1][1][:places]
+    assert sum(found[0][1][places : places + 15]) == sum(found[1][1][places : places + 15])
 
 
 def test_state_survives_and_another_plan_is_refused() -> None:
