@@ -219,6 +219,30 @@ def test_what_is_not_measured_is_none_and_nothing_is_nan(config: KernelConfig) -
     assert result.per_class.support == (0, 0, 0)
 
 
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 4.0)])
+def test_rows_too_long_to_keep(
+    config: KernelConfig, dtype: torch.dtype, softcap: float | None
+) -> None:
+    """Triton reads them in pieces of 4,096 classes. They begin and end anywhere, the largest logits
+    are tied across pieces or at an end, and the largest of all comes late."""
+    classes = 9001
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(6, classes + 5, generator=generator) * 3).to(dtype)[:, 3:-2]
+    logits[0, 4000::4000] = 30
+    logits[1, -1] = 40
+    logits[2, [0, -2]] = 20
+    logits[3] = -torch.inf
+    logits[3, 8999] = 2
+    logits[4, ::2] = -torch.inf
+    targets = torch.tensor([4000, 7, 0, 8999, 5, -100])
+    meters = [Meter("cpu", per_class=classes, calibration_bins=7, entropy=True) for _ in range(2)]
+    cross_entropy(logits, targets, softcap=softcap, meter=meters[0], config=config)
+    eager = KernelConfig(backend="eager")
+    cross_entropy(logits.double(), targets, softcap=softcap, meter=meters[1], config=eager)
+    assert torch.equal(meters[0].counts, meters[1].counts)
+    torch.testing.assert_close(meters[0].sums[3:], meters[1].sums[3:], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("classes", [1, 5, 31, 32, 33, 5000])
 def test_one_class_and_masked_classes(config: KernelConfig, classes: int) -> None:
     """Where all other logits are -inf, the prediction is sure, and its margin is infinite."""
