@@ -26,6 +26,7 @@ FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNELS = [
     "csrc/call.cpp",
     "csrc/cpu/driver.cpp",
+    "csrc/cpu/measures.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/avx512bf16.cpp",
     "csrc/cpu/avx512.cpp",
@@ -36,6 +37,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # every torch from 2.1
 HEADERS = [
     "driver.h",
     "kernels.h",
+    "measures.h",
     "simd.inc",
     "elements.inc",
     "cross_entropy.inc",
@@ -48,7 +50,7 @@ HEADERS = [
 # those that nvcc knows; newer GPUs compile from the last
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 CUDA_KERNELS = [
-    f"csrc/cuda/{name}.cu" for name in ("cross_entropy", "measures", "token_logprobs", "grad_stats")
+    f"csrc/cuda/{name}.cu" for name in ("cross_entropy", "token_logprobs", "grad_stats")
 ]
 CUDA_LIBRARIES = ["-ltorch", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDA_DEPENDS = [
@@ -61,6 +63,7 @@ CUDA_DEPENDS = [
             "driver",
             "cross_entropy_elements",
             "cross_entropy_few",
+            "cross_entropy_measures",
             "cross_entropy_rows",
             "rows",
             "simt",

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import record
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("cross_entropy", "measures", "token_logprobs", "grad_stats")
+SOURCES = ("cross_entropy", "token_logprobs", "grad_stats")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # What the assembler reports about one kernel.
 _KERNEL = re.compile(

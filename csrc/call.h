@@ -162,6 +162,14 @@ ESPER_ANYWHERE inline int64_t target_of(const LossRows& p, int64_t i) {
   return static_cast<const uint8_t*>(p.targets)[i];
 }
 
+// Calls f with the targets, of their type.
+template <class F>
+auto with_targets(const LossRows& p, const F& f) {
+  if (p.target_bytes == 8) return f(static_cast<const int64_t*>(p.targets));
+  if (p.target_bytes == 4) return f(static_cast<const int32_t*>(p.targets));
+  return f(static_cast<const uint8_t*>(p.targets));
+}
+
 ESPER_ANYWHERE inline bool is_valid(const LossRows& p, int64_t target) {
   return target != p.ignore_index && target >= 0 && target < p.all_classes;
 }

@@ -27,7 +27,7 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CUDA_TYPES = {"float32": "float", "bfloat16": "__nv_bfloat16", "float16": "__half"}
 _TRITON_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _CSRC = cuda_resources.ROOT / "csrc"
-_LINKED = ("call.cpp", "cuda/driver.cpp", "cuda/measures.cu")  # what cross_entropy.cu calls
+_LINKED = ("call.cpp", "cuda/driver.cpp")  # what cross_entropy.cu calls
 _PIECE = 32768  # elements: kPieceElements of grad_stats.cu
 
 
@@ -159,7 +159,7 @@ def _plans() -> dict[int, list[_Plan]]:
 
 def _cuda_subject(plan: _Plan, capped: bool, codes: dict[str, Code], sm: int) -> Subject:
     """The kernel is chosen as `kernel_of` does it in cross_entropy.cu."""
-    start = f"{_CUDA_TYPES[plan.dtype]}, {str(capped).lower()}"
+    start = f"State, {_CUDA_TYPES[plan.dtype]}, {str(capped).lower()}"  # without measures
     whole: dict[str, Any] = {}
     if plan.per_lane:
         alone = str(plan.per_lane == 12).lower()  # kAlonePerLane

@@ -18,7 +18,7 @@ int main(int count, char** arguments) {
       p.classes = number(i);
       p.dtype = dtype;
       p.out = gradient;
-      const Plan plan = plan_of(p, device);
+      const Plan plan = plan_of(p, device, kSharedBytes<State>);
       std::printf("%s %d %d %d %d %d %d %d\n",
                   dtype == esper::kFloat32    ? "float32"
                   : dtype == esper::kBFloat16 ? "bfloat16"

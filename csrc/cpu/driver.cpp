@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "measures.h"
+
 namespace esper {
 namespace {
 
@@ -95,14 +97,6 @@ void require_second(const LossRows& p) {
       throw std::invalid_argument("esper: expected second targets that are classes");
 }
 
-// Calls f with the targets, of their type.
-template <class F>
-auto with_targets(const LossRows& p, const F& f) {
-  if (p.target_bytes == 8) return f(static_cast<const int64_t*>(p.targets));
-  if (p.target_bytes == 4) return f(static_cast<const int32_t*>(p.targets));
-  return f(static_cast<const uint8_t*>(p.targets));
-}
-
 Sums scan_targets(const LossRows& p) {
   return with_targets(p, [&](const auto* targets) { return scan(targets, p); });
 }
@@ -114,7 +108,8 @@ RowRange rows_at(const LossRows& p, int64_t step, int64_t block, int64_t next) {
 }
 
 // Runs the kernels over all rows; adds their losses and counts to those of the targets.
-Sums run(const Kernels& kernels, const Machine& machine, const CrossEntropy& p, bool count, Sums sums) {
+Sums run(const Kernels& kernels, const Machine& machine, const CrossEntropy& p, bool count, Sums sums,
+         MeasuredRows& measured) {
   const bool tiled = is_tiled(p);
   const int64_t step = tiled ? rows_per_tile(p.classes) : rows_per_block(p.classes);
   const int64_t blocks = (p.rows + step - 1) / step;
@@ -122,10 +117,13 @@ Sums run(const Kernels& kernels, const Machine& machine, const CrossEntropy& p, 
   const int64_t columns = 1 + p.num_topk;
   std::vector<double> loss(blocks);
   std::vector<int64_t> counts(count ? blocks * columns : 0);
+  measured.expect(blocks, step);
   for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_floats, machine,
              [&](int64_t block, int64_t next, float* scratch) {
-               kernels.cross_entropy(p, rows_at(p, step, block, next), scratch, &loss[block],
+               const RowRange rows = rows_at(p, step, block, next);
+               kernels.cross_entropy(p, rows, scratch, &loss[block],
                                      count ? &counts[block * columns] : nullptr);
+               measured.add_block(block, rows.begin, rows.end);
              });
   for (double x : loss) sums.loss += x;
   sums.counts.assign(columns, 0);
@@ -153,73 +151,6 @@ CrossEntropy start(const LossCall& call, const Array* grad_output, const Machine
   p.stream = exceeds_caches(p);
   p.kept = kept_classes(machine.cache_bytes);
   return p;
-}
-
-// The measures of each row, on their way from the kernels to the accumulators of a meter.
-struct MeasuredRows {
-  std::unique_ptr<int32_t[]> predicted;
-  std::unique_ptr<float[]> values;
-
-  // Memory for a call that takes measures.
-  MeasuredRows(const MeasurePlan& plan, LossRows& p) {
-    if (!plan.any()) return;
-    predicted.reset(new int32_t[p.rows]);
-    values.reset(new float[kNumRowMeasures * p.rows]);
-    p.predicted = predicted.get();
-    p.row_measures = values.get();
-    p.wants_entropy = plan.entropy;
-  }
-};
-
-// In an order that only n decides.
-double sum_of(const float* x, int64_t n) {
-  constexpr int kLanes = 8;
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
-  for (; i < n; ++i) lanes[i % kLanes] += x[i];
-  double sum = 0;
-  for (const double lane : lanes) sum += lane;
-  return sum;
-}
-
-// Calls f(i, target, predicted) for each row that is measured.
-template <class F>
-void for_measured(const LossRows& p, const F& f) {
-  with_targets(p, [&](const auto* targets) {
-    for (int64_t i = 0; i < p.rows; ++i)
-      if (p.predicted[i] >= 0) f(i, static_cast<int64_t>(targets[i]), p.predicted[i]);
-  });
-}
-
-// Adds the measures of all rows to where a meter has room for them. One thread: a row takes a few
-// nanoseconds.
-void add_measures(const MeasurePlan& plan, const LossRows& p, double* sums, int64_t* counts) {
-  for (int k = kNll; k < (plan.entropy ? kNumRowMeasures : kEntropy); ++k)
-    sums[k - kNll] += sum_of(p.row_measures + k * p.rows, p.rows);
-  const int64_t classes = plan.per_class, bins = plan.bins;
-  if (plan.confusion) {
-    for_measured(
-        p, [&](int64_t, int64_t target, int64_t predicted) { counts[target * classes + predicted] += 1; });
-  } else if (classes) {
-    int64_t *const support = counts, *const correct = counts + classes, *const chosen = correct + classes;
-    for_measured(p, [&](int64_t, int64_t target, int64_t predicted) {
-      support[target] += 1;
-      correct[target] += predicted == target;
-      chosen[predicted] += 1;
-    });
-  }
-  if (!bins) return;
-  const float *const confidence = p.row_measures + kConfidence * p.rows, scale = bins;
-  double* const confidence_sum = sums + (kNumRowMeasures - kNll);
-  int64_t *const rows = counts + plan.num_class_counts(), *const correct = rows + bins;
-  for_measured(p, [&](int64_t i, int64_t target, int64_t predicted) {
-    const int64_t scaled = confidence[i] * scale, bin = scaled < bins ? scaled : bins - 1;
-    rows[bin] += 1;
-    correct[bin] += predicted == target;
-    confidence_sum[bin] += confidence[i];
-  });
 }
 
 void add_to_meter(const LossCall& call, const Sums& seen) {
@@ -253,9 +184,8 @@ void cross_entropy(const LossCall& call, const Kernels& kernels, const Machine& 
   p.topk = call.topk.data();
   p.zero = denominator == 0;
   p.scale = call.numbers.grad_scale.read() / denominator;
-  const MeasurePlan plan = measures_of(call);
-  const MeasuredRows measured(plan, p);
-  const Sums sums = run(kernels, machine, p, call.counts.has_value(), targets);
+  MeasuredRows measured(measures_of(call), p);
+  const Sums sums = run(kernels, machine, p, call.counts.has_value(), targets, measured);
 
   if (call.loss && call.reduction != kNone) {
     const double loss = denominator == 0 ? std::nan("") : sums.loss / denominator;
@@ -264,9 +194,8 @@ void cross_entropy(const LossCall& call, const Kernels& kernels, const Machine& 
   if (p.saved_denominator) *p.saved_denominator = denominator;
   if (!call.counts) return;
   add_to_meter(call, sums);
-  if (plan.any())
-    add_measures(plan, p, static_cast<double*>(call.sums->data) + kNumSums,
-                 static_cast<int64_t*>(call.counts->data) + kFirstCorrect + call.topk.size());
+  measured.add_to_meter(static_cast<double*>(call.sums->data) + kNumSums,
+                        static_cast<int64_t*>(call.counts->data) + kFirstCorrect + call.topk.size());
 }
 
 void cross_entropy_backward(const LossCall& call, const Array& grad_output, const Kernels& kernels,
@@ -280,7 +209,8 @@ void cross_entropy_backward(const LossCall& call, const Array& grad_output, cons
     p.scale = *p.scale_of_row / denominator;
     p.scale_of_row = nullptr;
   }
-  run(kernels, machine, p, false, {});
+  MeasuredRows none({}, p);
+  run(kernels, machine, p, false, {}, none);
 }
 
 void class_sums(const ClassSumsCall& call, const Kernels& kernels, const Machine& machine) {

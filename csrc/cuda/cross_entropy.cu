@@ -19,11 +19,11 @@ template <bool kCap>
 constexpr int kWordsInFlight = kCap ? 2 : 4;
 
 // kKept: what is read stays in `kept`, where each thread finds again what it put there.
-template <class T, bool kCap, bool kKept>
-__device__ State read_row(const LossRows& p, const Scalars& s, const Row& row, const Share<T>& share,
-                          Words* kept) {
+template <class S, class T, bool kCap, bool kKept>
+__device__ S read_row(const LossRows& p, const Scalars& s, const Row& row, const Share<T>& share,
+                      Words* kept) {
   constexpr int kSize = kPerWords<T>, kBatch = kWordsInFlight<kCap>;
-  Reader reader(row);
+  Reader<S> reader(row);
   const int team = share.team, count = share.count;
   const Words* from = share.words();
   const auto load = [&](int k) { return from[k]; };
@@ -41,13 +41,13 @@ __device__ State read_row(const LossRows& p, const Scalars& s, const Row& row, c
     for (int j = 0; j < kBatch; ++j) {
       if (!all && at + j * team >= count) break;
       if (kKept) kept[at + j * team] = words[j];
-      reader.absorb<kCap>(p, s, row, logits[j], share.element(at + j * team), 1);
+      reader.template absorb<kCap>(p, s, row, logits[j], share.element(at + j * team), 1);
     }
   });
   if (share.has_ragged) {
     const float logit[] = {widen(share.row.data[share.ragged])};
     reader.raise(capped<kCap>(logit[0], s.softcap));
-    reader.absorb<kCap>(p, s, row, logit, share.ragged, 1);
+    reader.template absorb<kCap>(p, s, row, logit, share.ragged, 1);
   }
   return reader.state;
 }
@@ -87,14 +87,15 @@ __device__ void write_row(const LossRows& p, const Scalars& s, const Gradient& g
   gradient.write_targets(out.data, [&](int c) { return share.takes(c, !kKept); });
 }
 
-template <class T, bool kCap, bool kKept>
+template <class S, class T, bool kCap, bool kKept>
 __global__ void __launch_bounds__(kManyThreads, 1)
     cross_entropy_many_classes(const __grid_constant__ Batch b) {
-  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  Shared<S>& shared = *reinterpret_cast<Shared<S>*>(shared_memory());
   const LossRows& p = b.p;
   const int team = b.team, thread = threadIdx.x % team, teams = blockDim.x / team;
   const int parts = kKept ? cluster().num_blocks() : 1, part = kKept ? cluster().block_rank() : 0;
-  Words* kept = reinterpret_cast<Words*>(shared_memory() + kSharedBytes) + threadIdx.x / team * b.kept_words;
+  Words* kept =
+      reinterpret_cast<Words*>(shared_memory() + kSharedBytes<S>) + threadIdx.x / team * b.kept_words;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / parts) * teams + threadIdx.x / team;
   prefetch_row<T>(p, first_row, part * team + thread, parts * team);
   const Scalars s = prepare(b, shared);  // counts the targets meanwhile
@@ -103,17 +104,17 @@ __global__ void __launch_bounds__(kManyThreads, 1)
     cluster().sync();
   }
   const bool may_lead = threadIdx.x % kWarp == 0;
-  Tally& tally = shared.of_leader[threadIdx.x / kWarp];  // not in registers, which the loops need
+  typename S::Tally& tally = shared.of_leader[threadIdx.x / kWarp];  // not in registers, which the loops need
   if (may_lead) tally = {};
   int round = 0;  // of rows that are read
   for (int64_t i = first_row; i < p.rows; i += static_cast<int64_t>(gridDim.x / parts) * teams) {
     const T* const logits = static_cast<const T*>(p.logits) + p.logits_at.offset(i);
     const Row row = open_row<T, kCap>(p, s, i, target_of(p, i), logits);
     const Share<T> share(p, i, thread, team, part, parts);
-    State state{};
-    if (row.target >= 0 && p.backward) state = saved_state(p, row);
+    S state{};
+    if (row.target >= 0 && p.backward) state = saved_state<S>(p, row);
     if (row.target >= 0 && !p.backward) {
-      state = read_row<T, kCap, kKept>(p, s, row, share, kept);
+      state = read_row<S, T, kCap, kKept>(p, s, row, share, kept);
       state = state_of_team(state, team, s.smoothing > 0, shared.of_warp[round % 2]);
       if (parts > 1) state = state_of_cluster(state, parts, round, s.smoothing > 0, shared);
       ++round;
@@ -127,7 +128,8 @@ __global__ void __launch_bounds__(kManyThreads, 1)
       write_row<T, kCap, kKept>(p, s, gradient, share, kept, out);
     }
   }
-  if (part == 0) finish(b, may_lead ? tally : Tally{}, blockIdx.x / parts, gridDim.x / parts, shared);
+  if (part == 0)
+    finish(b, may_lead ? tally : typename S::Tally{}, blockIdx.x / parts, gridDim.x / parts, shared);
 }
 
 // Which kernel, and on what grid.
@@ -139,9 +141,10 @@ struct Plan {
   int kept_words = 0;
 };
 
-Plan plan_of(const LossRows& p, const Device& device) {
+// shared_bytes: what a block has in shared memory besides rows.
+Plan plan_of(const LossRows& p, const Device& device, int64_t shared_bytes) {
   const int64_t words = p.classes * bytes_of(p.dtype) / 16;
-  Plan plan{{0, kManyThreads / 2, kSharedBytes}, kManyThreads / 2};
+  Plan plan{{0, kManyThreads / 2, shared_bytes}, kManyThreads / 2};
   Grid& grid = plan.grid;
   if (p.classes <= kFewClasses) {
     grid.threads = kFewThreads;
@@ -157,7 +160,7 @@ Plan plan_of(const LossRows& p, const Device& device) {
   const int teams = grid.threads / plan.team;  // of a block
   const int most = device.clusters && teams == 1 ? kLargestCluster : 1;
   const auto kept_words = [&](int parts) { return (words + parts - 1) / parts; };
-  const auto bytes = [&](int parts) { return teams * kept_words(parts) * 16 + kSharedBytes; };
+  const auto bytes = [&](int parts) { return teams * kept_words(parts) * 16 + shared_bytes; };
   const int64_t wanted = std::min(kKeptBytes, device.shared_bytes_of_block);
   int parts = 1;
   while (parts < most && bytes(parts) > wanted) parts *= 2;
@@ -179,17 +182,19 @@ Plan plan_of(const LossRows& p, const Device& device) {
 
 using Kernel = void (*)(Batch);
 
-template <class T, bool kCap>
+template <class S, class T, bool kCap>
 Kernel kernel_of(const Plan& plan) {
-  if (plan.per_lane == kAlonePerLane) return cross_entropy_few_classes<T, kCap, kAlonePerLane, true>;
-  if (plan.per_lane == kFewPerLane) return cross_entropy_few_classes<T, kCap, kFewPerLane, false>;
-  return plan.kept ? cross_entropy_many_classes<T, kCap, true> : cross_entropy_many_classes<T, kCap, false>;
+  if (plan.per_lane == kAlonePerLane) return cross_entropy_few_classes<S, T, kCap, kAlonePerLane, true>;
+  if (plan.per_lane == kFewPerLane) return cross_entropy_few_classes<S, T, kCap, kFewPerLane, false>;
+  return plan.kept ? cross_entropy_many_classes<S, T, kCap, true>
+                   : cross_entropy_many_classes<S, T, kCap, false>;
 }
 
+template <class S>
 Kernel kernel_of(const Batch& b, const Plan& plan) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
-    return b.numbers.has_softcap ? kernel_of<T, true>(plan) : kernel_of<T, false>(plan);
+    return b.numbers.has_softcap ? kernel_of<S, T, true>(plan) : kernel_of<S, T, false>(plan);
   };
   return b.p.dtype == kFloat32    ? of_type(0.0f)
          : b.p.dtype == kBFloat16 ? of_type(BFloat16())
@@ -207,12 +212,18 @@ struct Launch {
   Grid grid;
 
   explicit Launch(Batch& b) {
-    const Plan plan = plan_of(b.p, current_device());
+    Measuring& m = b.measuring;
+    const bool measured = m.plan.any();
+    const bool counts_in_block = measured && b.p.classes <= kFewClasses && m.num_counts <= kMostBlockCounts;
+    const int64_t count_bytes = counts_in_block ? (4 * m.block_words() + 15) / 16 * 16 : 0;
+    const int64_t shared_bytes = measured ? kSharedBytes<MeasuredState> : kSharedBytes<State>;
+    const Plan plan = plan_of(b.p, current_device(), shared_bytes + count_bytes);
+    if (counts_in_block) m.in_block = plan.grid.shared_bytes - count_bytes;
     b.team = plan.team;
     b.kept_words = plan.kept_words;
     b.logits_adjacent = adjacent(b.p, b.p.logits_at);
     b.out_adjacent = adjacent(b.p, b.p.out_at);
-    kernel = kernel_of(b, plan);
+    kernel = measured ? kernel_of<MeasuredState>(b, plan) : kernel_of<State>(b, plan);
     grid = plan.grid;
     if (grid.cluster == 1) return;
     // One that has to wait for the others would double the time.
@@ -251,6 +262,11 @@ void cross_entropy(const LossCall& call, const Allocate& allocate, cudaStream_t 
   if (call.counts) {
     b.sums = static_cast<double*>(call.sums->data);
     b.counts = static_cast<int64_t*>(call.counts->data);
+    b.measuring.plan = measures_of(call);
+    b.measuring.num_counts = b.measuring.plan.num_counts();
+    b.measuring.sums = b.sums + kNumSums;
+    b.measuring.counts = b.counts + kFirstCorrect + b.p.num_topk;
+    b.p.wants_entropy = b.measuring.plan.entropy;
   }
   const Launch main(b);
 
@@ -258,20 +274,22 @@ void cross_entropy(const LossCall& call, const Allocate& allocate, cudaStream_t 
       b.p.out && b.reduction == kMean && !normalized(b) && b.p.rows * b.p.target_bytes > kCountHere;
   const bool sums = b.loss || b.counts || b.p.saved_denominator;
   const int64_t blocks = main.grid.blocks / main.grid.cluster;
-  const int64_t words = (2 + kRowCounts + b.p.num_topk) * blocks;
+  const int64_t bins = b.measuring.plan.bins;
+  const int64_t words = (2 + kRowCounts + b.p.num_topk + MeasuredState::kMeasures) * blocks;
   double* memory = nullptr;
-  if (weights || sums) memory = static_cast<double*>(allocate(8 * (kCountBlocks + words + 1)));
+  if (weights || sums) memory = static_cast<double*>(allocate(8 * (kCountBlocks + words + bins + 1)));
   if (weights) {
-    check(launch(sum_row_weights, Grid{kCountBlocks, kFewThreads, kSharedBytes}, stream, b, memory));
+    check(launch(sum_row_weights, Grid{kCountBlocks, kFewThreads, kSharedBytes<State>}, stream, b, memory));
     b.weights = memory;
   }
   if (sums) {
     b.partials = memory + kCountBlocks;
+    b.measuring.confidence = reinterpret_cast<unsigned long long*>(b.partials + words);
+    if (bins) check(cudaMemsetAsync(b.measuring.confidence, 0, 8 * bins, stream));
     b.ticket = call.ticket ? static_cast<unsigned*>(call.ticket->data)
-                           : reinterpret_cast<unsigned*>(b.partials + words);
+                           : reinterpret_cast<unsigned*>(b.partials + words + bins);
     if (!call.ticket) check(cudaMemsetAsync(b.ticket, 0, sizeof(unsigned), stream));
   }
-  measure(call, allocate, stream);
   main.run(b, stream);
 }
 

@@ -54,13 +54,20 @@ __device__ float exp_of(float x, float top) { return exp2_flushed((x - top) * kL
 constexpr float kDrop = 126 + 2e-5 + static_cast<double>(kLowestExponent) * kLog2E;
 __device__ float lowered_exp_of(float x, float top) { return exp2_flushed(fmaf(x - top, kLog2E, -kDrop)); }
 
+// What a thread has added up of its rows.
+struct Tally {
+  double loss = 0, weight = 0;
+};
+
 // What a group of threads has seen of a row. The sum leaves the target out: if the target has nearly all of
-// the softmax, 1 - softmax would otherwise be nothing but rounding errors.
+// the softmax, 1 - softmax would otherwise be nothing but rounding errors. MeasuredState has more.
 struct State {
-  float top;     // the largest x, the target's included, at least kLowest
-  float others;  // sum of exp(x - top)
-  float smooth;  // sum of w_c (x_c - x_t), only with smoothing
-  int ahead;     // logits that rank before the target's
+  using Tally = cuda::Tally;
+  static constexpr int kMeasures = 0;  // sums of measures in the tally
+  float top;                           // the largest x, the target's included, at least kLowest
+  float others;                        // sum of exp(x - top)
+  float smooth;                        // sum of w_c (x_c - x_t), only with smoothing
+  int ahead;                           // logits that rank before the target's
 };
 
 struct Max {
@@ -77,6 +84,11 @@ __device__ float fold(float (&x)[n], const F& f) {
   return x[0];
 }
 
+__device__ void lift(State& state, float top) {
+  state.others *= exp_of(state.top, top);
+  state.top = top;
+}
+
 // Of a power of two of lanes, next to each other, in each of them.
 __device__ State merged(const State& mine, int lanes, bool smooth) {
   const float top = reduce_lanes(mine.top, lanes, Max());
@@ -85,16 +97,16 @@ __device__ State merged(const State& mine, int lanes, bool smooth) {
           smooth ? reduce_lanes(mine.smooth, lanes, Add()) : 0, reduce_lanes(mine.ahead, lanes, Add())};
 }
 
-// A thread's share of a row while it is read.
+// A thread's share of a row while it is read. S: State or MeasuredState.
+template <class S>
 struct Reader {
-  State state{};
+  S state{};
 
   __device__ explicit Reader(const Row& row) { state.top = fmaxf(row.x, kLowest); }  // NaN: kLowest
 
   __device__ void raise(float top) {
     if (!(top > state.top)) return;
-    state.others *= exp_of(state.top, top);
-    state.top = top;
+    lift(state, top);
   }
 
   // The logits of classes first, first + step, ...; those outside of the row are -inf. The top has been
@@ -127,6 +139,7 @@ struct Reader {
         if (j * step == place) x[j] = -INFINITY;
       }
     }
+    if constexpr (S::kMeasures > 0) measure(state, p.wants_entropy, logits, x, first, step);
 #pragma unroll
     for (int j = 0; j < n; ++j) x[j] = exp_of(x[j], state.top);
     state.others += fold(x, Add());

@@ -50,9 +50,9 @@ struct Tile {
 };
 
 // What this lane has seen of a row in shared memory, and the logits, -inf outside of the row.
-template <bool kCap, class T, int n>
-__device__ State read_few(const LossRows& p, const Scalars& s, const Row& row, const Place& at, const T* data,
-                          float (&logits)[n]) {
+template <class S, bool kCap, class T, int n>
+__device__ S read_few(const LossRows& p, const Scalars& s, const Row& row, const Place& at, const T* data,
+                      float (&logits)[n]) {
   float top = -INFINITY;
 #pragma unroll
   for (int j = 0; j < n; ++j) {
@@ -60,10 +60,10 @@ __device__ State read_few(const LossRows& p, const Scalars& s, const Row& row, c
     logits[j] = c < at.classes ? widen(data[c]) : -INFINITY;
     top = fmaxf(top, logits[j]);
   }
-  if (p.backward) return saved_state(p, row);
-  Reader reader(row);
+  if (p.backward) return saved_state<S>(p, row);
+  Reader<S> reader(row);
   reader.raise(capped<kCap>(top, s.softcap));
-  reader.absorb<kCap>(p, s, row, logits, at.lane, at.lanes);
+  reader.template absorb<kCap>(p, s, row, logits, at.lane, at.lanes);
   return reader.state;
 }
 
@@ -81,20 +81,21 @@ __device__ void write_few(const LossRows& p, const Scalars& s, const Gradient& g
   gradient.write_targets(data, [&](int c) { return c % at.lanes == at.lane; });
 }
 
-// kPerLane: the most classes of a lane. kAlone: a lane takes a row by itself.
-template <class T, bool kCap, int kPerLane, bool kAlone>
-__global__ void __launch_bounds__(kFewThreads, few_blocks(kPerLane))
+// kPerLane: the most classes of a lane. kAlone: a lane takes a row by itself. S: see Reader.
+template <class S, class T, bool kCap, int kPerLane, bool kAlone>
+__global__ void __launch_bounds__(kFewThreads, few_blocks(kAlone, S::kMeasures > 0))
     cross_entropy_few_classes(const __grid_constant__ Batch b) {
   constexpr int kWords = (kPerLane * sizeof(T) + 15) / 16;  // of a tile, for each thread
-  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  unsigned char* const memory = shared_memory() + kSharedBytes;
+  Shared<S>& shared = *reinterpret_cast<Shared<S>*>(shared_memory());
+  unsigned char* const memory = shared_memory() + kSharedBytes<S>;
   const LossRows& p = b.p;
   const Tile<const T> logits_tile{static_cast<const T*>(p.logits), p.logits_at, b.logits_adjacent};
   const Tile<T> out_tile{static_cast<T*>(p.out), p.out_at, b.out_adjacent};
+  if constexpr (S::kMeasures > 0) clear_block_counts(b.measuring);
   const Scalars s = prepare(b, shared);
   const int lanes = kAlone ? 1 : b.team, thread = threadIdx.x, groups = blockDim.x / lanes;
   Place at{lanes, thread % lanes, thread / lanes, static_cast<int>(p.classes)};
-  Tally tally;
+  typename S::Tally tally;
   for (at.begin = static_cast<int64_t>(blockIdx.x) * groups; at.begin < p.rows;
        at.begin += static_cast<int64_t>(gridDim.x) * groups) {
     at.rows = min(static_cast<int64_t>(groups), p.rows - at.begin);
@@ -104,9 +105,9 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kPerLane))
     __syncthreads();
     T* const data = in + at.row * at.classes;
     const Row row = at.there() ? open_row<T, kCap>(p, s, i, target, data) : Row{i, -1, false, 0, 0, 0};
-    State state{};
+    S state{};
     float logits[kPerLane];
-    if (row.target >= 0) state = read_few<kCap>(p, s, row, at, data, logits);
+    if (row.target >= 0) state = read_few<S, kCap>(p, s, row, at, data, logits);
     if (!p.backward) state = merged(state, lanes, s.smoothing > 0);
     T* const out = out_tile.in(memory + b.kept_words * 16, at);
     if (at.there()) {

@@ -1,7 +1,7 @@
 // Cross entropy of a row, as a group of threads computes it: what it has seen so far, its loss and counts,
 // its gradient; and how blocks add up what their rows gave. cross_entropy.cu has the kernels that use it.
 #pragma once
-#include "cuda/cross_entropy_elements.h"
+#include "cuda/cross_entropy_measures.h"
 #include "cuda/driver.h"
 
 namespace esper::cuda {
@@ -13,13 +13,13 @@ constexpr int kWarps = kManyThreads / kWarp;   // of a block, at most
 constexpr int kFewClasses = 256;               // up to which lanes have rows in registers
 constexpr int kAlonePerLane = 12;              // classes up to which a lane takes a row by itself
 constexpr int kFewPerLane = kFewClasses / 16;  // classes of a lane otherwise, at most
-// Blocks on a multiprocessor, at least. Compiled for Blackwell, lanes with 16 classes would spill at 5, and
-// for earlier GPUs at 4.
+// Blocks on a multiprocessor, at least, so that no lane spills: those with 16 classes need more registers, as
+// do measures, and more of them compiled for Blackwell.
 constexpr int kFewBlocks = 5;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int few_blocks(int per_lane) { return per_lane <= kAlonePerLane ? kFewBlocks : 4; }
+constexpr int few_blocks(bool alone, bool measured) { return kFewBlocks - !alone - measured; }
 #else
-constexpr int few_blocks(int) { return kFewBlocks; }
+constexpr int few_blocks(bool alone, bool measured) { return kFewBlocks - (!alone && measured); }
 #endif
 constexpr int kWordsOfWarp = 256;      // of rows up to which a warp takes a row by itself
 constexpr int kKeptBytes = 110 << 10;  // of a row in one block, where clusters allow: two blocks then fit
@@ -42,25 +42,24 @@ struct Batch {
   int64_t *counts, topk[kMostTopk];
   double* partials;  // [columns, blocks]
   unsigned* ticket;  // null where neither loss nor meter is wanted
+  Measuring measuring;
 };
 
 ESPER_ANYWHERE bool normalized(const Batch& b) { return b.reduction == kMean && b.numbers.has_normalizer; }
 
-struct Tally {
-  double loss = 0, weight = 0;
-};
-
+template <class S>
 struct Shared {
   // By turns: others may still read those of the row before.
-  State of_warp[2][kWarps];
-  alignas(16) State of_block[2][kLargestCluster];
+  S of_warp[2][kWarps];
+  alignas(16) S of_block[2][kLargestCluster];
   Arrivals arrivals[2];  // of of_block
-  Tally of_leader[kWarps];
+  typename S::Tally of_leader[kWarps];
   double scratch[kWarps];
-  double totals[2 + kMostCounts];  // loss, weight; then counts, which a double holds exactly
+  double totals[2 + kMostCounts + S::kMeasures];  // see `finish`
   unsigned counts[kMostCounts], flag;
 };
-constexpr int64_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
+template <class S>
+constexpr int64_t kSharedBytes = (sizeof(Shared<S>) + 15) / 16 * 16;
 
 // The sum over rows first, first + step, ...
 __device__ double weight_of_rows(const LossRows& p, int64_t first, int64_t step) {
@@ -78,19 +77,21 @@ __device__ double weight_of_rows(const LossRows& p, int64_t first, int64_t step)
   return sum;
 }
 
-__device__ double sum_of_block(double x, Shared& shared) {
+template <class S>
+__device__ double sum_of_block(double x, Shared<S>& shared) {
   return reduce_block(x, 0.0, shared.scratch, Add());
 }
 
 __global__ void sum_row_weights(const __grid_constant__ Batch b, double* weights) {
-  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  Shared<State>& shared = *reinterpret_cast<Shared<State>*>(shared_memory());
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const double sum =
       sum_of_block(weight_of_rows(b.p, first, static_cast<int64_t>(gridDim.x) * blockDim.x), shared);
   if (threadIdx.x == 0) weights[blockIdx.x] = sum;
 }
 
-__device__ Scalars prepare(const Batch& b, Shared& shared) {
+template <class S>
+__device__ Scalars prepare(const Batch& b, Shared<S>& shared) {
   const LossRows& p = b.p;
   if (threadIdx.x < kMostCounts) shared.counts[threadIdx.x] = 0;
   __syncthreads();
@@ -148,13 +149,18 @@ __device__ void prefetch_row(const LossRows& p, int64_t i, int thread, int threa
 }
 
 // Of a valid row, in backward.
-__device__ State saved_state(const LossRows& p, const Row& row) {
-  return {p.saved_max[row.i], p.saved_sum[row.i], 0, 0};
+template <class S>
+__device__ S saved_state(const LossRows& p, const Row& row) {
+  S state{};
+  state.top = p.saved_max[row.i];
+  state.others = p.saved_sum[row.i];
+  return state;
 }
 
 // The state of a row, from those of the threads of a team, in each of them. All of them call it.
-__device__ State state_of_team(const State& mine, int team, bool smooth, State* of_warp) {
-  const State state = merged(mine, kWarp, smooth);
+template <class S>
+__device__ S state_of_team(const S& mine, int team, bool smooth, S* of_warp) {
+  const S state = merged(mine, kWarp, smooth);
   if (team == kWarp) return state;
   const int lane = threadIdx.x % kWarp, warps = team / kWarp;
   if (lane == 0) of_warp[threadIdx.x / kWarp] = state;
@@ -164,16 +170,20 @@ __device__ State state_of_team(const State& mine, int team, bool smooth, State* 
 
 // The state of a row, from those of the blocks of a cluster, in each of their threads. round: 0, 1, ... of
 // the calls.
-__device__ State state_of_cluster(const State& mine, int blocks, int round, bool smooth, Shared& shared) {
-  static_assert(sizeof(State) == sizeof(Words));
-  State* inbox = shared.of_block[round % 2];
+template <class S>
+__device__ S state_of_cluster(const S& mine, int blocks, int round, bool smooth, Shared<S>& shared) {
+  constexpr int kMessages = sizeof(S) / sizeof(Words);
+  static_assert(sizeof(S) == kMessages * sizeof(Words));
+  S* inbox = shared.of_block[round % 2];
   Arrivals* arrivals = &shared.arrivals[round % 2];
   const int thread = threadIdx.x;
-  if (thread == 0) expect_messages(arrivals, blocks * sizeof(State));
+  if (thread == 0) expect_messages(arrivals, blocks * sizeof(S));
   if (thread < blocks) {
-    Words message;
-    memcpy(&message, &mine, sizeof(message));
-    send_message(inbox + cluster().block_rank(), arrivals, thread, message);
+    Words messages[kMessages];
+    memcpy(messages, &mine, sizeof(S));
+    Words* const to = reinterpret_cast<Words*>(inbox + cluster().block_rank());
+#pragma unroll
+    for (int i = 0; i < kMessages; ++i) send_message(to + i, arrivals, thread, messages[i]);
   }
   wait_for_messages(arrivals, round / 2 % 2);
   return merged(inbox[thread % blocks], blocks, smooth);
@@ -201,8 +211,9 @@ __device__ Weights weights_of(const LossRows& p, const Row& row) {
 }
 
 // The loss and the counts of a row whose logits have all been absorbed, added up by one thread of its group.
-__device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, const State& state,
-                              bool leader, Tally& tally, Shared& shared) {
+template <class S>
+__device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, const S& state, bool leader,
+                              typename S::Tally& tally, Shared<S>& shared) {
   const LossRows& p = b.p;
   const bool valid = row.target >= 0;
   const Weights w = weights_of(p, row);
@@ -239,6 +250,8 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
     if (valid && !finite) atomicAdd(&shared.counts[kNonfinite], 1u);
     for (int k = 0; k < p.num_topk; ++k)
       if (valid && finite && state.ahead < b.topk[k]) atomicAdd(&shared.counts[kRowCounts + k], 1u);
+    if constexpr (S::kMeasures > 0)
+      if (valid && finite) add_measures(b.measuring, p, row, s.softcap, state, log_sum, tally);
   }
   if (!p.out) return Gradient{true};
   const float scale = p.backward && p.scale_stride ? s.scale * p.scale_of_row[row.i] : s.scale;
@@ -269,11 +282,24 @@ __device__ Gradient close_row(const Batch& b, const Scalars& s, const Row& row, 
 }
 
 // Adds up the block's tally; the last of the blocks adds up all of them, in order, and writes the results.
-__device__ void finish(const Batch& b, const Tally& tally, int block, int blocks, Shared& shared) {
+// Columns: loss, weight; counts, which a double holds exactly; sums of measures.
+template <class S>
+__device__ void finish(const Batch& b, const typename S::Tally& tally, int block, int blocks,
+                       Shared<S>& shared) {
   if (!b.ticket) return;
-  const int columns = 2 + kRowCounts + b.p.num_topk, thread = threadIdx.x;
+  if constexpr (S::kMeasures > 0) {
+    __syncthreads();
+    add_block_counts(b.measuring);
+  }
+  const int before = 2 + kRowCounts + b.p.num_topk, columns = before + S::kMeasures, thread = threadIdx.x;
   const double loss = sum_of_block(tally.loss, shared), weight = sum_of_block(tally.weight, shared);
-  for (int column = thread; column < columns; column += blockDim.x)
+  if constexpr (S::kMeasures > 0)
+#pragma unroll
+    for (int k = 0; k < S::kMeasures; ++k) {
+      const double sum = sum_of_block(tally.measures[k], shared);
+      if (thread == 0) b.partials[static_cast<int64_t>(before + k) * blocks + block] = sum;
+    }
+  for (int column = thread; column < before; column += blockDim.x)
     b.partials[static_cast<int64_t>(column) * blocks + block] = column == 0   ? loss
                                                                 : column == 1 ? weight
                                                                               : shared.counts[column - 2];
@@ -285,6 +311,7 @@ __device__ void finish(const Batch& b, const Tally& tally, int block, int blocks
     shared.totals[column] = reduce_lanes(sum, kWarp, Add());
   }
   __syncthreads();
+  if constexpr (S::kMeasures > 0) write_measures(b.measuring, shared.totals + before);
   if (thread != 0) return;
   const double loss_sum = shared.totals[0], weight_sum = shared.totals[1], *counts = shared.totals + 2;
   double denominator = b.reduction == kMean ? weight_sum : 1;

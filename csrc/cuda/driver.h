@@ -23,10 +23,6 @@ void check(const LossCall&);
 // ticket, one is made. Throws std::runtime_error if CUDA refuses.
 void cross_entropy(const LossCall&, const Allocate&, cudaStream_t);
 
-// Fills the measures of a Meter that takes them, from logits that have not been written over yet; a part of
-// `cross_entropy`.
-void measure(const LossCall&, const Allocate&, cudaStream_t);
-
 // The gradient, from what `cross_entropy` saved. grad_output: [], or one number per row.
 void cross_entropy_backward(const LossCall&, const Array& grad_output, cudaStream_t);
 

@@ -21,9 +21,8 @@ _UNVERIFIED = (
 _NOTES = (
     "probability targets: CrossEntropyLoss hands them to F.cross_entropy, uncounted; the functions "
     "refuse them",
-    "measures of a Meter (per_class, calibration_bins, entropy): cpp and triton take them in their "
-    "own read of the logits, triton up to 16384 classes; above, it reads a row once more, and cuda "
-    "always does, in a launch of its own",
+    "measures of a Meter (per_class, calibration_bins, entropy): cpp, triton and cuda take them in "
+    "the read of the loss; where ranks divide the classes, eager torch reads the logits once more",
     "class_dim: cpp reads and writes logits with the classes anywhere; the other backends copy "
     "them, unless the classes are next to each other in memory",
 )

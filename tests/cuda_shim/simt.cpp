@@ -68,6 +68,7 @@ std::vector<void*> stacks;                                       // kept for the
 // What tests set.
 int multiprocessors = 3, shared_bytes = 227 << 10, architecture = 9;
 bool backwards = false, launches = true;
+int64_t launched = 0;
 
 // From one stack to another. Address sanitizer wants to be told; swapcontext, which it knows, asks the system
 // each time, so without it only the first switch to a stack does.
@@ -244,6 +245,7 @@ cudaError_t run_grid(const Grid& grid, const std::function<void()>& thread) {
   if (grid.threads % 32 || grid.threads > 1024 || grid.blocks < 1 || grid.blocks % grid.cluster ||
       grid.shared_bytes > std::max(shared_bytes, kAlwaysShared) || (grid.cluster > 1 && architecture < 9))
     return cudaErrorInvalidValue;
+  ++launched;
   if (!launches) return cudaSuccess;
   body = &thread;
   gridDim.x = grid.blocks;
@@ -259,6 +261,9 @@ extern "C" __attribute__((visibility("default"))) void esper_shim_device(int pro
                                                                          int major, bool last_first) {
   multiprocessors = processors, shared_bytes = shared, architecture = major, backwards = last_first;
 }
+
+// How many kernels were launched so far.
+extern "C" __attribute__((visibility("default"))) int64_t esper_shim_launched() { return launched; }
 
 // For the benchmark of host time: a launch that is checked and does nothing.
 extern "C" __attribute__((visibility("default"))) void esper_shim_launches(bool run) { launches = run; }

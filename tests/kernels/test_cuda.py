@@ -506,6 +506,68 @@ def test_why_the_kernels_cannot_run_is_a_constant_to_compilers() -> None:
     assert compiled(torch.zeros(())).item() == (1 if reason is None else 2)
 
 
+def check_measures(logits: Tensor, targets: Tensor, **options: Any) -> None:
+    """Of the loss and of a step in place, against the definition in float64."""
+    v = logits.shape[-1]
+    plans: list[dict[str, Any]] = [
+        {"per_class": v, "calibration_bins": 10, "entropy": True},
+        {"calibration_bins": 7},
+        {"entropy": True, "per_class": min(v, 1024) if v <= 1024 else 0, "confusion": v <= 1024},
+    ]
+    for plan in plans:
+        truth = Meter("cpu", **plan)
+        meters = [truth.empty_copy() for _ in range(2)]
+        for softcap in (None, 4.0):
+            more = {**options, "softcap": softcap}
+            cross_entropy(logits.double(), targets, **more, meter=truth, config=EAGER)
+            cross_entropy(logits, targets, **more, meter=meters[0], config=CPP)
+            place = logits.clone()
+            cross_entropy_step(place, targets, meters[1], **more, inplace=True, config=CPP)
+        for meter in meters:
+            assert torch.equal(meter.counts, truth.counts)
+            torch.testing.assert_close(meter.sums[3:], truth.sums[3:], rtol=1e-5, atol=1e-6)
+            assert meter.ticket.item() == 0
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_measures_of_rows_of_every_kind_agree_with_float64(
+    device: Device, name: str, dtype: torch.dtype
+) -> None:
+    """Rows begin and end anywhere, and their largest logits are tied across threads."""
+    device(name)
+    for v in (1, 2, 13, 257, 1100, 3001):
+        logits, targets = arguments(6, v, dtype, seed=v)
+        logits[1] = logits[1].round()
+        logits[2] = 0
+        logits[3, v // 3 :: max(1, v // 3)] = 20  # also in the ragged ends of the row
+        logits[4, ::2] = -torch.inf
+        check_measures(torch.nn.functional.pad(logits, (1, 2))[:, 1:-2], targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_measures_of_rows_of_every_size_agree_with_float64(
+    device: Device, name: str, dtype: torch.dtype
+) -> None:
+    device(name, backwards=True)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-2}
+    for v, rows in ((7, 700), (10, 300), (33, 60), (256, 9), (1000, 5), (10000, 3), (50257, 2)):
+        logits, targets = arguments(rows, v, dtype, seed=v)
+        check_measures(logits, targets, weight=torch.linspace(0.5, 2.0, v), **options)
+
+
+def test_measures_take_no_launch_of_their_own(device: Device, library: Any) -> None:
+    library.esper_shim_launched.restype = ctypes.c_int64
+    for v in (10, 300):
+        logits, targets = arguments(9, v)
+        before = library.esper_shim_launched()
+        meter = Meter("cpu", per_class=v, calibration_bins=15, entropy=True)
+        cross_entropy_step(logits, targets, meter, config=CPP)
+        assert library.esper_shim_launched() == before + 1
+
+
 @pytest.mark.parametrize("v", [1, 7, 1000, 1030])
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("confusion", [False, True])
@@ -560,7 +622,7 @@ def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path
         "ESPER_SHIM": str(library),
     }
     names = ("cross_entropy", "cross_entropy_step", "cross_entropy_inputs", "grad_stats", "meter")
-    names += ("token_logprobs",)
+    names += ("measures", "token_logprobs")
     files = [f"tests/kernels/test_{name}.py" for name in names]
     for tests in (
         ["-k", "cpp", "-p", "tests.cuda_shim.plugin", *files],
@@ -590,7 +652,7 @@ def test_kernels_compile_for_gpus_without_spilling(source: str, architecture: in
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
     rows = cuda_resources.resources(source, architecture)
-    kernels = {"cross_entropy": 25, "measures": 4, "token_logprobs": 6, "grad_stats": 2}
+    kernels = {"cross_entropy": 49, "token_logprobs": 6, "grad_stats": 2}
     assert len(rows) == kernels[source]
     for row in rows:
         assert 0 < row["registers"] <= 255, row

@@ -219,6 +219,30 @@ def test_what_is_not_measured_is_none_and_nothing_is_nan(config: KernelConfig) -
     assert result.per_class.support == (0, 0, 0)
 
 
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 4.0)])
+def test_rows_too_long_to_keep(
+    config: KernelConfig, dtype: torch.dtype, softcap: float | None
+) -> None:
+    """Triton reads them in pieces of 4,096 classes. They begin and end anywhere, the largest logits
+    are tied across pieces or at an end, and the largest of all comes late."""
+    classes = 9001
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(6, classes + 5, generator=generator) * 3).to(dtype)[:, 3:-2]
+    logits[0, 4000::4000] = 30
+    logits[1, -1] = 40
+    logits[2, [0, -2]] = 20
+    logits[3] = -torch.inf
+    logits[3, 8999] = 2
+    logits[4, ::2] = -torch.inf
+    targets = torch.tensor([4000, 7, 0, 8999, 5, -100])
+    meters = [Meter("cpu", per_class=classes, calibration_bins=7, entropy=True) for _ in range(2)]
+    cross_entropy(logits, targets, softcap=softcap, meter=meters[0], config=config)
+    eager = KernelConfig(backend="eager")
+    cross_entropy(logits.double(), targets, softcap=softcap, meter=meters[1], config=eager)
+    assert torch.equal(meters[0].counts, meters[1].counts)
+    torch.testing.assert_close(meters[0].sums[3:], meters[1].sums[3:], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("classes", [1, 5, 31, 32, 33, 5000])
 def test_one_class_and_masked_classes(config: KernelConfig, classes: int) -> None:
     """Where all other logits are -inf, the prediction is sure, and its margin is infinite."""
@@ -263,16 +287,19 @@ def test_other_ops_fill_the_same_measures(config: KernelConfig, reduction: str) 
         torch.testing.assert_close(first.sums[3:], other.sums[3:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [10, 1000])
-def test_bits_do_not_depend_on_threads(classes: int) -> None:
-    logits, targets = batch(700, classes)
+@pytest.mark.parametrize(("rows", "classes"), [(700, 10), (700, 1000), (30_000, 3), (20_000, 40)])
+@pytest.mark.parametrize("confusion", [False, True])
+def test_bits_do_not_depend_on_threads(rows: int, classes: int, confusion: bool) -> None:
+    """Few rows and many, which threads add up in chunks."""
+    logits, targets = batch(rows, classes)
     found = []
+    plan = {"per_class": classes, "calibration_bins": 15, "entropy": True, "confusion": confusion}
     threads = torch.get_num_threads()
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             for backend in ("eager", "cpp"):
-                meter = Meter("cpu", per_class=classes, calibration_bins=15, entropy=True)
+                meter = Meter("cpu", **plan)
                 config = KernelConfig(backend=backend)
                 cross_entropy_step(logits, targets, meter, config=config)
                 found.append((meter.sums.view(torch.int64).tolist(), meter.counts.tolist()))
@@ -280,6 +307,9 @@ def test_bits_do_not_depend_on_threads(classes: int) -> None:
         torch.set_num_threads(threads)
     assert found[0] == found[2] == found[4]
     assert found[1] == found[3] == found[5]
+    places = 7 + (classes if confusion else 3) * classes  # bins may differ by a rounding
+    assert found[0][1][:places] == found[1][1][:places]
+    assert sum(found[0][1][places : places + 15]) == sum(found[1][1][places : places + 15])
 
 
 def test_state_survives_and_another_plan_is_refused() -> None:

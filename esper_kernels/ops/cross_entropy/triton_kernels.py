@@ -141,6 +141,13 @@ def _first_largest(x, c, V):
 
 
 @triton.jit
+def _second_largest(x, top):
+    """Of each row of a tile [rows, block], whose largest is `top`; -inf in a tile of one column."""
+    below = tl.max(tl.where(x < top[:, None], x, -float("inf")), 1)
+    return tl.where(tl.sum((x == top[:, None]).to(tl.int32), 1) > 1, top, below)
+
+
+@triton.jit
 def _behind(stored, c, target_logit, below, target, GROUP: tl.constexpr):
     """1 for each class of a tile [rows, block] that does not rank before the target: smaller, or
     equal and not in an earlier group of classes. `_tied` has the equal ones of the target's group.
@@ -332,6 +339,12 @@ def batch(
             word_sum = tl.zeros([WORDS], tl.float32)
             word_behind = tl.zeros([WORDS], tl.int32)
             word_smooth = tl.zeros([WORDS], tl.float32)
+            if predicted is not None:
+                word_top = tl.full([WORDS], -float("inf"), tl.float32)  # as stored
+                word_block = tl.zeros([WORDS], tl.int32)  # where it was first
+                word_second = tl.full([WORDS], -float("inf"), tl.float32)
+                word_squares = tl.zeros([WORDS], tl.float32)
+                word_products = tl.zeros([WORDS], tl.float32)
             # The maximum is not known yet, and sums of large logits would cancel.
             origin = tl.where(tl.abs(target_x) < float("inf"), target_x, 0.0)
             for block in tl.range(0, blocks * tl.max(valid.to(tl.int32), 0), num_stages=1):
@@ -346,6 +359,20 @@ def batch(
                     part = _class_weights(weight, first + lanes, V) * (x - origin[:, None])
                     word_smooth += tl.where(there, tl.sum(part, 1), 0.0)
                 new_max = tl.maximum(word_max, tl.max(x, 1))
+                if predicted is not None:
+                    factor = tl.exp2((word_max - new_max) * LOG2_E)
+                    depth = x - new_max[:, None]
+                    e = tl.exp2(depth * LOG2_E)
+                    word_squares = word_squares * factor * factor + tl.sum(e * e, 1)
+                    top = tl.max(stored, 1)
+                    if ENTROPY:
+                        drop = tl.maximum(word_max - new_max, DEEP)
+                        word_products = factor * (word_products + drop * word_sum)
+                        word_products += tl.sum(e * tl.maximum(depth, DEEP), 1)
+                        word_second = tl.maximum(word_second, _second_largest(stored, top))
+                        word_second = tl.maximum(word_second, tl.minimum(word_top, top))
+                    word_block = tl.where(top > word_top, block, word_block)
+                    word_top = tl.maximum(word_top, top)
                 word_sum *= tl.exp2((word_max - new_max) * LOG2_E)
                 word_sum += tl.sum(tl.exp2((x - new_max[:, None]) * LOG2_E), 1)
                 word_max = new_max
@@ -364,34 +391,34 @@ def batch(
             edge_part = _class_weights(weight, edge, V) * (edge_x - origin[:, None])
             smooth = tl.sum(word_smooth[None, :], 1) + tl.sum(tl.where(read, edge_part, 0.0), 1)
             smooth += weight_sum * (origin - row_max)
-            if predicted is not None:  # the row is read again, with its maximum known
-                lane_top = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)  # as stored
-                lane_place = tl.zeros([ROWS, BLOCK], tl.int32)
-                lane_squares = tl.zeros([ROWS, BLOCK], tl.float32)
-                lane_products = tl.zeros([ROWS, BLOCK], tl.float32)
-                lane_max = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
-                lane_other = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
-                pieces = tl.cdiv(V, BLOCK) * tl.max(valid.to(tl.int32), 0)
-                for piece in tl.range(0, pieces, num_stages=1):
-                    class_of_lane = piece * BLOCK + c
-                    logit, capped = _read(x_row[:, None], class_of_lane, class_of_lane < V, softcap)
-                    depth = capped - row_max[:, None]
-                    share_of_top = _exp(depth)
-                    lane_squares += share_of_top * share_of_top
-                    lane_place = tl.where(logit > lane_top, class_of_lane, lane_place)
-                    lane_top = tl.maximum(lane_top, logit)
-                    if ENTROPY:
-                        lane_products += share_of_top * tl.maximum(depth, DEEP)
-                        lane_other = tl.maximum(lane_other, tl.minimum(lane_max, capped))
-                        lane_max = tl.maximum(lane_max, capped)
-                row_top = tl.max(lane_top, 1)
-                place_of_top = tl.min(tl.where(lane_top == row_top[:, None], lane_place, V), 1)
-                squares = tl.sum(lane_squares, 1)
+            if predicted is not None:
+                factor = tl.exp2((word_max - row_max) * LOG2_E)
+                edge_depth = edge_x - row_max[:, None]
+                edge_e = tl.exp2(edge_depth * LOG2_E)
+                squares = tl.sum((word_squares * factor * factor)[None, :], 1)
+                squares += tl.sum(edge_e * edge_e, 1)
+                words_top = tl.max(word_top[None, :], 1)
+                edge_top = tl.max(edge_stored, 1)
+                row_top = tl.maximum(words_top, edge_top)
+                # The first word that has it, and the first class of that word or of the edge.
+                first = tl.where(word_top == row_top, head + word_block * BLOCK + word * WIDTH, V)
+                in_word = tl.min(first[None, :], 1)[:, None] + tl.arange(0, WIDTH)[None, :]
+                there = valid[:, None] & (in_word < V)
+                logit = tl.load(x_row[:, None] + in_word, there, other=0.0).to(tl.float32)
+                place_of_top = tl.min(tl.where(there & (logit == row_top), in_word, V), 1)
+                on_top = tl.where(read & (edge_stored == row_top[:, None]), edge, V)
+                place_of_top = tl.minimum(place_of_top, tl.min(on_top, 1))
                 if ENTROPY:
-                    products = tl.sum(lane_products, 1)
-                    lane = _first_largest(lane_max, c, BLOCK)
-                    others = tl.where(c == lane[:, None], -float("inf"), lane_max)
-                    other_max = tl.maximum(tl.max(others, 1), tl.max(lane_other, 1))
+                    drop = tl.maximum(word_max - row_max, DEEP)
+                    products = tl.sum((factor * (word_products + drop * word_sum))[None, :], 1)
+                    products += tl.sum(edge_e * tl.maximum(edge_depth, DEEP), 1)
+                    other_max = tl.maximum(
+                        _second_largest(word_top[None, :], words_top),
+                        _second_largest(edge_stored, edge_top),
+                    )
+                    other_max = tl.maximum(other_max, tl.max(word_second[None, :], 1))
+                    other_max = tl.maximum(other_max, tl.minimum(words_top, edge_top))
+                    other_max = _capped(other_max, softcap)
 
         row_weight = tl.full([ROWS], 1.0, tl.float32)
         if weight is not None:
