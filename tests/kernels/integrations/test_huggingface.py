@@ -4,6 +4,7 @@ sync."""
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from esper_kernels import Meter, cross_entropy
 from esper_kernels.integrations.fused_head import patch
 from esper_kernels.integrations.huggingface import MeterLogs, causal_lm_loss, measures, next_tokens
 from esper_kernels.testing import SyncCounter
+from tests.helpers.ranks import together
 from tests.helpers.tokens import VOCABULARY, sequences, small_gpt2, small_llama
+from tests.helpers.trainer_ranks import trainers_of_a_rank
 
 BATCH = 4
 
@@ -145,6 +148,22 @@ def test_the_log_has_the_metrics_that_separate_passes_find(tmp_path: Path) -> No
     assert found["eval_top5_accuracy"] == top5
     assert found["eval_perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-5)
     assert logged(trainer, "eval_accuracy") == [accuracy]
+
+
+def test_two_processes_train_as_the_stock_trainer_and_log_the_accuracy_of_both(
+    tmp_path: Path,
+) -> None:
+    """20 steps, ragged labels, and a last batch that is short."""
+    found, other = together(2, partial(trainers_of_a_rank, 20, (1, 4)), tmp_path)
+    for accumulate, run in found.items():
+        assert len(run["losses"]) == 20
+        assert run["losses"] == pytest.approx(run["stock"], abs=1e-5)
+        assert run["losses"][-1] < run["losses"][0] - 0.1
+        rows = torch.tensor([run["rows"], other[accumulate]["rows"]]).sum(0)
+        right, counted = rows.view(20, accumulate, 2).sum(1).unbind(1)
+        assert run["accuracies"] == (right.double() / counted).tolist()
+        assert run["accuracies"] == other[accumulate]["accuracies"]
+        assert run["eval_accuracy"] == run["full_pass"] == other[accumulate]["full_pass"]
 
 
 @pytest.mark.parametrize(
