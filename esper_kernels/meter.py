@@ -274,9 +274,11 @@ class Meter:
             self._shared = (sums, counts)
 
     def pack(self) -> Tensor:
+        """What `compute_all` reads: int64 [num_sums + num_counts]."""
         return torch.cat([self.sums.view(torch.int64), self.counts])
 
     def unpack(self, words: list[int], strict: bool) -> MeterResult:
+        """What `compute_all` returns for the words of `pack`; strict as for `compute`."""
         sums = words_to_floats(words[: self.num_sums])
         loss_sum, weight_sum, batch_mean_sum = sums[: len(SUMS)]
         all_counts = words[self.num_sums :]
