@@ -239,11 +239,15 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, from any device. ValueError for another topk, other
-        measures, or tensors of another shape or dtype.
+        measures, tensors of another shape or dtype, or a state of something else.
 
         The state of one rank, saved after `all_reduce`, may be loaded on all: what it added up then
         counts once.
         """
+        if missing := {"topk", "sums", "counts"} - set(state):
+            raise ValueError(
+                f"expected what Meter.state_dict returned, got a dict without {sorted(missing)}"
+            )
         if tuple(state["topk"]) != self.topk:
             raise ValueError(
                 f"expected the state of a Meter with topk {self.topk}, got topk "

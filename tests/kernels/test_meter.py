@@ -283,6 +283,11 @@ def test_state_is_a_copy() -> None:
     assert meter.compute() == filled().compute()
 
 
+def test_a_state_of_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"without \['counts', 'sums', 'topk'\]"):
+        Meter("cpu").load_state_dict(torch.nn.Linear(1, 1).state_dict())
+
+
 def test_state_of_another_topk_is_refused() -> None:
     meter = Meter("cpu", topk=(3,))
     with pytest.raises(ValueError, match=r"topk \(1, 3\), got topk \(1, 2\)"):

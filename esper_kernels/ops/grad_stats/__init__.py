@@ -77,7 +77,12 @@ def _flatten(grads: object) -> tuple[list[Tensor | None], tuple[tuple[str, int],
             "grads must be a sequence of tensors or None, or a mapping of them; pass [tensor]"
         )
     if not isinstance(grads, Mapping):
-        return list(grads), ()  # type: ignore[call-overload]  # what is no sequence raises here
+        if not isinstance(grads, Iterable):
+            raise TypeError(
+                "grads must be a sequence of tensors or None, or a mapping of them, got "
+                f"{checks.describe(grads)}; of a module pass [p.grad for p in module.parameters()]"
+            )
+        return list(grads), ()
     members = {
         name: [group] if group is None or isinstance(group, Tensor) else list(group)
         for name, group in grads.items()

@@ -275,3 +275,5 @@ def test_patch_refuses_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -
     model.lm_head = nn.Sequential(nn.Linear(32, VOCABULARY))
     with pytest.raises(TypeError, match=r"nn\.Linear, got Sequential"):
         patch(model)
+    with pytest.raises(TypeError, match="of transformers, got Linear"):
+        patch(nn.Linear(2, 2))
