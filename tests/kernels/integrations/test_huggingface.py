@@ -118,6 +118,29 @@ def test_losses_are_those_of_the_stock_trainer(
     torch.testing.assert_close(weights, stock_weights, rtol=0, atol=1e-4)
 
 
+def test_token_classification_trains_as_with_the_stock_loss(tmp_path: Path) -> None:
+    """By the function on the page about trainers."""
+    from transformers import BertConfig, BertForTokenClassification
+
+    meter = Meter("cpu")
+
+    def ours(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return cross_entropy(outputs["logits"], labels, normalizer=num_items_in_batch, meter=meter)
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=VOCABULARY, num_labels=10, intermediate_size=16, **sizes)
+    losses = []
+    for loss in (None, ours):
+        torch.manual_seed(0)
+        trainer = trainer_of(
+            BertForTokenClassification(config), tmp_path, steps=5, compute_loss_func=loss
+        )
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert meter.compute().batches == 5
+
+
 def test_the_log_has_the_metrics_that_separate_passes_find(tmp_path: Path) -> None:
     """Of each step's batch, counted from its logits; and of the evaluation, from a full pass."""
     meter = Meter("cpu", topk=(1, 5))
