@@ -134,7 +134,7 @@ _select_cached = lru_cache(maxsize=None)(_select)
 def select_backend(
     op: str, device_type: str, dtype: torch.dtype, config: KernelConfig | None = None
 ) -> BackendChoice:
-    """Choose the backend for `op` (a name in `OPS`) on tensors of this device type and dtype.
+    """Choose the backend for `op` (a name in `OPS`) on tensors of this device_type and dtype.
 
     Raises TypeError for a config of another type, and ValueError with every reason where none can
     serve, or where the one named in `config` cannot.

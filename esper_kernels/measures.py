@@ -65,7 +65,11 @@ def plan_measures(
 
 
 class Averages(NamedTuple):
-    """Means over classes. `accuracy` is the mean of the classes' own accuracies, their recalls."""
+    """Means over classes, fractions from 0 to 1.
+
+    recall, precision and f1: of the classes' own. accuracy: of their own accuracies, which are
+    their recalls.
+    """
 
     accuracy: float
     precision: float

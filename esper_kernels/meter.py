@@ -121,6 +121,8 @@ class Meter:
             self.sums = torch.zeros(self.num_sums, dtype=torch.float64, device=device)
             self.counts = torch.zeros(self.num_counts, dtype=torch.int64, device=device)
             self.ticket = torch.zeros(1, dtype=torch.int32, device=device)  # 0 between launches
+        self._shared: tuple[Tensor, Tensor] | None = None  # sums, counts that all ranks have
+        self._ranks: tuple[int, ...] | None = None  # those that all_reduce added up, where known
         self.device = self.sums.device  # "cuda" has become "cuda:0"
 
     @property
@@ -159,6 +161,7 @@ class Meter:
         """Forget every batch."""
         self.sums.zero_()
         self.counts.zero_()
+        self._shared = self._ranks = None
 
     def to(self, device: torch.device | str) -> "Meter":
         """Move what was counted to another device, in place, and return the meter, as
@@ -168,6 +171,8 @@ class Meter:
             self.sums = self.sums.to(device)
             self.counts = self.counts.to(device)
             self.ticket = self.ticket.to(device)
+            if self._shared is not None:
+                self._shared = (self._shared[0].to(device), self._shared[1].to(device))
         self.device = device
         return self
 
@@ -191,26 +196,58 @@ class Meter:
         return dict(zip(names, self.counts[: len(names)].unbind(), strict=True))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up the meters of all ranks, in place on each: once, before `compute`. One collective,
-        in which counts travel as float64, exact up to 2^53."""
-        both = torch.cat([self.sums, self.counts.double()])
-        dist.all_reduce(both, group=group)
-        self.sums.copy_(both[: self.num_sums])
-        self.counts.copy_(both[self.num_sums :])
+        """Add up the meters of all ranks of a group (None: of all ranks), in place on each, before
+        `compute`. One collective, in which counts travel as float64, exact up to 2^53.
+
+        Called again, it adds what each rank has counted since, and nothing twice. ValueError for
+        another group before `reset`: it is unknown which of its ranks share what they hold.
+        """
+        ranks = tuple(dist.get_process_group_ranks(group))
+        if self._ranks not in (None, ranks):
+            raise ValueError(
+                f"expected the group of ranks {self._ranks}, which this meter has added up, got "
+                f"ranks {ranks}; reset it first, or add up once, over one group of all ranks"
+            )
+        with torch.inference_mode(False):
+            own_sums, own_counts = self.sums, self.counts
+            if self._shared is not None:
+                sums, counts = self._shared
+                own_sums = torch.where(own_sums == sums, 0.0, own_sums - sums)  # inf - inf is NaN
+                own_counts = own_counts - counts
+            both = torch.cat([own_sums, own_counts.double()])
+            dist.all_reduce(both, group=group)
+            sums, counts = both[: self.num_sums], both[self.num_sums :].long()
+            if self._shared is not None:
+                sums, counts = self._shared[0] + sums, self._shared[1] + counts
+            self.sums.copy_(sums)
+            self.counts.copy_(counts)
+            self._shared = (sums, counts)
+        self._ranks = ranks
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the accumulators, the list of k and the measures;
-        `torch.load(weights_only=True)` reads it back."""
+        """Copies of the accumulators, the part of them that `all_reduce` added up, the list of k
+        and the measures; `torch.load(weights_only=True)` reads it back."""
+        sums, counts = self._shared or (self.sums.new_zeros(()), self.counts.new_zeros(()))
         return {
             "topk": list(self.topk),
             "measures": list(self._measures or ()),
             "sums": self.sums.clone(),
             "counts": self.counts.clone(),
+            "shared_sums": sums.expand_as(self.sums).clone(),
+            "shared_counts": counts.expand_as(self.counts).clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, from any device. ValueError for another topk, other
-        measures, or tensors of another shape or dtype."""
+        measures, tensors of another shape or dtype, or a state of something else.
+
+        The state of one rank, saved after `all_reduce`, may be loaded on all: what it added up then
+        counts once.
+        """
+        if missing := {"topk", "sums", "counts"} - set(state):
+            raise ValueError(
+                f"expected what Meter.state_dict returned, got a dict without {sorted(missing)}"
+            )
         if tuple(state["topk"]) != self.topk:
             raise ValueError(
                 f"expected the state of a Meter with topk {self.topk}, got topk "
@@ -223,9 +260,10 @@ class Meter:
                 f"calibration_bins, entropy, confusion): {list(self._measures or ())}, got "
                 f"{list(measures)}"
             )
-        names = ("sums", "counts")
-        for name in names:
-            own = getattr(self, name)
+        names = ["sums", "counts"]
+        shared = ["shared_sums", "shared_counts"] if "shared_sums" in state else []  # older ones
+        for name in names + shared:
+            own = getattr(self, name.removeprefix("shared_"))
             x = state[name]
             if not isinstance(x, Tensor) or (x.shape, x.dtype) != (own.shape, own.dtype):
                 raise ValueError(
@@ -234,11 +272,17 @@ class Meter:
                 )
         for name in names:
             getattr(self, name).copy_(state[name])
+        self._shared = self._ranks = None
+        if shared:
+            sums, counts = (state[name].to(self.device, copy=True) for name in shared)
+            self._shared = (sums, counts)
 
     def pack(self) -> Tensor:
+        """What `compute_all` reads: int64 [num_sums + num_counts]."""
         return torch.cat([self.sums.view(torch.int64), self.counts])
 
     def unpack(self, words: list[int], strict: bool) -> MeterResult:
+        """What `compute_all` returns for the words of `pack`; strict as for `compute`."""
         sums = words_to_floats(words[: self.num_sums])
         loss_sum, weight_sum, batch_mean_sum = sums[: len(SUMS)]
         all_counts = words[self.num_sums :]

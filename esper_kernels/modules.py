@@ -14,7 +14,8 @@ from esper_kernels.ops.linear_cross_entropy import linear_cross_entropy
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`nn.CrossEntropyLoss` by `esper_kernels.cross_entropy`.
 
-    Arguments as for torch's own, and those of `cross_entropy` after them.
+    Arguments as for torch's own, its old size_average and reduce included, and those of
+    `cross_entropy` after them.
 
     input: [V], [N, V] or [N, V, d, ...], the classes in dimension 1; target: class indices [],
         [N] or [N, d, ...].
@@ -46,6 +47,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.config = config
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of input and target, as the class describes them."""
         if target.is_floating_point() and target.shape == input.shape:
             return self._of_probabilities(input, target)
         return cross_entropy(
@@ -82,8 +84,9 @@ class LinearCrossEntropyLoss(nn.Module):
     """`nn.LinearCrossEntropyLoss` (torch 2.13) by `esper_kernels.linear_cross_entropy`: the last
     layer of a classifier, `linear`, and its loss, without the logits of the batch.
 
-    Arguments as for torch's own, except `out_features` and `options` (there are always chunks), and
-    those of `linear_cross_entropy` after them. A state dict of either module loads into the other.
+    in_features, num_classes, bias, device and dtype make the layer. The others are torch's own,
+    except for its `options` (there are always chunks), and then those of `linear_cross_entropy`,
+    whose class_weight is `weight` here. A state dict of either module loads into the other.
 
     input: [..., in_features]; target: class indices [...]. Probability targets are refused.
     """
@@ -119,6 +122,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.config = config
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of input and target, as the class describes them."""
         return linear_cross_entropy(
             input,
             self.linear.weight,

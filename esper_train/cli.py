@@ -20,6 +20,7 @@ from pathlib import Path
 from esper_kernels import KernelConfig, __version__
 from esper_kernels import info as kernel_info
 from esper_train.base.console import lasting_output
+from esper_train.base.names import unknown_name
 from esper_train.base.stop import Stopped, StopRequest
 from esper_train.config import RunConfig, load_toml, preset
 from esper_train.rl.learned import SavedPolicy, load_policy
@@ -88,8 +89,9 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
         return 0
     if command == "heuristic":
         command = "grow"
-    if command not in ("grow", "fit", "ppo", "report", "info"):
-        print(f"{USAGE}\n\nesper-train: error: unknown command {command!r}", file=sys.stderr)
+    if command not in (known := ("grow", "fit", "ppo", "report", "info")):
+        error = unknown_name("command", command, known)
+        print(f"{USAGE}\n\nesper-train: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     try:
         _dispatch(command, arguments, stop)
@@ -123,7 +125,7 @@ def _dispatch(command: str, arguments: Sequence[str], stop: StopRequest) -> None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Options(RunConfig):
+class Options(RunConfig):
     """The settings of a run, which `--config` takes too, and seven options of the command
     itself."""
 
@@ -152,7 +154,7 @@ class _Options(RunConfig):
         return replace(run, train=replace(run.train, kernel=KernelConfig(backend=self.backend)))
 
 
-def _parse(command: str, arguments: Sequence[str]) -> _Options:
+def _parse(command: str, arguments: Sequence[str]) -> Options:
     _require_packages(command, "tyro", "rich", "matplotlib")
     import tyro
 
@@ -167,7 +169,7 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     task = given.task or (load_toml(given.config).task if given.config else RunConfig().task)
     run = load_config(Path(given.resume)) if given.resume is not None else preset(task)
     run = run if given.config is None else load_toml(given.config, base=run)
-    options = _Options
+    options = Options
     if "--help-all" in arguments:
         arguments = ["--help"]
     elif not {"-h", "--help"}.isdisjoint(arguments):
@@ -181,7 +183,7 @@ def _parse(command: str, arguments: Sequence[str]) -> _Options:
     )
 
 
-def _main_options() -> type[_Options]:
+def _main_options() -> type[Options]:
     """The options without those of the tables of settings, for the first page of help."""
     import tyro
 
@@ -190,7 +192,7 @@ def _main_options() -> type[_Options]:
         for f in fields(RunConfig)
         if is_dataclass(f.type)
     ]
-    return make_dataclass("_MainOptions", tables, bases=(_Options,), frozen=True, kw_only=True)
+    return make_dataclass("_MainOptions", tables, bases=(Options,), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _completion(arguments: Sequence[str]) -> None:
     _require_packages("--completion", "tyro")
     import tyro
 
-    commands = {name: _Options() for name in DESCRIPTIONS}
+    commands = {name: Options() for name in DESCRIPTIONS}
     others = {"report": _NoOptions(), "info": _NoOptions()}
     every = tyro.extras.subcommand_type_from_defaults({**commands, **others})
     tyro.cli(every, prog="esper-train", args=["--tyro-print-completion", shell])
@@ -261,7 +263,7 @@ def _report(arguments: Sequence[str]) -> None:
     print(f"report: {page}")
 
 
-def _run(config: RunConfig, command: str, stop: StopRequest, options: _Options) -> None:
+def _run(config: RunConfig, command: str, stop: StopRequest, options: Options) -> None:
     task = import_task(config.task) if is_place(config.task) else None
     name = task.name if task else config.task
     out = options.out if options.resume is None else options.resume
@@ -283,7 +285,7 @@ def _run(config: RunConfig, command: str, stop: StopRequest, options: _Options) 
     run_job(config, job, Path(new if out is None else out), numbered=out is None)
 
 
-def _policy(command: str, options: _Options) -> SavedPolicy | None:
+def _policy(command: str, options: Options) -> SavedPolicy | None:
     """The policy named, or the one that a resumed run began with; None is the heuristic."""
     named = options.policy_file
     if named is not None:
@@ -297,7 +299,7 @@ def _policy(command: str, options: _Options) -> SavedPolicy | None:
     return load_policy(kept[0]) if kept else None
 
 
-def _ppo(config: RunConfig, stop: StopRequest, options: _Options) -> None:
+def _ppo(config: RunConfig, stop: StopRequest, options: Options) -> None:
     if options.policy_file is not None or options.profile:
         raise ValueError("--policy and --profile are for other commands than ppo; leave them out")
     task = import_task(config.task) if is_place(config.task) else None

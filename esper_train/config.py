@@ -114,8 +114,8 @@ def preset(task: str) -> RunConfig:
 
 
 def load_toml(path: str | Path, base: RunConfig | None = None) -> RunConfig:
-    """Read a `RunConfig` from a TOML file; keys left out keep the value of `base`, or their
-    default."""
+    """Read a `RunConfig` from the TOML file at `path`; keys left out keep the value of `base`, or
+    their default. ValueError for what is not TOML or not a setting, naming it."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

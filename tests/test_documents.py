@@ -6,12 +6,14 @@ import io
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -53,15 +55,55 @@ def integrations(directory: Path) -> dict[str, Any]:
     }
 
 
+def kernels(directory: Path) -> dict[str, Any]:
+    """What the page on kernels takes for granted; its ranks are one process."""
+    store = dist.FileStore(str(directory / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.manual_seed(0)
+    head = nn.Linear(4, 10)
+    head.weight.grad = torch.zeros_like(head.weight)
+    hidden = torch.randn(8, 4, requires_grad=True)
+    batches = [(torch.randn(8, 10), torch.randint(10, (8,))) for _ in range(3)]
+    public = {name: getattr(esper_kernels, name) for name in esper_kernels.__all__}
+    return public | {
+        "device": "cpu",
+        "group": None,
+        "tokens": None,
+        "model": SimpleNamespace(features=lambda tokens: hidden),
+        "head": head,
+        "weight": head.weight,
+        "meter": esper_kernels.Meter("cpu"),
+        "batches": batches,
+        "targets": batches[0][1],
+        "actions": batches[0][1],
+    }
+
+
 PAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "integrations.md": integrations,
+    "kernels.md": kernels,
     "tutorial.md": lambda directory: {},
 }
 """Pages whose blocks run one after another, and the names that they take for granted."""
+ELSEWHERE = {"training.md"}
+"""Run by `tests/test_readme.py`."""
+
+
+def test_every_page_with_code_is_run() -> None:
+    pages = {path.name for path in DOCS.glob("*.md") if blocks(path.name)}
+    assert pages == set(PAGES) | ELSEWHERE
+
+
+@pytest.fixture
+def no_process_group() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow  # the packages that the pages are about take seconds to import
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("no_process_group")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,6 +134,16 @@ def test_the_reference_has_every_integration() -> None:
     listed = re.findall(r"^::: esper_kernels\.integrations\.(\w+)$", text, re.MULTILINE)
     modules = (ROOT / "esper_kernels" / "integrations").glob("[a-z]*.py")
     assert set(listed) == {path.stem for path in modules}
+
+
+def test_the_tests_of_the_promises_exist() -> None:
+    text = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/.]+|test_\w+)`", text)
+    assert len(named) > 25
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    for name in named:
+        exists = (ROOT / name).exists() or any(f"\ndef {name}(" in text for text in sources)
+        assert exists, name
 
 
 def test_the_error_messages_that_are_explained_exist() -> None:

@@ -20,6 +20,7 @@ RUNS: dict[str, tuple[tuple[str, ...], str]] = {
     "hf_trainer.py": ((), r"after 60 steps: validation loss \d\.\d+\n\d\d\.\d% of the bytes"),
     "lightning_digits.py": ((), r"validation accuracy 9\d\.\d%, training accuracy 9"),
     "torchrun_ddp.py": (TORCHRUN, r"epoch 5: 1078 rows, 9\d\.\d% right"),
+    "torchrun_fsdp2.py": (TORCHRUN, r"epoch 5: 1078 rows, 9\d\.\d% right, last .* norm 0\.\d+"),
     "own_host.py": ((), r"test accuracy [4-9]\d\.\d% with \d+ parameters, \d seeds kept"),
     "learned_policy.py": ((), r"decisions: \{.*\}, test accuracy \d+\.\d%"),
 }

@@ -76,6 +76,11 @@ def patch(
 
 
 def _check(model: Any) -> None:
+    if not hasattr(model, "get_output_embeddings"):
+        raise TypeError(
+            f"expected a causal language model of transformers, got {type(model).__name__}; with "
+            "other models call linear_cross_entropy"
+        )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise TypeError(f"expected a head that is an nn.Linear, got {type(head).__name__}")

@@ -2,6 +2,7 @@
 
 from typing import Any, Unpack
 
+import torch.distributed as dist
 import torchmetrics
 from torch import Tensor
 
@@ -9,6 +10,16 @@ from esper_kernels.measures import ROW_SUMS
 from esper_kernels.meter import SUMS, Meter
 from esper_kernels.ops.cross_entropy import cross_entropy
 from esper_kernels.ops.cross_entropy.arguments import CommonOptions
+
+
+class _StateMeter(Meter):
+    """A meter whose accumulators are the states of a metric."""
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        raise RuntimeError(
+            "torchmetrics adds up the ranks of a metric itself; call metric.compute(), or read "
+            "metric.meter.compute() inside metric.sync_context()"
+        )
 
 
 class MeterMetric(torchmetrics.Metric):
@@ -36,7 +47,7 @@ class MeterMetric(torchmetrics.Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._meter = Meter(
+        self._meter = _StateMeter(
             "cpu",
             topk=topk,
             per_class=per_class,

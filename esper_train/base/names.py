@@ -17,3 +17,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
     hint = f"; perhaps {near[0]!r}?" if near else "."
     return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")
+
+
+def require_type(value: object, kind: type, name: str) -> None:
+    """Raise `TypeError` unless the argument of that name is of that type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r:.80}")

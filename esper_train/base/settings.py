@@ -129,7 +129,7 @@ def require(holds: bool, what: str, value: Any) -> None:
 def from_dict(
     cls: type[T], values: Mapping[str, Any], *, base: T | None = None, where: str = ""
 ) -> T:
-    """Build a config dataclass from plain values, such as those of TOML and JSON.
+    """Build `cls`, a config dataclass, from plain values, such as those of TOML and JSON.
 
     Keys that are left out keep the value of `base`, or their default. Raises `ValueError` for an
     unknown key (with the nearest known one) and `TypeError` for a value of the wrong type. `where`

@@ -37,15 +37,20 @@ class Policy(Stateful, Protocol):
     """A controller. `decide` is called once per epoch, `reset` before each episode. Its state is
     part of checkpoints."""
 
-    def decide(self, signals: Signals) -> Decision: ...
+    def decide(self, signals: Signals) -> Decision:
+        """What to do after the epoch that signals describes."""
+        ...
 
-    def reset(self) -> None: ...
+    def reset(self) -> None:
+        """Forget the episode before."""
+        ...
 
 
 class Idle(PlainState):
     """Always waits; `fit` uses it."""
 
     def decide(self, signals: Signals) -> Decision:
+        """To wait."""
         return Decision(op=Op.WAIT, reason="plain training")
 
     def reset(self) -> None:

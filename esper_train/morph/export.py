@@ -38,8 +38,8 @@ def fold(model: MorphModel) -> nn.Sequential:
 
 
 def export(model: MorphModel, example: Tensor) -> ExportedProgram:
-    """The folded network in eval mode as a program for any batch size, which torch alone can load
-    and run.
+    """The folded network of `model` in eval mode as a program for any batch size, which torch alone
+    can load and run.
 
     `example` is an input [N, ...] with N >= 2. Save the program with `torch.export.save(program,
     path)`, and load it as a module with `torch.export.load(path).module()`.

@@ -46,6 +46,8 @@ class Host(nn.Module):
         self.slot_channels = dict(slot_channels)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Everything given, named or not, goes to the first segment; the head's output comes
+        back."""
         first, *others = self.segments.values()
         x = first(*inputs, **named)
         for segment in others:

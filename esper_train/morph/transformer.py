@@ -59,8 +59,8 @@ def transformer_host(
 
     `depth` blocks are split into segments of about equal depth. The weight of the head is the token
     embedding. `heads` defaults to the largest of 4, 3, 2, 1 that divides the width; `ValueError` if
-    it does not divide it. Dropout acts on the embedding and on the output of each branch. The first
-    loss is near ln(vocab_size).
+    it does not divide it. `dropout` acts on the embedding and on the output of each branch. The
+    first loss is near ln(vocab_size).
     """
     segments = cut([Block(width, heads, dropout) for _ in range(depth)])
     embedding = Embedding(vocab_size, context, width, dropout)

@@ -216,7 +216,7 @@ def save_network(path: Path, model: MorphModel, weights: Mapping[str, Any]) -> N
 def load_run(
     path: str | Path, *, task: Task | None = None, registry: BlueprintRegistry | None = None
 ) -> nn.Module:
-    """The trained network of a run directory, on the CPU and in eval mode.
+    """The trained network of the run directory `path`, on the CPU and in eval mode.
 
     `task` and `registry` are needed where the run used ones of your own; nothing here imports the
     module of a task. Raises `FileNotFoundError` where there is no network, `ValueError` where it

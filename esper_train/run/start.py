@@ -6,6 +6,7 @@ With `out`, a run leaves in that directory all that the command leaves there.
 from dataclasses import replace
 from pathlib import Path
 
+from esper_train.base.names import require_type
 from esper_train.config import RunConfig
 from esper_train.control.policy import Policy
 from esper_train.morph.blueprints import BlueprintRegistry
@@ -55,6 +56,7 @@ def run_heuristic_episode(
         BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
         FileExistsError, BlockingIOError: `out` holds something, or another process writes to it.
     """
+    require_type(config, RunConfig, "config")
     if config.episodes != 1 and out is not None:
         raise ValueError(
             f"run_heuristic_episode is one episode, got episodes={config.episodes}; use "
@@ -83,6 +85,7 @@ def train_heuristic(
 ) -> list[EpisodeResult]:
     """`config.episodes` runs one after the other, with the seeds seed, seed + 1000, ..., otherwise
     as `run_heuristic_episode`. With `out` and several, each has a directory in it."""
+    require_type(config, RunConfig, "config")
     job = Job(mode="heuristic", task=task, hub=hub, resume=resume, baseline=baseline)
     if out is None:
         return [result for each in episode_configs(config) for result in _run(each, job, None)]
@@ -102,6 +105,9 @@ def run_fit(
 
 
 def _run(config: RunConfig, job: Job, out: str | Path | None) -> list[EpisodeResult]:
+    require_type(config, RunConfig, "config")
+    if job.task is not None:
+        require_type(job.task, Task, "task")
     if out is not None:
         return run_job(config, replace(job, say=print, display=ConsoleSink), Path(out))
     if job.resume:

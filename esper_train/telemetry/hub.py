@@ -58,6 +58,7 @@ class TelemetryHub(PlainState):
         self._escalated_epochs = max(0, self._escalated_epochs - 1)
 
     def close(self) -> None:
+        """Close every sink; later events go nowhere."""
         for sink in tuple(self._sinks):
             self._attempt(sink, sink.close)
         self._sinks.clear()

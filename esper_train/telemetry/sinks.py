@@ -11,9 +11,13 @@ from esper_train.telemetry.event import Event, EventType
 class Sink(Protocol):
     """Receives the events of a hub, one by one."""
 
-    def write(self, event: Event) -> None: ...
+    def write(self, event: Event) -> None:
+        """Take an event. If it raises, this sink is closed and left out, and the run goes on."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Called once, after the last event."""
+        ...
 
 
 class JsonlSink:
@@ -23,10 +27,12 @@ class JsonlSink:
         self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115, closed by close()
 
     def write(self, event: Event) -> None:
+        """Append a line."""
         self._file.write(event.to_json() + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -37,6 +43,7 @@ class ConsoleSink:
         self._stream = stream or sys.stdout
 
     def write(self, event: Event) -> None:
+        """Print a line."""
         print(describe(event), file=self._stream, flush=True)
 
     def close(self) -> None:

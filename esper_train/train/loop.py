@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from esper_kernels import Meter
 from esper_train.base.modes import evaluating
+from esper_train.base.names import require_type
 from esper_train.train.batches import Batch, Batches, ReadBatch, drawn, grouped
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
@@ -80,7 +81,7 @@ def train_one_epoch(
         IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the
             end of the epoch on other devices.
     """
-    _require(config, TrainConfig, "config")
+    require_type(config, TrainConfig, "config")
     if config.on_bad_numbers == "rollback":
         raise ValueError(
             "train.on_bad_numbers 'rollback' needs a run, which keeps states to return to; use "
@@ -88,7 +89,7 @@ def train_one_epoch(
         )
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
-    _require(optimizers, OptimizerRegistry, "optimizers")
+    require_type(optimizers, OptimizerRegistry, "optimizers")
     step = _step(step, task_type, config, criterion, forward, batch)
     epoch = launch_training(
         model,
@@ -243,7 +244,7 @@ def evaluate(
     in the same pass: the model is called with `alpha=...` for each and nothing of it is changed.
     `scopes` has what is entered around the passes of some variants. Otherwise as `train_one_epoch`.
     """
-    _require(config, TrainConfig, "config")
+    require_type(config, TrainConfig, "config")
     step = _step(step, task_type, config, criterion, forward, batch)
     launched = launch_evaluation(
         model, loader, config, step=step, max_batches=max_batches, variants=variants, scopes=scopes
@@ -297,11 +298,6 @@ def launch_evaluation(
 
     strict = config.on_bad_numbers == "stop"
     return Launched(sources=(*meters, rows), strict=strict, result=result)
-
-
-def _require(value: object, kind: type, name: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r:.80}")
 
 
 def _step(

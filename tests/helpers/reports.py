@@ -118,6 +118,7 @@ def epoch_event(
     *,
     loss: float | None = None,
     accuracy: float | None = None,
+    train_accuracy: float | None = None,
     grad: bool = True,
 ) -> Event:
     groups = {"host": health(1.0)} | {s.slot: health(0.5) for s in slots if s.seed_id is not None}
@@ -126,7 +127,9 @@ def epoch_event(
     )
     data = {
         "max_epochs": EPOCHS,
-        "train": measures(2.0 / epoch, 60.0 + 4 * epoch)
+        "train": measures(
+            2.0 / epoch, 60.0 + 4 * epoch if train_accuracy is None else train_accuracy
+        )
         | {"compiled": False, "compile_failure": None},
         "validation": validation,
         "grad": health(1.2, groups=groups) if grad else None,

@@ -288,6 +288,7 @@ def test_out_of_another_layout_is_refused(config: KernelConfig) -> None:
     ("grads", "options", "error", "words"),
     [
         (torch.ones(2), {}, TypeError, "a sequence of tensors or None"),
+        (torch.nn.Linear(1, 1), {}, TypeError, r"got Linear .*\[p\.grad for p in module"),
         ([torch.ones(2), 1.0], {}, TypeError, r"grads\[1\] must be a dense tensor or None.*float"),
         ([torch.ones(2).to_sparse()], {}, TypeError, r"grads\[0\] must be a dense tensor.*sparse"),
         ([torch.ones(2).long()], {}, TypeError, r"grads\[0\] must be one of.*got torch.int64"),

@@ -2,8 +2,6 @@
 
 import io
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,8 @@ from esper_kernels import (
     record_loss,
 )
 from esper_kernels.testing import SyncCounter
+from tests.helpers.meters import meters_of_a_rank
+from tests.helpers.ranks import together
 
 LN2 = 0.6931471805599453
 
@@ -283,6 +283,11 @@ def test_state_is_a_copy() -> None:
     assert meter.compute() == filled().compute()
 
 
+def test_a_state_of_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"without \['counts', 'sums', 'topk'\]"):
+        Meter("cpu").load_state_dict(torch.nn.Linear(1, 1).state_dict())
+
+
 def test_state_of_another_topk_is_refused() -> None:
     meter = Meter("cpu", topk=(3,))
     with pytest.raises(ValueError, match=r"topk \(1, 3\), got topk \(1, 2\)"):
@@ -290,35 +295,22 @@ def test_state_of_another_topk_is_refused() -> None:
     assert meter.counts.eq(0).all()
 
 
-RANK = """
-import sys, torch, torch.distributed as dist
-from esper_kernels import Meter, cross_entropy_step
-rank, file = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=rank, world_size=2)
-meter = Meter("cpu", per_class=2, calibration_bins=2)
-cross_entropy_step(torch.zeros(1 + rank, 2), torch.full((1 + rank,), rank), meter)
-meter.all_reduce()
-result = meter.compute()
-print(result.valid, result.correct[1], result.batches, round(result.loss_sum, 6))
-print(result.per_class.support, result.calibration.rows)
-dist.destroy_process_group()
-"""
-
-
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
-@pytest.mark.timeout(60)
-def test_all_reduce_adds_up_two_ranks(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=50)[0].strip() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()  # a process that waits for a dead peer would never end
-    # 3 ln 2; rank 0's one row is correct, rank 1's two are not
-    assert outputs == ["3 1 2 2.079442\n(1, 2) (0, 3)"] * 2
+def test_all_reduce_counts_every_row_of_two_ranks_once(tmp_path: Path) -> None:
+    """Rank 0 has one row per batch, which is right; rank 1 has two, which are wrong; each costs
+    ln 2."""
+    found, other = together(2, meters_of_a_rank, tmp_path)
+    assert {**found, "another group": ""} == {**other, "another group": ""}
+    assert found.pop("another group") == (
+        "expected the group of ranks (0, 1), which this meter has added up, got ranks (0,); reset "
+        "it first, or add up once, over one group of all ranks"
+    )
+    assert found.pop("measures") == [(1, 2), (0, 3)]
+    assert found["twice"] == found["once"]
+    once, again = [3, 1, 2, 3 * LN2], [6, 2, 4, 6 * LN2]
+    expected = {
+        **dict.fromkeys(["once", "twice", "reset"], once),
+        **dict.fromkeys(["another batch", "loaded from rank 0", "in a compiled graph"], again),
+        "infinite": [2, 1, 2, math.inf],
+    }
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}

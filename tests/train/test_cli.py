@@ -111,7 +111,8 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plant"], "unknown command 'plant'"),
+        (["growing"], "unknown command 'growing'; perhaps 'grow'?"),
+        (["grow", *QUICK, "--max-epochs", "0"], "Error parsing Options: max_epochs must be"),
         (["fit", "--task", "digit"], "unknown task 'digit'; perhaps 'digits'?"),
         (["heuristic", *QUICK, "--slots", "early", "middle"], "'middle'"),
         (["heuristic", *QUICK, "--slots"], "no slots"),

@@ -82,7 +82,7 @@ def test_the_documents_name_the_options_that_are_no_settings() -> None:
     """Every other option is a key of the TOML file."""
     text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
     (sentence,) = re.findall(r"Each is also a key[^.]*, except ([^:]*):", text)
-    own = {f.name for f in fields(cli._Options)} - {f.name for f in fields(RunConfig)}
+    own = {f.name for f in fields(cli.Options)} - {f.name for f in fields(RunConfig)}
     named = {name.replace("-", "_") for name in re.findall("`--([a-z-]+)`", sentence)}
     assert named == own
 

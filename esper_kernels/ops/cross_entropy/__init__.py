@@ -90,6 +90,7 @@ def cross_entropy(
     class_dim: where V is. torch has it second: for logits [N, V, ...] and targets [N, ...] pass 1.
         `cpp` reads and writes any strides; other backends copy the logits unless their classes are
         next to each other in memory.
+    meter: a `Meter` on the logits' device, or None. config: a `KernelConfig`; None chooses.
 
     Returns a fresh tensor, [] or for "none" [...], float32 (float64 for float64 logits),
     differentiable once. Raises TypeError or ValueError, naming the argument, before anything is

@@ -45,6 +45,7 @@ def grad_stats(
     multiplied.
     out: an earlier result of as many tensors on the same device, whose memory is overwritten and
     reused.
+    config: a `KernelConfig`; None chooses. TypeError or ValueError name the tensor that is refused.
 
     Sums are float64: float16 does not overflow; 1e20 and 1e-30 count. -0.0 is a zero, a denormal is
     not.
@@ -76,7 +77,12 @@ def _flatten(grads: object) -> tuple[list[Tensor | None], tuple[tuple[str, int],
             "grads must be a sequence of tensors or None, or a mapping of them; pass [tensor]"
         )
     if not isinstance(grads, Mapping):
-        return list(grads), ()  # type: ignore[call-overload]  # what is no sequence raises here
+        if not isinstance(grads, Iterable):
+            raise TypeError(
+                "grads must be a sequence of tensors or None, or a mapping of them, got "
+                f"{checks.describe(grads)}; of a module pass [p.grad for p in module.parameters()]"
+            )
+        return list(grads), ()
     members = {
         name: [group] if group is None or isinstance(group, Tensor) else list(group)
         for name, group in grads.items()
@@ -128,6 +134,7 @@ def clip_grad_norm_(
     error_if_nonfinite: RuntimeError, before scaling, for a norm that is NaN or Inf (a host sync).
         Otherwise such a norm does what it does in torch: Inf makes finite gradients 0, NaN makes
         all NaN.
+    config: a `KernelConfig`, where no stats are given; None chooses.
 
     Returns the norm before clipping, float64 [].
     """

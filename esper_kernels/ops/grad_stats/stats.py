@@ -26,6 +26,7 @@ class GradHealth:
     1e-10).
     zero_grad_fraction: zeros / elements. Nothing measured: norms and fraction 0, health and ratio
     1.
+    nan_count, inf_count: values of all tensors. tensors, elements: how many were measured.
     groups: for a mapping of gradients, the same by group name.
     """
 
@@ -44,7 +45,8 @@ class GradHealth:
     groups: dict[str, "GradHealth"] = field(default_factory=dict)
 
     def is_healthy(self, max_norm_ratio: float = 1000.0, max_zero_fraction: float = 0.5) -> bool:
-        """No NaN, no Inf, nothing exploding, and norms and zeros below these limits."""
+        """No NaN, no Inf, nothing exploding, norm_ratio below max_norm_ratio, and
+        zero_grad_fraction below max_zero_fraction."""
         return (
             self.nan_count == 0
             and self.inf_count == 0
@@ -60,18 +62,25 @@ class GradHealth:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GradStats:
-    """Gradient statistics of T tensors on the device, in list order, groups one after the other."""
+    """Gradient statistics of T tensors on the device, in list order, groups one after the other.
 
-    magnitudes: Tensor  # float64 [2, T], the rows of which are norms and max_abs
-    counts: Tensor  # int64 [3, T], the rows of which are zeros, nans and infs
-    total_norm: Tensor  # float64 []
-    # float32 [], 1 where any value is NaN or Inf: what a loss scaler calls by that name
+    magnitudes: float64 [2, T], the rows of which are norms and max_abs.
+    counts: int64 [3, T], the rows of which are zeros, nans and infs.
+    total_norm: float64 [], L2.
+    found_inf: float32 [], 1 where any value is NaN or Inf: what a loss scaler calls by that name.
+    numels: elements of each tensor, 0 for None and empty ones. groups: name and number of tensors
+    of each; empty for a plain list. vanishing, exploding: the thresholds of a norm.
+    workspace: what a backend keeps for the next call.
+    """
+
+    magnitudes: Tensor
+    counts: Tensor
+    total_norm: Tensor
     found_inf: Tensor
-    numels: tuple[int, ...] = ()  # [T], 0 for None and empty tensors
-    groups: tuple[tuple[str, int], ...] = ()  # (name, number of tensors); empty for a plain list
+    numels: tuple[int, ...] = ()
+    groups: tuple[tuple[str, int], ...] = ()
     vanishing: float = 0.0
     exploding: float = math.inf
-    # what a backend keeps for the next call
     workspace: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -122,9 +131,11 @@ class GradStats:
         return health
 
     def pack(self) -> Tensor:
+        """What `compute_all` reads: int64 [4 T]."""
         return torch.cat([self.norms.view(torch.int64), self.counts.flatten()])
 
     def unpack(self, words: list[int], strict: bool) -> GradHealth:
+        """What `compute_all` returns for the words of `pack`. strict has no effect here."""
         n = len(self.numels)
         norms = words_to_floats(words[:n])
         rows = list(

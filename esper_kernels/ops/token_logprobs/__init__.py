@@ -37,7 +37,7 @@ def token_logprobs(
     targets: [...] int64, int32 or uint8 in [0, V), or ignore_index: such a row gives 0 and gets a
         zero gradient. Others raise IndexError on the CPU; elsewhere their row gives NaN and gets a
         zero gradient.
-    temperature: in [2**-100, 2**100].
+    temperature: in [2**-100, 2**100]. config: a `KernelConfig`; None chooses.
 
     Returns the log-probabilities [...], with `entropy` also the entropies [...], float32 (float64
     for float64 logits); both are differentiable once. Keeps the logits and three numbers per row

@@ -12,7 +12,7 @@ from pathlib import Path
 from esper_train.base.settings import differing
 from esper_train.run.directory import BASELINE, METRICS, REPORT, load_config, read_config
 from esper_train.run.report.decisions import decisions_of_runs, decisions_part
-from esper_train.run.report.draw import curve_panel, draw_picture
+from esper_train.run.report.draw import curve_panel, draw_picture, zoomed
 from esper_train.run.report.history import (
     History,
     Record,
@@ -29,6 +29,7 @@ from esper_train.run.report.pictures import (
     curves_part,
     gradients_part,
     layers_part,
+    note_of_zoom,
     rewards_part,
     stages_part,
 )
@@ -84,10 +85,12 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
             (n, r.series("validation", key), {"color": f"C{i}"})
             for i, (n, r) in enumerate(runs.items())
         ]
-        panels += curve_panel(unit, curves, log=key == "loss", columns=1)
+        limits = zoomed(curves) if key == "accuracy" else None
+        panels += curve_panel(unit, curves, log=key == "loss", limits=limits, columns=1)
     height = 4 + 0.3 * len(runs)  # the legend has one line per run
     picture = draw_picture("comparison", "Validation loss and accuracy of each run", panels, height)
-    parts = [_summary(runs), *_settings(runs), *picture, *decisions_of_runs(runs)]
+    parts = [_summary(runs), *_settings(runs), *picture, *note_of_zoom(limits)]
+    parts += decisions_of_runs(runs)
     return write_page(path, f"Comparison of {len(runs)} runs", parts)
 
 

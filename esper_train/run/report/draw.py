@@ -5,7 +5,10 @@ import importlib.util
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
+from itertools import dropwhile
+from operator import gt
 from typing import Any
 
 from esper_train.morph.lifecycle import SeedStage
@@ -63,6 +66,9 @@ def curve_panel(
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")  # the default uses mathematical text
             axes.yaxis.set_minor_formatter("")
+        else:
+            axes.yaxis.get_major_locator().set_params(nbins=6, steps=[1, 2, 5, 10])
+            axes.ticklabel_format(axis="y", useOffset=False)
         if limits:
             axes.set_ylim(*limits)
         for stage, ls in (("FOSSILIZED", "-"), ("CULLED", "--")):
@@ -77,6 +83,27 @@ def curve_panel(
         legend(axes, columns=columns)
 
     return [draw] if drawn else []
+
+
+def zoomed(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """Limits of an axis that show where the curves stay, without their first rise; None if that
+    leaves more than half of the whole range.
+
+    A rise ends where a curve first reaches its lower quartile, so that a later fall is shown.
+    """
+    known = [values for _, curve, _ in curves if (values := finite_values(curve))]
+    if not known:
+        return None
+    quartiles = [sorted(values)[len(values) // 4] for values in known]
+    low = min(
+        min(dropwhile(partial(gt, quartile), values))
+        for values, quartile in zip(known, quartiles, strict=True)
+    )
+    high, lowest = max(map(max, known)), min(map(min, known))
+    if high - low >= (high - lowest) / 2:
+        return None
+    margin = max(0.05 * (high - low), 1e-3 * abs(high))
+    return low - margin, high + margin
 
 
 def legend(axes: Axes, columns: int = 4, **given: Any) -> None:

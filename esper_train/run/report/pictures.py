@@ -14,6 +14,7 @@ from esper_train.run.report.draw import (
     curve_panel,
     draw_picture,
     legend,
+    zoomed,
 )
 from esper_train.run.report.history import History, finite_values
 from esper_train.run.report.page import tag
@@ -34,12 +35,26 @@ def curves_part(run: History, baseline: History | None) -> list[str]:
                     {"color": GREY, "ls": "--"},
                 )
             )
-        panels += curve_panel(unit, curves, log=key == "loss", moves=run.moves)
+        panels += curve_panel(
+            unit,
+            curves,
+            log=key == "loss",
+            limits=zoomed(curves) if key == "accuracy" else None,
+            moves=run.moves,
+        )
     picture = draw_picture("curves", "Loss and accuracy over epochs", panels)
     return [
         tag("h2", "Loss and accuracy"),
         *(picture or [tag("p", "There is no finite number to draw.")]),
+        *note_of_zoom(zoomed(curves)),
     ]
+
+
+def note_of_zoom(limits: tuple[float, float] | None) -> list[str]:
+    """Says that the axis of accuracies does not show all of them."""
+    if limits is None:
+        return []
+    return [tag("p", f"The first rise of the accuracy, below {limits[0]:.3g}%, is not shown.")]
 
 
 def stages_part(run: History, growth: GrowthConfig | None) -> list[str]:

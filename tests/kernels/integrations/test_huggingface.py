@@ -4,6 +4,7 @@ sync."""
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from esper_kernels import Meter, cross_entropy
 from esper_kernels.integrations.fused_head import patch
 from esper_kernels.integrations.huggingface import MeterLogs, causal_lm_loss, measures, next_tokens
 from esper_kernels.testing import SyncCounter
+from tests.helpers.ranks import together
 from tests.helpers.tokens import VOCABULARY, sequences, small_gpt2, small_llama
+from tests.helpers.trainer_ranks import trainers_of_a_rank
 
 BATCH = 4
 
@@ -115,6 +118,29 @@ def test_losses_are_those_of_the_stock_trainer(
     torch.testing.assert_close(weights, stock_weights, rtol=0, atol=1e-4)
 
 
+def test_token_classification_trains_as_with_the_stock_loss(tmp_path: Path) -> None:
+    """By the function on the page about trainers."""
+    from transformers import BertConfig, BertForTokenClassification
+
+    meter = Meter("cpu")
+
+    def ours(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return cross_entropy(outputs["logits"], labels, normalizer=num_items_in_batch, meter=meter)
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=VOCABULARY, num_labels=10, intermediate_size=16, **sizes)
+    losses = []
+    for loss in (None, ours):
+        torch.manual_seed(0)
+        trainer = trainer_of(
+            BertForTokenClassification(config), tmp_path, steps=5, compute_loss_func=loss
+        )
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert meter.compute().batches == 5
+
+
 def test_the_log_has_the_metrics_that_separate_passes_find(tmp_path: Path) -> None:
     """Of each step's batch, counted from its logits; and of the evaluation, from a full pass."""
     meter = Meter("cpu", topk=(1, 5))
@@ -145,6 +171,22 @@ def test_the_log_has_the_metrics_that_separate_passes_find(tmp_path: Path) -> No
     assert found["eval_top5_accuracy"] == top5
     assert found["eval_perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-5)
     assert logged(trainer, "eval_accuracy") == [accuracy]
+
+
+def test_two_processes_train_as_the_stock_trainer_and_log_the_accuracy_of_both(
+    tmp_path: Path,
+) -> None:
+    """20 steps, ragged labels, and a last batch that is short."""
+    found, other = together(2, partial(trainers_of_a_rank, 20, (1, 4)), tmp_path)
+    for accumulate, run in found.items():
+        assert len(run["losses"]) == 20
+        assert run["losses"] == pytest.approx(run["stock"], abs=1e-5)
+        assert run["losses"][-1] < run["losses"][0] - 0.1
+        rows = torch.tensor([run["rows"], other[accumulate]["rows"]]).sum(0)
+        right, counted = rows.view(20, accumulate, 2).sum(1).unbind(1)
+        assert run["accuracies"] == (right.double() / counted).tolist()
+        assert run["accuracies"] == other[accumulate]["accuracies"]
+        assert run["eval_accuracy"] == run["full_pass"] == other[accumulate]["full_pass"]
 
 
 @pytest.mark.parametrize(
@@ -256,3 +298,5 @@ def test_patch_refuses_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -
     model.lm_head = nn.Sequential(nn.Linear(32, VOCABULARY))
     with pytest.raises(TypeError, match=r"nn\.Linear, got Sequential"):
         patch(model)
+    with pytest.raises(TypeError, match="of transformers, got Linear"):
+        patch(nn.Linear(2, 2))

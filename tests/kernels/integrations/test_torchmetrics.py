@@ -125,3 +125,10 @@ def test_an_unknown_value_is_refused() -> None:
 
     with pytest.raises(ValueError, match="got 'top5_accuracy'"):
         MeterMetric(value="top5_accuracy")
+
+
+def test_the_ranks_of_a_metric_are_added_up_by_torchmetrics_alone() -> None:
+    from esper_kernels.integrations.torchmetrics import MeterMetric
+
+    with pytest.raises(RuntimeError, match="sync_context"):
+        MeterMetric().meter.all_reduce()

@@ -267,3 +267,11 @@ def test_an_optimizer_of_ones_own_is_resumed(tmp_path: Path) -> None:
     weights = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
     assert whole.accuracy == resumed.accuracy
+
+
+@pytest.mark.parametrize("start", [run_fit, run_heuristic_episode, train_heuristic])
+def test_what_is_no_config_is_refused(start: Any) -> None:
+    with pytest.raises(TypeError, match="config must be of type RunConfig, got 'digits'"):
+        start("digits")
+    with pytest.raises(TypeError, match="task must be of type Task, got 'digits'"):
+        start(CONFIG, task="digits")

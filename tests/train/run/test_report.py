@@ -14,7 +14,7 @@ from esper_train.config import RunConfig
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.lifecycle import SeedStage, SlotState
 from esper_train.run import directory as run_directory
-from esper_train.run.report import write_report
+from esper_train.run.report import write_comparison, write_report
 from esper_train.run.start import run_heuristic_episode
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
@@ -22,6 +22,7 @@ from esper_train.telemetry.sinks import JsonlSink
 from tests.helpers.reports import (
     EPOCHS,
     HOSTILE,
+    Page,
     epoch_event,
     finished,
     fit,
@@ -117,6 +118,35 @@ def test_pictures_show_curves_slots_and_gradients(run: Path) -> None:
     assert "GERMINATED" not in stages  # no epoch was trained in it
     for word in ("gradient norm", "health", "host", "total"):
         assert word in gradients
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "ticks", "hidden"),
+    [
+        ((95.1, 95.12, 95.15, 95.2, 95.16, 95.1, 95.3, 95.3), ["95.10", "95.20", "95.30"], None),
+        ((10.0, 95.1, 95.2, 95.3, 94.9, 95.1, 95.3, 95.2), ["95.0", "95.2"], "94.8%"),
+        ((90.0, 94.0, 95.0, 96.0, 20.0, 96.0, 97.0, 97.0), ["20", "40", "80"], None),  # a fall
+        ((96.0,) * 8, ["96"], None),
+    ],
+)
+def test_the_axis_of_accuracies_shows_where_they_stay(
+    tmp_path: Path, accuracies: tuple[float, ...], ticks: list[str], hidden: str | None
+) -> None:
+    """In one report and in a comparison."""
+    events = [
+        epoch_event(i, accuracy=x, train_accuracy=x) for i, x in enumerate(accuracies, start=1)
+    ]
+    run = write(tmp_path / "run", started(), *events, finished())
+    both = Page(write_comparison([run], tmp_path / "comparison.html").read_text())
+    for shown, label in (
+        (page(run), "Loss and accuracy over epochs"),
+        (both, "Validation loss and accuracy of each run"),
+    ):
+        axis = shown.pictures[label].split("accuracy (%)")[0]
+        assert set(ticks) <= set(axis.split()), axis
+        note = f"The first rise of the accuracy, below {hidden}, is not shown."
+        assert (note if hidden else "") in shown.text
+        assert ("first rise" in shown.text) == (hidden is not None)
 
 
 def test_page_is_whole_and_loads_nothing(run: Path) -> None:
