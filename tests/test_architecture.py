@@ -4,6 +4,7 @@ public."""
 import ast
 import importlib
 import pkgutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,18 +68,18 @@ TRAIN_ARROWS = {
 }
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def modules(package: str) -> list[tuple[str, ast.Module]]:
     """(group, syntax tree) of each module; the group is the first name below the package, "" for
     its __init__."""
     found = []
     for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT / package).with_suffix("").parts
-        found.append(
-            (
-                "" if parts == ("__init__",) else parts[0],
-                ast.parse(path.read_text(encoding="utf-8")),
-            )
-        )
+        found.append(("" if parts == ("__init__",) else parts[0], parsed(path)))
     return found
 
 
@@ -148,7 +149,7 @@ def batch_loops(tree: ast.Module) -> list[str]:
 
 def test_loop_holds_the_only_loops_over_batches() -> None:
     for path in sorted((ROOT / "esper_train").rglob("*.py")):
-        found = batch_loops(ast.parse(path.read_text(encoding="utf-8")))
+        found = batch_loops(parsed(path))
         if path == ROOT / "esper_train/train/loop.py":
             assert len(found) == 2  # train_one_epoch and evaluate
         else:
@@ -160,7 +161,7 @@ def test_one_place_makes_the_epochs_of_a_run() -> None:
     made = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "esper_train").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Epoch"
     }
     assert made == {"esper_train/run/run.py"}
@@ -190,7 +191,7 @@ def test_all_of_a_module_lists_what_it_defines(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__file__ is not None
     defined = set()
-    for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
+    for node in parsed(Path(module.__file__)).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined.add(node.name)
         elif isinstance(node, ast.Assign):
@@ -203,8 +204,7 @@ def test_all_of_a_module_lists_what_it_defines(name: str) -> None:
 @pytest.mark.parametrize("package", ["esper_kernels", "esper_train"])
 def test_every_module_says_what_it_is_for(package: str) -> None:
     for path in sorted((ROOT / package).rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        assert not text or ast.get_docstring(ast.parse(text)), path.name
+        assert not path.stat().st_size or ast.get_docstring(parsed(path)), path.name
 
 
 @pytest.mark.parametrize("package", ["esper_kernels", "esper_train"])

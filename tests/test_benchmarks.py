@@ -38,7 +38,10 @@ def test_no_benchmark_does_nothing_when_it_is_run(name: str) -> None:
     assert any(isinstance(node, ast.Call) for node in ast.walk(guards[0]))
 
 
-@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.compiled_steps"])
+@pytest.mark.parametrize(
+    "module",
+    ["benchmarks", pytest.param("benchmarks.compiled_steps", marks=pytest.mark.slow)],
+)
 def test_both_ways_to_run_one_give_its_help(module: str) -> None:
     name = ["compiled_steps"] if module == "benchmarks" else []
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""Tests run in several processes: what these share is made once, and long tests start first."""
+"""How tests are dealt out: to processes, which share what is made once and start long tests first,
+and to backends, which take cases in turn."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 
 from tests.cuda_shim import build as shim
 from tests.helpers.order import longest_first
+from tests.helpers.turns import deal_out
+
+pytest_plugins = "pytester"
 
 
 def test_who_needs_the_simulator_at_the_same_time_waits_for_one_build(
@@ -45,3 +49,40 @@ def test_long_tests_start_first_and_others_stay_in_their_order(
         items.append(item)
     longest_first(items, usual_timeout=300.0)
     assert [item.name for item in items] == ["d", "b", "e", "a", "c", "f"]
+
+
+def test_backends_take_cases_in_turn(pytester: pytest.Pytester) -> None:
+    """Each case has one backend, and each backend each value; what is slow becomes long."""
+    items = pytester.getitems(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("config", ["eager", "cpp", "triton", "cpp-avx2"])
+        @pytest.mark.parametrize("size", [1, 2, 3])
+        @pytest.mark.parametrize("mode", ["a", "b", pytest.param("c", marks=pytest.mark.slow)])
+        @pytest.mark.in_turn
+        def test_it(config, size, mode): ...
+
+        @pytest.mark.parametrize("config", ["eager", "cpp"])
+        def test_other(config): ...
+        """
+    )
+    deal_out(items)
+    part = {
+        item.name: next((m for m in ("long", "slow") if item.get_closest_marker(m)), "quick")
+        for item in items
+    }
+    for mode, here, later in (
+        ("a", "quick", "slow"),
+        ("b", "quick", "slow"),
+        ("c", "slow", "long"),
+    ):
+        for size in (1, 2, 3):
+            found = {
+                name: part[f"test_it[{mode}-{size}-{name}]"] for name in ("eager", "cpp", "triton")
+            }
+            assert sorted(found.values()) == sorted([here, later, later])
+        for name in ("eager", "cpp", "triton"):
+            assert [part[f"test_it[{mode}-{size}-{name}]"] for size in (1, 2, 3)].count(here) == 1
+        assert part[f"test_it[{mode}-1-cpp-avx2]"] == ("slow" if mode == "c" else "quick")
+    assert part["test_other[cpp]"] == "quick"

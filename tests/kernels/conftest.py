@@ -3,14 +3,23 @@ BACKENDS.
 
 A test that takes `config` alone makes CPU tensors, or CUDA tensors where it is marked `gpu`; one
 that takes `device` too runs on both. `best_instructions` leaves out the instruction sets that are
-slower here.
+slower here. `in_turn` deals the cases of a test out to the backends: the quick part runs each case
+on one of them, and each backend has its share; the slow part runs the others. What is slow in any
+case runs on one backend in the slow part, and on the others in the long part.
 """
+
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from esper_kernels import KernelConfig, select_backend
 from esper_kernels.native import INSTRUCTION_SETS
+from tests.helpers.interpreter import patch_the_language_once
+from tests.helpers.turns import deal_out
+
+if find_spec("triton") is not None:
+    patch_the_language_once()
 
 BACKENDS = {
     "eager": ("cpu", "cuda"),
@@ -52,6 +61,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             values = (backend, device) if takes_device else (backend,)
             cases.append(pytest.param(*values, marks=_marks(backend, device)))
     metafunc.parametrize("config,device" if takes_device else "config", cases, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    deal_out(items)
 
 
 def _marks(backend: str, device: str) -> list[pytest.MarkDecorator]:

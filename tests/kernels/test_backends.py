@@ -180,7 +180,11 @@ def beside_an_old_torch(package: Path) -> None:
     [
         (without_library, "the CPU kernels are not built (pure Python install)"),
         (spoilt("lib/esper_cpu.so"), "the CPU kernels do not load: {package}/lib/esper_cpu.so: "),
-        (of_another_machine, "the CPU kernels do not load: {package}/lib/esper_cpu.so: "),
+        pytest.param(
+            of_another_machine,
+            "the CPU kernels do not load: {package}/lib/esper_cpu.so: ",
+            marks=pytest.mark.slow,
+        ),
         (beside_an_old_torch, "the compiled kernels need torch 2.10 or newer, this is 2.9.1+cpu"),
     ],
     ids=["no library", "spoilt library", "another machine", "old torch"],

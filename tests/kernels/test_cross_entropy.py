@@ -103,6 +103,7 @@ def test_softcap_equals_hand_computed_numbers(config: KernelConfig) -> None:
     torch.testing.assert_close(logits.grad, expected)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("logits_dtype", DTYPES, ids=str, indirect=True)
 def test_samples_agree_with_torch_in_float64(
@@ -187,8 +188,8 @@ def test_grad_output_is_applied_before_rounding_to_float16(config: KernelConfig)
     """The loss scaler of mixed precision: 65536 times a gradient that float16 alone would round to
     0."""
     generator = torch.Generator().manual_seed(0)
-    leaf = (torch.randn(32, 1000, generator=generator) * 3).half().requires_grad_()
-    targets = torch.randint(1000, (32,), generator=generator)
+    leaf = (torch.randn(8, 1000, generator=generator) * 3).half().requires_grad_()
+    targets = torch.randint(1000, (8,), generator=generator)
 
     def scaled(scale: float) -> Tensor:
         loss = cross_entropy(leaf, targets, normalizer=512, config=config)
@@ -351,9 +352,9 @@ def test_same_bits_on_every_run_and_thread_count(config: KernelConfig) -> None:
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
     # has no threads, and an interpreter is slow
-    rows = 3000 if config.backend == "triton" else 70000
+    rows, classes = (600, 20000) if config.backend == "triton" else (70000, 50257)
     batches = [
-        torch.randn(1, 50257, generator=generator),
+        torch.randn(1, classes, generator=generator),
         torch.randn(rows, 3, generator=generator),
     ]
     runs = []

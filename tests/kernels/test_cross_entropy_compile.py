@@ -35,6 +35,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.in_turn
 @pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_loss_equals_eager_and_schedules_do_not_recompile(
@@ -67,6 +68,7 @@ def test_compiled_loss_equals_eager_and_schedules_do_not_recompile(
     assert (actual.correct, actual.valid, actual.batches) == (expected.correct, 15, 3)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_step_and_record_equal_eager(config: KernelConfig, compiler: str) -> None:
     def step(logits: Tensor, meter: Meter) -> Tensor:
@@ -80,6 +82,7 @@ def test_compiled_step_and_record_equal_eager(config: KernelConfig, compiler: st
     assert torch.equal(meters[0].counts, meters[1].counts)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("compiler", COMPILERS[1:])
 @pytest.mark.parametrize("form", ["loss", "step", "inplace", "out"])
 def test_batches_of_any_size_need_two_compilations(
@@ -170,6 +173,7 @@ def test_autocast_gives_float32_arithmetic(config: KernelConfig) -> None:
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("compiler", COMPILERS[1:])
 @pytest.mark.parametrize(
     ("form", "name"),
@@ -192,7 +196,7 @@ def test_a_number_that_changes_every_step_does_not_recompile(
 
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(run, fullgraph=True, backend=counter)
-    for i in range(12):
+    for i in range(3):
         leaf = LOGITS.clone().requires_grad_(form == "loss")
         rival = LOGITS.clone().requires_grad_(form == "loss")
         number = 0.05 * (i + 1)

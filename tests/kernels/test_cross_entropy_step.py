@@ -25,6 +25,7 @@ def plain_grad(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
     return grad
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("logits_dtype", DTYPES, ids=str, indirect=True)
 def test_samples_agree_with_torch_in_float64(

@@ -625,7 +625,7 @@ def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path
     names += ("measures", "token_logprobs")
     files = [f"tests/kernels/test_{name}.py" for name in names]
     for tests in (
-        ["-k", "cpp", "-p", "tests.cuda_shim.plugin", *files],
+        ["-k", "cpp and not cpp-avx2 and not cpp-baseline", "-p", "tests.cuda_shim.plugin", *files],
         ["tests/kernels/test_cuda.py"],
     ):
         command = [
@@ -635,7 +635,7 @@ def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path
             "-q",
             "-x",
             "-m",
-            "not slow",
+            "(not slow or in_turn) and not long",  # of what the backends take in turn, every case
             "-p",
             "no:cacheprovider",
             *tests,
@@ -644,10 +644,16 @@ def test_every_kernel_test_passes_on_the_simulated_gpu_under_sanitizers(tmp_path
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("source", cuda_resources.SOURCES)
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        # in the slow part each source for one GPU, and each GPU for one source at least
+        pytest.param(source, sm, marks=pytest.mark.slow if i % 3 == j else pytest.mark.long)
+        for i, source in enumerate(cuda_resources.SOURCES)
+        for j, sm in enumerate((90, 80, 100))
+    ],
+)
 def test_kernels_compile_for_gpus_without_spilling(source: str, architecture: int) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")

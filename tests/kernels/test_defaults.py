@@ -97,6 +97,7 @@ def test_statistics_are_the_same_under_other_defaults(
     assert same(found, expected)
 
 
+@pytest.mark.in_turn
 @pytest.mark.best_instructions
 def test_numbers_that_a_compiled_loss_makes_into_tensors_too(config: KernelConfig) -> None:
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))

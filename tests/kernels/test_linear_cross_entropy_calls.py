@@ -188,6 +188,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.in_turn
 @pytest.mark.best_instructions
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -330,7 +331,7 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_ARENA_MAX": "1"}
     not sys.platform.startswith("linux"),
     reason="the address space is limited and read as on Linux",
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_memory_is_that_of_256_rows_of_logits(dtype: str) -> None:
     """The logits would be 8 times that. 4 MiB are for the library of matrix products."""
     command = [sys.executable, "-c", CODE, "2048", "20011", "64", dtype, *FORMS]

@@ -89,6 +89,7 @@ def ours(config: KernelConfig) -> Any:
     return loss
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("logits_dtype", DTYPES, ids=str, indirect=True)
 def test_samples_agree_with_two_calls_of_torch_in_float64(
@@ -278,6 +279,7 @@ def test_targets_of_any_dtype_and_options_as_tensors(config: KernelConfig) -> No
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.in_turn
 @pytest.mark.best_instructions
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -298,7 +300,7 @@ def test_compiled_and_a_share_that_changes_does_not_recompile(
 
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(run, fullgraph=True, backend=counter)
-    for i in range(6):
+    for i in range(4):
         results = []
         for function in (compiled, run):
             leaf = logits.clone().requires_grad_(form == "loss")

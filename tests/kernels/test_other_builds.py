@@ -30,7 +30,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 def run_kernel_tests(folder: Path, *more: str, **variables: str) -> None:
     files = [f"tests/kernels/test_{name}.py" for name in (*NAMES, *more)]
-    options = ["-q", "-x", "-m", "not slow and not long", "-p", "no:cacheprovider"]
+    # of what the backends take in turn, every case
+    options = ["-q", "-x", "-m", "(not slow or in_turn) and not long", "-p", "no:cacheprovider"]
     # these backends compute nothing with the library
     options += ["-k", "not eager and not triton"]
     run_python(["-m", "pytest", *options, *files], folder, **variables)

@@ -212,24 +212,41 @@ def test_memory_of_any_layout(config: KernelConfig, layout: str) -> None:
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_rows_of_every_width(name: str, dtype: torch.dtype) -> None:
-    """About the widths of vectors, the chunks of long rows, and gradients stored past the
-    caches."""
+    """About the widths of vectors and the chunks of long rows."""
     config = KernelConfig(backend="cpp", instruction_set=name)
     widths = [(5, v) for v in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000)]
     widths += [(3, v) for v in (1023, 1024, 1025, 2049, 4095, 4096, 4097, 8193, 9001)]
-    for rows, v in (*widths, ((18 << 20) // dtype.itemsize // 65537, 65537)):
-        logits, targets = inputs(rows, classes=v, dtype=dtype)
-        results = token_logprobs(logits, targets, temperature=0.7, entropy=True, config=config)
-        (grad,) = torch.autograd.grad(weighted(*results), logits)
-        exact = logits.detach().double().requires_grad_()
-        expected = truth(exact, targets, 0.7)
-        (true_grad,) = torch.autograd.grad(weighted(*expected), exact)
-        for ours, true in zip(results, expected, strict=True):
-            assert relative_error(ours, true) < 3e-6, v
-        if v > 1:  # otherwise it is 0
-            assert relative_error(grad, true_grad) < 2 * ROUNDING[dtype], v
-        else:
-            assert not grad.any()
+    for rows, v in widths:
+        assert_rows_are_right(rows, v, dtype, config)
+
+
+def assert_rows_are_right(rows: int, v: int, dtype: torch.dtype, config: KernelConfig) -> None:
+    logits, targets = inputs(rows, classes=v, dtype=dtype)
+    results = token_logprobs(logits, targets, temperature=0.7, entropy=True, config=config)
+    (grad,) = torch.autograd.grad(weighted(*results), logits)
+    exact = logits.detach().double().requires_grad_()
+    expected = truth(exact, targets, 0.7)
+    (true_grad,) = torch.autograd.grad(weighted(*expected), exact)
+    for ours, true in zip(results, expected, strict=True):
+        assert relative_error(ours, true) < 3e-6, v
+    if v > 1:  # otherwise it is 0
+        assert relative_error(grad, true_grad) < 2 * ROUNDING[dtype], v
+    else:
+        assert not grad.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] if i or j else [])
+        for i, name in enumerate(INSTRUCTION_SETS)
+        for j, dtype in enumerate(DTYPES[:3])
+    ],
+    ids=str,
+)
+def test_gradients_stored_past_the_caches(name: str, dtype: torch.dtype) -> None:
+    config = KernelConfig(backend="cpp", instruction_set=name)
+    assert_rows_are_right((18 << 20) // dtype.itemsize // 65537, 65537, dtype, config)
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)

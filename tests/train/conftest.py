@@ -63,3 +63,11 @@ def troubled_events() -> list[Event]:
     episode.train = Planted(loader, not_a_number, (3, 1))  # type: ignore[assignment]
     run_under(episode, a_life_and_a_cull(), TelemetryHub([recorder], telemetry))
     return recorder.events
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose pictures are blank, for tests of their words: drawing takes most of the
+    time."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, file, **_: file.write("<svg></svg>"))

@@ -37,6 +37,8 @@ from tests.helpers.scripted import (
     run_under,
 )
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 def planted(run: RunConfig, fault: str, *places: tuple[int, int]) -> Episode:
     """A run without slots whose batches at `places` do harm."""

@@ -26,6 +26,7 @@ from tests.train.rl.test_same_training import CASES, assert_same_weights, short,
 TINY = replace(SHORT, max_epochs=5, max_batches=1, growth=EASY, batch_size=8)
 SHAPE = 4
 """Hosts whose scripts differ."""
+QUICK = {("digits", None, SHAPE), ("pysource", "bfloat16", 1)}
 
 
 def germination(vector: MorphogenesisVectorEnv) -> int:
@@ -45,8 +46,15 @@ def steps_of(script: list[list[int]], hosts: int) -> numpy.ndarray[Any, Any]:
     return numpy.array(script[:hosts]).T
 
 
-@pytest.mark.parametrize("hosts", [1, SHAPE])
-@pytest.mark.parametrize(("task", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("task", "dtype", "hosts"),
+    [
+        # each task, each dtype and each number of hosts; the other combinations are slow
+        pytest.param(*case, hosts, marks=[] if (*case, hosts) in QUICK else [pytest.mark.slow])
+        for case in CASES
+        for hosts in (1, SHAPE)
+    ],
+)
 def test_hosts_in_lockstep_train_as_runs_alone(task: str, dtype: str | None, hosts: int) -> None:
     """In the next episode too, which begins with the step that ends the first."""
     assert_trains_as_alone(replace(short(task, dtype), max_epochs=5), hosts)

@@ -41,6 +41,7 @@ def test_schedules_and_the_loss_scale_go_on_where_they_were(kind: str, tmp_path:
         "1e9",
     ]
     options += ["--train.accumulate", "2", "--checkpoint.every", "1", "--checkpoint.keep", "99"]
+    options += ["--max-epochs", "9"]
     assert start(tmp_path / "whole", *options) == 0
     directory = stopped_after(6, tmp_path / "whole", tmp_path / "run")
     assert resume(directory, "--workers", "1") == 0

@@ -34,6 +34,7 @@ from tests.helpers.reports import (
 )
 
 pytest.importorskip("matplotlib")
+of_words = pytest.mark.usefixtures("blank_pictures")
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def run(tmp_path: Path) -> Path:
     return write(directory, *grown(), finished())
 
 
+@of_words
 def test_tables_hold_the_numbers_of_the_events(run: Path) -> None:
     shown = page(run)
     assert shown.row("") == ["run", "baseline"]
@@ -79,12 +81,14 @@ def test_tables_hold_the_numbers_of_the_events(run: Path) -> None:
     ]
 
 
+@of_words
 def test_heading_says_what_came_of_the_run(run: Path) -> None:
     text = page(run).text
     assert "digits, heuristic, seed 7: completed" in text
     assert "8 of 8 epochs on cpu (eager)" in text
 
 
+@of_words
 def test_best_accuracy_is_not_the_last(tmp_path: Path) -> None:
     write(
         tmp_path,
@@ -217,6 +221,7 @@ def test_settings_of_matplotlib_stay_as_they_were(run: Path) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
+@of_words
 def test_events_of_a_real_run(tmp_path: Path) -> None:
     config = RunConfig(task="synthetic", max_epochs=3, max_batches=2)
     directory = run_directory.create(tmp_path / "run", config)
@@ -251,6 +256,7 @@ def test_gradients_by_layer(tmp_path: Path) -> None:
     assert "not finite" not in page(write(tmp_path / "fine", *events[:-1])).pictures.popitem()[1]
 
 
+@of_words
 def test_layers_that_were_not_reported_are_said(run: Path) -> None:
     assert "Gradients by layer are reported at telemetry level debug" in page(run).text
 

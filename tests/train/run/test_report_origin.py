@@ -13,6 +13,7 @@ from esper_train.run.report import write_report
 from tests.helpers.reports import HOSTILE, Page, grown, write
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 CONFIG = RunConfig(task="synthetic", slots=("early",), optim=OptimConfig(host_lr=0.5))
 
 

@@ -50,7 +50,9 @@ sys.exit(cli.main())
 """
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", ["grow", *(pytest.param(each, marks=pytest.mark.slow) for each in ("fit", "ppo"))]
+)
 def test_signals_after_a_stopped_run_do_not_change_its_exit_code(
     command: str, tmp_path: Path
 ) -> None:
