@@ -63,7 +63,7 @@ def measure(name: str, slot: str, rounds: int) -> dict[str, Any]:
     config = CASES[name]
     without = prepare(config, "heuristic")
     grown = with_seed(config, slot)
-    cost = seed_cost(grown.model, grown.example, slot)
+    cost = seed_cost(grown.model, slot, grown.example)
     times = [(seconds(without), seconds(grown)) for _ in range(1 + rounds)][1:]
     host, both = (min(column) for column in zip(*times, strict=True))
     return {

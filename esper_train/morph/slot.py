@@ -54,9 +54,6 @@ class SeedSlot(nn.Module):
         self.statistics: Statistics | None = None
         """Statistics of the batch norms behind the slot, if its seed learns beside the network."""
         self.state = SlotState(slot=slot)
-        self.prepare: Callable[[nn.Module], None] | None = None
-        """What a new seed or gate goes through before it is seated, such as its division among
-        processes."""
         # a tensor, so that torch.compile does not recompile for a new value
         self.register_buffer("alpha", torch.zeros((), dtype=torch.float32, device="cpu"))
         self.alpha: Tensor
@@ -296,10 +293,7 @@ class SeedSlot(nn.Module):
     def _made(self, make: Callable[[int], _Module]) -> _Module:
         """A new module for features of the slot, the same under any defaults of the process."""
         with plain_defaults():
-            module = make(self.channels).to(self.alpha)
-        if self.prepare is not None:
-            self.prepare(module)
-        return module
+            return make(self.channels).to(self.alpha)
 
     def _freeze_fossil(self) -> None:
         fossil = self.seed if self.state.stage is SeedStage.FOSSILIZED else None

@@ -1,7 +1,6 @@
 """Makes everything a run owns, and refuses here whatever could not work later. `run` and `profile`
 call it."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -88,55 +87,11 @@ def build_episode(
     if ranks is not None:
         ranks.copy_first([*model.parameters(), *model.buffers()])
         if config.distributed.strategy == "fsdp2":
-            if slots:
-                episode.outline = _outline(model, example)
-            _divide(model, ranks)
-        for seated in model.slots:
-            seated.prepare = partial(_join, ranks)
+            from esper_train.train.shards import Shards  # takes half as long as importing torch
+
+            ranks.shards = Shards(model, [*host.segments.values(), host.head])
     episode.attach_optimizer("host")
     return episode
-
-
-def _divide(model: MorphModel, ranks: Ranks) -> None:
-    """Divide the network's parameters among the ranks. `ValueError` for a blueprint whose seeds
-    could not be divided."""
-    # takes half as long as importing torch
-    from esper_train.train.shards import Shards, require_dimensions
-
-    host = model.host
-    with torch.random.fork_rng(devices=[]), plain_defaults():
-        for slot in model.slots:
-            for name in model.registry.names(host.topology):
-                blueprint = model.registry.require(host.topology, name)
-                require_dimensions(blueprint.build(slot.channels))
-    forwards = ("forward_feeding", "forward_keeping")
-    ranks.shards = Shards(model, [*host.segments.values(), host.head], forwards)
-
-
-def _join(ranks: Ranks, module: nn.Module) -> None:
-    """Make a new seed or gate the same on all ranks, and divide it where the network is divided."""
-    ranks.copy_first([*module.parameters(), *module.buffers()])
-    if ranks.shards is not None:
-        ranks.shards.add(module)
-
-
-def _outline(model: MorphModel, example: Any) -> tuple[MorphModel, Any]:
-    """The model and a batch on torch's meta device, after they were tried."""
-    memo: dict[int, Any] = {
-        **{id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()},
-        **{id(buffer): buffer.to("meta") for buffer in model.buffers()},
-    }
-    network = copy.deepcopy(model, memo)
-    batch = changed(example, lambda x: x.to("meta"))
-    try:
-        with torch.no_grad():
-            call(network, batch, {})
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            "to grow a network with distributed.strategy 'fsdp2', what seeds cost is counted on "
-            f"torch's meta device, where this host does not run ({error}); use 'ddp'"
-        ) from error
-    return network, batch
 
 
 def _step(config: RunConfig, task: Task, device: torch.device, *, grows: bool) -> TrainStep:
@@ -145,6 +100,11 @@ def _step(config: RunConfig, task: Task, device: torch.device, *, grows: bool) -
         raise ValueError(
             f"seeds are judged by accuracy, which task {task.name!r} of type {task.task_type!r} "
             "has not; train its host alone, with run_fit, or `esper-train fit`"
+        )
+    if grows and config.distributed.strategy == "fsdp2":
+        raise ValueError(
+            "distributed.strategy 'fsdp2' trains networks without slots; use 'ddp' to grow one, or "
+            "train the host alone, with run_fit, or `esper-train fit`"
         )
     if step.loss.own is not None and config.distributed.strategy == "fsdp2":
         raise ValueError(

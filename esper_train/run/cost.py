@@ -35,7 +35,7 @@ class SeedCost:
         return asdict(self) | {"ratio": self.ratio}
 
 
-def seed_cost(model: MorphModel, inputs: Any, slot: str) -> SeedCost:
+def seed_cost(model: MorphModel, slot: str, inputs: Any) -> SeedCost:
     """Count the work of a batch like `inputs`, on a copy of the model."""
     model = copy.deepcopy(model).train()
     seed = model.slot(slot).seed

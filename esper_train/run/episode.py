@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from esper_train.base.device import resolve_device
 from esper_train.base.state import PlainState, RandomState, copied, no_random_numbers
 from esper_train.base.stop import StopRequest
 from esper_train.config import RunConfig
-from esper_train.control.governor import Governor, weights_are_finite
+from esper_train.control.governor import Governor
 from esper_train.control.policy import Decision, Idle, Policy
 from esper_train.control.signals import Signals, SignalTracker
 from esper_train.morph.incubation import Incubation
@@ -92,8 +92,6 @@ class Episode(PlainState):
     hub: TelemetryHub = field(default_factory=TelemetryHub)
     stop: StopRequest = field(default_factory=StopRequest)
     ranks: Ranks | None = None  # where several processes train the network
-    # where they divide it: the network and a batch without values, on torch's meta device
-    outline: tuple[MorphModel, Any] | None = None
     epoch: int = 0  # finished ones
     accuracy: float = math.nan  # of the last validation, in percent
     seconds: float = 0.0
@@ -119,25 +117,6 @@ class Episode(PlainState):
         if self.ranks is None or self.ranks.shards is None:
             return state
         return self.ranks.shards.whole(state)
-
-    def weights_are_finite(self) -> bool:
-        """Whether every weight and buffer is finite; where the network is divided among ranks, all
-        of them have to call this."""
-        weights = self.model.state_dict().values()
-        if self.ranks is None or self.ranks.shards is None:
-            return weights_are_finite(weights)
-        shards = self.ranks.shards
-        return shards.agree(weights_are_finite(map(shards.local, weights)))
-
-    def countable(self) -> tuple[MorphModel, Any]:
-        """The network, or its outline with the same seeds, and a batch for it, from which
-        operations are counted."""
-        if self.outline is None:
-            return self.model, self.example
-        network, batch = self.outline
-        if network.structure != self.model.structure:
-            network.rebuild(self.model.topology())
-        return network, batch
 
     def state_dict(self) -> dict[str, Any]:
         """Progress, and which seeds there are; weights, momentum and the rest have their own
@@ -201,18 +180,16 @@ class Episode(PlainState):
             learner = Learner(
                 start=name,
                 groups=tuple(g for g in (name, f"{name}.gate") if g in self.optimizers),
-                parameters=None if self.sharded else parameters,
+                parameters=parameters,
                 buffers=(*slot.seed.buffers(), *slot.statistics.buffers()),
-                scope=partial(self._incubate, name, model.incubation(name), parameters),
+                scope=partial(self._incubate, name, model.incubation(name)),
                 scaler=self.scalers.get(name),
             )
             found.append(learner)
         return tuple(found)
 
     @contextmanager
-    def _incubate(
-        self, name: str, incubation: Incubation, parameters: tuple[nn.Parameter, ...]
-    ) -> Iterator[None]:
+    def _incubate(self, name: str, incubation: Incubation) -> Iterator[None]:
         """Surrounds a seed's own pass, which changes neither the network nor the run's random
         numbers."""
         advice = "a captured step would repeat those of a seed: leave train.capture out"
@@ -220,9 +197,7 @@ class Episode(PlainState):
             random = no_random_numbers(self.device, advice)
         else:
             random = self.model.streams.active(name, self.device)
-        shards = None if self.ranks is None else self.ranks.shards
-        alone = nullcontext() if shards is None else shards.learning_alone(parameters)
-        with incubation.entered(), random, alone:
+        with incubation.entered(), random:
             yield
 
     def snapshot(self) -> dict[str, Any]:

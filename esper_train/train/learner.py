@@ -18,16 +18,16 @@ class Learner:
 
     The model's `forward_feeding` gives what came to that place in the batch's own pass; the
     learner's pass begins there, by `forward(x, alpha={start: 1.0}, start=start)`, and only
-    `parameters` receive gradients, or those that `scope` leaves unfrozen. Their gradients are
-    measured, clipped, scaled and skipped apart from those of the network.
+    `parameters` receive gradients. Their gradients are measured, clipped, scaled and skipped apart
+    from those of the network.
     """
 
     start: str
     """Name of the place; its results are reported under this name."""
     groups: tuple[str, ...]
     """Its groups in the optimizer registry."""
-    parameters: tuple[Tensor, ...] | None
-    """At least one; None where `scope` freezes all others."""
+    parameters: tuple[Tensor, ...]
+    """At least one."""
     buffers: tuple[Tensor, ...]
     """What its pass may change besides; put back where its step is skipped."""
     scope: Callable[[], AbstractContextManager[None]]

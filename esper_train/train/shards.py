@@ -6,8 +6,7 @@ parameter. States hold DTensors, from which `whole` makes the tensors of one pro
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -26,75 +25,22 @@ class Shards:
     """The parts of a model's parameters that this rank holds.
 
     Making it divides the model: each of the blocks that is called by itself, then what is left.
-    Parameters that several blocks share stay with what is left. `forwards` names the methods that
-    are called in place of the model itself.
+    Parameters that several blocks share stay with what is left.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], forwards: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         device = next(model.parameters()).device
-        self._model = model
-        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self._parts: dict[Tensor, nn.Parameter] = {}
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in _apart(blocks):
-            self._divide(block)
-        self._divide(model)
-        for name in forwards:
-            register_fsdp_forward_method(model, name)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # sums: losses are divided by the weight of all rows
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         model.register_load_state_dict_pre_hook(_divide_weights)
-        self._find_parts(model)
-
-    def add(self, module: nn.Module) -> None:
-        """Divide a module that is about to join the model. It has to be the same on all ranks.
-
-        `ValueError` for a parameter without dimensions, which has no rows to divide.
-        """
-        require_dimensions(module)
-        if not [*module.parameters()]:
-            return
-        self._divide(module)
-        self._find_parts(self._model, module)
-
-    def _divide(self, module: nn.Module) -> None:
-        # Even the outermost module gathers its parameters again for the backward pass, so that all
-        # parameters are divided outside of passes.
-        fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
-        assert isinstance(module, FSDPModule)
-        # sums: losses are divided by the weight of all rows
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-
-    def _find_parts(self, *modules: nn.Module) -> None:
-        """The parts of the modules' parameters; those of modules that are gone are dropped."""
-        known = self._parts
-        found = [p for module in modules for p in module.parameters()]
-        self._parts = {p: known[p] if p in known else _part(p) for p in found}
+        self._parts: dict[Tensor, nn.Parameter] = {p: _part(p) for p in model.parameters()}
         self._wholes = {id(part): p for p, part in self._parts.items()}
-
-    @contextmanager
-    def learning_alone(self, parameters: Collection[Tensor]) -> Iterator[None]:
-        """Within it, no other parameters of the model receive gradients. FSDP2 adds gradients up in
-        the backward pass, so they cannot be left out of it by name."""
-        kept = {id(p) for p in parameters}
-        others = [p for p in self._parts if p.requires_grad and id(p) not in kept]
-        try:
-            for p in others:
-                p.requires_grad_(False)
-            yield
-        finally:
-            for p in others:
-                p.requires_grad_(True)
-
-    def agree(self, holds: bool) -> bool:
-        """Whether it holds on every rank: one collective."""
-        holding = torch.tensor(int(holds), device=self._mesh.device_type)
-        dist.all_reduce(holding, dist.ReduceOp.MIN)
-        return bool(holding.item())
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a tensor that is divided, or the tensor itself."""
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def part(self, p: Tensor) -> nn.Parameter:
         """This rank's rows of a parameter of the model, as a plain leaf tensor."""
@@ -106,20 +52,15 @@ class Shards:
             part.grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
             p.grad = None
 
-    def measured(
-        self, stats: GradStats, parts: Sequence[Tensor], over_steps: Tensor | None = None
-    ) -> GradStats:
+    def measured(self, stats: GradStats, parts: Sequence[Tensor]) -> GradStats:
         """The statistics of whole gradients, from those of this rank's parts: one collective. The
-        largest magnitudes stay those of the parts. `over_steps`, int64 [3, T], are counts of
-        several steps, which are added up over the ranks too, in place."""
-        counts = [stats.counts] if over_steps is None else [stats.counts, over_steps]
-        sums = torch.cat([stats.norms.square()[None], *(each.double() for each in counts)])
+        largest magnitudes stay those of the parts."""
+        sums = torch.cat([stats.norms.square()[None], stats.counts.double()])
         dist.all_reduce(sums)
         stats.norms.copy_(sums[0].sqrt())
-        for each, whole in zip(counts, sums[1:].split(3), strict=True):
-            each.copy_(whole)
+        stats.counts.copy_(sums[1:])
         stats.total_norm.copy_(sums[0].sum().sqrt())
-        stats.found_inf.copy_(stats.counts[1:].sum() > 0)
+        stats.found_inf.copy_(sums[2:].sum() > 0)
         numels = [0 if part.grad is None else self._wholes[id(part)].numel() for part in parts]
         return replace(stats, numels=tuple(numels))
 
@@ -181,16 +122,6 @@ class Shards:
             for place, own in state["state"].items()
         }
         return state | {"state": by_place}
-
-
-def require_dimensions(module: nn.Module) -> None:
-    """`ValueError` for a parameter that FSDP2 cannot divide."""
-    for name, p in module.named_parameters():
-        if p.dim() == 0:
-            raise ValueError(
-                f"distributed.strategy 'fsdp2' divides the rows of each parameter, and {name!r} of "
-                f"a {type(module).__name__} has no dimension; give it the shape [1], or use 'ddp'"
-            )
 
 
 def _apart(blocks: Sequence[nn.Module]) -> list[nn.Module]:

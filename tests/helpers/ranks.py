@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from esper_train import (
     run_fit,
     run_heuristic_episode,
 )
+from esper_train.base.state import copied
 from esper_train.base.stop import Stopped
 from esper_train.morph.host import Host
 from esper_train.morph.transformer import transformer_host
@@ -43,16 +43,6 @@ from esper_train.train.errors import RanksDifferError
 from tests.helpers.own import perceptron, table_data
 from tests.helpers.scripted import EASY, Recorder, Script, germinate
 
-COUNTED = {
-    "all_reduce": "all_reduce",
-    "broadcast": "broadcast",
-    "broadcast_object_list": "broadcast_object_list",
-    "all_gather_into_tensor": "gather",  # FSDP2's, before torch 2.13
-    "all_gather_single": "gather",
-    "reduce_scatter_tensor": "scatter",
-    "reduce_scatter_single": "scatter",
-}
-"""Function of torch.distributed to the name under which its calls are counted."""
 SECONDS = 400.0
 """How long a test waits for its processes."""
 DDP = DistributedConfig(strategy="ddp", timeout=60.0)
@@ -183,7 +173,7 @@ def result_of(task: Task, config: RunConfig, script: Script) -> dict[str, Any]:
     result = run_heuristic_episode(config, task=task, policy=script, hub=TelemetryHub([recorder]))
     epochs = recorder.of(EventType.EPOCH)
     return {
-        "weights": whole_weights(result.model),
+        "weights": copied(result.model.state_dict()),
         "stages": recorder.stages(),
         "kinds": [(e.epoch, e.type.name) for e in recorder.events],
         "train": [e.data["train"] for e in epochs],
@@ -195,16 +185,8 @@ def result_of(task: Task, config: RunConfig, script: Script) -> dict[str, Any]:
     }
 
 
-def life_of(
-    task: Callable[[], Task],
-    blueprint: str,
-    rank: int,
-    directory: Path,
-    distributed: DistributedConfig = DDP,
-    blend: str = "linear",
-) -> dict[str, Any]:
-    config = replace(CONFIG, distributed=distributed)
-    return result_of(task(), config, life(blueprint, blend))
+def life_of(task: Callable[[], Task], blueprint: str, rank: int, directory: Path) -> dict[str, Any]:
+    return result_of(task(), replace(CONFIG, distributed=DDP), life(blueprint))
 
 
 def fit_of(
@@ -251,7 +233,7 @@ def grow_in(out: Path, config: RunConfig, *, resume: bool = False) -> dict[str, 
     result = run_heuristic_episode(
         config, task=texts(), policy=life("lora"), out=out, resume=resume, baseline=False
     )
-    return whole_weights(result.model)
+    return copied(result.model.state_dict())
 
 
 class SignalledAt:
@@ -302,18 +284,14 @@ def drift(rank: int, directory: Path) -> str:
     return "none"
 
 
-def counted_collectives(
-    rank: int, directory: Path, distributed: DistributedConfig = DDP
-) -> dict[str, int]:
+def counted_collectives(rank: int, directory: Path) -> dict[str, int]:
     """Calls of torch's collectives in a growing run of 6 epochs of 5 steps."""
     counts: Counter[str] = Counter()
+    for name in ("all_reduce", "broadcast", "broadcast_object_list"):
+        setattr(dist, name, _counting(name, getattr(dist, name), counts))
     script = Script(e2=germinate("early", "bottleneck"))
-    config = replace(CONFIG, max_epochs=6, distributed=distributed, train=TrainConfig())
-    with pytest.MonkeyPatch.context() as patch:
-        for function, name in COUNTED.items():
-            if hasattr(dist, function):
-                patch.setattr(dist, function, _counting(name, getattr(dist, function), counts))
-        run_heuristic_episode(config, task=tables(), policy=script)
+    config = replace(CONFIG, max_epochs=6, distributed=DDP, train=TrainConfig())
+    run_heuristic_episode(config, task=tables(), policy=script)
     return dict(counts)
 
 

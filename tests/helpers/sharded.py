@@ -6,16 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper_train import (
-    Blueprint,
-    BlueprintRegistry,
     DistributedConfig,
-    Host,
-    HostConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
@@ -23,16 +18,11 @@ from esper_train import (
     run_fit,
     run_heuristic_episode,
 )
-from tests.helpers import ranks
 from tests.helpers.ranks import (
     DDP,
     FIT,
     FITS,
-    counted_collectives,
-    double_perceptron,
     fit_of,
-    grow_in,
-    life_of,
     stop_rank_1,
     tables,
     texts,
@@ -72,80 +62,23 @@ def fit_in_turn(rank: int, directory: Path) -> dict[str, Tensor]:
     return whole_weights(result.model)
 
 
-def grow_in_turn(rank: int, directory: Path) -> dict[str, Tensor]:
-    """The weights after a life of seeds, parts of which were trained with FSDP2, in one process,
-    and with DDP. A seed blends in where the first two parts end."""
-    out = directory / "grown in turn"
-    turns = {14: FSDP2, 16: DistributedConfig(), 18: FSDP2, 20: DDP, 22: FSDP2}
-    for epochs, distributed in turns.items():
-        config = replace(GROWN, max_epochs=epochs, distributed=distributed)
-        if rank == 0 or distributed.strategy != "none":
-            weights = grow_in(out, config, resume=epochs > 14)
-        dist.barrier()
-    return weights
-
-
-class Scalar(nn.Module):
-    """The identity, until it learns a number without a dimension."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-class Reader(nn.Module):
-    """Looks at values, which there are none of on the meta device."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum().item() > 1e9:
-            return x / 2
-        return x
-
-
-def reading_perceptron(config: HostConfig) -> Host:
-    host = double_perceptron(config)
-    host.head = nn.Sequential(Reader(), host.head)
-    return host
-
-
 def refusals(rank: int, directory: Path) -> list[str]:
-    """The errors of a criterion of one's own, of a seed whose parameter has no dimension, and of a
-    host that does not run without values."""
+    """The errors of a run that grows, and of one with a criterion of one's own."""
     config = replace(CONFIG, distributed=FSDP2)
-    scalar = BlueprintRegistry([Blueprint("scalar", "features", Scalar)])
-    runs: list[Callable[[], Any]] = [
-        partial(run_fit, config, task=with_criterion("own", 33)),
-        partial(run_heuristic_episode, config, task=tables(), registry=scalar),
-        partial(
-            run_heuristic_episode, config, task=replace(tables(), build_host=reading_perceptron)
-        ),
-    ]
     found = []
-    for run in runs:
+    for run, task in (
+        (run_heuristic_episode, tables()),
+        (run_fit, with_criterion("own", 33)),
+    ):
         try:
-            run()
+            run(config, task=task)
         except ValueError as error:
             found.append(str(error))
     return found
 
 
-GROWN = ranks.CONFIG
-SHARDED_LIVES: dict[str, tuple[Callable[[], Task], str, str]] = {
-    "perceptron": (partial(tables, 33, 61), "bottleneck", "linear"),
-    "gated blend": (tables, "norm", "gated"),
-    "transformer": (texts, "lora", "linear"),
-}
 SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
     **{name: partial(fit_of, *case, distributed=FSDP2) for name, case in SHARDED_FITS.items()},
-    **{
-        name: partial(life_of, make, blueprint, distributed=FSDP2, blend=blend)
-        for name, (make, blueprint, blend) in SHARDED_LIVES.items()
-    },
-    "grown in turn": grow_in_turn,
-    "counted": partial(counted_collectives, distributed=FSDP2),
     "turns": fit_in_turn,
     "stopped": partial(stop_rank_1, distributed=FSDP2),
     "refused": refusals,

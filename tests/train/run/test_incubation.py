@@ -444,7 +444,7 @@ def test_a_pass_costs_the_seed_and_what_lies_behind_its_slot(slot: str) -> None:
             if seated:
                 epochs(episode, 1, e1=germinate(slot, "conv_light"))
             counted.append(multiply_adds(partial(train_epoch, episode)))
-    cost = seed_cost(episode.model, episode.example, slot)
+    cost = seed_cost(episode.model, slot, episode.example)
     assert counted[0] == cost.host == host
     assert counted[1] - counted[0] == cost.learning == learning
     assert cost.seed == learning - behind
