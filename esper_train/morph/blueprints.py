@@ -113,7 +113,7 @@ class GatedNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
-        self.gain = nn.Parameter(torch.zeros(()))
+        self.gain = nn.Parameter(torch.zeros(1))  # not [], because FSDP2 divides rows
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.lerp(x, self.norm(x), self.gain.to(x.dtype))
