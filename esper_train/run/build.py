@@ -94,8 +94,8 @@ def build_episode(
             if slots:
                 episode.outline = _outline(model, example)
             ranks.shards = _divided(model)
-        for slot in model.slots:
-            slot.arrange = partial(_arrange, ranks)
+        for seated in model.slots:
+            seated.arrange = partial(_arrange, ranks)
     episode.attach_optimizer("host")
     return episode
 
