@@ -213,4 +213,6 @@ def _divide_weights(model: nn.Module, state: dict[str, Any], *others: Any) -> No
     """Let the model restore the weights of one process."""
     for name, p in model.named_parameters(remove_duplicate=False):  # tied ones have two names
         if name in state:
-            state[name] = _rows_of(state[name], p)
+            # one number is one row, as a module's own hook may say only after this one
+            value = state[name]
+            state[name] = _rows_of(value if value.dim() else value.reshape(1), p)

@@ -1,21 +1,26 @@
 """FSDP2: parameters that are divided among processes are trained as one process trains them."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from esper_train import (
     AmpConfig,
     CompileConfig,
+    Decision,
     GradConfig,
+    Op,
     RunConfig,
     TrainConfig,
     load_run,
 )
 from esper_train.run.directory import CHECKPOINTS
 from tests.helpers import ranks
-from tests.helpers.ranks import fitted, life, result_of, texts, together
+from tests.helpers.ranks import fitted, life, result_of, tables, texts, together
+from tests.helpers.scripted import Script, germinate
 from tests.helpers.sharded import (
     CONFIG,
     FSDP2,
@@ -31,6 +36,7 @@ from tests.train.run.test_ranks import (
     assert_same_weights,
 )
 
+pytestmark = pytest.mark.timeout(900)  # the fixture runs all scenarios
 Found = dict[str, list[Any]]
 
 
@@ -84,6 +90,27 @@ def test_a_life_of_seeds_is_that_of_one_process(name: str, found: Found) -> None
     for rank in found[name]:
         assert_same_life(rank, one)
     assert [rank["decisions"] for rank in found[name]] == [one["decisions"], 0]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_seed_that_learns_blends_in_and_is_undone() -> None:
+    def undone() -> Script:
+        cull = Decision(op=Op.CULL, slot="early", reason="script")
+        return Script(e1=germinate("early", "norm", "gated"), e6=cull)
+
+    config = replace(ranks.CONFIG, max_epochs=7)
+    found = result_of(tables(), replace(config, distributed=FSDP2), undone())
+    expected = result_of(tables(), config, undone())
+    assert (6, "UNDONE") in expected["kinds"]
+    assert_same_life(found, expected)
 
 
 @pytest.mark.slow
