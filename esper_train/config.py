@@ -98,7 +98,6 @@ class RunConfig(Settings):
             (not train.compile.enabled, "train.compile.enabled = False", True),
             (not train.linear_loss, "train.linear_loss = False", True),
             (train.amp.dtype != "float16", "another train.amp.dtype", train.amp.dtype),
-            (train.on_bad_numbers != "rollback", "another train.on_bad_numbers", "rollback"),
             (not self.channels_last, "channels_last = False", True),
             (not clips or train.grad.every == 1, "train.grad.every = 1", train.grad.every),
         ):

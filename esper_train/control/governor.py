@@ -4,10 +4,11 @@
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
-from torch import nn
+from torch import Tensor
 
 from esper_kernels import grad_stats
 from esper_train.base.state import PlainState
@@ -82,9 +83,9 @@ class Governor(PlainState):
         self.suspicious = 0
 
 
-def weights_are_finite(model: nn.Module) -> bool:
-    """Whether every parameter and buffer is finite. It needs a host sync, but a seed in TRAINING
+def weights_are_finite(weights: Iterable[Tensor]) -> bool:
+    """Whether all parameters and buffers are finite. It needs a host sync, but a seed in TRAINING
     does not show in any loss."""
-    numbers = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    numbers = [tensor for tensor in weights if tensor.is_floating_point()]
     health = grad_stats(numbers).compute()
     return health.nan_count + health.inf_count == 0

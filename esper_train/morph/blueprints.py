@@ -8,7 +8,7 @@ again for the channels of each slot when a run is built.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,10 +113,18 @@ class GatedNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
-        self.gain = nn.Parameter(torch.zeros(()))
+        self.gain = nn.Parameter(torch.zeros(1))  # not [], because FSDP2 divides rows
+        self.register_load_state_dict_pre_hook(_with_gain_in_a_row)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.lerp(x, self.norm(x), self.gain.to(x.dtype))
+
+
+def _with_gain_in_a_row(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Read the gain of version 0.1.0, which had no dimension."""
+    name = f"{prefix}gain"
+    if name in state:
+        state[name] = state[name].reshape(1)
 
 
 class ChannelAttention(nn.Module):

@@ -31,6 +31,8 @@ from esper_train.morph.lifecycle import (
 )
 
 _Module = TypeVar("_Module", bound=nn.Module)
+Arrange = Callable[[nn.Module, bool], None]
+"""Takes a new module, and whether its initial weights will stay, because none are restored."""
 PARTS: Mapping[SeedStage, str] = {
     SeedStage.TRAINING: "learns",
     SeedStage.BLENDING: "blends",
@@ -53,6 +55,9 @@ class SeedSlot(nn.Module):
         """The gate of a seed with the blend "gated", until alpha is 1."""
         self.statistics: Statistics | None = None
         """Statistics of the batch norms behind the slot, if its seed learns beside the network."""
+        self.arrange: Arrange | None = None
+        """Called with each new seed or gate before it is seated, where there are several
+        processes."""
         self.state = SlotState(slot=slot)
         # a tensor, so that torch.compile does not recompile for a new value
         self.register_buffer("alpha", torch.zeros((), dtype=torch.float32, device="cpu"))
@@ -108,8 +113,8 @@ class SeedSlot(nn.Module):
                 f"slot {self.state.slot!r}: a seed needs an id that is not empty, got {seed_id!r}"
             )
         get_blend(blend)
-        self.seed = self._made(blueprint.build)
-        self.gate = self._new_gate(blend)
+        self.seed = self._made(blueprint.build, stays=True)
+        self.gate = self._new_gate(blend, stays=True)
         self.state = SlotState(
             slot=self.state.slot,
             seed_id=seed_id,
@@ -250,10 +255,10 @@ class SeedSlot(nn.Module):
 
     def restore(self, state: SlotState, blueprint: Blueprint | None) -> None:
         """Rebuild a saved slot; the seed's weights follow through `load_state_dict`."""
-        self.seed = None if blueprint is None else self._made(blueprint.build)
+        self.seed = None if blueprint is None else self._made(blueprint.build, stays=False)
         self.statistics = None
         blending = state.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
-        self.gate = self._new_gate(state.blend) if blending else None
+        self.gate = self._new_gate(state.blend, stays=False) if blending else None
         self.state = state
         self._set_alpha(state.alpha)
         self._freeze_fossil()
@@ -287,13 +292,16 @@ class SeedSlot(nn.Module):
                 f"{legal}"
             )
 
-    def _new_gate(self, blend: str | None) -> Gate | None:
-        return self._made(Gate) if blend == "gated" else None
+    def _new_gate(self, blend: str | None, *, stays: bool) -> Gate | None:
+        return self._made(Gate, stays=stays) if blend == "gated" else None
 
-    def _made(self, make: Callable[[int], _Module]) -> _Module:
+    def _made(self, make: Callable[[int], _Module], *, stays: bool) -> _Module:
         """A new module for features of the slot, the same under any defaults of the process."""
         with plain_defaults():
-            return make(self.channels).to(self.alpha)
+            module = make(self.channels).to(self.alpha)
+        if self.arrange is not None:
+            self.arrange(module, stays)
+        return module
 
     def _freeze_fossil(self) -> None:
         fossil = self.seed if self.state.stage is SeedStage.FOSSILIZED else None

@@ -1,11 +1,12 @@
 """Makes everything a run owns, and refuses here whatever could not work later. `run` and `profile`
 call it."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ from esper_train.train.optimizers import OptimizerRegistry
 from esper_train.train.ranks import Ranks, ranks_of
 from esper_train.train.sources import ReadSource, Source, make_source
 from esper_train.train.step import TrainStep, build_train_step
+
+if TYPE_CHECKING:  # importing it takes half as long as importing torch
+    from esper_train.train.shards import Shards
 
 
 def build_episode(
@@ -87,11 +91,56 @@ def build_episode(
     if ranks is not None:
         ranks.copy_first([*model.parameters(), *model.buffers()])
         if config.distributed.strategy == "fsdp2":
-            from esper_train.train.shards import Shards  # takes half as long as importing torch
-
-            ranks.shards = Shards(model, [*host.segments.values(), host.head])
+            if slots:
+                episode.outline = _outline(model, example)
+            ranks.shards = _divided(model)
+        for seated in model.slots:
+            seated.arrange = partial(_arrange, ranks)
     episode.attach_optimizer("host")
     return episode
+
+
+def _divided(model: MorphModel) -> "Shards":
+    """Divide the network among the ranks. `ValueError` where it, or a seed that it could be given,
+    cannot be divided."""
+    # takes half as long as importing torch
+    from esper_train.train.shards import Shards, require_rows
+
+    topology = model.host.topology
+    with torch.device("meta"):
+        for slot in model.slots:
+            for name in model.registry.names(topology):
+                require_rows(model.registry.require(topology, name).build(slot.channels))
+    blocks = [*model.host.segments.values(), model.host.head]
+    return Shards(model, blocks, ("forward_feeding", "forward_keeping"))
+
+
+def _arrange(ranks: Ranks, module: nn.Module, stays: bool) -> None:
+    """Give a new seed or gate the weights of rank 0, if they are to stay, and divide it where the
+    network is divided."""
+    if stays:
+        ranks.copy_first([*module.parameters(), *module.buffers()])
+    if ranks.shards is not None:
+        ranks.shards.add(module)
+
+
+def _outline(model: MorphModel, example: Any) -> tuple[MorphModel, Any]:
+    """Copies of the network and of a batch that have shapes and no values, on the meta device.
+    `ValueError` for a host that does not run there."""
+    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    outline = copy.deepcopy(model, memo)
+    inputs = changed(example, lambda x: x.to("meta"))
+    try:
+        with torch.no_grad():
+            call(outline, inputs, {})
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            "with distributed.strategy 'fsdp2', the work of a growing network is counted on the "
+            f"meta device, on which this host does not run ({error}); use 'ddp'"
+        ) from error
+    return outline, inputs
 
 
 def _step(config: RunConfig, task: Task, device: torch.device, *, grows: bool) -> TrainStep:
@@ -100,11 +149,6 @@ def _step(config: RunConfig, task: Task, device: torch.device, *, grows: bool) -
         raise ValueError(
             f"seeds are judged by accuracy, which task {task.name!r} of type {task.task_type!r} "
             "has not; train its host alone, with run_fit, or `esper-train fit`"
-        )
-    if grows and config.distributed.strategy == "fsdp2":
-        raise ValueError(
-            "distributed.strategy 'fsdp2' trains networks without slots; use 'ddp' to grow one, or "
-            "train the host alone, with run_fit, or `esper-train fit`"
         )
     if step.loss.own is not None and config.distributed.strategy == "fsdp2":
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from esper_train.base.device import resolve_device
 from esper_train.base.state import PlainState, RandomState, copied, no_random_numbers
 from esper_train.base.stop import StopRequest
 from esper_train.config import RunConfig
-from esper_train.control.governor import Governor
+from esper_train.control.governor import Governor, weights_are_finite
 from esper_train.control.policy import Decision, Idle, Policy
 from esper_train.control.signals import Signals, SignalTracker
 from esper_train.morph.incubation import Incubation
@@ -92,6 +92,8 @@ class Episode(PlainState):
     hub: TelemetryHub = field(default_factory=TelemetryHub)
     stop: StopRequest = field(default_factory=StopRequest)
     ranks: Ranks | None = None  # where several processes train the network
+    # network and example without values, by which work is counted where ranks divide the network
+    outline: tuple[MorphModel, Any] | None = None
     epoch: int = 0  # finished ones
     accuracy: float = math.nan  # of the last validation, in percent
     seconds: float = 0.0
@@ -117,6 +119,26 @@ class Episode(PlainState):
         if self.ranks is None or self.ranks.shards is None:
             return state
         return self.ranks.shards.whole(state)
+
+    def finite(self) -> bool:
+        """Whether all weights and buffers are finite; where the network is divided among ranks, all
+        of them have to call this."""
+        weights = self.model.state_dict().values()
+        if self.ranks is None or self.ranks.shards is None:
+            return weights_are_finite(weights)
+        from esper_train.train.shards import local  # takes half as long as importing torch
+
+        return self.ranks.shards.agree(weights_are_finite(map(local, weights)))
+
+    def counted(self) -> tuple[MorphModel, Any]:
+        """The network, with the seeds that it has now, and the batch by which its work is
+        counted."""
+        if self.outline is None:
+            return self.model, self.example
+        outline, _ = self.outline
+        if outline.topology() != self.model.topology():
+            outline.rebuild(self.model.topology())
+        return self.outline
 
     def state_dict(self) -> dict[str, Any]:
         """Progress, and which seeds there are; weights, momentum and the rest have their own
@@ -180,16 +202,18 @@ class Episode(PlainState):
             learner = Learner(
                 start=name,
                 groups=tuple(g for g in (name, f"{name}.gate") if g in self.optimizers),
-                parameters=parameters,
+                parameters=None if self.sharded else parameters,
                 buffers=(*slot.seed.buffers(), *slot.statistics.buffers()),
-                scope=partial(self._incubate, name, model.incubation(name)),
+                scope=partial(self._incubate, name, model.incubation(name), parameters),
                 scaler=self.scalers.get(name),
             )
             found.append(learner)
         return tuple(found)
 
     @contextmanager
-    def _incubate(self, name: str, incubation: Incubation) -> Iterator[None]:
+    def _incubate(
+        self, name: str, incubation: Incubation, parameters: tuple[nn.Parameter, ...]
+    ) -> Iterator[None]:
         """Surrounds a seed's own pass, which changes neither the network nor the run's random
         numbers."""
         advice = "a captured step would repeat those of a seed: leave train.capture out"
@@ -197,7 +221,9 @@ class Episode(PlainState):
             random = no_random_numbers(self.device, advice)
         else:
             random = self.model.streams.active(name, self.device)
-        with incubation.entered(), random:
+        shards = None if self.ranks is None else self.ranks.shards
+        alone = nullcontext() if shards is None else shards.alone(parameters)
+        with incubation.entered(), random, alone:
             yield
 
     def snapshot(self) -> dict[str, Any]:

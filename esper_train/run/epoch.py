@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from esper_kernels import compute_all, grad_stats
 from esper_train.base.device import resolve_device
-from esper_train.control.governor import Finding, weights_are_finite
+from esper_train.control.governor import Finding
 from esper_train.control.policy import Decision, Op
 from esper_train.control.signals import Signals
 from esper_train.morph.lifecycle import (
@@ -172,12 +172,10 @@ class Epoch:
         before = change.before
         slot = change.before.slot
         self._events.append(stage_event(number, change))
-        if change.stage is SeedStage.TRAINING and episode.ranks is not None:
-            seated = episode.model.slot(slot)
-            episode.ranks.copy_first([*seated.parameters(), *seated.buffers()])
         follow_optimizers(episode, change, number)
         if change.stage is SeedStage.TRAINING and episode.hub.collects(EventType.SEED_COST):
-            cost = seed_cost(episode.model, slot, episode.example)
+            model, inputs = episode.counted()
+            cost = seed_cost(model, slot, inputs)
             blueprint = episode.model.slot(slot).state.blueprint
             data = {"slot": slot, "blueprint": blueprint, **cost.to_plain()}
             self._events.append(Event(EventType.SEED_COST, number, data))
@@ -269,7 +267,7 @@ def keep_good(episode: Episode, epoch: int) -> None:
     """Keep the state to return to, where the policy wants one and the weights are good. Not during
     a trial: if the seed fails, the network of these epochs is not to come back."""
     wanted = episode.config.train.on_bad_numbers == "rollback" and episode.trial.slot is None
-    if wanted and weights_are_finite(episode.model):
+    if wanted and episode.finite():
         device = episode.config.governor.snapshot_device
         episode.hub.emit(Event(EventType.SNAPSHOT, epoch, {"device": device}))
         episode.good = {"epoch": epoch, **episode.snapshot()}

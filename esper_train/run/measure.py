@@ -36,7 +36,7 @@ def launch_epoch(episode: Episode, epoch: int) -> Launched[Measured]:
         max_batches=config.max_batches,
         ranks=episode.ranks,
     )
-    episode.cost.add_epoch(model, episode.example)
+    episode.cost.add_epoch(*episode.counted())
     check_fossils = epoch % config.growth.fossil_check_epochs == 0 or epoch == config.max_epochs
     ablated = [
         state.slot

@@ -26,8 +26,8 @@ class Learner:
     """Name of the place; its results are reported under this name."""
     groups: tuple[str, ...]
     """Its groups in the optimizer registry."""
-    parameters: tuple[Tensor, ...]
-    """At least one."""
+    parameters: tuple[Tensor, ...] | None
+    """At least one; None where `scope` lets no others receive gradients."""
     buffers: tuple[Tensor, ...]
     """What its pass may change besides; put back where its step is skipped."""
     scope: Callable[[], AbstractContextManager[None]]

@@ -156,7 +156,7 @@ class OptimizerSteps:
         divisor = self._step.loss.divisor([targets for _, targets in group])
         total = None if divisor is None else _Total(divisor, self._ranks)
         for inputs, targets in group:
-            self._step(self._model, inputs, targets, self.meter, total)
+            self._step(self._model, inputs, targets, self.meter, total, self._learners)
         shards.take_gradients()
         if total is not None:
             total.obey_stop()

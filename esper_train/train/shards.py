@@ -6,7 +6,8 @@ parameter. States hold DTensors, from which `whole` makes the tensors of one pro
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -25,22 +26,63 @@ class Shards:
     """The parts of a model's parameters that this rank holds.
 
     Making it divides the model: each of the blocks that is called by itself, then what is left.
-    Parameters that several blocks share stay with what is left.
+    Parameters that several blocks share stay with what is left. `forwards` names the methods of the
+    model that run it as calling it does. `ValueError` for a parameter that cannot be divided.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], forwards: Sequence[str] = ()
+    ) -> None:
         device = next(model.parameters()).device
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        for block in _apart(blocks):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):  # sums: losses are divided by the weight of all rows
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        self._model = model
+        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        require_rows(model)
+        for block in (*_apart(blocks), model):
+            self._divide(block)
+        for name in forwards:
+            register_fsdp_forward_method(model, name)
         model.register_load_state_dict_pre_hook(_divide_weights)
         self._parts: dict[Tensor, nn.Parameter] = {p: _part(p) for p in model.parameters()}
         self._wholes = {id(part): p for p, part in self._parts.items()}
+
+    def _divide(self, block: nn.Module) -> None:
+        # for the root of a network, FSDP2 would keep whole parameters after an evaluation
+        fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+        assert isinstance(block, FSDPModule)
+        # sums: losses are divided by the weight of all rows
+        block.set_gradient_divide_factor(1.0)
+        block.set_force_sum_reduction_for_comms(True)
+
+    def add(self, block: nn.Module) -> None:
+        """Divide a block that is about to become a part of the model, and forget those that are not
+        any more. No collective; the ranks need the same weights before."""
+        if next(block.parameters(), None) is None:
+            return
+        self._divide(block)
+        present = set(self._model.parameters())
+        kept = {p: part for p, part in self._parts.items() if p in present}
+        self._parts = kept | {p: _part(p) for p in block.parameters()}
+        self._wholes = {id(part): p for p, part in self._parts.items()}
+
+    @contextmanager
+    def alone(self, parameters: Collection[Tensor]) -> Iterator[None]:
+        """Within it, these parameters alone receive gradients. FSDP2 replaces parameters by whole
+        ones in each pass, so that `backward(inputs=...)` cannot name them."""
+        chosen = {id(p) for p in parameters}
+        others = [p for p in self._parts if p.requires_grad and id(p) not in chosen]
+        try:
+            for p in others:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in others:
+                p.requires_grad_(True)
+
+    def agree(self, holds: bool) -> bool:
+        """Whether something holds on every rank: one collective."""
+        everywhere = torch.tensor(int(holds), device=self._mesh.device_type)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return bool(everywhere.item())
 
     def part(self, p: Tensor) -> nn.Parameter:
         """This rank's rows of a parameter of the model, as a plain leaf tensor."""
@@ -124,6 +166,22 @@ class Shards:
         return state | {"state": by_place}
 
 
+def require_rows(module: nn.Module) -> None:
+    """`ValueError` for a parameter without dimensions, which has no rows to divide."""
+    for name, p in module.named_parameters():
+        if p.dim() == 0:
+            raise ValueError(
+                "distributed.strategy 'fsdp2' divides the rows of parameters, and "
+                f"{type(module).__name__} has the parameter {name!r} without dimensions; give it "
+                "the shape [1], or use 'ddp'"
+            )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor that is divided; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _apart(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     """The blocks that have parameters, none of which another block has too."""
     owners: dict[nn.Parameter, int] = {}
@@ -155,4 +213,6 @@ def _divide_weights(model: nn.Module, state: dict[str, Any], *others: Any) -> No
     """Let the model restore the weights of one process."""
     for name, p in model.named_parameters(remove_duplicate=False):  # tied ones have two names
         if name in state:
-            state[name] = _rows_of(state[name], p)
+            # one number is one row, as a module's own hook may say only after this one
+            value = state[name]
+            state[name] = _rows_of(value if value.dim() else value.reshape(1), p)

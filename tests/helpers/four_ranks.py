@@ -1,18 +1,28 @@
-"""Runs of four processes: single precision, and a host with batch norm."""
+"""Runs of four processes: a life of seeds, single precision, and a host with batch norm."""
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esper_train import HostConfig, RunConfig, Splits, Task, run_fit
+from esper_train import (
+    DistributedConfig,
+    HostConfig,
+    RunConfig,
+    Splits,
+    Task,
+    run_fit,
+    run_heuristic_episode,
+)
 from esper_train.morph.host import Host, cnn_host
 from tests.helpers import sharded
 from tests.helpers.own import perceptron, table_data
-from tests.helpers.ranks import DDP, whole_weights
+from tests.helpers.ranks import DDP, life_of, tables, whole_weights
+from tests.helpers.scripted import Script, germinate
 from tests.helpers.sharded import FSDP2
 
 WORLD = 4
@@ -83,12 +93,31 @@ def weights(task: Task, config: RunConfig = CONFIG) -> dict[str, Tensor]:
     return whole_weights(run_fit(config, task=task).model)
 
 
-def all_weights(rank: int, directory: Path) -> dict[str, dict[str, Tensor]]:
-    """The weights after each run, by strategy and task."""
+def grown(config: RunConfig = CONFIG) -> dict[str, Tensor]:
+    """The weights after 20 steps, in most of which a seed learns beside the network."""
+    script = Script(e1=germinate("early", "bottleneck"))
+    return whole_weights(run_heuristic_episode(config, task=single(), policy=script).model)
+
+
+LIFE = partial(tables, 33, 61)
+"""With a rollback; the last batch of an epoch has one row for four ranks."""
+
+
+def all_runs(rank: int, directory: Path) -> dict[str, dict[str, Any]]:
+    """By strategy, what was found of a life of seeds, and the weights of a short one."""
     return {
-        f"{distributed.strategy} {task.name}": weights(
-            task, replace(CONFIG, distributed=distributed)
-        )
+        distributed.strategy: {
+            "life": life_of(LIFE, "bottleneck", rank, directory, distributed=distributed),
+            "grown": grown(replace(CONFIG, distributed=distributed)),
+            "fits": all_weights(distributed),
+        }
         for distributed in (DDP, FSDP2)
+    }
+
+
+def all_weights(distributed: DistributedConfig) -> dict[str, dict[str, Tensor]]:
+    """The weights after each plain training, by task."""
+    return {
+        task.name: weights(task, replace(CONFIG, distributed=distributed))
         for task in (single(), images(by_part=False))
     }

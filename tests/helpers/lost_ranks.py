@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch import multiprocessing as mp
 
-from esper_train import DistributedConfig, RunConfig, run_fit
+from esper_train import DistributedConfig, RunConfig, run_fit, run_heuristic_episode
 from esper_train.train.errors import RankLostError
 from tests.helpers.ranks import SECONDS, tables
+from tests.helpers.scripted import Script, germinate
 
 STEP = 12
 """The step before which something happens to rank 1; there are five per epoch."""
@@ -27,6 +28,15 @@ CONFIG = RunConfig(
     keep="last",
     distributed=DistributedConfig(strategy="ddp", timeout=20.0),
 )
+
+
+GROWING = replace(
+    CONFIG,
+    slots=("early", "mid"),
+    keep="best",
+    distributed=replace(CONFIG.distributed, strategy="fsdp2"),
+)
+"""What rank 0 does in the end, alone: seat the seed of the best network again."""
 
 
 class Sabotage:
@@ -51,12 +61,18 @@ def send(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-def run(out: Path, act: Callable[[], object], *, resume: bool = False) -> dict[str, Any]:
+def run(
+    out: Path, act: Callable[[], object], *, resume: bool = False, grows: bool = False
+) -> dict[str, Any]:
     """The error that ended a run and the seconds that it took, or the network's weights."""
     task = replace(tables(33), augment=Sabotage(act))
     began = time.monotonic()
     try:
-        result = run_fit(CONFIG, task=task, out=out, resume=resume)
+        if grows:
+            script = Script(e1=germinate("early", "bottleneck"))
+            result = run_heuristic_episode(GROWING, task=task, policy=script, out=out)
+        else:
+            result = run_fit(CONFIG, task=task, out=out, resume=resume)
     except (RankLostError, ValueError) as error:
         return {
             "error": type(error).__name__,
@@ -67,9 +83,10 @@ def run(out: Path, act: Callable[[], object], *, resume: bool = False) -> dict[s
 
 
 def fail_and_be_killed(directory: Path) -> dict[str, Any]:
-    """Rank 1 raises in the first run and is killed in the second."""
+    """Rank 1 raises in the first two runs and is killed in the third."""
     return {
         "failed": run(directory / "failed", fail),
+        "failed growing": run(directory / "failed growing", fail, grows=True),
         "killed": run(directory / "killed", send(signal.SIGKILL)),
     }
 

@@ -35,7 +35,6 @@ from esper_train import (
     run_fit,
     run_heuristic_episode,
 )
-from esper_train.base.state import copied
 from esper_train.base.stop import Stopped
 from esper_train.morph.host import Host
 from esper_train.morph.transformer import transformer_host
@@ -43,6 +42,13 @@ from esper_train.train.errors import RanksDifferError
 from tests.helpers.own import perceptron, table_data
 from tests.helpers.scripted import EASY, Recorder, Script, germinate
 
+COLLECTIVES = (
+    "all_reduce",
+    "broadcast",
+    "broadcast_object_list",
+    "all_gather_single",
+    "reduce_scatter_single",
+)
 SECONDS = 400.0
 """How long a test waits for its processes."""
 DDP = DistributedConfig(strategy="ddp", timeout=60.0)
@@ -173,7 +179,7 @@ def result_of(task: Task, config: RunConfig, script: Script) -> dict[str, Any]:
     result = run_heuristic_episode(config, task=task, policy=script, hub=TelemetryHub([recorder]))
     epochs = recorder.of(EventType.EPOCH)
     return {
-        "weights": copied(result.model.state_dict()),
+        "weights": whole_weights(result.model),
         "stages": recorder.stages(),
         "kinds": [(e.epoch, e.type.name) for e in recorder.events],
         "train": [e.data["train"] for e in epochs],
@@ -185,8 +191,16 @@ def result_of(task: Task, config: RunConfig, script: Script) -> dict[str, Any]:
     }
 
 
-def life_of(task: Callable[[], Task], blueprint: str, rank: int, directory: Path) -> dict[str, Any]:
-    return result_of(task(), replace(CONFIG, distributed=DDP), life(blueprint))
+def life_of(
+    task: Callable[[], Task],
+    blueprint: str,
+    rank: int,
+    directory: Path,
+    distributed: DistributedConfig = DDP,
+    blend: str = "linear",
+) -> dict[str, Any]:
+    config = replace(CONFIG, distributed=distributed)
+    return result_of(task(), config, life(blueprint, blend))
 
 
 def fit_of(
@@ -233,7 +247,7 @@ def grow_in(out: Path, config: RunConfig, *, resume: bool = False) -> dict[str, 
     result = run_heuristic_episode(
         config, task=texts(), policy=life("lora"), out=out, resume=resume, baseline=False
     )
-    return copied(result.model.state_dict())
+    return whole_weights(result.model)
 
 
 class SignalledAt:
@@ -284,13 +298,15 @@ def drift(rank: int, directory: Path) -> str:
     return "none"
 
 
-def counted_collectives(rank: int, directory: Path) -> dict[str, int]:
+def counted_collectives(
+    rank: int, directory: Path, distributed: DistributedConfig = DDP
+) -> dict[str, int]:
     """Calls of torch's collectives in a growing run of 6 epochs of 5 steps."""
     counts: Counter[str] = Counter()
-    for name in ("all_reduce", "broadcast", "broadcast_object_list"):
+    for name in COLLECTIVES:
         setattr(dist, name, _counting(name, getattr(dist, name), counts))
     script = Script(e2=germinate("early", "bottleneck"))
-    config = replace(CONFIG, max_epochs=6, distributed=DDP, train=TrainConfig())
+    config = replace(CONFIG, max_epochs=6, distributed=distributed, train=TrainConfig())
     run_heuristic_episode(config, task=tables(), policy=script)
     return dict(counts)
 

@@ -6,11 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper_train import (
+    Blueprint,
+    BlueprintRegistry,
     DistributedConfig,
+    Host,
+    HostConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
@@ -18,11 +23,16 @@ from esper_train import (
     run_fit,
     run_heuristic_episode,
 )
+from tests.helpers import ranks
 from tests.helpers.ranks import (
     DDP,
     FIT,
     FITS,
+    counted_collectives,
+    double_perceptron,
     fit_of,
+    grow_in,
+    life_of,
     stop_rank_1,
     tables,
     texts,
@@ -62,26 +72,81 @@ def fit_in_turn(rank: int, directory: Path) -> dict[str, Tensor]:
     return whole_weights(result.model)
 
 
+TURNS = {2: FSDP2, 3: DistributedConfig(), 14: FSDP2, 16: DDP, 22: FSDP2}
+"""The last epoch of each part of a life. At the end of epoch 2 two seeds learn beside the network,
+and at that of 14 and 16 one blends in."""
+
+
+def grow_in_turn(rank: int, directory: Path) -> dict[str, Tensor]:
+    """The weights after a life of seeds whose parts ran with different strategies."""
+    for epochs, distributed in TURNS.items():
+        config = replace(ranks.CONFIG, max_epochs=epochs, distributed=distributed)
+        if rank == 0 or distributed.strategy != "none":
+            weights = grow_in(directory / "grown", config, resume=epochs != min(TURNS))
+        dist.barrier()
+    return weights
+
+
+class Scale(nn.Module):
+    """A seed of one number, which has no dimension."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class Reading(nn.Module):
+    """Needs values, not only shapes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum().item() >= 0 else x.clone()
+
+
+def reading_perceptron(config: HostConfig) -> Host:
+    host = double_perceptron(config)
+    host.head = nn.Sequential(Reading(), host.head)
+    return host
+
+
 def refusals(rank: int, directory: Path) -> list[str]:
-    """The errors of a run that grows, and of one with a criterion of one's own."""
+    """The errors of runs with a criterion of one's own, with seeds that cannot be divided, and with
+    a host that needs values."""
     config = replace(CONFIG, distributed=FSDP2)
+    scale = BlueprintRegistry([Blueprint("scale", "features", Scale)])
+    reading = replace(tables(), build_host=reading_perceptron)
+    runs: list[Callable[[], Any]] = [
+        partial(run_fit, config, task=with_criterion("own", 33)),
+        partial(run_heuristic_episode, config, task=tables(), registry=scale),
+        partial(run_heuristic_episode, config, task=reading),
+    ]
     found = []
-    for run, task in (
-        (run_heuristic_episode, tables()),
-        (run_fit, with_criterion("own", 33)),
-    ):
+    for run in runs:
         try:
-            run(config, task=task)
+            run()
         except ValueError as error:
             found.append(str(error))
     return found
 
 
+SHARDED_LIVES: dict[str, tuple[Callable[[], Task], str, str]] = {
+    "perceptron": (partial(tables, 33, 61), "bottleneck", "linear"),
+    "perceptron, gated": (tables, "norm", "gated"),
+    "transformer": (texts, "lora", "linear"),
+}
 SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
     **{name: partial(fit_of, *case, distributed=FSDP2) for name, case in SHARDED_FITS.items()},
     "turns": fit_in_turn,
     "stopped": partial(stop_rank_1, distributed=FSDP2),
+    **{
+        name: partial(life_of, task, blueprint, distributed=FSDP2, blend=blend)
+        for name, (task, blueprint, blend) in SHARDED_LIVES.items()
+    },
+    "grown": grow_in_turn,
     "refused": refusals,
+    "counted": partial(counted_collectives, distributed=FSDP2),
 }
 
 

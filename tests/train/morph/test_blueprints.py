@@ -416,3 +416,9 @@ def test_register_refuses_a_parameter_that_is_never_used() -> None:
 
     with pytest.raises(ValueError, match="cannot learn"):
         BlueprintRegistry([Blueprint("x", "cnn", lambda channels: Unused())])
+
+
+def test_a_norm_reads_the_gain_of_the_first_version() -> None:
+    seed = default_registry().require("features", "norm").build(8)
+    seed.load_state_dict({**seed.state_dict(), "gain": torch.tensor(0.5)})
+    assert seed.state_dict()["gain"].tolist() == [0.5]

@@ -33,9 +33,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
 
 
-def test_an_error_of_one_rank_is_told_to_the_others(found: dict[str, Any]) -> None:
-    assert found["failed"]["error"] == "RankLostError"
-    message = found["failed"]["message"]
+@pytest.mark.parametrize("name", ["failed", "failed growing"])
+def test_an_error_of_one_rank_is_told_to_the_others(name: str, found: dict[str, Any]) -> None:
+    assert found[name]["error"] == "RankLostError"
+    message = found[name]["message"]
     assert message.startswith("rank 1 on ")
     assert "failed: ValueError: a file of this rank is damaged; resume from" in message
 

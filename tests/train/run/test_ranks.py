@@ -52,6 +52,16 @@ def assert_same_measures(found: list[Any], expected: list[Any], most: float) -> 
         assert one["loss"] == pytest.approx(other["loss"], rel=most, nan_ok=True)
 
 
+def assert_same_life(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Weights, measures and events of a run that grew."""
+    assert_same_weights(found["weights"], expected["weights"], 1e-9)
+    assert_same_measures(found["train"], expected["train"], 1e-9)
+    assert_same_measures(found["validation"], expected["validation"], 1e-9)
+    for key in ("stages", "kinds", "refused"):
+        assert found[key] == expected[key], key
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6, nan_ok=True)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What the two ranks found in each scenario, and the directory that they wrote to."""
@@ -70,12 +80,7 @@ def test_a_life_of_seeds_is_that_of_one_process(name: str, found: Found) -> None
     assert ((13, "ROLLBACK") in one["kinds"]) == (name == "perceptron")
     ranks = found[name]
     for rank in ranks:
-        assert_same_weights(rank["weights"], one["weights"], 1e-9)
-        assert_same_measures(rank["train"], one["train"], 1e-9)
-        assert_same_measures(rank["validation"], one["validation"], 1e-9)
-        for key in ("stages", "kinds", "refused"):
-            assert rank[key] == one[key], key
-        assert rank["norms"] == pytest.approx(one["norms"], rel=1e-6, nan_ok=True)
+        assert_same_life(rank, one)
     assert [rank["decisions"] for rank in ranks] == [one["decisions"], 0]  # rank 0 decides
     for key, value in ranks[0]["weights"].items():
         assert torch.equal(value, ranks[1]["weights"][key]), key
