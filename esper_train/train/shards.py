@@ -94,15 +94,20 @@ class Shards:
             part.grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
             p.grad = None
 
-    def measured(self, stats: GradStats, parts: Sequence[Tensor]) -> GradStats:
+    def measured(
+        self, stats: GradStats, parts: Sequence[Tensor], over_steps: Tensor | None = None
+    ) -> GradStats:
         """The statistics of whole gradients, from those of this rank's parts: one collective. The
-        largest magnitudes stay those of the parts."""
-        sums = torch.cat([stats.norms.square()[None], stats.counts.double()])
+        largest magnitudes stay those of the parts. `over_steps`, int64 [3, T], are counts of
+        several steps, which are added up over the ranks too, in place."""
+        counts = [stats.counts] if over_steps is None else [stats.counts, over_steps]
+        sums = torch.cat([stats.norms.square()[None], *(each.double() for each in counts)])
         dist.all_reduce(sums)
         stats.norms.copy_(sums[0].sqrt())
-        stats.counts.copy_(sums[1:])
+        for each, whole in zip(counts, sums[1:].split(3), strict=True):
+            each.copy_(whole)
         stats.total_norm.copy_(sums[0].sum().sqrt())
-        stats.found_inf.copy_(sums[2:].sum() > 0)
+        stats.found_inf.copy_(stats.counts[1:].sum() > 0)
         numels = [0 if part.grad is None else self._wholes[id(part)].numel() for part in parts]
         return replace(stats, numels=tuple(numels))
 

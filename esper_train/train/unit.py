@@ -39,6 +39,9 @@ class Unit:
         self._scaler = scaler
         self._config = config
         self._shards = shards
+        acts_on_them = config.grad.clip_norm is not None or config.on_bad_numbers == "skip"
+        self._joins_each_step = shards is not None and acts_on_them
+        self._joined = False
         self._stats: GradStats | None = None
         self._counts: Tensor | None = None
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -52,9 +55,13 @@ class Unit:
 
     def measured(self) -> list[GradStats | Tensor]:
         """Statistics of the last measured step, and the counts of zeros, NaN and Inf by tensor
-        over all measured steps, int64 [3, T]; empty where none was measured."""
+        over all measured steps, int64 [3, T]; empty where none was measured. Where ranks divide
+        the gradients, all of them have to call this: it is a collective unless each step was."""
         if self._stats is None or self._counts is None:
             return []
+        if self._shards is not None and not self._joined:
+            self._stats = self._shards.measured(self._stats, self._parameters, self._counts)
+            self._joined = True
         return [self._stats, self._counts]
 
     def keep_buffers(self) -> None:
@@ -73,8 +80,9 @@ class Unit:
             config=self._config.kernel,
             out=self._stats,
         )
-        if self._shards is not None:
+        if self._shards is not None and self._joins_each_step:
             stats = self._shards.measured(stats, self._parameters)
+        self._joined = self._joins_each_step
         self._stats = stats
         if self._counts is None:
             self._counts = torch.zeros_like(stats.counts)
