@@ -51,9 +51,8 @@ def main() -> None:
         meter.all_reduce()  # once per epoch: the rows of all processes
         result = meter.compute()
         if dist.get_rank() == 0:
-            print(
-                f"epoch {epoch}: {result.valid} rows, {result.accuracy:.1%} right, norm {norm:.3f}"
-            )
+            found = f"{result.valid} rows, {result.accuracy:.1%} right"
+            print(f"epoch {epoch}: {found}, last gradient norm {norm:.3f}")
     dist.destroy_process_group()
 
 
