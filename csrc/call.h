@@ -140,8 +140,8 @@ struct LossRows {
   float *saved_max, *saved_sum;
   float* saved_denominator;  // what the sum of row losses is divided by
   int64_t num_topk;
-  // Where measures are wanted: the predicted class of each row, -1 for one that is not measured, and its
-  // RowMeasures, [kNumRowMeasures, rows], which are 0 then. Entropy and margin only if `wants_entropy`.
+  // Where measures are wanted, on the CPU: the predicted class of each row, -1 for one that is not measured,
+  // and its RowMeasures, [kNumRowMeasures, rows], which are 0 then. Entropy and margin only if wanted.
   int32_t* predicted;  // [rows] or null
   float* row_measures;
   bool wants_entropy;
