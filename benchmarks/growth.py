@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +30,8 @@ from benchmarks.growth_runs import NAMES, POINTS, compare, config_of
 from esper_train.config import load_toml
 
 Figures = list[dict[str, Any]]
-TASKS = {"digits": "digits", "pysource": "pysource", "breast-cancer": "breast cancer"}
-"""Tasks of the tables and the picture, with their names there."""
+DRAWN = {"digits": "growth-digits", "breast cancer": "growth-breast-cancer"}
+"""What the picture shows, and the results."""
 RIVALS = {
     "host": "host, same epochs",
     "static": "static, same epochs",
@@ -67,54 +68,36 @@ def mean_of(rows: Figures, name: str) -> float:
     return fmean(row[name] for row in rows)
 
 
-def short_table(figures: Figures) -> str:
-    """Markdown: accuracies at equal training cost, and paired gains."""
-    lines = [
-        ["epochs", "seeds", "grown, %", "host, %", "static, %", "grown - host", "grown - static"]
-    ]
-    for epochs, rows in by_length(figures).items():
-        lines.append(
-            [
-                str(epochs),
-                str(len(rows)),
-                *(f"{mean_of(rows, name):.2f}" for name in ("grown", "host_equal", "static_equal")),
-                *(with_error(gains(rows, name), "+") for name in ("host_equal", "static_equal")),
-            ]
+def in_short(figures: Figures) -> str:
+    """The paired gains at equal training cost, in two sentences."""
+    lengths = by_length(figures)
+    static, host = (
+        ", ".join(
+            f"{with_error(gains(rows, rival), '+')} points in runs of {epochs} epochs ({len(rows)} "
+            f"seed{'s' * (len(rows) > 1)})"
+            for epochs, rows in lengths.items()
         )
-    return record.markdown(lines)
+        for rival in ("static_equal", "host_equal")
+    )
+    words = (
+        "At equal training cost, the test accuracy of grown networks minus that of static networks "
+        f"of their final size is {static}. Minus that of their hosts, it is {host}."
+    )
+    return textwrap.fill(words, 100)
 
 
 def table(figures: Figures) -> str:
-    """Markdown: three tables, with a row per length of run in each: sizes, costs and accuracies;
-    paired gains; what became of the seeds."""
-    lengths = by_length(figures)
-    accuracies = [
-        [
-            "epochs",
-            "seeds",
-            "parameters, host to grown",
-            "cost of growing",
-            "of a static epoch",
-            "grown, %",
-            *(f"{words}, %" for words in RIVALS.values()),
-        ]
-    ]
-    differences = [
-        ["epochs", *(f"grown - {words}" for words in RIVALS.values()), "above / equal / below"]
-    ]
-    fates = [
-        [
-            "epochs",
-            "kept",
-            "undone",
-            "epochs undone, of 100",
-            "evaluations per epoch",
-            "harm, epochs",
-            "of host",
-        ]
-    ]
+    """Markdown: three tables, with a row per length of run in each."""
+    parts = (_accuracies, _differences, _fates)
+    return "\n\n".join(record.markdown(part(by_length(figures))) for part in parts)
+
+
+def _accuracies(lengths: dict[int, Figures]) -> list[list[str]]:
+    """Sizes, costs and accuracies."""
+    heads = ["epochs", "seeds", "parameters", "cost of growing", "of a static epoch", "grown, %"]
+    lines = [[*heads, *(f"{words}, %" for words in RIVALS.values())]]
     for epochs, rows in lengths.items():
-        accuracies.append(
+        lines.append(
             [
                 str(epochs),
                 str(len(rows)),
@@ -124,31 +107,37 @@ def table(figures: Figures) -> str:
                 *(with_error([row[name] for row in rows]) for name in ("grown", *RIVALS)),
             ]
         )
-        found = gains(rows, "static_equal")
-        signs = [
-            sum(gain > 1e-9 for gain in found),
-            sum(abs(gain) <= 1e-9 for gain in found),
-            sum(gain < -1e-9 for gain in found),
-        ]
-        differences.append(
-            [
-                str(epochs),
-                *(with_error(gains(rows, name), "+") for name in RIVALS),
-                " / ".join(map(str, signs)),
-            ]
-        )
-        fates.append(
+    return lines
+
+
+def _differences(lengths: dict[int, Figures]) -> list[list[str]]:
+    """Paired gains."""
+    lines = [["epochs", *(f"grown - {words}" for words in RIVALS.values()), "more / same / less"]]
+    for epochs, rows in lengths.items():
+        found = [round(gain, 6) for gain in gains(rows, "static_equal")]
+        signs = [sum(gain > 0 for gain in found), found.count(0), sum(gain < 0 for gain in found)]
+        differences = (with_error(gains(rows, name), "+") for name in RIVALS)
+        lines.append([str(epochs), *differences, " / ".join(map(str, signs))])
+    return lines
+
+
+def _fates(lengths: dict[int, Figures]) -> list[list[str]]:
+    """What became of the seeds."""
+    heads = ["epochs", "kept", "undone", "epochs undone", "evaluations per epoch"]
+    lines = [[*heads, "harm, epochs", "of host"]]
+    for epochs, rows in lengths.items():
+        lines.append(
             [
                 str(epochs),
                 str(sum(row["fossils"] for row in rows)),
                 str(sum(row["undone"] for row in rows)),
-                f"{100 * mean_of(rows, 'undone_epochs') / epochs:.0f}",
+                f"{100 * mean_of(rows, 'undone_epochs') / epochs:.0f} %",
                 f"{mean_of(rows, 'evaluations') / epochs:.2f}",
                 str(max(row["harm"] for row in rows)),
                 str(max(row["harm_host"] for row in rows)),
             ]
         )
-    return "\n\n".join(record.markdown(lines) for lines in (accuracies, differences, fates))
+    return lines
 
 
 def mean_curves(rows: Figures) -> dict[str, list[float]]:
@@ -162,7 +151,8 @@ def mean_curves(rows: Figures) -> dict[str, list[float]]:
 
 
 def draw(path: Path, found: dict[str, Figures]) -> None:
-    """Draw validation accuracy over training cost, by task and length of run."""
+    """Draw validation accuracy over training cost, for the figures of each task and each length of
+    run."""
     panels = [
         (f"{task}, {epochs} epochs", rows)
         for task, figures in found.items()
@@ -175,10 +165,10 @@ def draw(path: Path, found: dict[str, Figures]) -> None:
             for method, values in curves.items():
                 axes.plot(shares, values, color=COLOURS[method], label=LABELS[method])
             # the first steps of learning would squeeze the rest
-            late = [value for values in curves.values() for value in values[POINTS // 5 :]]
+            late = [value for values in curves.values() for value in values[2 * POINTS // 5 :]]
             room = 0.1 * (max(late) - min(late)) + 0.05
             axes.set_ylim(min(late) - room, max(late) + room)
-            axes.set_title(f"{title}, {len(rows)} seeds", fontsize=9, loc="left")
+            axes.set_title(f"{title}, seeds: {len(rows)}", fontsize=8, loc="left")
             axes.set_xlabel("training cost, % of growing's")
         columns[0].set_ylabel("validation accuracy, %")
         columns[0].legend(frameon=False, fontsize=8, loc="lower right")
