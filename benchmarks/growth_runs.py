@@ -23,7 +23,7 @@ from esper_train.morph.config import HostConfig
 from esper_train.morph.host import Host
 from esper_train.run.cost import multiply_adds
 from esper_train.run.episode import Episode
-from esper_train.run.run import prepare, run_episode
+from esper_train.run.run import PolicyMaker, prepare, run_episode
 from esper_train.tasks import TASKS, get_task, registry_of
 from esper_train.train.optimizers import make_optimizer
 
@@ -121,10 +121,10 @@ def config_of(name: str) -> RunConfig:
     return preset(name) if name in TASKS else RunConfig()
 
 
-def run(config: RunConfig, task: Task, mode: str) -> Run:
+def run(config: RunConfig, task: Task, mode: str, policy: PolicyMaker | None = None) -> Run:
     """Train a network; `mode` is "heuristic" or "fit"."""
     watch = Watch()
-    episode = prepare(config, mode, task=task, hub=TelemetryHub([watch]))
+    episode = prepare(config, mode, task=task, policy=policy, hub=TelemetryHub([watch]))
     watch.episode = episode
     result = run_episode(episode)
     return Run(result=result, watch=watch, step=multiply_adds(result.model, episode.example))

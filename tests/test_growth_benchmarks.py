@@ -1,7 +1,7 @@
 """The benchmarks of growing: what they make of what they measured."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gate, growth, growth_runs, record, seed_cost
+from benchmarks import gate, growth, growth_runs, growth_variants, record, seed_cost
 from benchmarks.gate import Course, Measured
 from benchmarks.growth_runs import longest_harm
-from esper_train import Event, EventType, GrowthConfig, HeuristicConfig, RunConfig, SeedStage
+from esper_train import Event, EventType, GrowthConfig, HeuristicConfig, Op, RunConfig, SeedStage
 from esper_train.run.run import prepare
+from esper_train.tasks import load_splits
 
 GATE = GrowthConfig(window=2, training_min_epochs=2, blending_potential=0.5)
 
@@ -223,6 +224,62 @@ def test_a_static_network_starts_as_the_host_and_learns_at_the_rates_of_the_grow
     size = sum(p.numel() for p in host.model.parameters())
     gated = 8 + (8 * 4 + 8) + (4 * 4 + 4)
     assert rates == {config.optim.host_lr: size, config.optim.seed_lr: gated + 9}
+
+
+def test_a_promise_is_the_squared_gradient_of_a_new_seed() -> None:
+    """Of a norm at alpha 1, whose only gradient is that of its gain: by finite differences."""
+    config = growing(1)
+    task = growth_runs.task_named("breast-cancer", config)
+    model = prepare(config, "heuristic", task=task).model.double().eval()
+    inputs, targets = load_splits(task).train
+    inputs = inputs.double()
+    policy = growth_variants.promising(config, task)(model)
+    assert isinstance(policy, growth_variants.Promising)
+    policy.inputs, policy.targets = inputs, targets
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = policy.promises(["early", "late"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(found) == {
+        (s, b) for s in ("early", "late") for b in ("bottleneck", "gated", "norm")
+    }
+    _, entered = model.forward_keeping(inputs)
+    x = entered["late"]
+    normed = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    def loss(gain: float) -> float:
+        logits = model.host.head(x + gain * (normed - x))
+        return torch.nn.functional.cross_entropy(logits, targets).item()
+
+    slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+    assert found["late", "norm"] == pytest.approx(slope**2, rel=1e-4)
+
+
+def test_the_seed_that_promises_most_for_its_cost_germinates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    promises = {("early", "norm"): 1.0, ("early", "gated"): 9.0, ("late", "norm"): 4.0}
+    costs = {("early", "norm"): 1.0, ("early", "gated"): 9.0, ("late", "norm"): 2.0}
+    heuristic: Any = SimpleNamespace(decide=lambda signals: signals)
+    unused: Any = None
+    policy = growth_variants.Promising(
+        heuristic, unused, unused, unused, lambda slot, blueprint: costs[slot, blueprint]
+    )
+    monkeypatch.setattr(policy, "promises", lambda free: promises)
+    asked: Any = SimpleNamespace(op=Op.WAIT)
+    assert policy.decide(asked) is asked
+
+    @dataclass
+    class Asked:
+        op: Op = Op.GERMINATE
+        slots: tuple[Any, ...] = ()
+        slot: str = "mid"
+        blueprint: str = "bottleneck"
+
+    germinated: Any = Asked()
+    decision = policy.decide(germinated)
+    assert (decision.slot, decision.blueprint) == ("late", "norm")
 
 
 def course(*epochs: tuple[float, float, float]) -> Course:
