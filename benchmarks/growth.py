@@ -9,7 +9,7 @@ seeds that the grown one ended with, from the start. Host and static are trained
 of epochs, and again at equal training cost: until they have spent the multiply-adds of the grown
 run. Each gives the network that `keep` names. The figures of a seed are written as soon as they are
 there, and those that the same commit has written before are not measured again, so a measurement
-can be made in parts.
+can be made in parts. With --continued, those of other commits are kept too; each names its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from benchmarks.growth_runs import NAMES, POINTS, compare, config_of
 from esper_train.config import load_toml
 
 Figures = list[dict[str, Any]]
-DRAWN = {"digits": "growth-digits", "breast cancer": "growth-breast-cancer"}
+DRAWN = {
+    "digits": "growth-digits",
+    "breast cancer": "growth-breast-cancer",
+    "pysource": "growth-pysource-short",
+}
 """What the picture shows, and the results."""
 RIVALS = {
     "host": "host, same epochs",
@@ -48,14 +52,12 @@ def gains(rows: Figures, rival: str) -> list[float]:
     return [row["grown"] - row[rival] for row in rows]
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; NaN for a single value."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
 def with_error(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard error in words."""
-    return f"{fmean(values):{sign}.2f} ± {standard_error(values):.2f}"
+    """Mean and standard error of the mean in words; a single value has none."""
+    words = f"{fmean(values):{sign}.2f}"
+    if len(values) == 1:
+        return words
+    return f"{words} ± {stdev(values) / math.sqrt(len(values)):.2f}"
 
 
 def by_length(figures: Figures) -> dict[int, Figures]:
@@ -174,14 +176,13 @@ def draw(path: Path, found: dict[str, Figures]) -> None:
         columns[0].legend(frameon=False, fontsize=8, loc="lower right")
 
 
-def measured_before(name: str) -> Figures:
-    """The figures that this commit has written; none where they are of another."""
+def measured_before(name: str, *, any_commit: bool = False) -> Figures:
+    """The figures that this commit, or any, has written."""
     if not (record.RESULTS / f"{name}.json").exists():
         return []
-    found = record.read(name)
-    same = found["environment"]["commit"] == record.environment()["commit"]
-    figures: Figures = found["figures"] if same else []
-    return figures
+    figures: Figures = record.read(name)["figures"]
+    commit = record.environment()["commit"]
+    return [row for row in figures if any_commit or row["commit"] == commit]
 
 
 def main() -> None:
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--epochs", type=int, nargs="+", default=[75, 150, 600])
     parser.add_argument("--settings", type=Path, help="TOML with other settings of a run")
+    parser.add_argument("--continued", action="store_true", help="keep figures of other commits")
     options: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(1)
     config = config_of(options.task)
@@ -200,16 +202,17 @@ def main() -> None:
         name = f"{name}-{options.settings.stem}"
     for epochs in options.epochs:
         for seed in options.seeds:
-            figures = measured_before(name)
+            figures = measured_before(name, any_commit=options.continued)
             if any((row["epochs"], row["seed"]) == (epochs, seed) for row in figures):
                 continue
             last = compare(options.task, replace(config, seed=seed, max_epochs=epochs))
+            last["commit"] = record.environment()["commit"]
             figures = sorted([*figures, last], key=lambda row: (row["epochs"], row["seed"]))
             record.write(name, figures)
             rivals = ", ".join(f"{key} {last[key]:.2f}" for key in RIVALS)
             print(f"{epochs} epochs, seed {seed}: grown {last['grown']:.2f}, {rivals}", flush=True)
     path = record.RESULTS / f"{name}.json"
-    print(f"\n{table(measured_before(name))}\n\n{path}")
+    print(f"\n{table(record.read(name)['figures'])}\n\n{path}")
 
 
 if __name__ == "__main__":

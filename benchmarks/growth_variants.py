@@ -39,14 +39,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "several seeds at once": {"policy": {"max_live_seeds": 3}},
     "lenient verdicts": {"growth": {"fossilize_contribution": 0.0, "fossilize_errors": 2.0}},
     "last slot only": {"slots": ["late"]},
-    "conv_heavy first": {
-        "policy": {
-            "blueprints": [
-                "conv_heavy", "conv_expand", "conv_light", "attention", "norm", "depthwise"
-            ]
-        }
-    },
-}  # fmt: skip
+}
 """What differs from the defaults."""
 
 

@@ -100,9 +100,9 @@ FIGURES = [row(150, 0, 95.0), row(75, 0, 96.0), row(75, 1, 92.0)]
 def test_the_growth_tables_have_means_and_paired_differences_of_each_length() -> None:
     assert " ".join(growth.in_short(FIGURES).splitlines()) == (
         "At equal training cost, the test accuracy of grown networks minus that of static networks "
-        "of their final size is -2.00 ± 2.00 points in runs of 75 epochs (2 seeds), -1.00 ± nan "
+        "of their final size is -2.00 ± 2.00 points in runs of 75 epochs (2 seeds), -1.00 "
         "points in runs of 150 epochs (1 seed). Minus that of their hosts, it is -1.00 ± 2.00 "
-        "points in runs of 75 epochs (2 seeds), +0.00 ± nan points in runs of 150 epochs (1 seed)."
+        "points in runs of 75 epochs (2 seeds), +0.00 points in runs of 150 epochs (1 seed)."
     )
     accuracies, differences, fates = growth.table(FIGURES).split("\n\n")
     assert accuracies.splitlines()[2] == (
@@ -143,9 +143,14 @@ def test_growth_is_measured_in_parts_and_goes_on_where_the_same_commit_stopped(
     path = results / "growth-digits.json"
     written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert [row["seed"] for row in written["figures"]] == [0, 1, 2]
-    written["environment"]["commit"] = "another"
+    written["figures"][0]["commit"] = "another"
     path.write_text(json.dumps(written), encoding="utf-8")
-    assert growth.measured_before("growth-digits") == []
+    monkeypatch.setattr("sys.argv", ["growth", "--seeds", "0", "3", "--epochs", "5", "--continued"])
+    growth.main()
+    assert asked[3:] == [(5, 3)]
+    monkeypatch.setattr("sys.argv", ["growth", "--seeds", "0", "--epochs", "5"])
+    growth.main()
+    assert asked[4:] == [(5, 0)]
 
 
 def test_growth_can_be_measured_with_other_settings(
@@ -280,6 +285,16 @@ def test_the_seed_that_promises_most_for_its_cost_germinates(
     germinated: Any = Asked()
     decision = policy.decide(germinated)
     assert (decision.slot, decision.blueprint) == ("late", "norm")
+
+
+def test_the_table_of_variants_compares_with_the_default_on_the_same_seeds(
+    results: Path,
+) -> None:
+    record.write("growth-digits", FIGURES, results)
+    rows = [row(75, seed, 95.0) | {"variant": "lenient verdicts"} for seed in (1, 0)]
+    assert growth_variants.table(rows).splitlines()[2:] == [
+        "| lenient verdicts | 2 | 95.00 | +1.00 ± 2.00 | -1.00 ± 0.00 | 1,500 | 112 | 112 |"
+    ]
 
 
 def course(*epochs: tuple[float, float, float]) -> Course:
