@@ -43,7 +43,7 @@ RIVALS = {
     "static_equal": "static, same cost",
 }
 COLOURS = {"grown": "#c8553d", "host": "#9aa5b1", "static": "#2f6690"}
-LABELS = {"grown": "grown", "host": "host alone", "static": "static, of the grown size"}
+LABELS = {"grown": "grown", "host": "host alone", "static": "static"}
 
 
 def gains(rows: Figures, rival: str) -> list[float]:
@@ -173,7 +173,7 @@ def draw(path: Path, found: dict[str, Figures]) -> None:
             axes.set_title(f"{title}, seeds: {len(rows)}", fontsize=8, loc="left")
             axes.set_xlabel("training cost, % of growing's")
         columns[0].set_ylabel("validation accuracy, %")
-        columns[0].legend(frameon=False, fontsize=8, loc="lower right")
+        columns[-1].legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def measured_before(name: str, *, any_commit: bool = False) -> Figures:
