@@ -14,7 +14,16 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 # no benchmarks themselves
-SHARED = {"__init__", "__main__", "record", "timing", "epoch_cases", "gpu_timing"}
+SHARED = {
+    "__init__",
+    "__main__",
+    "record",
+    "timing",
+    "epoch_cases",
+    "gpu_timing",
+    "growth_runs",
+    "tabular",
+}
 
 
 def benchmarks() -> dict[str, str]:

@@ -1,177 +1,218 @@
-"""Does growing pay? Test accuracy of grown networks and of their hosts, at several lengths of run.
+"""Does growing pay? Grown networks against their hosts and static networks of their final size.
 
     python -m benchmarks growth    # digits, 10 seeds, 75 to 600 epochs
-    python -m benchmarks growth --task pysource --seeds 3 --epochs 60
+    python -m benchmarks growth --task pysource --seeds 0 1 2 --epochs 60
+    python -m benchmarks growth --settings mine.toml    # writes growth-digits-mine.json
 
-grown: `esper-train heuristic`; fit: the same host, epochs and data without slots. Both give the
-network that `keep` names. The figures of a run are printed and written as soon as it ends, and
-those that the same commit has written before are not measured again.
+grown: `esper-train heuristic`. host: the same network without slots. static: the host with the
+seeds that the grown one ended with, from the start. Host and static are trained for the same number
+of epochs, and again at equal training cost: until they have spent the multiply-adds of the grown
+run. Each gives the network that `keep` names. The figures of a seed are written as soon as they are
+there, and those that the same commit has written before are not measured again, so a measurement
+can be made in parts. With --continued, those of other commits are kept too; each names its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from statistics import fmean, mean, stdev
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from benchmarks import record
-from esper_train import Event, EventType, TelemetryHub, run_fit, run_heuristic_episode
-from esper_train.config import preset
+from benchmarks.growth_runs import NAMES, POINTS, compare, config_of
+from esper_train.config import load_toml
+
+Figures = list[dict[str, Any]]
+DRAWN = {
+    "digits": "growth-digits",
+    "breast cancer": "growth-breast-cancer",
+    "pysource": "growth-pysource-short",
+}
+"""What the picture shows, and the results."""
+RIVALS = {
+    "host": "host, same epochs",
+    "static": "static, same epochs",
+    "host_equal": "host, same cost",
+    "static_equal": "static, same cost",
+}
+COLOURS = {"grown": "#c8553d", "host": "#9aa5b1", "static": "#2f6690"}
+LABELS = {"grown": "grown", "host": "host alone", "static": "static"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """A grown network and its host. Accuracies on the test split in percent."""
-
-    epochs: int
-    seed: int
-    grown: float
-    fit: float
-    parameters: int
-    fossils: int
-    undone: int
-    undone_epochs: int
-    harm: int
-    """Longest time in epochs; see `longest_harm`."""
-    harm_fit: int
-    """The same for the host alone, measured from the same epochs."""
-
-    @property
-    def gain(self) -> float:
-        """Percentage points."""
-        return self.grown - self.fit
+def gains(rows: Figures, rival: str) -> list[float]:
+    """Accuracy of the grown network minus that of `rival` with the same seed, in percentage
+    points."""
+    return [row["grown"] - row[rival] for row in rows]
 
 
-class Watch:
-    """A sink that keeps what `longest_harm` needs."""
-
-    def __init__(self) -> None:
-        self.accuracies: list[float] = []
-        self.blended: list[int] = []
-
-    def write(self, event: Event) -> None:
-        if event.type is EventType.EPOCH:
-            self.accuracies.append(event.data["validation"]["accuracy"])
-        elif event.type is EventType.SEED_STAGE and event.data["stage"] == "BLENDING":
-            self.blended.append(event.epoch)
-
-    def close(self) -> None:
-        """There is nothing to close."""
+def with_error(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard error of the mean in words; a single value has none."""
+    words = f"{fmean(values):{sign}.2f}"
+    if len(values) == 1:
+        return words
+    return f"{words} ± {stdev(values) / math.sqrt(len(values)):.2f}"
 
 
-def longest_harm(
-    accuracies: Sequence[float], blended: Sequence[int], *, window: int, points: float
-) -> int:
-    """For how many epochs in a row, at most, was accuracy more than `points` below its mean of the
-    `window` epochs before blending began?
-
-    `accuracies` has one of each epoch, and `blended` the epochs after which blending began.
-    """
-    longest = 0
-    for began in blended:
-        least = fmean(accuracies[max(0, began - window) : began]) - points
-        lasted = 0
-        for accuracy in accuracies[began:]:
-            lasted = lasted + 1 if accuracy < least else 0
-            longest = max(longest, lasted)
-    return longest
+def by_length(figures: Figures) -> dict[int, Figures]:
+    """The figures of each length of run, in rising order."""
+    lengths = sorted({row["epochs"] for row in figures})
+    return {length: [row for row in figures if row["epochs"] == length] for length in lengths}
 
 
-def measure(task: str, epochs: int, seed: int) -> Pair:
-    """Train both networks."""
-    config = replace(preset(task), seed=seed, max_epochs=epochs)
-    watch = Watch()
-    watch_fit = Watch()
-    grown = run_heuristic_episode(config, hub=TelemetryHub([watch]))
-    fit = run_fit(config, hub=TelemetryHub([watch_fit]))
-    harm, harm_fit = (
-        longest_harm(
-            accuracies,
-            watch.blended,
-            window=config.growth.window,
-            points=config.growth.harm,
+def mean_of(rows: Figures, name: str) -> float:
+    return fmean(row[name] for row in rows)
+
+
+def in_short(figures: Figures) -> str:
+    """The paired gains at equal training cost, in two sentences."""
+    lengths = by_length(figures)
+    static, host = (
+        ", ".join(
+            f"{with_error(gains(rows, rival), '+')} points in runs of {epochs} epochs ({len(rows)} "
+            f"seed{'s' * (len(rows) > 1)})"
+            for epochs, rows in lengths.items()
         )
-        for accuracies in (watch.accuracies, watch_fit.accuracies)
+        for rival in ("static_equal", "host_equal")
     )
-    return Pair(
-        epochs=epochs,
-        seed=seed,
-        grown=grown.test.points,
-        fit=fit.test.points,
-        parameters=grown.parameters,
-        fossils=grown.fossils,
-        undone=grown.undone,
-        undone_epochs=grown.undone_epochs,
-        harm=harm,
-        harm_fit=harm_fit,
+    words = (
+        "At equal training cost, the test accuracy of grown networks minus that of static networks "
+        f"of their final size is {static}. Minus that of their hosts, it is {host}."
     )
+    return textwrap.fill(words, 100)
 
 
-def measured_before(name: str) -> list[dict[str, Any]]:
-    """The figures that this commit has written; none where they are of another."""
+def table(figures: Figures) -> str:
+    """Markdown: three tables, with a row per length of run in each."""
+    parts = (_accuracies, _differences, _fates)
+    return "\n\n".join(record.markdown(part(by_length(figures))) for part in parts)
+
+
+def _accuracies(lengths: dict[int, Figures]) -> list[list[str]]:
+    """Sizes, costs and accuracies."""
+    heads = ["epochs", "seeds", "parameters", "cost of growing", "of a static epoch", "grown, %"]
+    lines = [[*heads, *(f"{words}, %" for words in RIVALS.values())]]
+    for epochs, rows in lengths.items():
+        lines.append(
+            [
+                str(epochs),
+                str(len(rows)),
+                f"{rows[0]['host_parameters']:,} to {mean_of(rows, 'parameters'):,.0f}",
+                f"{mean_of(rows, 'cost') / epochs:.2f}",
+                f"{mean_of(rows, 'unit'):.2f}",
+                *(with_error([row[name] for row in rows]) for name in ("grown", *RIVALS)),
+            ]
+        )
+    return lines
+
+
+def _differences(lengths: dict[int, Figures]) -> list[list[str]]:
+    """Paired gains."""
+    lines = [["epochs", *(f"grown - {words}" for words in RIVALS.values()), "more / same / less"]]
+    for epochs, rows in lengths.items():
+        found = [round(gain, 6) for gain in gains(rows, "static_equal")]
+        signs = [sum(gain > 0 for gain in found), found.count(0), sum(gain < 0 for gain in found)]
+        differences = (with_error(gains(rows, name), "+") for name in RIVALS)
+        lines.append([str(epochs), *differences, " / ".join(map(str, signs))])
+    return lines
+
+
+def _fates(lengths: dict[int, Figures]) -> list[list[str]]:
+    """What became of the seeds."""
+    heads = ["epochs", "kept", "undone", "epochs undone", "evaluations per epoch"]
+    lines = [[*heads, "harm, epochs", "of host"]]
+    for epochs, rows in lengths.items():
+        lines.append(
+            [
+                str(epochs),
+                str(sum(row["fossils"] for row in rows)),
+                str(sum(row["undone"] for row in rows)),
+                f"{100 * mean_of(rows, 'undone_epochs') / epochs:.0f} %",
+                f"{mean_of(rows, 'evaluations') / epochs:.2f}",
+                str(max(row["harm"] for row in rows)),
+                str(max(row["harm_host"] for row in rows)),
+            ]
+        )
+    return lines
+
+
+def mean_curves(rows: Figures) -> dict[str, list[float]]:
+    """The curve of each method, averaged over seeds."""
+    return {
+        method: [
+            fmean(values) for values in zip(*(row["curves"][method] for row in rows), strict=True)
+        ]
+        for method in COLOURS
+    }
+
+
+def draw(path: Path, found: dict[str, Figures]) -> None:
+    """Draw validation accuracy over training cost, for the figures of each task and each length of
+    run."""
+    panels = [
+        (f"{task}, {epochs} epochs", rows)
+        for task, figures in found.items()
+        for epochs, rows in by_length(figures).items()
+    ]
+    shares = [100 * number / POINTS for number in range(1, POINTS + 1)]
+    with record.picture(path, 2.6 * len(panels), 3.2, columns=len(panels)) as columns:
+        for axes, (title, rows) in zip(columns, panels, strict=True):
+            curves = mean_curves(rows)
+            for method, values in curves.items():
+                axes.plot(shares, values, color=COLOURS[method], label=LABELS[method])
+            # the first steps of learning would squeeze the rest
+            late = [value for values in curves.values() for value in values[2 * POINTS // 5 :]]
+            room = 0.1 * (max(late) - min(late)) + 0.05
+            axes.set_ylim(min(late) - room, max(late) + room)
+            axes.set_title(f"{title}, seeds: {len(rows)}", fontsize=8, loc="left")
+            axes.set_xlabel("training cost, % of growing's")
+        columns[0].set_ylabel("validation accuracy, %")
+        columns[-1].legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def measured_before(name: str, *, any_commit: bool = False) -> Figures:
+    """The figures that this commit, or any, has written."""
     if not (record.RESULTS / f"{name}.json").exists():
         return []
-    found = record.read(name)
-    same = found["environment"]["commit"] == record.environment()["commit"]
-    figures: list[dict[str, Any]] = found["figures"] if same else []
-    return figures
-
-
-def table(figures: list[dict[str, Any]]) -> str:
-    """Markdown: one row per length of run, with the mean gain and its standard error."""
-    pairs = [Pair(**row) for row in figures]
-    lines = [
-        "| epochs | seeds | grown, % | fit, % | gain, points | below by more than 1 / 2 | kept | "
-        "undone | harm, epochs | of fit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for epochs in dict.fromkeys(pair.epochs for pair in pairs):
-        rows = [pair for pair in pairs if pair.epochs == epochs]
-        gains = [row.gain for row in rows]
-        error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-        cells = [
-            str(epochs),
-            str(len(rows)),
-            f"{mean(row.grown for row in rows):.2f}",
-            f"{mean(row.fit for row in rows):.2f}",
-            f"{mean(gains):+.2f} ± {error:.2f}",
-            f"{sum(gain < -1 for gain in gains)} / {sum(gain < -2 for gain in gains)}",
-            str(sum(row.fossils for row in rows)),
-            str(sum(row.undone for row in rows)),
-            str(max(row.harm for row in rows)),
-            str(max(row.harm_fit for row in rows)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    figures: Figures = record.read(name)["figures"]
+    commit = record.environment()["commit"]
+    return [row for row in figures if any_commit or row["commit"] == commit]
 
 
 def main() -> None:
-    """Measure, print the table, write the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--task", default="digits")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[75, 150, 300, 600])
-    options = parser.parse_args()
+    """Measure, print the tables, write the figures."""
+    parser = record.parser("growth", __doc__)
+    parser.add_argument("--task", default="digits", choices=NAMES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--epochs", type=int, nargs="+", default=[75, 150, 600])
+    parser.add_argument("--settings", type=Path, help="TOML with other settings of a run")
+    parser.add_argument("--continued", action="store_true", help="keep figures of other commits")
+    options: argparse.Namespace = parser.parse_args()
+    torch.set_num_threads(1)
+    config = config_of(options.task)
     name = f"growth-{options.task}"
-    figures = measured_before(name)
-    done = {(row["epochs"], row["seed"]) for row in figures}
+    if options.settings is not None:
+        config = load_toml(options.settings, config)
+        name = f"{name}-{options.settings.stem}"
     for epochs in options.epochs:
-        for seed in range(options.seeds):
-            if (epochs, seed) in done:
+        for seed in options.seeds:
+            figures = measured_before(name, any_commit=options.continued)
+            if any((row["epochs"], row["seed"]) == (epochs, seed) for row in figures):
                 continue
-            last = measure(options.task, epochs, seed)
-            figures.append(asdict(last))
+            last = compare(options.task, replace(config, seed=seed, max_epochs=epochs))
+            last["commit"] = record.environment()["commit"]
+            figures = sorted([*figures, last], key=lambda row: (row["epochs"], row["seed"]))
             record.write(name, figures)
-            print(
-                f"{epochs} epochs, seed {seed}: grown {last.grown:.2f}, fit {last.fit:.2f}",
-                flush=True,
-            )
-    print(f"\n{table(figures)}\n\n{record.RESULTS / name}.json")
+            rivals = ", ".join(f"{key} {last[key]:.2f}" for key in RIVALS)
+            print(f"{epochs} epochs, seed {seed}: grown {last['grown']:.2f}, {rivals}", flush=True)
+    path = record.RESULTS / f"{name}.json"
+    print(f"\n{table(record.read(name)['figures'])}\n\n{path}")
 
 
 if __name__ == "__main__":

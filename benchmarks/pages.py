@@ -19,6 +19,7 @@ from benchmarks import (
     epoch,
     gate,
     growth,
+    growth_variants,
     host_time,
     hosts,
     instructions,
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/benchmarks.md", "docs/rl.md")
 PICTURE = ROOT / "docs" / "pictures" / "cpu.svg"
 LEARNING = ROOT / "docs" / "pictures" / "ppo.svg"
+GROWTH = ROOT / "docs" / "pictures" / "growth.svg"
 
 
 def observation_table() -> str:
@@ -64,8 +66,11 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "log-probabilities": ("logprobs", logprobs.table),
     "measures": ("measures", measures.table),
     "epoch": ("epoch", epoch.table),
+    "growth in short": ("growth-digits", growth.in_short),
     "growth on digits": ("growth-digits", growth.table),
-    "growth on pysource": ("growth-pysource", growth.table),
+    "growth on breast cancer": ("growth-breast-cancer", growth.table),
+    "growth on pysource": ("growth-pysource-short", growth.table),
+    "growth variants": (growth_variants.NAME, growth_variants.table),
     "gate": ("gate", gate.table),
     "seed cost": ("seed-cost", seed_cost.table),
     "ppo on digits": ("ppo-digits-shaped", ppo.table),
@@ -146,7 +151,7 @@ def draw(path: Path) -> None:
 
 
 def main() -> None:
-    """Write every table and both pictures."""
+    """Write every table and picture."""
     record.parser("pages", __doc__).parse_args()
     for name in PAGES:
         path = ROOT / name
@@ -154,7 +159,8 @@ def main() -> None:
         print(path)
     draw(PICTURE)
     ppo.draw(LEARNING, record.read("ppo-digits-shaped")["figures"])
-    print(PICTURE, LEARNING, sep="\n")
+    growth.draw(GROWTH, {task: record.read(name)["figures"] for task, name in growth.DRAWN.items()})
+    print(PICTURE, LEARNING, GROWTH, sep="\n")
 
 
 if __name__ == "__main__":

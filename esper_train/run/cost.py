@@ -115,6 +115,14 @@ def added_cost(model: MorphModel, slot: str, inputs: Any) -> float:
     return added / host if host else 0.0
 
 
+def multiply_adds(model: MorphModel, inputs: Any) -> int:
+    """Multiply-adds of a training step of the network as it is, forward and backward, for a batch
+    like `inputs`. Seeds in TRAINING have passes of their own, which are not in it."""
+    model = copy.deepcopy(model).train()
+    with torch.random.fork_rng(), torch.enable_grad():
+        return _multiply_adds(lambda: logits_of(call(model, inputs, {})).sum().backward())
+
+
 def _multiply_adds(work: Callable[[], None]) -> int:
     counter = FlopCounterMode(display=False)
     with counter:

@@ -31,6 +31,7 @@ def epoch_event(
     data = {
         "train": plain(train) | {name: getattr(train, name) for name in how},
         "validation": plain(validation),
+        "passes": 1 + len(validation.variants),
         "grad": None if train.grad is None else with_learners(asdict(train.grad), learners),
         "slots": [state.to_plain() for state in slots],
         "decision": asdict(decision) | {"op": decision.op.name},

@@ -65,6 +65,7 @@ def test_two_seeds_are_measured_each_and_together() -> None:
     whole = accuracy()
     together = whole - accuracy(early=0, mid=0)
     assert last["joint"] == {"slots": ["early", "mid"], "contribution": pytest.approx(together)}
+    assert last["passes"] == 4  # the network, without each, without both
     early, mid = last["slots"]
     assert early["contribution"] == pytest.approx(whole - accuracy(early=0))
     assert mid["contribution"] == pytest.approx(whole - accuracy(mid=0))
