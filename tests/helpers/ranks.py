@@ -1,5 +1,8 @@
 """Several processes that train together, for tests: they meet through a file, and leave what they
-found in files."""
+found in files.
+
+Long file: the tasks, runs and comparisons of each strategy share these settings.
+"""
 
 import os
 import signal
