@@ -41,12 +41,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h' 'benchmarks/*.cpp')
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/clang-format -i $$(git ls-files csrc 'tests/*.cpp' 'tests/*.h' 'benchmarks/*.cpp')
 
 # The documentation as pages in build/docs, which open without a server or a network.
 docs: $(READY)
