@@ -204,7 +204,7 @@ def _seeds(run: History) -> list[str]:
         return [heading, tag("p", "There was no seed in this run.")]
     note = (
         "Stages change at the end of an epoch. Contributions are percentage points of "
-        "validation accuracy."
+        "validation accuracy. G5 is the gate that decides whether a seed is kept."
     )
     if not run.fossilized:
         note = f"No seed was fossilized. {note}"
