@@ -1,4 +1,7 @@
-"""What a `Meter` measures besides: against float64 by hand, torchmetrics and scikit-learn."""
+"""What a `Meter` measures besides: against float64 by hand, torchmetrics and scikit-learn.
+
+Long file: one batch with every kind of row serves all measures and all ops.
+"""
 
 import io
 import math
