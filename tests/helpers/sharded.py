@@ -23,11 +23,13 @@ from esper_train import (
     run_fit,
     run_heuristic_episode,
 )
+from esper_train.base.stop import Stopped
 from tests.helpers import ranks
 from tests.helpers.ranks import (
     DDP,
     FIT,
     FITS,
+    SignalledAt,
     counted_collectives,
     double_perceptron,
     fit_of,
@@ -39,6 +41,7 @@ from tests.helpers.ranks import (
     whole_weights,
     with_criterion,
 )
+from tests.helpers.scripted import Script, germinate
 
 FSDP2 = replace(DDP, strategy="fsdp2")
 CONFIG = replace(FIT, train=replace(FIT.train, on_bad_numbers="stop"))
@@ -85,6 +88,28 @@ def grow_in_turn(rank: int, directory: Path) -> dict[str, Tensor]:
             weights = grow_in(directory / "grown", config, resume=epochs != min(TURNS))
         dist.barrier()
     return weights
+
+
+STOPS = {"learning": (8, 1), "blending": (28, 5)}
+"""What a seed does, to the step before which SIGTERM comes to rank 1, and the last whole epoch."""
+
+
+def stop_growing(rank: int, directory: Path) -> dict[str, Any]:
+    """The signal and the steps of runs that were stopped while a seed learned, and blended in."""
+    found = {}
+    for name, (step, _) in STOPS.items():
+        signalled = SignalledAt(step if rank == 1 else 0)
+        try:
+            run_heuristic_episode(
+                replace(ranks.CONFIG, distributed=FSDP2),
+                task=replace(tables(), augment=signalled),
+                policy=Script(e1=germinate("early", "bottleneck")),
+                out=directory / name,
+                baseline=False,
+            )
+        except Stopped as stopped:
+            found[name] = {"signal": int(stopped.args[0]), "steps": signalled.steps}
+    return found
 
 
 class Scale(nn.Module):
@@ -145,6 +170,7 @@ SCENARIOS: dict[str, Callable[[int, Path], Any]] = {
         for name, (task, blueprint, blend) in SHARDED_LIVES.items()
     },
     "grown": grow_in_turn,
+    "stopped growing": stop_growing,
     "refused": refusals,
     "counted": partial(counted_collectives, distributed=FSDP2),
 }

@@ -13,6 +13,7 @@ from esper_train.train.meeting import ROLL_CALL
 from tests.helpers.lost_ranks import (
     CONFIG,
     fail_and_be_killed,
+    fail_growing,
     resume_and_be_stopped,
     survivors,
 )
@@ -28,9 +29,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 0 found in each case."""
     directory = tmp_path_factory.mktemp("lost")
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    return survivors(store, fail_and_be_killed, directory) | survivors(
-        store, resume_and_be_stopped, directory
-    )
+    works = (fail_growing, fail_and_be_killed, resume_and_be_stopped)
+    return {
+        name: each for work in works for name, each in survivors(store, work, directory).items()
+    }
 
 
 @pytest.mark.parametrize("name", ["failed", "failed growing"])

@@ -27,6 +27,7 @@ from tests.helpers.sharded import (
     SCENARIOS,
     SHARDED_FITS,
     SHARDED_LIVES,
+    STOPS,
     all_scenarios,
 )
 from tests.train.run.test_ranks import (
@@ -121,6 +122,17 @@ def test_strategies_continue_each_others_growth(found: Found) -> None:
     (directory,) = found["directory"]
     network = load_run(directory / "grown", task=texts())
     assert_same_weights(dict(network.state_dict()), unbroken["weights"], 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_stops_a_growing_network_on_all_ranks(name: str, found: Found) -> None:
+    step, epoch = STOPS[name]
+    for rank in found["stopped growing"]:
+        assert rank[name] == {"signal": 15, "steps": step}
+    (directory,) = found["directory"]
+    written = (directory / name / CHECKPOINTS).glob("*.pt")
+    assert [path.name for path in written] == [f"epoch-{epoch}.pt"]
 
 
 @pytest.mark.slow

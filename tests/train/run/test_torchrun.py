@@ -15,6 +15,7 @@ import pytest
 
 from esper_train import HeuristicConfig, RunConfig, load_run, run_fit, run_heuristic_episode
 from esper_train.run.directory import METRICS
+from tests.helpers.killed_rank import TASK
 from tests.helpers.ranks import tables
 
 ROOT = Path(__file__).parents[3]
@@ -83,8 +84,7 @@ def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(
     assert "resuming after epoch 3" in done.stdout
     alone(task=tables(33), out=tmp_path / "alone")
     assert (command == "grow") == any(
-        name.startswith("seed_slots.early.seed.")
-        for name in load_run(run, task=tables(33)).state_dict()
+        name.startswith("seed_slots.early.seed.") for name in load_run(run, task=TASK).state_dict()
     )
     assert len(epochs(run)) == 6
     for found, expected in zip(epochs(run), epochs(tmp_path / "alone"), strict=True):
