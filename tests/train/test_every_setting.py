@@ -136,7 +136,8 @@ def config_classes(base: type = Settings) -> list[type]:
     """Every public config class of both packages."""
     found = [KernelConfig] if base is Settings else []
     for cls in base.__subclasses__():
-        if cls.__module__.startswith("esper_train") and not cls.__name__.startswith("_"):
+        # the command's own class has the fields of RunConfig, and others that tyro checks
+        if cls.__module__.startswith("esper_train") and cls.__module__ != "esper_train.cli":
             found += [cls, *config_classes(cls)]
     return found
 
