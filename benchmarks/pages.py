@@ -118,9 +118,8 @@ def caption(environment: dict[str, Any]) -> str:
     """When and where figures were measured, in one line."""
     where = f"{environment['cpu']}, {environment['cores']} cores"
     versions = f"Python {environment['python']}, torch {environment['torch']}"
-    return (
-        f"*Measured {environment['date']} on {where}; {versions}; commit {environment['commit']}.*"
-    )
+    day, commit = environment["date"][:10], environment["commit"]
+    return f"*Measured {day} on {where}; {versions}; commit {commit}.*"
 
 
 def speedups() -> tuple[list[str], dict[str, list[float]]]:

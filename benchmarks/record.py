@@ -36,7 +36,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 def environment() -> dict[str, Any]:
     """When, on what machine, and with which versions the figures were taken."""
     return {
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M}",  # so that files of one day have an order
         "machine": platform.platform(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
