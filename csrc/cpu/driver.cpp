@@ -149,7 +149,7 @@ CrossEntropy start(const LossCall& call, const Array* grad_output, const Machine
     p.weight_sum = sum;
   }
   p.stream = exceeds_caches(p);
-  p.kept = kept_classes(machine.cache_bytes);
+  p.kept = kept_classes(p.classes, machine.cache_bytes);
   return p;
 }
 

@@ -44,10 +44,13 @@ struct RowRange {
 constexpr int64_t kSmallestChunk = 1024, kLargestChunk = 4096;  // classes per chunk, on any instruction set
 
 // How many exponentials of a row a thread keeps in its scratch, in floats, where its second-level cache holds
-// `cache_bytes`: at most half of that, so that the row and its gradient have room too. Those of later classes
-// are computed twice. It changes no bit of a result.
-inline int64_t kept_classes(int64_t cache_bytes) {
-  return cache_bytes / 2 / static_cast<int64_t>(sizeof(float)) / kLargestChunk * kLargestChunk;
+// `cache_bytes`: those of a whole row where they take at most half of that, so that the row and its gradient
+// have room too. Of a longer row those of the first classes, in at most 256 KiB, which bounds what a call
+// allocates; the others are computed twice. It changes no bit of a result.
+inline int64_t kept_classes(int64_t classes, int64_t cache_bytes) {
+  constexpr int64_t kOfLongRows = 65536;
+  const int64_t room = cache_bytes / 2 / static_cast<int64_t>(sizeof(float)) / kLargestChunk * kLargestChunk;
+  return classes > room && room > kOfLongRows ? kOfLongRows : room;
 }
 
 // The functions that kernels are made of, on arrays: n elements from x to y. Half-precision numbers are given
