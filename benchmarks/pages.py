@@ -146,7 +146,7 @@ def draw(path: Path) -> None:
         axes.set_title(
             "cross_entropy_step on a CPU, for logits [rows x classes]", fontsize=11, loc="left"
         )
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, -0.16), ncols=2)
 
 
 def main() -> None:
