@@ -9,6 +9,8 @@ command imports the packages that it uses, so that `info` works beside torch alo
 import argparse
 import importlib.util
 import json
+import logging
+import os
 import re
 import signal
 import sys
@@ -16,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from esper_kernels import KernelConfig, __version__
 from esper_kernels import info as kernel_info
@@ -71,9 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     None takes the arguments of the process, which the caller then ends with that code.
     """
-    stop = StopRequest(ends_process=arguments is None)
+    ends_process = arguments is None
     with lasting_output():
-        return _main(list(sys.argv[1:] if arguments is None else arguments), stop)
+        code = _main(
+            list(sys.argv[1:] if arguments is None else arguments),
+            StopRequest(ends_process=ends_process),
+        )
+    if ends_process and "RANK" in os.environ:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End a process that a launcher started as one of several, without shutting Python down.
+
+    FSDP2 keeps the process group and with it gloo's threads. Before Python 3.14, one that frees a
+    tensor while Python shuts down aborts the process, and `torchrun` would count a finished run as
+    failed.
+    """
+    logging.shutdown()
+    os._exit(code)
 
 
 def _main(arguments: list[str], stop: StopRequest) -> int:

@@ -5,6 +5,9 @@ torchrun --nproc-per-node=2 examples/torchrun_fsdp2.py
 A loop of your own; `esper-train` has `--distributed.strategy fsdp2`: docs/distributed.md.
 """
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -54,6 +57,10 @@ def main() -> None:
             found = f"{result.valid} rows, {result.accuracy:.1%} right"
             print(f"epoch {epoch}: {found}, last gradient norm {norm:.3f}")
     dist.destroy_process_group()
+    # FSDP2 keeps gloo's threads. Before Python 3.14, one that still frees a tensor while Python
+    # shuts down aborts the process, so this one ends without that.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -136,3 +136,4 @@ def _one(rank: int, port: int, work: Callable[[Path], dict[str, Any]], directory
     found = work(directory)
     if rank == 0:
         torch.save(found, directory / f"{work.__name__}.pt")
+    os._exit(0)  # FSDP2 keeps gloo's threads, which may abort a process while Python shuts down

@@ -85,6 +85,7 @@ def _one(rank: int, world: int, work: Callable[[int, Path], Any], directory: Pat
         torch.save(work(rank, directory), directory / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # FSDP2 keeps gloo's threads, which may abort a process while Python shuts down
 
 
 class PlantedNan:

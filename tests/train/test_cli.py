@@ -285,6 +285,25 @@ def test_ctrl_c_leaves_a_readable_directory_and_130(tmp_path: Path) -> None:
     assert load_run(out)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
+def test_one_process_of_several_ends_without_shutting_python_down() -> None:
+    """Threads of gloo that free a tensor while Python shuts down would abort it."""
+    code = (
+        "import atexit, sys; from esper_train.cli import main; "
+        "atexit.register(print, 'shut down'); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code]
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    several = {**one, "RANK": "0", "WORLD_SIZE": "1"}
+    for environment, argument, expected in [
+        (one, "--version", (0, True)),
+        (several, "--version", (0, False)),
+        (several, "no-such-command", (2, False)),
+    ]:
+        done = subprocess.run([*command, argument], env=environment, capture_output=True, text=True)
+        assert (done.returncode, "shut down" in done.stdout) == expected
+        assert "esper-train" in done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_the_main_job_fossilizes_a_seed_and_the_report_shows_it(tmp_path: Path) -> None:
     """About one run in ten keeps no seed, and which one depends on the last bits of the machine:
