@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import pages, record
+from benchmarks import before, pages, record
 
 NAMES = sorted(command.benchmarks())
 
@@ -73,3 +73,12 @@ def test_a_page_with_an_unknown_table_is_refused() -> None:
     assert pages.filled("before\nafter") == "before\nafter"
     with pytest.raises(ValueError, match="no table 'nothing'; there are cpu in short"):
         pages.filled("<!-- nothing -->\n<!-- end of nothing -->")
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_measured_in_turn(tmp_path: Path) -> None:
+    rows = before.measure("8x10", command.FOLDER.parent, rounds=1)
+    assert [row["call"] for row in rows] == ["step", "loss only"]
+    assert all(row["ratio"] == round(row["now"] / row["before"], 3) for row in rows)
+    with pytest.raises(SystemExit, match="holds no esper_kernels: those of"):
+        before.measure("8x10", tmp_path, rounds=1)
