@@ -100,7 +100,7 @@ def table(figures: dict[str, Any]) -> str:
     lines = [["shape", "call", f"{figures['earlier']}, us", "now, us", "now / before"]]
     for row in figures["rows"]:
         shape = row["shape"].replace("grads:", "gradients ").replace("bf16:", "bfloat16 ")
-        times = [f"{row[name]:.3g}" for name in ("before", "now", "ratio")]
+        times = [record.short(row[name]) for name in ("before", "now", "ratio")]
         lines.append([shape.replace("x", " x "), row["call"], *times])
     return record.markdown(lines)
 

@@ -69,6 +69,11 @@ def test_results_say_where_and_with_what_they_were_measured(tmp_path: Path) -> N
     assert {"date", "machine", "cores", "threads", "python", "commit"} <= set(environment)
 
 
+def test_numbers_of_tables_have_three_digits_and_no_exponent() -> None:
+    values = (21800.4, 0.07196, 1.0, 999.6, 1234567.0, 0.0)
+    assert [*map(record.short, values)] == ["21,800", "0.072", "1", "1,000", "1,230,000", "0"]
+
+
 def test_a_page_with_an_unknown_table_is_refused() -> None:
     assert pages.filled("before\nafter") == "before\nafter"
     with pytest.raises(ValueError, match="no table 'nothing'; there are cpu in short"):
