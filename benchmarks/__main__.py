@@ -19,6 +19,7 @@ SHARED = {
     "__main__",
     "record",
     "timing",
+    "before_calls",
     "epoch_cases",
     "gpu_timing",
     "growth_runs",

@@ -162,7 +162,7 @@ COLUMNS: dict[str, Callable[[Times, Times], str]] = {
 SHORT = tuple(COLUMNS)[:5]
 SHORT_SHAPES = ("64x10", "2048x1000", "512x32000", "256x128256", "bf16:1024x4096")
 GRAD_COLUMNS: dict[str, Callable[[Times], str]] = {
-    "microseconds": lambda t: f"{t['grad_stats']:.3g}",
+    "microseconds": lambda t: record.short(t["grad_stats"]),
     "faster than `_foreach_norm`": lambda t: f"{t['foreach_norm'] / t['grad_stats']:.2g}x",
     "time / one read": lambda t: f"{t['grad_stats'] / t['read']:.2g}",
 }

@@ -321,8 +321,8 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 Row = dict[str, Any]
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "epochs/s": lambda row: f"{1 / row['seconds']['ours']:.3g}",
-    "samples/s": lambda row: f"{row['samples'] / row['seconds']['ours']:.3g}",
+    "epochs/s": lambda row: record.short(1 / row["seconds"]["ours"]),
+    "samples/s": lambda row: record.short(row["samples"] / row["seconds"]["ours"]),
     "faster than plain": lambda row: times(row, "plain", "ours"),
     "than with `DataLoader`": lambda row: times(row, "plain, DataLoader", "ours"),
     "compiled, faster than plain": lambda row: times(row, "plain", fastest_compiled(row)),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    before,
     classes_first,
     cpu,
     epoch,
@@ -58,6 +59,7 @@ def observation_table() -> str:
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "cpu in short": ("cpu", cpu.short_table),
     "cpu": ("cpu", cpu.table),
+    "before": ("before", before.table),
     "cpu instructions": ("instructions", instructions.table),
     "gradient statistics": ("cpu", cpu.grad_table),
     "linear": ("linear", linear.table),

@@ -87,6 +87,11 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def short(value: float) -> str:
+    """Three significant digits, with commas and without an exponent: 21800.4 is "21,800"."""
+    return f"{float(f'{value:.3g}'):,.15g}"
+
+
 @contextmanager
 def picture(path: Path, width: float, height: float, columns: int = 1) -> Iterator[list[Any]]:
     """Axes side by side, `width` by `height` inches in all, written to `path` as an SVG with its

@@ -85,7 +85,7 @@ def table(figures: list[dict[str, Any]]) -> str:
             row["case"],
             row["slot"],
             row["blueprint"],
-            f"{1e3 * row['seconds']:.3g}",
+            record.short(1e3 * row["seconds"]),
             f"{row['time']:.2f}",
             f"{row['multiply_adds']:.2f}",
             f"{row['time'] / row['multiply_adds']:.2f}",

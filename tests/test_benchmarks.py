@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import pages, record
+from benchmarks import before, pages, record
 
 NAMES = sorted(command.benchmarks())
 
@@ -69,7 +69,21 @@ def test_results_say_where_and_with_what_they_were_measured(tmp_path: Path) -> N
     assert {"date", "machine", "cores", "threads", "python", "commit"} <= set(environment)
 
 
+def test_numbers_of_tables_have_three_digits_and_no_exponent() -> None:
+    values = (21800.4, 0.07196, 1.0, 999.6, 1234567.0, 0.0)
+    assert [*map(record.short, values)] == ["21,800", "0.072", "1", "1,000", "1,230,000", "0"]
+
+
 def test_a_page_with_an_unknown_table_is_refused() -> None:
     assert pages.filled("before\nafter") == "before\nafter"
     with pytest.raises(ValueError, match="no table 'nothing'; there are cpu in short"):
         pages.filled("<!-- nothing -->\n<!-- end of nothing -->")
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_measured_in_turn(tmp_path: Path) -> None:
+    rows = before.measure("8x10", command.FOLDER.parent, rounds=1)
+    assert [row["call"] for row in rows] == ["step", "loss only"]
+    assert all(row["ratio"] == round(row["now"] / row["before"], 3) for row in rows)
+    with pytest.raises(SystemExit, match="holds no esper_kernels: those of"):
+        before.measure("8x10", tmp_path, rounds=1)
