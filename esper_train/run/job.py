@@ -19,6 +19,7 @@ from esper_train.run.directory import (
     BASELINE,
     CHECKPOINTS,
     CONFIG,
+    LOCK,
     METRICS,
     POLICY,
     claimed,
@@ -45,6 +46,11 @@ from esper_train.telemetry.hub import TelemetryHub
 from esper_train.telemetry.loggers import logger_makers
 from esper_train.telemetry.sinks import JsonlSink, Sink
 from esper_train.train.ranks import joined
+
+
+def episode_name(number: int) -> str:
+    """The directory of an episode, counted from 1, among several in one directory."""
+    return f"episode-{number}"
 
 
 def _silent(words: str) -> None:
@@ -86,7 +92,8 @@ def run_job(
     `numbered` makes a new directory, with a number at the end of its name where that is taken.
 
     Raises, beside the errors of a run:
-        FileExistsError: `out` is there and not empty, and `job.resume` is false.
+        FileExistsError: `out` is there and not empty, and `job.resume` is false, or it holds
+            something else than a run.
         BlockingIOError: another process writes to `out`.
         ValueError: `out` is resumed with another task, or a task of one's own has the name of one
             of the package.
@@ -106,14 +113,26 @@ def run_job(
 
 def _run_all(config: RunConfig, job: Job, out: Path, *, numbered: bool) -> list[EpisodeResult]:
     with claimed(out, resume=job.resume, numbered=numbered) as out:
+        if job.resume:
+            _refuse_other_files(out)
         if config.episodes == 1:
             return [_run_in(out, config, job)]
         results = []
         for number, each in enumerate(episode_configs(config), start=1):
-            directory = out / f"episode-{number}"
+            directory = out / episode_name(number)
             with claimed(directory, resume=job.resume):
                 results.append(_run_in(directory, each, job, whole=config))
         return results
+
+
+def _refuse_other_files(out: Path) -> None:
+    """`FileExistsError` for a directory to resume in which there are files, but no run."""
+    names = {entry.name for entry in out.iterdir()} - {LOCK}
+    if names and not names & {CONFIG, episode_name(1)}:
+        raise FileExistsError(
+            f"{out} holds no run to resume: it has no {CONFIG}, but {min(names)}; choose another "
+            "directory"
+        )
 
 
 def _with_own_name(config: RunConfig, task: Task | None) -> RunConfig:

@@ -88,6 +88,17 @@ class Task:
             )
 
 
+def new_host(task: Task, config: HostConfig) -> Host:
+    """The host that a task builds; `TypeError` if it is no `Host`."""
+    host = task.build_host(config)
+    if not isinstance(host, Host):
+        raise TypeError(
+            f"task {task.name!r}: expected build_host to return a Host, got a "
+            f"{type(host).__name__}; wrap its segments and head in esper_train.Host"
+        )
+    return host
+
+
 def registry_of(task: Task, registry: BlueprintRegistry | None = None) -> BlueprintRegistry:
     """The blueprints that a run or a trained network of a task may use: those of `registry`, or
     the package's and the task's own."""

@@ -119,14 +119,19 @@ def is_customised(module: nn.Module) -> bool:
 class Loss:
     """The loss of a task type, and the counts that go with it.
 
-    Raises `ValueError` for an unknown task type, a regression without a criterion, a criterion of
-    the caller's own where `config.capture` asks for CUDA graphs, a `LinearCrossEntropyLoss`, and as
-    `criterion_options` does.
+    Raises `TypeError` for a criterion that cannot be called, and `ValueError` for an unknown task
+    type, a regression without a criterion, a criterion of the caller's own where `config.capture`
+    asks for CUDA graphs, a `LinearCrossEntropyLoss`, and as `criterion_options` does.
     """
 
     def __init__(self, task_type: str, config: TrainConfig, criterion: Criterion | None) -> None:
         if task_type not in TASK_TYPES:
             raise unknown_name("task type", task_type, TASK_TYPES)
+        if isinstance(criterion, type) or not (criterion is None or callable(criterion)):
+            raise TypeError(
+                "expected a criterion that can be called with logits and targets, got "
+                f"{criterion!r}; make the object, such as nn.CrossEntropyLoss()"
+            )
         task = TASK_TYPES[task_type]
         self.counts = task.class_dim is not None
         """Whether there are classes to count correct predictions of."""
@@ -169,9 +174,12 @@ class Loss:
         """`ValueError` for logits that are not of the shape of the task type, `TypeError` for
         targets that are no tensor where there are classes."""
         if logits.dim() not in self._dims:
+            hint = ""
+            if logits.dim() < self._dims.start:
+                hint = "; if the loader is a Dataset of samples, wrap it in a DataLoader"
             raise ValueError(
                 f"task type {self.task_type!r} expects logits {self._shape}, got "
-                f"{tuple(logits.shape)} from the model; 'regression' takes any shape with a "
+                f"{tuple(logits.shape)} from the model{hint}; 'regression' takes any shape with a "
                 "criterion of your own, and counts nothing"
             )
         if self.counts and not isinstance(targets, Tensor):
