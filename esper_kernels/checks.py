@@ -230,7 +230,8 @@ def _shape_hint(logits: Tensor, targets: Tensor) -> str:
 
 
 def check_per_class(meter: Meter, num_classes: int) -> None:
-    """That a meter that counts by class counts as many as the logits have."""
+    """Raise ValueError where a meter counts by class, and not as many classes as the logits
+    have."""
     per_class = meter.measures.per_class if meter.measures else 0
     if per_class not in (0, num_classes):
         raise ValueError(
@@ -301,7 +302,8 @@ def _check_share_tensor(share: Tensor, targets: Tensor) -> None:
 
 
 def check_meter(meter: Meter) -> None:
-    """That nobody has replaced the accumulators by something else."""
+    """Raise ValueError where a meter's accumulators were replaced by something that kernels cannot
+    write to."""
     expected = {
         "sums": ((meter.num_sums,), torch.float64),
         "counts": ((meter.num_counts,), torch.int64),
@@ -445,7 +447,8 @@ def check_writable(name: str, x: Tensor) -> None:
 
 
 def check_apart(written: Tensor, read: Mapping[str, object]) -> None:
-    """That the memory of `written` holds none of the tensors that are still to be read."""
+    """Raise ValueError where `written` shares memory with a tensor that the kernel still has to
+    read."""
     if not has_memory(written):
         return
     start, end = _address_range(written)

@@ -1,4 +1,4 @@
-"""How unknown names are refused everywhere."""
+"""Checks of names and types, with one wording for the whole package."""
 
 import difflib
 from collections.abc import Iterable

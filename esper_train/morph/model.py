@@ -137,7 +137,7 @@ class MorphModel(nn.Module):
         return tuple(name for name, slot in slots if slot.statistics is not None)
 
     def incubation(self, name: str) -> Incubation:
-        """What surrounds the pass of a slot in `learning`."""
+        """The context in which a slot in `learning` makes its pass."""
         statistics = self.slot(name).statistics
         if statistics is None:
             raise ValueError(f"slot {name!r} has no seed that learns beside the network")

@@ -59,7 +59,7 @@ def _silent(words: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is run in a directory, beside its config, and how it is shown."""
+    """A run in a directory: everything besides its config, and how it is shown."""
 
     mode: str
     """"heuristic" or "fit"."""
@@ -67,16 +67,17 @@ class Job:
     """A task of one's own; None is the task that the config names."""
     policy: Policy | PolicyMaker | None = None
     policy_file: bytes | None = None
-    """What is written beside the run, so that a resumed one has the same policy."""
+    """The contents of the policy file that is written beside the run, so that a resumed run has the
+    same policy."""
     registry: BlueprintRegistry | None = None
     hub: TelemetryHub | None = None
     resume: bool = False
     baseline: bool = True
     profile: bool = False
     say: Callable[[str], None] = _silent
-    """Takes what a user should read, line by line."""
+    """Called with each line that the user should read."""
     display: Callable[[], Sink] | None = None
-    """Makes what shows the events of one run."""
+    """Makes the sink that shows the events of one run."""
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -189,7 +190,7 @@ def _run_in(
 
 
 def _run_beside(config: RunConfig, job: Job) -> EpisodeResult:
-    """What ranks other than the first do: the same run, with nothing on disk."""
+    """Take part in the run as a rank other than the first, with nothing on disk."""
     episode = _prepared(config, job)
     _restore(episode, None)
     sharded = episode.sharded

@@ -23,9 +23,10 @@ from esper_train.base.names import unknown_name
 from esper_train.train.config import TrainConfig
 
 Criterion = Callable[[Any, Any], Tensor]
-"""From the model's output tensor and the targets to the mean loss, []."""
+"""A function from the model's output tensor and the targets to the mean loss, []."""
 Divisor = Callable[[int], float | Tensor]
-"""From the number of classes to what the loss of each batch of an optimizer step is divided by."""
+"""A function from the number of classes to the divisor of the loss of each batch of an optimizer
+step."""
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 IGNORED = -100
 """The `ignore_index` of the fused op, unless its options say another."""
@@ -33,12 +34,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TaskType:
-    """What a model puts out for a task."""
+    """The output that a task type expects of a model."""
 
     shape: str
     dims: range
     class_dim: int | None
-    """Where the classes are; None where there are none, so that nothing is counted."""
+    """The dimension of the classes; None without classes, so that nothing is counted."""
 
 
 TASK_TYPES: Mapping[str, TaskType] = {
@@ -224,7 +225,7 @@ class Loss:
         return logits.shape[self._class_dim]
 
     def share(self, logits: Tensor) -> float:
-        """What the loss of `compute` is multiplied by before it is divided by a `divisor`."""
+        """The factor of the loss of `compute` before it is divided by a `divisor`."""
         return 1.0 if self.own is not None else float(self._rows(logits))
 
     def _rows(self, logits: Tensor) -> int:
@@ -255,7 +256,7 @@ class Loss:
         cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self.options)
 
     def right(self, logits: Tensor, targets: Any) -> Tensor:
-        """Which rows are predicted correctly: bool [...], of the targets' shape; [0] without
+        """Whether each row is predicted correctly: bool [...], of the targets' shape; [0] without
         classes."""
         if not self.counts:
             return torch.zeros(0, dtype=torch.bool, device=logits.device)

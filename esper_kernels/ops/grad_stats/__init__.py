@@ -228,7 +228,8 @@ def _check(
 
 
 def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> None:
-    """That `out` is an earlier result of as many tensors on this device."""
+    """Raise TypeError or ValueError unless `out` is an earlier result of as many tensors on this
+    device."""
     if not isinstance(out, GradStats):
         raise TypeError(f"out must be a GradStats, got {checks.describe(out)}")
     if (len(out.numels), out.found_inf.device) != (num_tensors, device):

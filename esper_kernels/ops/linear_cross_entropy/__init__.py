@@ -27,7 +27,8 @@ _INSTEAD = "F.linear and F.cross_entropy"  # where derivatives or traces are ref
 
 
 class LinearGradients(NamedTuple):
-    """What `linear_cross_entropy_step` returns; None for what needs no gradient."""
+    """The gradients that `linear_cross_entropy_step` returns; None for an argument that needs
+    none."""
 
     hidden: Tensor | None  # as hidden
     weight: Tensor | None  # as weight, or the `weight_grad` that was given
