@@ -73,7 +73,8 @@ print(json.dumps([triton.__version__, len(compiled), failures]))
 
 
 class TorchRelease(NamedTuple):
-    """What one release of torch offers, and what Esper's libraries take from it."""
+    """How Esper's libraries compile against one release of torch, and the symbols that they need
+    and it exports."""
 
     version: str
     compiled: dict[str, str]  # by source: "ok", or the compiler's first error

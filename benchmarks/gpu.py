@@ -125,7 +125,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Subject:
-    """What is measured at one shape."""
+    """The measurements at one shape."""
 
     inputs: list[Any]  # of one shape, taken in turn
     candidates: dict[str, Callable[[Any], Any]]

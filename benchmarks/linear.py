@@ -107,7 +107,7 @@ def by_loss(x: Case) -> None:
 
 
 def candidates() -> dict[str, Callable[[Case], Any]]:
-    """Those that run here."""
+    """The candidates that run on this machine."""
     found: dict[str, Callable[[Case], Any]] = {PLAIN: plain}
     if hasattr(F, "linear_cross_entropy"):
         found[TORCH] = by_torch

@@ -89,7 +89,7 @@ BY_MACHINE = {"cpu", "gradient statistics"}
 DESCRIPTIONS: dict[str, Callable[[], str]] = {"observation": observation_table}
 """Tables that are made from the code alone."""
 BARS = {"eager PyTorch": ("eager", "#9aa5b1"), "torch.compile": ("compile", "#5b7c99")}
-"""What the picture compares with: the name in the results, and a colour."""
+"""The baselines of the picture: their names in the results, and colours."""
 
 
 def filled(page: str) -> str:

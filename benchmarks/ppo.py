@@ -33,13 +33,13 @@ from esper_train.rl.policies import RandomLegal
 from esper_train.run.run import PolicyMaker
 
 NAME = "ppo-digits-{reward}"
-"""Of the results, and of the directory of the training."""
+"""The name of the results, and of the directory of the training."""
 HELD_OUT = range(20)
 """Seeds of the comparison. Training has those from 10,000 on."""
 SAMPLES = 10_000
 LEARNED = "learned"
 COLOURS = {LEARNED: "#2f6690", "heuristic": "#c8553d", "random": "#9aa5b1", "never": "#588157"}
-"""Of the controllers in the picture."""
+"""The colours of the controllers in the picture."""
 MEASURES = {
     "return": ("return", "+.2f"),
     "accuracy": ("accuracy, points", "+.2f"),
@@ -59,7 +59,7 @@ def config_of_training(steps: int, reward: RewardMode = RewardMode.SHAPED) -> Ru
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """What came of one network. Accuracy on the test split in percent, cost in epochs of the
+    """The results of one network: accuracy on the test split in percent, cost in epochs of the
     host."""
 
     controller: str
@@ -89,7 +89,7 @@ class Episode:
 
 
 def controllers(config: RunConfig, learned: SavedPolicy) -> dict[str, PolicyMaker | None]:
-    """What makes the controller of a run; None is the heuristic."""
+    """A function that makes the controller of a run; None is the heuristic."""
 
     def random_legal(model: MorphModel) -> Policy:
         slots = [slot.state.slot for slot in model.slots]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, tables, and results with machine and versions."""
+"""Shared by all benchmarks: the command line, tables, and results with machine and versions."""
 
 from __future__ import annotations
 

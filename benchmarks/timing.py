@@ -1,4 +1,4 @@
-"""How benchmarks time calls in turn, and what memory a call needs: for several of them."""
+"""Shared by several benchmarks: timing calls in turn, and the memory that a call needs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 class Others:
-    """What everything else uses of the machine, from when this is made."""
+    """Watches how much of the machine other processes use, from when this object is made."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -72,7 +72,7 @@ def _used_by_others() -> float:
 
 
 def in_new_process(benchmark: str, *arguments: str) -> Any:
-    """What a benchmark prints as JSON, in its last line."""
+    """The JSON in the last line of a benchmark's output."""
     command = [sys.executable, "-m", "benchmarks", benchmark, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

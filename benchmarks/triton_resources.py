@@ -49,8 +49,8 @@ class Variant(NamedTuple):
 
 
 def recorded(name: str, call: Callable[[], Any]) -> list[Variant]:
-    """What the launches in `call` would compile on an NVIDIA GPU. None is executed, so CPU tensors
-    will do."""
+    """The kernels that the launches in `call` would compile on an NVIDIA GPU. None is executed, so
+    CPU tensors will do."""
     variants = []
     backend = make_backend(TARGETS[0])
 
@@ -219,7 +219,7 @@ VARIANTS: tuple[Callable[[], Iterator[Variant]], ...] = (
 
 
 def compiled(variant: Variant, target: GPUTarget) -> Any:
-    """What Triton makes of a variant for one GPU."""
+    """A variant as Triton compiles it for one GPU."""
     source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
     return compile_ahead(source, target=target, options=variant.options)
 

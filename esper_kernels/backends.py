@@ -107,6 +107,11 @@ native.assume_constant(_no_launcher)  # compilers trace the choice of a backend
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:
     if op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
+    if not isinstance(device_type, str) or not isinstance(dtype, torch.dtype):
+        raise TypeError(
+            "expected a device type such as 'cpu' and a dtype such as torch.float32, got "
+            f"{device_type!r} and {dtype!r}"
+        )
     order = (
         _ORDER.get(device_type, _ORDER_ELSEWHERE) if config.backend == "auto" else (config.backend,)
     )
@@ -136,10 +141,13 @@ def select_backend(
 ) -> BackendChoice:
     """Choose the backend for `op` (a name in `OPS`) on tensors of this device_type and dtype.
 
-    Raises TypeError for a config of another type, and ValueError with every reason where none can
-    serve, or where the one named in `config` cannot.
+    Raises TypeError for a config of another type, and ValueError with every reason where no backend
+    can serve, or where the one named in `config` cannot.
     """
     if not isinstance(config, (KernelConfig, NoneType)):
-        raise TypeError(f"config must be a KernelConfig or None, got {config!r}")
+        raise TypeError(
+            f"config must be a KernelConfig or None, got {config!r}; pass one, such as "
+            "KernelConfig(backend='eager')"
+        )
     select = _select if torch.compiler.is_compiling() else _select_cached
     return select(op, device_type, dtype, _DEFAULT if config is None else config)

@@ -57,7 +57,7 @@ def serve(
 def choose_backend(op: str, x: object, config: KernelConfig | None, name: str) -> str:
     """The backend that serves `op` on tensors like x."""
     if not isinstance(x, Tensor):
-        raise _not_dense(name, x)
+        raise not_dense(name, x)
     return select_backend(op, x.device.type, x.dtype, config).name
 
 
@@ -114,7 +114,7 @@ def refuse_unwritable(name: str, x: Tensor) -> None:
 
 def check_dense(name: str, x: object) -> None:
     if not is_dense(x):
-        raise _not_dense(name, x)
+        raise not_dense(name, x)
     check_storage(name, x)
 
 
@@ -139,10 +139,26 @@ def _is_wrapper(x: Tensor) -> bool:
     return dispatches or torch._is_functional_tensor(x)
 
 
-def _not_dense(name: str, x: object) -> TypeError:
-    return TypeError(
-        f"{name} must be a dense tensor (for a DTensor pass to_local()), got {describe(x)}"
-    )
+def not_dense(name: str, x: object, expected: str = "a dense tensor") -> TypeError:
+    """The error for an argument that is no dense tensor."""
+    return TypeError(f"{name} must be {expected}, got {describe(x)}{_way_out(x)}")
+
+
+def _way_out(x: object) -> str:
+    """What to pass in place of x, where that can be told."""
+    if isinstance(x, Tensor):
+        if hasattr(x, "to_local"):
+            return "; pass its to_local()"
+        return "; pass its to_dense()" if x.layout != torch.strided else ""
+    if isinstance(x, torch.nn.Module):
+        return "; pass one of its tensors, such as layer.weight"
+    if isinstance(x, Mapping) or hasattr(x, "logits"):
+        return "; pass one of its tensors, such as output.logits"
+    if isinstance(x, tuple) and any(isinstance(part, Tensor) for part in x):
+        return "; pass one of its tensors, such as output[0]"
+    if isinstance(x, (list, tuple, int, float)) or hasattr(x, "__array__"):
+        return "; make it a tensor with torch.as_tensor"
+    return ""
 
 
 def check_storage(name: str, x: Tensor) -> None:
@@ -168,7 +184,9 @@ def check_batch(
     if meter is not None and not isinstance(meter, Meter):
         raise TypeError(f"meter must be a Meter, got {describe(meter)}")
     if logits.dtype not in DTYPES:
-        raise TypeError(f"logits must be one of {DTYPES}, got {logits.dtype}")
+        swapped = targets.dtype in DTYPES and logits.dtype in TARGET_DTYPES
+        hint = "; are logits and targets swapped?" if swapped else ""
+        raise TypeError(f"logits must be one of {DTYPES}, got {logits.dtype}{hint}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"logits must be [..., V] with V of at least 1, got shape {tuple(logits.shape)}"
@@ -180,13 +198,14 @@ def check_batch(
         )
     if targets.dtype not in TARGET_DTYPES:
         raise TypeError(
-            f"targets must be class indices, one of {TARGET_DTYPES}, got {targets.dtype}"
+            f"targets must be class indices, one of {TARGET_DTYPES}, got {targets.dtype}; if they "
+            "are class indices, pass targets.long()"
         )
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"expected targets of shape {tuple(logits.shape[:-1])} for logits of shape "
-            f"{tuple(logits.shape)} (classes last, or name their dimension: class_dim), got "
-            f"{tuple(targets.shape)}"
+            f"{tuple(logits.shape)}, whose last dimension is the classes, got "
+            f"{tuple(targets.shape)}{_shape_hint(logits, targets)}"
         )
     meter_device = logits.device if meter is None else meter.device
     if not logits.device == targets.device == meter_device:
@@ -199,8 +218,20 @@ def check_batch(
         check_per_class(meter, logits.shape[-1] if num_classes is None else num_classes)
 
 
+def _shape_hint(logits: Tensor, targets: Tensor) -> str:
+    """What was probably meant by targets whose shape does not fit."""
+    if targets.shape == logits.shape:
+        return "; for one-hot targets pass targets.argmax(-1)"
+    if logits.dim() > 2 and targets.shape == (logits.shape[0], *logits.shape[2:]):
+        return "; for logits with the classes in dimension 1, as torch has them, pass class_dim=1"
+    if targets.dim() == logits.dim() and targets.shape == (*logits.shape[:-1], 1):
+        return "; pass targets.squeeze(-1)"
+    return ""
+
+
 def check_per_class(meter: Meter, num_classes: int) -> None:
-    """That a meter that counts by class counts as many as the logits have."""
+    """Raise ValueError where a meter counts by class, and not as many classes as the logits
+    have."""
     per_class = meter.measures.per_class if meter.measures else 0
     if per_class not in (0, num_classes):
         raise ValueError(
@@ -271,7 +302,8 @@ def _check_share_tensor(share: Tensor, targets: Tensor) -> None:
 
 
 def check_meter(meter: Meter) -> None:
-    """That nobody has replaced the accumulators by something else."""
+    """Raise ValueError where a meter's accumulators were replaced by something that kernels cannot
+    write to."""
     expected = {
         "sums": ((meter.num_sums,), torch.float64),
         "counts": ((meter.num_counts,), torch.int64),
@@ -322,8 +354,7 @@ def check_options(
         check_number(name, options[name], logits, high=high)
     check_number("normalizer", normalizer, logits)
     if softcap is not None:
-        # In float32, logit / softcap leaves the normal numbers outside of this range.
-        check_plain_number("softcap (None for no cap)", softcap, low=2.0**-100, high=2.0**100)
+        check_divisor("softcap (None for no cap)", softcap)
 
 
 def check_integer(name: str, value: object) -> None:
@@ -342,6 +373,15 @@ def check_plain_number(name: str, value: object, low: float = 0.0, high: float =
         raise ValueError(f"{name} must be a number that a float can hold, got {value}")
     if not low <= value <= high:  # NaN too
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def check_divisor(name: str, value: object) -> None:
+    """A softcap or a temperature: a number by which float32 logits can be divided without leaving
+    the normal numbers."""
+    check_plain_number(name, value, low=-torch.inf)
+    assert isinstance(value, (int, float))
+    if not 2.0**-100 <= value <= 2.0**100:
+        raise ValueError(f"{name} must be in [2**-100, 2**100], got {value}")
 
 
 def check_number(
@@ -407,7 +447,8 @@ def check_writable(name: str, x: Tensor) -> None:
 
 
 def check_apart(written: Tensor, read: Mapping[str, object]) -> None:
-    """That the memory of `written` holds none of the tensors that are still to be read."""
+    """Raise ValueError where `written` shares memory with a tensor that the kernel still has to
+    read."""
     if not has_memory(written):
         return
     start, end = _address_range(written)
@@ -434,7 +475,8 @@ def _extent(x: Tensor) -> int:
 
 def describe(x: object) -> str:
     if not isinstance(x, Tensor):
-        return f"{type(x).__name__} {x!r:.60}"
+        return f"{type(x).__name__} {' '.join(repr(x).split()):.60}"
     if x.is_nested:
         return f"nested {type(x).__name__}"
-    return f"{type(x).__name__} {tuple(x.shape)} {x.dtype} {x.layout} on {x.device}"
+    layout = "" if x.layout == torch.strided else f" {x.layout}"
+    return f"{type(x).__name__} {tuple(x.shape)} {x.dtype}{layout} on {x.device}"

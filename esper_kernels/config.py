@@ -1,5 +1,4 @@
-"""`KernelConfig`: what a caller may choose about the kernels; and the names and dtypes that the ops
-share."""
+"""`KernelConfig`, a caller's choice of kernels, and the names and dtypes that all ops share."""
 
 from dataclasses import dataclass
 
@@ -33,3 +32,10 @@ class KernelConfig:
             raise ValueError(
                 f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}"
             )
+
+
+def instruction_set_of(config: object) -> str:
+    """The instruction set that a config asks for; "auto" for None, and for an argument of another
+    type, which `select_backend` refuses."""
+    asked: str = getattr(config, "instruction_set", "auto")
+    return asked

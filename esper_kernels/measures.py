@@ -142,12 +142,12 @@ class Calibration:
 
     @property
     def mean_confidence(self) -> tuple[float, ...]:
-        """Of each bin; NaN for an empty one."""
+        """The mean of each bin; NaN for an empty bin."""
         return tuple(map(ratio, self.confidence, self.rows))
 
     @property
     def accuracy(self) -> tuple[float, ...]:
-        """Of each bin; NaN for an empty one."""
+        """The mean of each bin; NaN for an empty bin."""
         return tuple(map(ratio, self.correct, self.rows))
 
     @property

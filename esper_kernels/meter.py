@@ -132,7 +132,8 @@ class Meter:
 
     @property
     def measures(self) -> MeasurePlan | None:
-        """What is measured besides, fixed as `topk` is."""
+        """The measures besides loss and correct predictions, or None. They are fixed, as `topk`
+        is."""
         return self._measures
 
     @property
@@ -150,7 +151,7 @@ class Meter:
         return len(COUNTS) + len(self._topk)
 
     def measure_accumulators(self) -> tuple[Tensor, Tensor]:
-        """The part of `sums` and of `counts` that the measures have."""
+        """The parts of `sums` and of `counts` in which the measures are accumulated."""
         return self.sums[len(SUMS) :], self.counts[self._first_measure :]
 
     def empty_copy(self) -> "Meter":
@@ -177,7 +178,8 @@ class Meter:
         return self
 
     def __repr__(self) -> str:
-        """Where it counts and what; not the counts, which would be a host sync."""
+        """The device and the arguments. Counts are left out, because reading them would be a host
+        sync."""
         plan = {} if self._measures is None else self._measures._asdict()
         plan |= {name: bool(plan[name]) for name in ("entropy", "confusion") if name in plan}
         options = "".join(f", {name}={value}" for name, value in plan.items() if value)
@@ -278,11 +280,11 @@ class Meter:
             self._shared = (sums, counts)
 
     def pack(self) -> Tensor:
-        """What `compute_all` reads: int64 [num_sums + num_counts]."""
+        """Sums and counts as the words that `compute_all` reads: int64 [num_sums + num_counts]."""
         return torch.cat([self.sums.view(torch.int64), self.counts])
 
     def unpack(self, words: list[int], strict: bool) -> MeterResult:
-        """What `compute_all` returns for the words of `pack`; strict as for `compute`."""
+        """The result, from the words of `pack` on the host; `strict` as for `compute`."""
         sums = words_to_floats(words[: self.num_sums])
         loss_sum, weight_sum, batch_mean_sum = sums[: len(SUMS)]
         all_counts = words[self.num_sums :]
@@ -317,7 +319,7 @@ class Meter:
 
 
 def meter_of(device: torch.device, topk: Sequence[int], measures: Sequence[int] | None) -> Meter:
-    """An empty meter. measures: the numbers of a `MeasurePlan`; none for nothing besides."""
+    """An empty meter. measures: the numbers of a `MeasurePlan`; None or empty for no measures."""
     if not measures:
         return Meter(device, topk=topk)
     per_class, calibration_bins, entropy, confusion = measures

@@ -27,6 +27,11 @@ def words_to_floats(words: list[int]) -> list[float]:
 
 def _pack(source: Readable | Tensor) -> Tensor:
     if not isinstance(source, Tensor):
+        if not hasattr(source, "pack"):
+            raise TypeError(
+                "compute_all reads Meter, GradStats and tensors, each as an argument of its own, "
+                f"got a {type(source).__name__}; of a list pass compute_all(*sources)"
+            )
         return source.pack()
     if source.dtype not in (torch.int64, torch.float64):
         raise TypeError(

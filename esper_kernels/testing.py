@@ -247,7 +247,7 @@ class SyncCounter(TorchDispatchMode):
 
 
 class _CountReads(TorchFunctionMode):
-    """For what reads a CPU tensor without any operation that could be dispatched."""
+    """Counts a read of a CPU tensor once, whether or not it dispatches an operation."""
 
     def __init__(self, counter: SyncCounter) -> None:
         super().__init__()

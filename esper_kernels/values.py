@@ -1,4 +1,4 @@
-"""What the memory of a tensor holds, and how kernels can read it."""
+"""Whether a tensor has memory that holds its values, and a form of it that kernels can read."""
 
 from collections.abc import Iterable
 

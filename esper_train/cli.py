@@ -66,7 +66,7 @@ REFUSALS = (
     RuntimeError,
     OverflowError,
 )
-"""What bad arguments, bad data and I/O raise: reported in one line, without a traceback."""
+"""Errors of bad arguments, bad data and I/O, which are reported in one line without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,7 +217,7 @@ def _main_options() -> type[Options]:
 
 @dataclass(frozen=True)
 class _NoOptions:
-    """What completion knows of the commands that are not runs."""
+    """Stands for the arguments of `report` and `info`, which shell completion does not offer."""
 
 
 def _completion(arguments: Sequence[str]) -> None:
@@ -334,7 +334,7 @@ def _ppo(config: RunConfig, stop: StopRequest, options: Options) -> None:
 
 
 def _display() -> Sink:
-    """What shows events: a progress bar on a terminal, lines elsewhere."""
+    """The sink that shows events: a progress bar on a terminal, lines elsewhere."""
     if not sys.stdout.isatty():
         return ConsoleSink()
     from esper_train.telemetry.progress import ProgressSink

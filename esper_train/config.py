@@ -46,7 +46,7 @@ class RunConfig(Settings):
     max_epochs: Count = 75
     """Epochs of training."""
     max_batches: CountOrNone = None
-    """At most this many batches per epoch; None takes all."""
+    """The largest number of batches per epoch; None takes all."""
     batch_size: Count = 64
     """Rows per batch of training, of all processes together."""
     evaluation_batch: Count = 512
@@ -61,8 +61,8 @@ class RunConfig(Settings):
     seed: int = 42
     """Seed of all random numbers, a 64-bit integer."""
     keep: Literal["best", "last"] = "best"
-    """Which network a run gives: that of the epoch with the lowest validation loss in which no
-    seed's effect was open, or that of the last epoch."""
+    """The network that a run gives: that of the epoch with the lowest validation loss, of the
+    epochs without a seed on trial, or that of the last epoch."""
     reward: Literal["shaped", "sparse", "minimal", "loss"] = "shaped"
     """How decisions are rewarded; a `RewardMode` of `control/rewards.py`."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -104,7 +104,7 @@ class RunConfig(Settings):
             require(allowed, f"distributed.strategy 'fsdp2' needs {words}", found)
 
     def task_config(self) -> TaskConfig:
-        """What the task is told of its data."""
+        """The settings that the task gets about its data."""
         return TaskConfig(data=self.data, vocab=self.vocab)
 
 

@@ -41,8 +41,8 @@ PURPOSES: dict[str, str] = {
     "add and multiply": r"[DFH](ADD|MUL|FMA)",
     "address and control": r"",
 }
-"""How the instructions of each purpose begin, in the order in which they are tried. An instruction
-tells its purpose only roughly: "rank" is what combines or counts the results of compares."""
+"""Patterns of the instructions of each purpose, tried in this order. An instruction shows its
+purpose only roughly: "rank" stands for those that combine or count the results of compares."""
 
 UNITS: dict[str, str] = {
     "load/store": r"LD[GS]?\b|LDGSTS|ST[GS]?\b|STAS|ATOM|RED(G|S)?\b|SHFL",
@@ -53,13 +53,14 @@ UNITS: dict[str, str] = {
     r"|WARPSYNC",
     "integer": r"",
 }
-"""How the opcodes begin that each unit of a multiprocessor executes, in the order in which they are
-tried. "integer" compares, selects, permutes and moves too; "none" are other units, not modelled."""
+"""Patterns of the opcodes that each unit of a multiprocessor executes, tried in this order.
+"integer" also compares, selects, permutes and moves; "none" stands for units that are not
+modelled."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one thread does once along a path."""
+    """The work of one thread along a path, once."""
 
     instructions: int
     purposes: dict[str, int]
@@ -72,12 +73,12 @@ class Counts:
 
     @property
     def loaded(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
         return sum(width * number for width, number in self.loads.items())
 
     @property
     def stored(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
         return sum(width * number for width, number in self.stores.items())
 
 

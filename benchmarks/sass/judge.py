@@ -1,4 +1,4 @@
-"""From a kernel's machine code to its row of the table."""
+"""Computes a kernel's row of the table from its machine code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Row:
-    """What the machine code of one kernel says, and what a chip could make of it."""
+    """One kernel: the counts of its machine code, and the bounds that a chip sets on its speed."""
 
     kernel: str
     backend: str
@@ -125,7 +125,8 @@ def passes(subject: Subject) -> list[Pass]:
 
 
 def _of_dtype(paths: Sequence[list[Instruction]], subject: Subject) -> list[list[Instruction]]:
-    """Of a kernel with a loop per dtype, the shortest for this one: others are for rare values."""
+    """Of the paths that load this dtype, a list of the shortest alone: the others are for rare
+    values."""
     fitting = [path for path in paths if count.loaded_dtype(path) == subject.dtype]
     return sorted(fitting, key=lambda path: len(path) / count.count(path).loaded)[:1]
 

@@ -136,7 +136,8 @@ def _predecessors(graph: Sequence[Block]) -> list[list[int]]:
 
 
 def _dominators(graph: Sequence[Block]) -> dict[int, int]:
-    """For each block that can be reached, those that every way to it passes, as bits."""
+    """The dominators of each block that can be reached, as bits: the blocks that every path to it
+    passes."""
     order = _order(graph)
     before = _predecessors(graph)
     everything = (1 << len(graph)) - 1

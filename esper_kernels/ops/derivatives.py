@@ -1,4 +1,4 @@
-"""What the autograd functions of the ops share."""
+"""The refusal of second derivatives, which the autograd functions of all ops share."""
 
 from typing import Any
 

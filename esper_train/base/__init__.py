@@ -1,1 +1,1 @@
-"""What every room uses: settings, names, state, signals, devices."""
+"""Shared by all folders of `esper_train`: settings, names, state, signals, devices."""

@@ -1,4 +1,4 @@
-"""How unknown names are refused everywhere."""
+"""Checks of names and types, with one wording for the whole package."""
 
 import difflib
 from collections.abc import Iterable
@@ -19,7 +19,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")
 
 
-def require_type(value: object, kind: type, name: str) -> None:
-    """Raise `TypeError` unless the argument of that name is of that type."""
+def require_type(value: object, kind: type, name: str, hint: str = "") -> None:
+    """Raise `TypeError` unless the argument of that name is of that type. `hint` says what to pass
+    instead."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r:.80}")
+        got = " ".join(repr(value).split())
+        way_out = f"; {hint}" if hint else ""
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {got:.80}{way_out}")

@@ -90,7 +90,7 @@ class GuardedLoader:
 
 
 class WorkerLoader(GuardedLoader):
-    """What `order` yields, looked up in `data`: in this process, or by workers that last over the
+    """The items of `data` that `order` yields, in this process or by workers that last over the
     epochs."""
 
     def __init__(

@@ -24,13 +24,13 @@ FEATURES: Mapping[str, tuple[str, int]] = {
     "transformer": ("[N, T, C]", 2),
     "features": ("[N, C]", 1),
 }
-"""For each topology, the shape of its features and which dimension has the channels."""
+"""The shape of the features of each topology, and the dimension of their channels."""
 PROBE_SHAPES: Mapping[str, tuple[int, ...]] = {
     "cnn": (2, PROBE_CHANNELS, 4, 4),
     "transformer": (2, 5, PROBE_CHANNELS),
     "features": (2, PROBE_CHANNELS),
 }
-"""For each topology, the shape of the random features on which a new blueprint is checked."""
+"""The shape of the random features, by topology, on which a new blueprint is checked."""
 FAULTS = (
     RuntimeError,
     ValueError,
@@ -40,7 +40,7 @@ FAULTS = (
     AttributeError,
     AssertionError,
 )
-"""What a module raises on features that it cannot take."""
+"""The errors that a module may raise on features that it cannot take."""
 
 
 @dataclass(frozen=True)

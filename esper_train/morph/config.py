@@ -71,7 +71,7 @@ class GrowthConfig(Settings, table="growth."):
     undo_wait_ceiling: CountOrZero = 80
     """... up to this many epochs; a seed that is kept resets it to `undo_wait`."""
     max_seeds: CountOrZeroOrNone = None
-    """At most this many seeds at a time, fossilized ones included; None allows one per slot."""
+    """The largest number of seeds at a time, fossilized ones included; None allows one per slot."""
     fossil_check_epochs: Count = 5
     """Epochs between two measurements of a fossilized seed's contribution."""
     incubation: Literal["closed", "straight_through"] = "closed"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from esper_train.base.names import require_type
 from esper_train.morph.lifecycle import SeedStage
 from esper_train.morph.model import MorphModel
 
@@ -20,6 +21,7 @@ def fold(model: MorphModel) -> nn.Sequential:
     is left out. A seed that is being blended in or is on probation raises `ValueError`: it may
     still be culled.
     """
+    require_type(model, MorphModel, "model", "`load_run` gives one, and EpisodeResult.model is one")
     chain: OrderedDict[str, nn.Module] = OrderedDict()
     for name, segment in model.host.segments.items():
         chain[name] = segment

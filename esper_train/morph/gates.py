@@ -34,7 +34,7 @@ GATES: Mapping[SeedStage, str] = {
 
 
 def judge(stage: SeedStage, state: SlotState, growth: GrowthConfig) -> GateResult:
-    """What the gate in front of `stage` says of a slot; `stage` is one of `GATES`."""
+    """The verdict on a slot of the gate before `stage`, which is one of `GATES`."""
     match stage:
         case SeedStage.BLENDING:
             checks = _blending(state, growth)

@@ -61,7 +61,7 @@ class Host(nn.Module):
         return last if isinstance(last, nn.Linear) else None
 
     def before_output(self, x: Tensor) -> Tensor:
-        """What the last layer of the head is given, for the features of the last segment."""
+        """The input of the head's last layer, for the features of the last segment."""
         if isinstance(self.head, nn.Sequential):
             for layer in list(self.head)[:-1]:
                 x = layer(x)

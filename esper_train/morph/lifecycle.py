@@ -62,7 +62,8 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one epoch measured for a slot. Accuracies in percentage points; None: not measured."""
+    """The measurements of a slot in one epoch, in percentage points of accuracy; None: not
+    measured."""
 
     accuracy: float
     contribution: float | None = None

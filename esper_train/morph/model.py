@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_train.base.names import require_known
+from esper_train.base.names import require_known, require_type
 from esper_train.base.state import RandomStreams
 from esper_train.morph.blueprints import BlueprintRegistry, default_registry
 from esper_train.morph.config import GrowthConfig
@@ -34,10 +34,11 @@ class MorphModel(nn.Module):
         registry: BlueprintRegistry | None = None,
     ) -> None:
         super().__init__()
+        require_type(host, Host, "host", "make a Host of the network's segments and its head")
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots are named more than once: {', '.join(slots)}")
         for slot in slots:
-            require_known("slot (of those this host's depth allows)", slot, host.segments)
+            require_known("slot of this host", slot, host.segments)
         self.host = host
         self.registry = registry or default_registry()
         channels = {slot: host.slot_channels[slot] for slot in host.segments if slot in slots}
@@ -136,7 +137,7 @@ class MorphModel(nn.Module):
         return tuple(name for name, slot in slots if slot.statistics is not None)
 
     def incubation(self, name: str) -> Incubation:
-        """What surrounds the pass of a slot in `learning`."""
+        """The context in which a slot in `learning` makes its pass."""
         statistics = self.slot(name).statistics
         if statistics is None:
             raise ValueError(f"slot {name!r} has no seed that learns beside the network")

@@ -1,4 +1,5 @@
-"""What a learned controller can ask for: one flat table of joint actions, and which are legal."""
+"""The actions of a learned controller: one flat table of joint actions, and which of them are
+legal."""
 
 import random
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def _is_legal(op: Op, state: SlotState, growth: GrowthConfig) -> bool:
 
 
 def _key(decision: Decision) -> tuple[Op, str | None, str | None, str | None]:
-    """What a decision is, apart from its reason; WAIT is the same whichever slot it names."""
+    """A decision without its reason, as a key; WAIT is the same whichever slot it names."""
     if decision.op is Op.GERMINATE:
         return decision.op, decision.slot, decision.blueprint, decision.blend
     return decision.op, None if decision.op is Op.WAIT else decision.slot, None, None

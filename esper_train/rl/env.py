@@ -66,7 +66,7 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
         )
         self.action_space = spaces.Discrete(len(self.table))
         self.signals: Signals | None = None
-        """What the last epoch measured; None outside of an episode."""
+        """The measurements of the last epoch; None outside of an episode."""
         self._first_seed = config.seed
         self._begun = 0  # episodes
         self._costs: dict[tuple[str, str | None, str], float] = {}

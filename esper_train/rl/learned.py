@@ -37,7 +37,8 @@ LAYERS = ("mlp_extractor.policy_net.0", "mlp_extractor.policy_net.2", "action_ne
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySpaces:
-    """What a policy decides about, and what it has been trained for."""
+    """The slots, blueprints, observations and actions that a policy knows, and the runs in which it
+    was trained."""
 
     slots: tuple[str, ...]
     blueprints: tuple[str, ...]
@@ -52,7 +53,7 @@ class PolicySpaces:
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """What a policy file holds."""
+    """The contents of a policy file."""
 
     spaces: PolicySpaces
     weights: Mapping[str, Tensor] = field(repr=False)
@@ -69,7 +70,7 @@ class SavedPolicy:
         return buffer.getvalue()
 
     def maker(self, config: RunConfig) -> PolicyMaker:
-        """What makes the controller of a run of `config`."""
+        """A function that makes the controller of a run of `config`."""
         seed = config.seed if config.rl.choose == "sample" else None
         return partial(self.for_model, seed=seed)
 
@@ -192,7 +193,7 @@ class LearnedPolicy(PlainState):
         self._drawn = 0
 
     def logits(self, observation: Sequence[float]) -> Tensor:
-        """What the actor gives for an observation: float32 [actions]."""
+        """The actor's output for an observation: float32 [actions]."""
         x = torch.tensor(observation, dtype=torch.float32, device="cpu")
         with torch.no_grad():
             *hidden, (weight, bias) = self._layers

@@ -62,7 +62,7 @@ LARGEST_REWARD = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What PPO changes while it trains."""
+    """The objects whose state PPO changes while it trains."""
 
     model: MaskablePPO
     rewards: VecNormalize
@@ -289,7 +289,7 @@ def evaluation(config: RunConfig, training: Training, stop: StopRequest) -> dict
 
 
 def _episode_means(episodes: Iterable[Mapping[str, float]]) -> dict[str, float | None]:
-    """Of the last episodes of training, at most 100."""
+    """The mean over the last episodes of training, at most 100."""
     done = list(episodes)
     names = {"return": "r", "length": "l", "accuracy": "accuracy", "cost": "cost"}
     values = {name: [each[key] for each in done if key in each] for name, key in names.items()}

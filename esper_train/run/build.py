@@ -22,7 +22,7 @@ from esper_train.morph.host import Host, check_host
 from esper_train.morph.model import MorphModel
 from esper_train.run.episode import Episode
 from esper_train.run.trial import Trial
-from esper_train.tasks import Task, get_task, load_splits, registry_of
+from esper_train.tasks import Task, get_task, load_splits, new_host, registry_of
 from esper_train.train.batches import changed, moved, read_batch
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.data import Data
@@ -199,7 +199,7 @@ def _host(config: RunConfig, task: Task, device: torch.device, example: Any) -> 
     """The host on its device, after a batch of zeros went through it."""
     zeros = changed(example, lambda x: torch.zeros_like(x[:2] if x.dim() else x))
     with RandomState(config.seed, device).active(), plain_defaults():
-        host = task.build_host(config.host).to(device)
+        host = new_host(task, config.host).to(device)
         if task.forward is None:
             logits = logits_of(call(partial(check_host, host), zeros, {}))
         else:

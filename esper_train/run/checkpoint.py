@@ -75,7 +75,7 @@ def whole_states(episode: Episode) -> Iterator[tuple[str, Any]]:
 
 
 class Taker(Protocol):
-    """What `run_episode` gives its states to."""
+    """The receiver of the states that `run_episode` saves."""
 
     def take(self, episode: Episode) -> None:
         """Called at the end of each epoch."""
@@ -251,6 +251,6 @@ def _require_metrics(path: Path, size: int) -> None:
 
 
 def _identity(episode: Episode) -> dict[str, Any]:
-    """What has to be equal for a run to be the same: the config, and what the task and data say."""
+    """The values that identify a run: its config, and those that the task and the data report."""
     data = json.dumps(dict(episode.data_record), sort_keys=True)
     return {"mode": episode.mode, "data_record": data, **asdict(episode.config)}

@@ -27,7 +27,8 @@ class SeedCost:
 
     @property
     def ratio(self) -> float:
-        """What an epoch costs with this seed in TRAINING, as a multiple of one without."""
+        """The cost of an epoch with this seed in TRAINING, as a multiple of that of an epoch
+        without it."""
         return 1.0 + self.learning / self.host
 
     def to_plain(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def seed_cost(model: MorphModel, slot: str, inputs: Any) -> SeedCost:
 
 
 class TrainingCost(PlainState):
-    """What a run's training has cost so far. An epoch of the host without a seed is 1."""
+    """The cost of a run's training so far. An epoch of the host without a seed costs 1."""
 
     STATE = ("epochs",)
 

@@ -24,7 +24,7 @@ from esper_train.base.settings import from_dict
 from esper_train.config import RunConfig
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
-from esper_train.tasks import Task, is_place, registry_of, task_of_run
+from esper_train.tasks import Task, is_place, new_host, registry_of, task_of_run
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -232,7 +232,7 @@ def load_run(
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path / NETWORK}: expected format {FORMAT}, got {saved.get('format')!r}")
     with plain_defaults():
-        host = own.build_host(config.host)
+        host = new_host(own, config.host)
     slots = [values["slot"] for values in saved["slots"]]
     model = MorphModel(host, slots, growth=config.growth, registry=registry_of(own, registry))
     model.rebuild(saved["slots"])

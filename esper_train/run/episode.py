@@ -43,7 +43,8 @@ class SourceStates:
         self._sources = sources
 
     def inexact(self) -> dict[str, str]:
-        """By split, why a resumed run may get other batches than an unbroken one."""
+        """The reason, by split, why a resumed run may get other batches than one that never
+        stopped."""
         reasons = {name: source.inexact for name, source in self._sources.items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 

@@ -42,7 +42,7 @@ class Epoch:
         self._episode = episode
         self._number = number
         self.finding: Finding | None = None
-        """What the governor found; None where the losses are good, or were not measured yet."""
+        """The governor's finding; None where the losses are good, or were not measured yet."""
         self._verdict = False  # whether a trial ended
         self._events: list[Event] = []  # to be written after the epoch's own line
 

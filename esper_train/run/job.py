@@ -19,6 +19,7 @@ from esper_train.run.directory import (
     BASELINE,
     CHECKPOINTS,
     CONFIG,
+    LOCK,
     METRICS,
     POLICY,
     claimed,
@@ -47,13 +48,18 @@ from esper_train.telemetry.sinks import JsonlSink, Sink
 from esper_train.train.ranks import joined
 
 
+def episode_name(number: int) -> str:
+    """The directory of an episode, counted from 1, among several in one directory."""
+    return f"episode-{number}"
+
+
 def _silent(words: str) -> None:
     pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is run in a directory, beside its config, and how it is shown."""
+    """A run in a directory: everything besides its config, and how it is shown."""
 
     mode: str
     """"heuristic" or "fit"."""
@@ -61,16 +67,17 @@ class Job:
     """A task of one's own; None is the task that the config names."""
     policy: Policy | PolicyMaker | None = None
     policy_file: bytes | None = None
-    """What is written beside the run, so that a resumed one has the same policy."""
+    """The contents of the policy file that is written beside the run, so that a resumed run has the
+    same policy."""
     registry: BlueprintRegistry | None = None
     hub: TelemetryHub | None = None
     resume: bool = False
     baseline: bool = True
     profile: bool = False
     say: Callable[[str], None] = _silent
-    """Takes what a user should read, line by line."""
+    """Called with each line that the user should read."""
     display: Callable[[], Sink] | None = None
-    """Makes what shows the events of one run."""
+    """Makes the sink that shows the events of one run."""
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -86,7 +93,8 @@ def run_job(
     `numbered` makes a new directory, with a number at the end of its name where that is taken.
 
     Raises, beside the errors of a run:
-        FileExistsError: `out` is there and not empty, and `job.resume` is false.
+        FileExistsError: `out` is there and not empty, and `job.resume` is false, or it holds
+            something else than a run.
         BlockingIOError: another process writes to `out`.
         ValueError: `out` is resumed with another task, or a task of one's own has the name of one
             of the package.
@@ -106,14 +114,26 @@ def run_job(
 
 def _run_all(config: RunConfig, job: Job, out: Path, *, numbered: bool) -> list[EpisodeResult]:
     with claimed(out, resume=job.resume, numbered=numbered) as out:
+        if job.resume:
+            _refuse_other_files(out)
         if config.episodes == 1:
             return [_run_in(out, config, job)]
         results = []
         for number, each in enumerate(episode_configs(config), start=1):
-            directory = out / f"episode-{number}"
+            directory = out / episode_name(number)
             with claimed(directory, resume=job.resume):
                 results.append(_run_in(directory, each, job, whole=config))
         return results
+
+
+def _refuse_other_files(out: Path) -> None:
+    """`FileExistsError` for a directory to resume in which there are files, but no run."""
+    names = {entry.name for entry in out.iterdir()} - {LOCK}
+    if names and not names & {CONFIG, episode_name(1)}:
+        raise FileExistsError(
+            f"{out} holds no run to resume: it has no {CONFIG}, but {min(names)}; choose another "
+            "directory"
+        )
 
 
 def _with_own_name(config: RunConfig, task: Task | None) -> RunConfig:
@@ -170,7 +190,7 @@ def _run_in(
 
 
 def _run_beside(config: RunConfig, job: Job) -> EpisodeResult:
-    """What ranks other than the first do: the same run, with nothing on disk."""
+    """Take part in the run as a rank other than the first, with nothing on disk."""
     episode = _prepared(config, job)
     _restore(episode, None)
     sharded = episode.sharded

@@ -111,7 +111,8 @@ def plain(measures: Measures) -> dict[str, Any]:
 
 
 def _measured(measured: Measured) -> dict[str, Any]:
-    """What `train.measures` asks for, with what the report draws of it; nothing for nothing."""
+    """The measures that were taken, and the numbers that the report derives from them; empty
+    without any."""
     found = {name: value for name, value in asdict(measured).items() if value is not None}
     if not found:
         return {}

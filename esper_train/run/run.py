@@ -180,7 +180,7 @@ class EpisodeRun:
 
     @property
     def finding(self) -> Finding | None:
-        """What the governor found in the last observed epoch."""
+        """The governor's finding in the last observed epoch."""
         return None if self._epoch is None else self._epoch.finding
 
     def launch(self) -> Launched[Measured]:
@@ -219,7 +219,7 @@ class EpisodeRun:
         )
 
     def finish(self, test: EvalResult) -> EpisodeResult:
-        """What came of the run, of which every epoch and the test are done."""
+        """The result of the run, once all epochs and the test are done."""
         self._ending.test = test
         self._ending.status = "completed"
         return _result(self._episode, test, self._seconds())
@@ -255,7 +255,7 @@ def _result(episode: Episode, test: EvalResult, seconds: float) -> EpisodeResult
 
 @dataclass(kw_only=True)
 class Ending:
-    """How a run ended."""
+    """The outcome of a run."""
 
     status: str
     epoch: int
@@ -289,7 +289,7 @@ def kept_epoch(episode: Episode) -> int:
 
 
 def action_counts(episode: Episode) -> dict[str, int]:
-    """How often each operation was decided."""
+    """The number of decisions for each operation."""
     return {op.name: sum(name == op.name for name, _ in episode.decided) for op in Op}
 
 

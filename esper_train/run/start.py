@@ -47,14 +47,15 @@ def run_heuristic_episode(
         out: a directory, new or empty, for config, metrics, checkpoints, network, baseline and
             report; progress is printed, and the first signal (Ctrl-C, SIGTERM) ends the run after a
             whole batch. None leaves nothing on disk.
-        resume: continue the run in `out` from its newest checkpoint. The config is the run's own,
-            and `task` has the same name.
+        resume: continue the run in `out` from its newest checkpoint; where `out` is new or empty,
+            the run starts. The config must be that of the run, and `task` have the same name.
         baseline: with `out`, also train the host without slots, for the report.
 
     Raises:
         ValueError: no slots, unknown or repeated ones, or bad data.
         BadNumbersError: the losses went bad; `NonFiniteLossError` where they are NaN or infinite.
-        FileExistsError, BlockingIOError: `out` holds something, or another process writes to it.
+        FileExistsError: `out` is not empty, or, with `resume`, holds something else than a run.
+        BlockingIOError: another process writes to `out`.
     """
     require_type(config, RunConfig, "config")
     if config.episodes != 1 and out is not None:

@@ -19,7 +19,7 @@ from esper_train.train.optimizers import OptimizerRegistry
 
 
 class Network(Protocol):
-    """What a trial brings back: weights, running statistics and momentum."""
+    """The state that an undone trial restores: weights, running statistics and momentum."""
 
     model: MorphModel
     optimizers: OptimizerRegistry

@@ -9,7 +9,7 @@ from esper_train.tasks.digits import digits
 from esper_train.tasks.own import import_task, is_place
 from esper_train.tasks.pysource import pysource
 from esper_train.tasks.synthetic import synthetic, synthetic_lm
-from esper_train.tasks.task import Splits, Task, load_splits, registry_of
+from esper_train.tasks.task import Splits, Task, load_splits, new_host, registry_of
 from esper_train.train.data import Split
 
 TASKS: Mapping[str, Callable[[TaskConfig], Task]] = {
@@ -54,6 +54,7 @@ __all__ = [
     "import_task",
     "is_place",
     "load_splits",
+    "new_host",
     "registry_of",
     "task_of_run",
 ]

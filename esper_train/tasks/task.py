@@ -34,7 +34,7 @@ class Splits:
 
     train: Data
     validation: Data
-    """What gates and controllers decide by."""
+    """The data by which gates and controllers decide."""
     test: Data
     """Only for reports: no decision sees it."""
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Task:
     """The data and type of a problem, and the host network that learns it."""
 
     name: str
-    """What `config.json` and reports call it; without a colon or slash."""
+    """The name in `config.json` and in reports; without a colon or slash."""
     task_type: str
     """"classification", "lm", "dense" or "regression": the shape of logits and targets, as
     `build_train_step` says. Seeds are judged by accuracy, so a regression trains its host alone."""
@@ -67,15 +67,16 @@ class Task:
     """(parameters, learning rate, group) to an optimizer; the group is "host", a slot's name for
     its seed, or "SLOT.gate". None takes what `optim` in the config says."""
     batch: Callable[[Any], tuple[Any, Any]] | None = None
-    """From what a loader gives to (inputs, targets). None takes pairs, and dicts with targets under
-    "labels", "targets", "label" or "target". Inputs go to the host's first segment: a dict as
-    keyword arguments, a tuple or list as one argument after another."""
+    """A function from a batch of the loader to (inputs, targets). None takes pairs, and dicts with
+    targets under "labels", "targets", "label" or "target". Inputs go to the host's first segment: a
+    dict as keyword arguments, a tuple or list as one argument after another."""
     forward: Callable[[nn.Module, Any], Any] | None = None
     """(model, inputs) to its output, in place of model(inputs), where the host is trained alone.
     Seeds learn by the host's own forward."""
     augment: Callable[[Any, Any], tuple[Any, Any]] | None = None
-    """(inputs, targets) of a training batch, on the run's device, to what is trained on. Random
-    numbers come from torch's, python's or numpy's global generators, which are the run's own."""
+    """A function from (inputs, targets) of a training batch, on the run's device, to the batch that
+    is trained on. Its random numbers should come from torch's, Python's or NumPy's global
+    generators, which the run seeds and restores."""
     blueprints: tuple[Blueprint, ...] = ()
     """Blueprints of one's own, beside those of the package."""
 
@@ -86,6 +87,17 @@ class Task:
             raise ValueError(
                 f"num_classes is at least 1, or None where there are none, got {self.num_classes}"
             )
+
+
+def new_host(task: Task, config: HostConfig) -> Host:
+    """The host that a task builds; `TypeError` if it is no `Host`."""
+    host = task.build_host(config)
+    if not isinstance(host, Host):
+        raise TypeError(
+            f"task {task.name!r}: expected build_host to return a Host, got a "
+            f"{type(host).__name__}; wrap its segments and head in esper_train.Host"
+        )
+    return host
 
 
 def registry_of(task: Task, registry: BlueprintRegistry | None = None) -> BlueprintRegistry:

@@ -10,7 +10,7 @@ TELEMETRY_LEVELS = ("off", "minimal", "normal", "debug")
 
 @dataclass(frozen=True, kw_only=True)
 class TelemetryConfig(Settings, table="telemetry."):
-    """What a run reports. Telemetry never changes what is trained."""
+    """The events that a run reports. Telemetry never changes what is trained."""
 
     level: Literal["off", "minimal", "normal", "debug"] = "normal"
     """off: nothing. minimal: start and end of the run, stages of seeds, bad numbers. normal: also
@@ -21,7 +21,7 @@ class TelemetryConfig(Settings, table="telemetry."):
     """Epochs for which everything is reported after bad numbers or exploding gradients. It has no
     effect with level "off" or `lifecycle_only`."""
     tensorboard: bool = False
-    """Also write TensorBoard files into tensorboard/ of the run directory."""
+    """Write TensorBoard files into tensorboard/ of the run directory."""
     wandb: bool = False
-    """Also write Weights & Biases files into wandb/ of the run directory, offline; `wandb sync`
-    uploads them."""
+    """Write Weights & Biases files into wandb/ of the run directory, offline; `wandb sync` uploads
+    them."""

@@ -19,12 +19,14 @@ class TelemetryHub(PlainState):
     STATE = ("_escalated_epochs",)
 
     def __init__(self, sinks: Iterable[Sink] = (), config: TelemetryConfig | None = None) -> None:
+        if not isinstance(sinks, Iterable):
+            raise TypeError(f"sinks must be a list of sinks, got {sinks!r}; pass [sink]")
         self._sinks = list(sinks)
         self._config = config or TelemetryConfig()
         self._escalated_epochs = 0
 
     def add(self, sink: Sink) -> None:
-        """Also write later events to this sink."""
+        """Write events to this sink too, from the next one on."""
         self._sinks.append(sink)
 
     def collects(self, kind: EventType) -> bool:

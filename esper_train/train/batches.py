@@ -15,9 +15,9 @@ Batch = tuple[Any, Any]
 """Inputs and targets: tensors, or dicts, tuples and lists of tensors."""
 Batches = Iterable[Any]
 ReadBatch = Callable[[Any], Batch]
-"""From what a loader gives to inputs and targets."""
+"""A function from a batch, as the loader gives it, to inputs and targets."""
 TARGET_KEYS = ("labels", "targets", "label", "target")
-"""Where a batch that is a dict has its targets: the first of these that it has."""
+"""The keys under which a dict batch may have its targets; the first one present counts."""
 
 
 def drawn(
@@ -90,7 +90,7 @@ def read_batch(batch: object) -> Batch:
 
 
 def read_by(read: ReadBatch, batch: object) -> Batch:
-    """What the caller's own function returns for a batch."""
+    """The inputs and targets that the caller's own function returns for a batch."""
     found: object = read(batch)
     if not isinstance(found, tuple) or len(found) != 2:
         raise TypeError(

@@ -30,8 +30,7 @@ class CompileConfig(Settings, table="train.compile."):
     """None: the batch size alone is dynamic, so that a ragged last batch is no new program."""
     backend: str | Callable[..., Any] = "inductor"
     error_on_graph_break: bool = False
-    """For diagnosis: raise where the compiler would leave the graph and come back, and say
-    where."""
+    """Raise at each graph break, with its place. For diagnosis."""
     on_failure: Literal["raise", "eager"] = "raise"
     """When the first compiled call fails: raise, or go on uncompiled with the reason in the
     result."""
@@ -68,8 +67,8 @@ class GradConfig(Settings, table="train.grad."):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuresConfig(Settings, table="train.measures."):
-    """What is measured besides loss and accuracy, in training and in evaluation, in the same read
-    of the logits; `esper_kernels.Measured` defines the numbers."""
+    """The measures besides loss and accuracy, in training and in evaluation, from the same read of
+    the logits; `esper_kernels.Measured` defines the numbers."""
 
     per_class: CountOrZero = 0
     """The number of classes, for support, precision, recall and F1 of each; 0 leaves them out."""
@@ -161,7 +160,7 @@ class DistributedConfig(Settings, table="distributed."):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Settings, table="optim.schedule."):
-    """How learning rates change over what is left of the run when their optimizer is made."""
+    """The schedule of learning rates, from when their optimizer is made to the end of the run."""
 
     kind: Literal["constant", "cosine", "onecycle"] = "constant"
     """Constant, or torch's CosineAnnealingLR or OneCycleLR."""
@@ -181,6 +180,6 @@ class OptimConfig(Settings, table="optim."):
     host_lr: Positive = 0.01
     seed_lr: Positive = 0.03
     momentum: Decay = 0.9
-    """Of SGD; AdamW keeps torch's own betas."""
+    """The momentum of SGD; AdamW keeps torch's own betas."""
     weight_decay: PositiveOrZero = 5e-4
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

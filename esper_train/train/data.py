@@ -29,8 +29,8 @@ def is_pair_of_tensors(data: object) -> TypeGuard[Split]:
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several processes trains on: a part of each batch, the sizes of which differ by
-    at most one row."""
+    """The data of one of several processes: a part of each batch. The parts differ by at most one
+    row."""
 
     rank: int
     world: int

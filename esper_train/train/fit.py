@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
+from esper_train.base.names import require_type
 from esper_train.train.batches import Batches, ReadBatch
 from esper_train.train.config import TrainConfig
 from esper_train.train.forward import ForwardOf
@@ -21,10 +22,11 @@ class EpochEnd:
     """The argument of `on_epoch`, after each epoch."""
 
     number: int
-    """The number of the epoch, from 1."""
+    """The number of the epoch, counted from 1."""
     train: EpochResult
+    """What `train_one_epoch` returned."""
     validation: EvalResult | None
-    """None where no validation data were given."""
+    """What `evaluate` measured on the validation data; None where none were given."""
 
 
 def fit(
@@ -50,8 +52,10 @@ def fit(
     Other arguments and what is raised: as for `train_one_epoch`. Both loaders are iterated anew in
     each epoch. For a progress bar, pass a loader that draws one, such as `tqdm.tqdm(loader)`.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if type(epochs) is not int or epochs < 1:
+        error = ValueError if type(epochs) is int else TypeError
+        raise error(f"epochs must be an int of at least 1, got {epochs!r}")
+    require_type(config, TrainConfig, "config")
     step = build_train_step(task_type, config, criterion, forward=forward, batch=batch)
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)

@@ -11,7 +11,7 @@ from esper_train.train.batches import described
 Forward = Callable[..., Any]
 """A model, a method of it, or what the caller put in its place."""
 ForwardOf = Callable[..., Any]
-"""From a model and inputs to its output."""
+"""A function from a model and its inputs to its output."""
 
 
 def call(forward: Forward, inputs: Any, arguments: Mapping[str, Any]) -> Any:
@@ -46,7 +46,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def device_of(model: nn.Module, inputs: Any) -> torch.device:
-    """Where a call of the model with these inputs computes."""
+    """The device on which a call of the model with these inputs computes."""
     if isinstance(inputs, Tensor):
         return inputs.device
     return next(model.parameters()).device

@@ -24,7 +24,7 @@ class Launched(Generic[T]):
     """Queued work that will give a T."""
 
     sources: tuple[Meter | GradStats | Tensor, ...]
-    """What is to be read, as `compute_all` takes it."""
+    """The device results to read, as `compute_all` takes them."""
     strict: bool
     """Whether targets outside the classes are an `IndexError`."""
     result: Callable[[Sequence[Any]], T]
@@ -60,7 +60,8 @@ def read_together(launched: Sequence[Launched[T]]) -> list[T]:
 
 
 class Stopwatch:
-    """How long a device works on what is launched between its making and `stop`."""
+    """The time that a device takes for the work launched between the making of this object and
+    `stop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = [

@@ -27,9 +27,10 @@ class Learner:
     groups: tuple[str, ...]
     """Its groups in the optimizer registry."""
     parameters: tuple[Tensor, ...] | None
-    """At least one; None where `scope` lets no others receive gradients."""
+    """The parameters that learn, at least one; None where `scope` lets no others receive
+    gradients."""
     buffers: tuple[Tensor, ...]
-    """What its pass may change besides; put back where its step is skipped."""
+    """The buffers that its pass may change; they are restored where its step is skipped."""
     scope: Callable[[], AbstractContextManager[None]]
     """Entered around its pass: keeps the pass from changing anything of the network."""
     scaler: LossScaler | None = None

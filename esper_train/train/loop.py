@@ -76,11 +76,12 @@ def train_one_epoch(
             `result` is the `EpochResult`.
         TypeError: an argument of another type; a batch or an output that is none of the above.
         ValueError: unknown task type, logits of another shape or that need no gradient, a loader
-            without batches, `max_batches` below 1, an optimizer that needs a closure, a call
-            within `torch.no_grad()`.
+            without batches, `max_batches` below 1, an optimizer that needs a closure or holds none
+            of the model's parameters, a call within `torch.no_grad()`.
         IndexError: with the policy "stop", a target outside the classes: at once on a CPU, at the
             end of the epoch on other devices.
     """
+    require_type(model, nn.Module, "model")
     require_type(config, TrainConfig, "config")
     if config.on_bad_numbers == "rollback":
         raise ValueError(
@@ -89,7 +90,9 @@ def train_one_epoch(
         )
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)
-    require_type(optimizers, OptimizerRegistry, "optimizers")
+    way_out = "pass a torch.optim.Optimizer, or OptimizerRegistry(name=optimizer, ...) for several"
+    require_type(optimizers, OptimizerRegistry, "optimizers", way_out)
+    optimizers.require_parameters_of(model)
     step = _step(step, task_type, config, criterion, forward, batch)
     epoch = launch_training(
         model,
@@ -244,6 +247,7 @@ def evaluate(
     in the same pass: the model is called with `alpha=...` for each and nothing of it is changed.
     `scopes` has what is entered around the passes of some variants. Otherwise as `train_one_epoch`.
     """
+    require_type(model, nn.Module, "model")
     require_type(config, TrainConfig, "config")
     step = _step(step, task_type, config, criterion, forward, batch)
     launched = launch_evaluation(

@@ -23,9 +23,10 @@ from esper_train.base.names import unknown_name
 from esper_train.train.config import TrainConfig
 
 Criterion = Callable[[Any, Any], Tensor]
-"""From the model's output tensor and the targets to the mean loss, []."""
+"""A function from the model's output tensor and the targets to the mean loss, []."""
 Divisor = Callable[[int], float | Tensor]
-"""From the number of classes to what the loss of each batch of an optimizer step is divided by."""
+"""A function from the number of classes to the divisor of the loss of each batch of an optimizer
+step."""
 TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 IGNORED = -100
 """The `ignore_index` of the fused op, unless its options say another."""
@@ -33,12 +34,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TaskType:
-    """What a model puts out for a task."""
+    """The output that a task type expects of a model."""
 
     shape: str
     dims: range
     class_dim: int | None
-    """Where the classes are; None where there are none, so that nothing is counted."""
+    """The dimension of the classes; None without classes, so that nothing is counted."""
 
 
 TASK_TYPES: Mapping[str, TaskType] = {
@@ -119,14 +120,19 @@ def is_customised(module: nn.Module) -> bool:
 class Loss:
     """The loss of a task type, and the counts that go with it.
 
-    Raises `ValueError` for an unknown task type, a regression without a criterion, a criterion of
-    the caller's own where `config.capture` asks for CUDA graphs, a `LinearCrossEntropyLoss`, and as
-    `criterion_options` does.
+    Raises `TypeError` for a criterion that cannot be called, and `ValueError` for an unknown task
+    type, a regression without a criterion, a criterion of the caller's own where `config.capture`
+    asks for CUDA graphs, a `LinearCrossEntropyLoss`, and as `criterion_options` does.
     """
 
     def __init__(self, task_type: str, config: TrainConfig, criterion: Criterion | None) -> None:
         if task_type not in TASK_TYPES:
             raise unknown_name("task type", task_type, TASK_TYPES)
+        if isinstance(criterion, type) or not (criterion is None or callable(criterion)):
+            raise TypeError(
+                "expected a criterion that can be called with logits and targets, got "
+                f"{criterion!r}; make the object, such as nn.CrossEntropyLoss()"
+            )
         task = TASK_TYPES[task_type]
         self.counts = task.class_dim is not None
         """Whether there are classes to count correct predictions of."""
@@ -169,9 +175,12 @@ class Loss:
         """`ValueError` for logits that are not of the shape of the task type, `TypeError` for
         targets that are no tensor where there are classes."""
         if logits.dim() not in self._dims:
+            hint = ""
+            if logits.dim() < self._dims.start:
+                hint = "; if the loader is a Dataset of samples, wrap it in a DataLoader"
             raise ValueError(
                 f"task type {self.task_type!r} expects logits {self._shape}, got "
-                f"{tuple(logits.shape)} from the model; 'regression' takes any shape with a "
+                f"{tuple(logits.shape)} from the model{hint}; 'regression' takes any shape with a "
                 "criterion of your own, and counts nothing"
             )
         if self.counts and not isinstance(targets, Tensor):
@@ -216,7 +225,7 @@ class Loss:
         return logits.shape[self._class_dim]
 
     def share(self, logits: Tensor) -> float:
-        """What the loss of `compute` is multiplied by before it is divided by a `divisor`."""
+        """The factor of the loss of `compute` before it is divided by a `divisor`."""
         return 1.0 if self.own is not None else float(self._rows(logits))
 
     def _rows(self, logits: Tensor) -> int:
@@ -247,7 +256,7 @@ class Loss:
         cross_entropy(logits, targets, meter=meter, config=self._config.kernel, **self.options)
 
     def right(self, logits: Tensor, targets: Any) -> Tensor:
-        """Which rows are predicted correctly: bool [...], of the targets' shape; [0] without
+        """Whether each row is predicted correctly: bool [...], of the targets' shape; [0] without
         classes."""
         if not self.counts:
             return torch.zeros(0, dtype=torch.bool, device=logits.device)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the gradient is written: over the logits, into `out`, or, with neither, into new
-    memory."""
+    """The memory that a gradient is written to: the logits, `out`, or, with neither, new memory."""
 
     inplace: bool = False
     out: Tensor | None = None

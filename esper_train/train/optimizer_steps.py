@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # importing it takes half as long as importing torch
     from esper_train.train.shards import Shards
 
 NETWORK = ""
-"""Name of the unit of all that no learner owns."""
+"""The name of the unit of the parameters that no learner owns."""
 
 
 class OptimizerSteps:
@@ -68,13 +68,13 @@ class OptimizerSteps:
         self._units = tuple(units.values())
 
     def reset(self) -> None:
-        """Forget what was added up."""
+        """Set the sums to 0."""
         self.meter.reset()
         for unit in self._units:
             unit.reset()
 
     def sources(self) -> tuple[Meter | GradStats | Tensor, ...]:
-        """What was added up, on the device."""
+        """The sums of the epoch, on the device."""
         units = [source for unit in self._units for source in (unit.skipped, *unit.measured())]
         return (self.meter, *units)
 

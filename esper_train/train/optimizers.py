@@ -4,10 +4,11 @@ and go."""
 import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
@@ -30,10 +31,16 @@ class OptimizerRegistry:
     def attach(
         self, group: str, optimizer: Optimizer | None, schedule: LRScheduler | None = None
     ) -> None:
-        """Add a group; None stands for one without parameters. `ValueError` if the name is taken,
-        or for an optimizer that cannot step without a closure."""
+        """Add a group; None stands for one without parameters. `TypeError` for anything else that
+        is no `Optimizer`, `ValueError` if the name is taken, or for an optimizer that cannot step
+        without a closure."""
         if group in self._optimizers:
             raise ValueError(f"group {group!r} has an optimizer already; detach it first")
+        if not isinstance(optimizer, (Optimizer, NoneType)):
+            raise TypeError(
+                f"group {group!r}: expected a torch.optim.Optimizer or None, got a "
+                f"{type(optimizer).__name__}; several optimizers need a group each"
+            )
         if optimizer is not None and _needs_closure(optimizer):
             raise ValueError(
                 "expected an optimizer whose step() needs no closure, got "
@@ -65,6 +72,17 @@ class OptimizerRegistry:
             else [p for g in optimizer.param_groups for p in g["params"]]
             for group, optimizer in self._optimizers.items()
         }
+
+    def require_parameters_of(self, model: nn.Module) -> None:
+        """`ValueError` where a step would change nothing of the model, as where the model was made
+        again and its optimizer was not."""
+        learning = [p for p in model.parameters() if p.requires_grad]
+        held = {id(p) for members in self.parameters().values() for p in members}
+        if learning and not any(id(p) in held for p in learning):
+            raise ValueError(
+                "expected an optimizer of the model's parameters, got none that holds any of the "
+                f"{len(learning)} that require grad; make it from model.parameters() of this model"
+            )
 
     def present(self, groups: Collection[str] | None = None) -> list[Optimizer]:
         """The optimizers there are, in the order of attachment; of these groups, where given."""

@@ -35,7 +35,7 @@ class Measures:
     `TrainConfig.on_bad_numbers`."""
     batches: int
     measured: Measured = field(default_factory=Measured)
-    """What `train.measures` asks for; in it, None is what was not measured."""
+    """The measures that `train.measures` asks for; those that were not measured are None."""
 
     @property
     def points(self) -> float:
@@ -77,7 +77,8 @@ class EpochResult(Measures):
     skipped: int
     """Steps left out because gradients were not finite."""
     learners: dict[str, LearnerResult]
-    """What learned beside the model, by name; `grad` and `skipped` are of the model alone."""
+    """The results of what learned beside the model, by name; `grad` and `skipped` are those of the
+    model alone."""
     seconds: float
     backend: str
     compiled: bool
@@ -95,7 +96,8 @@ class EvalResult(Measures):
     seconds: float
     backend: str
     right: Tensor = field(repr=False, compare=False)
-    """Which targets were predicted, in the order of the data; bool [rows or tokens], on the CPU."""
+    """Whether each target was predicted, in the order of the data; bool [rows or tokens], on the
+    CPU."""
     variants: dict[str, Measures] = field(default_factory=dict)
     """The same data under each variant's alpha."""
 

@@ -185,7 +185,7 @@ class DatasetSource(_Stateless):
 
 
 class _SeededBatches(Dataset[Any]):
-    """From (seed, rows) to a batch, whose samples draw random numbers from that seed."""
+    """A function from (seed, rows) to a batch, whose samples draw random numbers from that seed."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self._data = data

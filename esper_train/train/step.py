@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy_step, select_backend
+from esper_train.base.names import require_type
 from esper_train.train import linear
 from esper_train.train.amp import LossScaler
 from esper_train.train.batches import ReadBatch, cloned
@@ -372,9 +373,11 @@ def build_train_step(
             pair nor a dict.
 
     Raises:
+        TypeError: a config or criterion of another type.
         ValueError: unknown task type, a regression without a criterion, a cross entropy that does
             not reduce to one number or has a meter or config of its own, a
             `LinearCrossEntropyLoss`, or a criterion of one's own where `config.capture` asks for
             CUDA graphs.
     """
+    require_type(config, TrainConfig, "config")
     return TrainStep(Loss(task_type, config, criterion), config, forward, batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.helpers.ranks import tables
 
 DEADLY_STEP = 17
-"""Of steps that count from 1; there are five per epoch."""
+"""The number of the step, counted from 1; there are five per epoch."""
 
 
 class KilledAt:

@@ -90,7 +90,7 @@ class Operations(TorchDispatchMode):
 
 
 def network() -> nn.Module:
-    """With running statistics and random numbers."""
+    """A model with running statistics and random numbers."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Flatten(),

@@ -21,7 +21,7 @@ def deal_out(items: list[pytest.Item]) -> None:
         and not str(item.callspec.params["config"]).startswith("cpp-")
     ]
     values: dict[tuple[Path, str, str], list[object]] = {}
-    """Those of a parameter of a test, in their order."""
+    """The values of a parameter of a test, in their order."""
     cases = []
     for item in dealt:
         case = {}

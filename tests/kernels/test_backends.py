@@ -238,6 +238,8 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         KernelConfig(backend="fast")
     with pytest.raises(ValueError, match=r"cross_entropy.*grad_stats.*got 'softmax'"):
         select_backend("softmax", "cpu", torch.float32)
+    with pytest.raises(TypeError, match=r"such as torch\.float32, got 'cpu' and 'float32'"):
+        select_backend("cross_entropy", "cpu", "float32")  # type: ignore[arg-type]
 
 
 def test_config_is_frozen_and_keyword_only() -> None:

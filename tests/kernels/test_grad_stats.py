@@ -291,6 +291,24 @@ def test_out_of_another_layout_is_refused(config: KernelConfig) -> None:
         (torch.nn.Linear(1, 1), {}, TypeError, r"got Linear .*\[p\.grad for p in module"),
         ([torch.ones(2), 1.0], {}, TypeError, r"grads\[1\] must be a dense tensor or None.*float"),
         ([torch.ones(2).to_sparse()], {}, TypeError, r"grads\[0\] must be a dense tensor.*sparse"),
+        (
+            [*torch.nn.Linear(1, 1).parameters()],
+            {},
+            TypeError,
+            r"nn.Parameter at place 0.*\[p.grad",
+        ),
+        (
+            {"frozen": [None, torch.nn.Parameter(torch.ones(2), requires_grad=False)]},
+            {},
+            TypeError,
+            "nn.Parameter at place 1",
+        ),
+        (
+            [*torch.nn.Linear(1, 1).named_parameters()],
+            {},
+            TypeError,
+            "got a tuple at place 0.*name: ",
+        ),
         ([torch.ones(2).long()], {}, TypeError, r"grads\[0\] must be one of.*got torch.int64"),
         (
             [torch.ones(2), None, torch.ones(2, device="meta")],

@@ -249,7 +249,9 @@ def test_compute_all_keeps_every_bit() -> None:
     assert compute_all() == ()
 
 
-def test_compute_all_refuses_other_dtypes_and_mixed_devices() -> None:
+def test_compute_all_refuses_other_sources_dtypes_and_mixed_devices() -> None:
+    with pytest.raises(TypeError, match=r"got a list; of a list pass compute_all\(\*sources\)"):
+        compute_all([Meter("cpu")])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"int64 and float64 tensors, got torch\.float32"):
         compute_all(torch.ones(2))
     with pytest.raises(ValueError, match=r"one device at a time.*'cpu', 'meta'"):

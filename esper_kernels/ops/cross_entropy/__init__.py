@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels import checks
-from esper_kernels.config import DTYPES, KernelConfig
+from esper_kernels.config import DTYPES, KernelConfig, instruction_set_of
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cpp, reference, triton
 from esper_kernels.ops.cross_entropy.arguments import (
@@ -100,7 +100,6 @@ def cross_entropy(
     if logits is None or targets is None or input is not None or target is not None:
         logits = checks.by_either_name("logits", logits, "input", input)
         targets = checks.by_either_name("targets", targets, "target", target)
-    instruction_set = getattr(config, "instruction_set", "auto")  # of None too
     options = Options(
         weight,
         ignore_index,
@@ -109,7 +108,7 @@ def cross_entropy(
         softcap,
         reduction,
         normalizer,
-        instruction_set,
+        instruction_set_of(config),
     )
     checks.refuse_transforms("cross_entropy", logits)
     logits = classes_last(logits, class_dim)
@@ -133,7 +132,7 @@ def cross_entropy(
 
 @overload
 def cross_entropy_step(
-    logits: Tensor, targets: Tensor, meter: Meter | None, **options: Unpack[StepOptions]
+    logits: Tensor, targets: Tensor, meter: Meter | None = None, **options: Unpack[StepOptions]
 ) -> Tensor: ...
 @overload
 def cross_entropy_step(
@@ -178,7 +177,6 @@ def cross_entropy_step(
     if logits is None or targets is None or input is not None or target is not None:
         logits = checks.by_either_name("logits", logits, "input", input)
         targets = checks.by_either_name("targets", targets, "target", target)
-    instruction_set = getattr(config, "instruction_set", "auto")  # of None too
     options = Options(
         weight,
         ignore_index,
@@ -187,7 +185,7 @@ def cross_entropy_step(
         softcap,
         reduction,
         normalizer,
-        instruction_set,
+        instruction_set_of(config),
     )
     checks.refuse_transforms("cross_entropy_step", logits)
     compiling = torch.compiler.is_compiling()

@@ -15,7 +15,7 @@ _MaybeNumber = TypeVar("_MaybeNumber", Number, Number | None)
 
 
 class CommonOptions(TypedDict, total=False):
-    """What the loss and the step have in common."""
+    """The options that the loss and the step share."""
 
     targets2: Tensor | None
     share: float | Tensor | None
@@ -118,7 +118,7 @@ def as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
 
 
 def destination(logits: Tensor, out: Tensor | None, inplace: bool) -> Tensor | None:
-    """What a step writes its gradient to; None for fresh memory."""
+    """The memory that a step writes its gradient to; None for new memory."""
     if inplace:
         if out is not None:
             raise ValueError("expected out or inplace=True, got both")

@@ -53,7 +53,7 @@ class Forward(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What the loss of each row [...] depends on besides its weight, over all of its classes."""
+    """The quantities from which the loss of each row [...] is computed, besides its weight."""
 
     row_max: Tensor
     row_log_sum: Tensor
@@ -63,7 +63,7 @@ class RowSums(NamedTuple):
 
 
 class RowFactors(NamedTuple):
-    """Of each row, the factors of what its gradient adds up; [] or [...]."""
+    """The factors of the terms of each row's gradient; [] or [...]."""
 
     of_softmax: Tensor
     at_target: Tensor  # subtracted at the target
@@ -141,7 +141,7 @@ def mixed(
 def _weights_at(
     rows: Rows, options: Options, weights: Tensor
 ) -> tuple[Tensor, Tensor | None, Number]:
-    """Of each row: the weight of its target, with MixUp that of its second target, and the sum of
+    """For each row: the weight of its target, with MixUp that of its second target, and the sum of
     its shares."""
     at_target = weights[rows.target]
     if options.second is None or options.shares is None:

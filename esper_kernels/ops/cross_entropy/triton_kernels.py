@@ -119,7 +119,8 @@ def count(
 
 @triton.jit
 def _offset(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
-    """Where a row begins, by strides in units; rows are [outer, inner] where inner is not None."""
+    """The offset of a row, with strides in units; rows are [outer, inner] where inner is not
+    None."""
     if inner is None:
         return row * inner_stride * UNIT
     else:
@@ -136,7 +137,7 @@ def _next_below(x):
 
 @triton.jit
 def _first_largest(x, c, V):
-    """Where the first largest of each row of a tile [rows, block] is."""
+    """The index of the first largest element of each row of a tile [rows, block]."""
     return tl.min(tl.where(x == tl.max(x, 1)[:, None], c, V), 1)
 
 

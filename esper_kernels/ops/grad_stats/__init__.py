@@ -20,7 +20,6 @@ from esper_kernels.values import materialized
 __all__ = ["GradHealth", "GradStats", "clip_grad_norm_", "grad_stats"]
 
 _MODULES = {"eager": reference, "cpp": cpp, "triton": triton, "cuda": cpp}
-_PLAIN = (Tensor, torch.nn.Parameter)
 Grads = Sequence[Tensor | None]
 
 
@@ -38,7 +37,8 @@ def grad_stats(
 
     grads: a sequence of tensors or None, or a mapping from group name to such a sequence or to one
         tensor; float16, bfloat16, float32, float64 mixed, any shape and stride, one device. None
-        and empty tensors keep their place.
+        and empty tensors keep their place. An `nn.Parameter` is refused, because its gradient is
+        meant: pass `p.grad`, or `p.detach()` to measure the parameter itself.
     vanishing, exploding: numbers >= 0; a tensor whose L2 norm is strictly below / above is counted
         as such.
     inv_scale: [] on the gradients' device (1 / a loss scaler's scale), by which every value is
@@ -101,8 +101,8 @@ def _measure_natively(
     them."""
     first = next((x for x in tensors if x is not None), None)
     given = (*tensors, inv_scale)
-    if not isinstance(first, Tensor) or not all(x is None or type(x) in _PLAIN for x in given):
-        return None  # a subclass may mean something else by its memory
+    if not isinstance(first, Tensor) or not all(x is None or type(x) is Tensor for x in given):
+        return None  # a subclass may mean something else by its memory, and `_check` refuses some
     choice = select_backend("grad_stats", first.device.type, torch.float32, config)
     if choice.name not in checks.NATIVE:
         return None
@@ -193,12 +193,18 @@ def _check(
     for place, x in enumerate(tensors):
         if x is None:
             continue
-        if not checks.is_dense(x):
-            what = f"{type(x).__name__} {getattr(x, 'layout', '')}"
+        if isinstance(x, torch.nn.Parameter):
             raise TypeError(
-                f"grads[{place}] must be a dense tensor or None (of a DTensor to_local()), got "
-                f"{what}"
+                f"grads must be gradients, got an nn.Parameter at place {place}; pass [p.grad for "
+                "p in parameters], or p.detach() to measure the parameters themselves"
             )
+        if isinstance(x, tuple):
+            raise TypeError(
+                f"grads must be tensors or None, got a tuple at place {place}; of named parameters "
+                "pass {name: p.grad for name, p in module.named_parameters()}"
+            )
+        if not checks.is_dense(x):
+            raise checks.not_dense(f"grads[{place}]", x, "a dense tensor or None")
         if x.dtype not in DTYPES:
             raise TypeError(f"grads[{place}] must be one of {DTYPES}, got {x.dtype}")
         checks.check_storage(f"grads[{place}]", x)
@@ -222,7 +228,8 @@ def _check(
 
 
 def _check_result(out: GradStats, num_tensors: int, device: torch.device) -> None:
-    """That `out` is an earlier result of as many tensors on this device."""
+    """Raise TypeError or ValueError unless `out` is an earlier result of as many tensors on this
+    device."""
     if not isinstance(out, GradStats):
         raise TypeError(f"out must be a GradStats, got {checks.describe(out)}")
     if (len(out.numels), out.found_inf.device) != (num_tensors, device):

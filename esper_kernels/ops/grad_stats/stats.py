@@ -131,11 +131,11 @@ class GradStats:
         return health
 
     def pack(self) -> Tensor:
-        """What `compute_all` reads: int64 [4 T]."""
+        """The result as the words that `compute_all` reads: int64 [4 T]."""
         return torch.cat([self.norms.view(torch.int64), self.counts.flatten()])
 
     def unpack(self, words: list[int], strict: bool) -> GradHealth:
-        """What `compute_all` returns for the words of `pack`. strict has no effect here."""
+        """The result, from the words of `pack` on the host. `strict` has no effect here."""
         n = len(self.numels)
         norms = words_to_floats(words[:n])
         rows = list(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels import checks
-from esper_kernels.config import KernelConfig
+from esper_kernels.config import KernelConfig, instruction_set_of
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy.arguments import as_tensor, mixture, traceable
 from esper_kernels.ops.cross_entropy.reference import Options, refuse_bad_targets
@@ -27,7 +27,8 @@ _INSTEAD = "F.linear and F.cross_entropy"  # where derivatives or traces are ref
 
 
 class LinearGradients(NamedTuple):
-    """What `linear_cross_entropy_step` returns; None for what needs no gradient."""
+    """The gradients that `linear_cross_entropy_step` returns; None for an argument that needs
+    none."""
 
     hidden: Tensor | None  # as hidden
     weight: Tensor | None  # as weight, or the `weight_grad` that was given
@@ -84,7 +85,7 @@ def linear_cross_entropy(
         softcap,
         reduction,
         normalizer,
-        getattr(config, "instruction_set", "auto"),  # of None too
+        instruction_set_of(config),
     )
     backend, batch, dtype, options = _prepare(
         "linear_cross_entropy",
@@ -111,7 +112,7 @@ def linear_cross_entropy_step(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    meter: Meter | None,
+    meter: Meter | None = None,
     *,
     bias: Tensor | None = None,
     targets2: Tensor | None = None,
@@ -149,7 +150,7 @@ def linear_cross_entropy_step(
         softcap,
         reduction,
         normalizer,
-        getattr(config, "instruction_set", "auto"),  # of None too
+        instruction_set_of(config),
     )
     if reduction == "none":
         raise ValueError(

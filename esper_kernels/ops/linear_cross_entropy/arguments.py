@@ -1,4 +1,4 @@
-"""What linear cross entropy refuses besides what cross entropy does."""
+"""The checks that linear cross entropy adds to those of cross entropy."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -48,9 +48,11 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"weight must be [V, H] with V of at least 1, got shape {tuple(weight.shape)}"
         )
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        transposed = hidden.dim() > 0 and hidden.shape[-1] == len(weight)
+        hint = "; if weight is [H, V], pass weight.t()" if transposed else ""
         raise ValueError(
             f"hidden must be [..., H] with H = {weight.shape[1]}, as weight [V, H] of shape "
-            f"{tuple(weight.shape)} has, got shape {tuple(hidden.shape)}"
+            f"{tuple(weight.shape)} has, got shape {tuple(hidden.shape)}{hint}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -65,14 +67,15 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_storages(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """For a backward pass: that none of these was freed since the forward pass."""
+    """Raise ValueError in a backward pass where one of these was freed since the forward pass."""
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is not None:
             checks.check_storage(name, x)
 
 
 def logits_stand_in(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Shape, dtype and device of the logits, in the memory of one number."""
+    """A tensor with the shape, dtype and device of the logits that takes the memory of one
+    number."""
     one = torch.empty(1, dtype=dtype, device=hidden.device)
     return one.expand(*hidden.shape[:-1], len(weight))
 
@@ -80,13 +83,13 @@ def logits_stand_in(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tenso
 def check_batch(
     logits: Tensor, targets: Tensor, meter: Meter | None, options: Options, num_classes: int
 ) -> None:
-    """What cross entropy checks. logits: a stand-in of their shape, dtype and device."""
+    """Run the checks of cross entropy. logits: from `logits_stand_in`."""
     checks.check_batch(logits, targets, meter, num_classes)
     checks.check_options(logits, options._asdict(), "class_weight", num_classes)
 
 
 def check_divided(name: str, shard: ClassShard, weight: Tensor) -> None:
-    """weight: that of the classes of this rank."""
+    """Check a shard of the classes, whose weight on this rank is `weight`."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{name} with a shard is no part of a compiled graph; call it outside of one"
@@ -95,7 +98,8 @@ def check_divided(name: str, shard: ClassShard, weight: Tensor) -> None:
 
 
 def check_gradient_memory(name: str, memory: object, parameter: Tensor) -> None:
-    """Memory for the gradient of a parameter: like it, or float32."""
+    """Check that `memory` can take the gradient of a parameter: its shape, and its dtype or
+    float32."""
     dtypes = (parameter.dtype, torch.float32)
     if (
         not checks.is_dense(memory)

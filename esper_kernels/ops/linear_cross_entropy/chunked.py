@@ -68,7 +68,7 @@ def run(
 
 
 def _options_of(rows: slice, options: Options) -> Options:
-    """With MixUp, the second targets and the shares of these rows alone."""
+    """The options for some rows: with MixUp, their second targets and their shares."""
     if options.second is None or options.shares is None:
         return options
     shares = options.shares[:, rows].contiguous()
@@ -157,7 +157,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """In which products are computed."""
+    """The dtype in which matrix products are computed."""
     return torch.promote_types(hidden.dtype, torch.float32) if hidden.is_cpu else hidden.dtype
 
 

@@ -196,7 +196,8 @@ def _run_op(
 
 
 def _sum_for(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What the chunks add to: the gradient itself, unless it would round each sum."""
+    """The memory that the chunks add to: the gradient itself, unless its dtype would round each
+    sum."""
     if gradient is None or gradient.dtype == dtype:
         return gradient
     return torch.zeros_like(gradient, dtype=dtype)

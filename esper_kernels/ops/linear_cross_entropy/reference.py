@@ -26,10 +26,8 @@ class Batch(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Where gradients go; None for those that nobody wants.
-
-    Those of weight and bias are float32 (float64 for float64 batches) and are added to.
-    """
+    """Memory for the gradients; None for a gradient that is not wanted. Those of weight and bias
+    are float32 (float64 for float64 batches), and are added to."""
 
     hidden: Tensor | None  # [N, H], written over
     weight: Tensor | None  # [V, H]

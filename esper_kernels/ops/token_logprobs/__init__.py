@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esper_kernels import checks
-from esper_kernels.config import KernelConfig
+from esper_kernels.config import KernelConfig, instruction_set_of
 from esper_kernels.ops.derivatives import DifferentiableOnce
 from esper_kernels.ops.linear_cross_entropy import arguments
 from esper_kernels.ops.token_logprobs import op
@@ -55,7 +55,7 @@ def token_logprobs(
         logits.dtype,
         float(temperature),
         ignore_index,
-        "auto" if config is None else config.instruction_set,
+        instruction_set_of(config),
     )
     return _call("token_logprobs", inputs, entropy, targets.shape)
 
@@ -93,14 +93,14 @@ def linear_token_logprobs(
         dtype,
         float(temperature),
         ignore_index,
-        "auto" if config is None else config.instruction_set,
+        instruction_set_of(config),
     )
     return _call("linear_token_logprobs", inputs, entropy, targets.shape)
 
 
 def _check_numbers(temperature: object, ignore_index: object) -> None:
     # In float32, logit / temperature leaves the normal numbers outside of this range.
-    checks.check_plain_number("temperature", temperature, low=2.0**-100, high=2.0**100)
+    checks.check_divisor("temperature", temperature)
     checks.check_integer("ignore_index", ignore_index)
 
 

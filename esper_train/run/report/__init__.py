@@ -167,7 +167,7 @@ def _given(finished: Record) -> str:
 
 
 def _costs(run: History) -> list[str]:
-    """What each kind of seed costs while it trains, counted and by the clock."""
+    """The cost of each kind of seed while it trains: counted multiply-adds, and time."""
     heading = tag("h2", "Cost of a seed in TRAINING")
     if not run.costs:
         return [heading, tag("p", "No cost was reported.")]

@@ -1,5 +1,5 @@
-"""What a controller did: its decisions over the epochs, what they earned, and how probable each
-action was where the controller knows."""
+"""The decisions of a controller over the epochs, their rewards, and the probability of each action
+where the controller has probabilities."""
 
 import math
 from collections.abc import Mapping

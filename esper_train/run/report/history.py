@@ -1,4 +1,5 @@
-"""What a run reported, read back from its directory: events by kind, and series of numbers."""
+"""The report's input: the events of a run, read back from its directory by kind and as series of
+numbers."""
 
 import math
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""How a run was made: the command, the versions, and its settings."""
+"""The section of a report on how its run was made: the command, the versions, and the settings."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from esper_train.run.report.page import table, tag
 
 
 def origin_part(directory: Path) -> list[str]:
-    """What environment.json says, and the settings that are not the task's own."""
+    """The contents of environment.json, and the settings that differ from the task's presets."""
     parts = [tag("h2", "How it was made")]
     with suppress(OSError, ValueError):  # missing or damaged
         environment = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))

@@ -79,3 +79,11 @@ torch.save([network(x) for x in torch.load("inputs.pt")], "outputs.pt")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
     for ours, theirs in zip(expected, torch.load(tmp_path / "outputs.pt"), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_plain_network_is_named() -> None:
+    plain = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"model must be of type MorphModel, got Linear.*load_run"):
+        fold(plain)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"host must be of type Host, got Linear.*make a Host"):
+        MorphModel(plain)  # type: ignore[arg-type]

@@ -270,6 +270,20 @@ def test_an_optimizer_of_ones_own_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [run_fit, run_heuristic_episode, train_heuristic])
+def test_a_directory_that_holds_no_run_is_not_resumed(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"no run to resume.*config.json, but notes.txt"):
+        start(CONFIG, task=own.table, out=tmp_path, resume=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_host_that_is_no_host_is_named() -> None:
+    task = replace(own.table, build_host=lambda config: torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="task 'table': expected build_host to return a Host"):
+        run_fit(CONFIG, task=task)
+
+
+@pytest.mark.parametrize("start", [run_fit, run_heuristic_episode, train_heuristic])
 def test_what_is_no_config_is_refused(start: Any) -> None:
     with pytest.raises(TypeError, match="config must be of type RunConfig, got 'digits'"):
         start("digits")

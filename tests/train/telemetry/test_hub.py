@@ -12,7 +12,7 @@ from esper_train.run.start import run_heuristic_episode
 from esper_train.telemetry.config import TelemetryConfig
 from esper_train.telemetry.event import Event, EventType
 from esper_train.telemetry.hub import TelemetryHub
-from esper_train.telemetry.sinks import JsonlSink
+from esper_train.telemetry.sinks import ConsoleSink, JsonlSink
 from esper_train.train.config import GradConfig, TrainConfig
 from tests.helpers.scripted import EASY, Recorder, a_life_and_a_cull, strict
 
@@ -188,3 +188,8 @@ def test_an_escalation_does_not_shorten_one_under_way() -> None:
 
 def test_bad_numbers_escalate_to_debug(broken_events: list[Event]) -> None:
     assert EventType.LAYER_GRADIENTS in {event.type for event in broken_events}
+
+
+def test_a_sink_in_place_of_a_list_of_sinks_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"sinks must be a list of sinks.*pass \[sink\]"):
+        TelemetryHub(ConsoleSink())  # type: ignore[arg-type]

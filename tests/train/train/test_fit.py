@@ -120,7 +120,7 @@ def test_on_step_is_called_after_each_optimizer_step_and_reads_only_when_asked(
 
 def test_epochs_below_one_are_refused() -> None:
     model = classifier()
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="epochs must be an int of at least 1, got 0"):
         fit(model, batches(), sgd(model), CONFIG, task_type="classification", epochs=0)
 
 

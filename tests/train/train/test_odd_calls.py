@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper_train import RunConfig, TrainConfig, evaluate, train_one_epoch
+from esper_train import RunConfig, TrainConfig, evaluate, fit, train_one_epoch
 from tests.helpers.linear import INPUTS, TARGETS, linear, sgd, train
 
 GOOD = (INPUTS, TARGETS)
@@ -26,6 +26,10 @@ GOOD = (INPUTS, TARGETS)
         ("config", RunConfig()),
         ("optimizers", None),
         ("optimizers", torch.optim.SGD),
+        ("optimizer of the model's parameters", sgd(linear())),
+        ("model", lambda x: x),
+        ("epochs", "3"),
+        ("epochs", 0),
         ("max_batches", 0),
         ("max_batches", -1),
         ("max_batches", 1.5),
@@ -34,6 +38,8 @@ GOOD = (INPUTS, TARGETS)
         ("max_batches", math.nan),
         ("task type", None),
         ("task type", "regresion"),
+        ("criterion", "mse"),
+        ("criterion", nn.CrossEntropyLoss),
         ("criterion", lambda logits, targets: 1.0),
         ("criterion", lambda logits, targets: torch.tensor(1.0)),
         ("criterion", lambda logits, targets: (F.cross_entropy(logits, targets),)),
@@ -44,14 +50,23 @@ def test_an_argument_that_is_none_is_named(name: str, value: Any) -> None:
     model = linear()
     before = copy.deepcopy(model.state_dict())
     arguments: dict[str, Any] = {
+        "model": model,
         "config": TrainConfig(),
         "optimizers": sgd(model),
         "task_type": "classification",
     }
-    arguments[name.replace(" ", "_")] = value
+    arguments["optimizers" if name.startswith("optimizer") else name.replace(" ", "_")] = value
+    call: Callable[..., object] = fit if name == "epochs" else train_one_epoch
     with pytest.raises((TypeError, ValueError), match=name):
-        train_one_epoch(model, [GOOD], **arguments)
+        call(loader=[GOOD], **arguments)
     assert all(torch.equal(model.state_dict()[key], x) for key, x in before.items())
+
+
+def test_samples_in_place_of_batches_are_told_apart_from_a_wrong_model() -> None:
+    model = linear()
+    samples = torch.utils.data.TensorDataset(*GOOD)
+    with pytest.raises(ValueError, match=r"got \(3,\).*; if the loader is a Dataset of samples"):
+        evaluate(model, samples, TrainConfig(), task_type="classification")  # type: ignore[arg-type]
 
 
 class Returns(nn.Module):

@@ -118,6 +118,13 @@ def test_attach_refuses_a_taken_name_and_keeps_the_first() -> None:
     assert [id(p) for p in registry.parameters()["host"]] == [id(host)]
 
 
+def test_attach_refuses_what_is_no_optimizer() -> None:
+    with pytest.raises(
+        TypeError, match=r"group 'host': expected a torch\.optim\.Optimizer.*a list"
+    ):
+        OptimizerRegistry(host=[])  # type: ignore[arg-type]
+
+
 def test_attach_refuses_the_name_of_a_group_without_parameters() -> None:
     registry = OptimizerRegistry()
     registry.attach("mid", None)
