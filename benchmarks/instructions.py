@@ -50,13 +50,14 @@ class Instruction(NamedTuple):
         return int(found[1], 16) if found else None
 
 
-def build(program: Path) -> None:
-    """Compile the kernels and benchmarks/instructions.cpp as the installed library is."""
+def build(program: Path, *flags: str) -> None:
+    """Compile the kernels and benchmarks/instructions.cpp as the installed library is, or with
+    further flags."""
     sys.path.insert(0, str(ROOT))
     from setup import FLAGS, KERNELS
 
     sources = ["benchmarks/instructions.cpp", *KERNELS]
-    command = ["g++", "-std=c++20", "-w", "-Icsrc", *FLAGS, *sources, "-o", str(program)]
+    command = ["g++", "-std=c++20", "-w", "-Icsrc", *FLAGS, *flags, *sources, "-o", str(program)]
     subprocess.run(command, check=True, cwd=ROOT)
 
 

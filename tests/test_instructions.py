@@ -50,17 +50,52 @@ def test_a_table_shows_what_could_be_counted() -> None:
     assert lines[3] == "| avx512 | float32 |  |  |  |  |  |"
 
 
+def check_loops(row: dict[str, float | None]) -> None:
+    for loop in instructions.LOOPS:
+        count = row[loop]
+        assert count is not None, row
+        assert 0.1 < count < 20, row
+
+
+@pytest.mark.slow
+def test_every_loop_is_found_in_the_kernels() -> None:
+    """In the module for tests, which has the same kernels with the same flags as the library, and
+    their names."""
+    module = pytest.importorskip("tests.helpers.cpp", reason="built only with ESPER_TESTING=1")
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump here")
+    found = instructions.of_loops(Path(module.__file__))
+    assert found.keys() == instructions.LANES.keys()
+    for rows in found.values():
+        assert rows.keys() == instructions.DTYPES.keys()
+        for row in rows.values():
+            check_loops(row)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_loop_is_found_in_the_kernels() -> None:
+def test_a_step_is_counted(tmp_path: Path) -> None:
+    """Compiled without optimization, which takes a quarter of the time."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    program = tmp_path / "instructions"
+    instructions.build(program, "-O0")
+    counted = instructions.of_step(program, "baseline", "float32")
+    if counted is None:
+        pytest.skip("neither perf nor valgrind here")
+    assert 1 < counted[0] < 10_000
+    assert instructions.of_step(program, "unheard-of", "float32") is None
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_every_figure_is_measured() -> None:
     if shutil.which("g++") is None or shutil.which("objdump") is None:
         pytest.skip("no g++ or no objdump here")
     rows = instructions.measure()
     assert len(rows) == len(instructions.LANES) * len(instructions.DTYPES)
     for row in rows:
-        for loop in instructions.LOOPS:
-            assert row[loop] is not None, row
-            assert 0.1 < row[loop] < 20
+        check_loops(row)
 
 
 def test_results_of_machines_are_found_the_last_first(tmp_path: Path) -> None:

@@ -7,34 +7,34 @@ from threading import Barrier
 
 import pytest
 
-from tests.cuda_shim import build as shim
+from tests.helpers.built_once import built_once
 from tests.helpers.order import longest_first
 from tests.helpers.turns import deal_out
 
 pytest_plugins = "pytester"
 
 
-def test_who_needs_the_simulator_at_the_same_time_waits_for_one_build(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_needs_a_build_at_the_same_time_waits_for_one(tmp_path: Path) -> None:
     everybody = Barrier(3)
-    built: list[Path] = []
+    made: list[Path] = []
 
-    def build(library: Path) -> None:
-        built.append(library)
+    def make(library: Path) -> None:
+        made.append(library)
         library.write_bytes(b"whole")
 
     def need() -> bytes:
         everybody.wait()
-        return shim.built(tmp_path).read_bytes()
+        return built_once("ops", make, folder=tmp_path).read_bytes()
 
-    monkeypatch.setattr(shim, "build", build)
-    (tmp_path / "cuda_shim-of-older-sources.so").touch()
+    (tmp_path / "ops-of-older-sources.so").touch()
     with ThreadPoolExecutor(3) as pool:
         found = [pool.submit(need) for _ in range(3)]
     assert [each.result() for each in found] == [b"whole"] * 3
-    assert len(built) == 1
-    assert [path.name for path in tmp_path.glob("*.so")] == [shim.built(tmp_path).name]
+    assert len(made) == 1
+    assert list(tmp_path.glob("*.so")) == [built_once("ops", make, folder=tmp_path)]
+    other = built_once("ops", make, "-O2", folder=tmp_path)
+    assert len(made) == 2
+    assert list(tmp_path.glob("*.so")) == [other]
 
 
 def test_long_tests_start_first_and_others_stay_in_their_order(

@@ -121,16 +121,14 @@ class CutOff:
 
 
 def main(directory: Path, case: str) -> None:
-    """The run of one rank; leaves its error and its seconds, or the network's weights."""
+    """The run of one rank; leaves its error, or the network's weights."""
     torch.set_num_threads(1)
     task = tables(33) if case == "resume" else replace(tables(33), augment=CutOff())
-    began = time.monotonic()
     left = directory / f"{case}-{os.environ['RANK']}"
     try:
         result = run_fit(CONFIG, task=task, out=directory / "run", resume=case == "resume")
     except RankLostError as error:
-        found = {"message": str(error), "seconds": time.monotonic() - began}
-        left.with_suffix(".json").write_text(json.dumps(found))
+        left.with_suffix(".json").write_text(json.dumps({"message": str(error)}))
         return
     torch.save(dict(result.model.state_dict()), left.with_suffix(".pt"))
 

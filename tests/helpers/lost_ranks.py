@@ -3,7 +3,6 @@ others when one fails, is killed or stops answering."""
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -64,9 +63,8 @@ def send(number: int) -> Callable[[], None]:
 def run(
     out: Path, act: Callable[[], object], *, resume: bool = False, grows: bool = False
 ) -> dict[str, Any]:
-    """The error that ended a run and the seconds that it took, or the network's weights."""
+    """The error that ended a run, or the network's weights."""
     task = replace(tables(33), augment=Sabotage(act))
-    began = time.monotonic()
     try:
         if grows:
             script = Script(e1=germinate("early", "bottleneck"))
@@ -74,11 +72,7 @@ def run(
         else:
             result = run_fit(CONFIG, task=task, out=out, resume=resume)
     except (RankLostError, ValueError) as error:
-        return {
-            "error": type(error).__name__,
-            "message": str(error),
-            "seconds": time.monotonic() - began,
-        }
+        return {"error": type(error).__name__, "message": str(error)}
     return {"weights": dict(result.model.state_dict())}
 
 

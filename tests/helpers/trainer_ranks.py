@@ -1,11 +1,11 @@
-"""Hugging Face's Trainer in two processes: with its own loss, and with ours."""
+"""Hugging Face's Trainer, and two processes of it: with its own loss, and with ours."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper_kernels import Meter
 from esper_kernels.integrations.huggingface import MeterLogs, causal_lm_loss
@@ -26,7 +26,9 @@ def trainers_of_a_rank(
 
 def both_trainers(steps: int, accumulate: int, directory: Path) -> dict[str, Any]:
     """Rows are [right, counted] of each batch, from its logits."""
-    stock = trainer_of(steps, accumulate, directory)
+    settings: dict[str, Any] = {"steps": steps, "accumulate": accumulate, "ranks": 2}
+    settings["evaluated"] = 2 * 2 * BATCH  # whole batches, of which no rank repeats a sequence
+    stock = trainer_of(small_llama(), directory / "out", **settings)
     stock.train()
     meter, eval_meter = Meter("cpu"), Meter("cpu")
     ours = causal_lm_loss(meter, eval_meter=eval_meter)
@@ -39,9 +41,9 @@ def both_trainers(steps: int, accumulate: int, directory: Path) -> dict[str, Any
         return ours(outputs, labels, num_items_in_batch)
 
     trainer = trainer_of(
-        steps,
-        accumulate,
-        directory,
+        small_llama(),
+        directory / "out",
+        **settings,
         compute_loss_func=watched,
         meter=meter,
         eval_meter=eval_meter,
@@ -70,21 +72,32 @@ def full_pass(model: Any, samples: list[dict[str, Tensor]]) -> float:
     return torch.cat(right).double().mean().item()
 
 
-def trainer_of(steps: int, accumulate: int, directory: Path, **options: Any) -> Any:
-    """A Trainer for `steps` steps over an epoch whose last batch is short."""
+def trainer_of(
+    model: nn.Module,
+    directory: Path,
+    *,
+    steps: int,
+    accumulate: int = 1,
+    ranks: int = 1,
+    evaluated: int = 11,
+    logging_steps: int = 1,
+    **options: Any,
+) -> Any:
+    """A Trainer for `steps` steps over an epoch whose last batch is short on every rank.
+    `evaluated` is the number of sequences of an evaluation."""
     from transformers import Trainer, TrainingArguments
 
     class MeteredTrainer(MeterLogs, Trainer):
         pass
 
     arguments = TrainingArguments(
-        output_dir=str(directory / "out"),
+        output_dir=str(directory),
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
         gradient_accumulation_steps=accumulate,
         num_train_epochs=1,
         learning_rate=0.01,
-        logging_steps=1,
+        logging_steps=logging_steps,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -93,10 +106,10 @@ def trainer_of(steps: int, accumulate: int, directory: Path, **options: Any) -> 
         seed=0,
     )
     return MeteredTrainer(
-        model=small_llama(),
+        model=model,
         args=arguments,
-        train_dataset=sequences(steps * BATCH * accumulate * 2 - 3),
-        eval_dataset=sequences(2 * 2 * BATCH, seed=1),
+        train_dataset=sequences(steps * BATCH * accumulate * ranks - 1 - ranks),
+        eval_dataset=sequences(evaluated, seed=1),
         **options,
     )
 

@@ -22,9 +22,13 @@ def test_the_forward_pass_reads_the_logits_once(tmp_path: Path) -> None:
     if shutil.which("valgrind") is None:
         pytest.skip("no valgrind here")
     program = tmp_path / "reads"
-    sources = [ROOT / "tests/helpers/row_reads.cpp", *KERNELS]
-    command = ["g++", "-std=c++17", "-O2", "-w", f"-I{ROOT / 'csrc'}", *map(str, sources)]
-    subprocess.run([*command, "-o", str(program)], check=True)
+    # Compiling takes most of the time of this test. The simulator cannot run AVX-512 at all.
+    not_run = [path for path in KERNELS if path.stem.startswith("avx512")]
+    command = ["g++", "-std=c++17", "-w", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, "-O0", "-c", *map(str, not_run)], check=True, cwd=tmp_path)
+    run = [ROOT / "tests/helpers/row_reads.cpp", *(path for path in KERNELS if path not in not_run)]
+    command += ["-O1", *map(str, run), *(f"{path.stem}.o" for path in not_run)]
+    subprocess.run([*command, "-o", str(program)], check=True, cwd=tmp_path)
 
     def misses(*arguments: int) -> tuple[int, int]:
         """Reads that the last cache missed, and the bytes of the logits."""

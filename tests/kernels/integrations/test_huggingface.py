@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from esper_kernels import Meter, cross_entropy
 from esper_kernels.integrations.fused_head import patch
-from esper_kernels.integrations.huggingface import MeterLogs, causal_lm_loss, measures, next_tokens
+from esper_kernels.integrations.huggingface import causal_lm_loss, measures, next_tokens
 from esper_kernels.testing import SyncCounter
 from tests.helpers.ranks import together
-from tests.helpers.tokens import VOCABULARY, sequences, small_gpt2, small_llama
-from tests.helpers.trainer_ranks import trainers_of_a_rank
-
-BATCH = 4
+from tests.helpers.tokens import VOCABULARY, small_gpt2, small_llama
+from tests.helpers.trainer_ranks import logged, trainer_of, trainers_of_a_rank
 
 pytestmark = [
     pytest.mark.slow,  # transformers takes seconds to import
@@ -33,49 +31,6 @@ pytestmark = [
 def needs_transformers() -> None:
     pytest.importorskip("transformers", reason="needs the extra hf")
     pytest.importorskip("accelerate", reason="needs the extra hf")
-
-
-def trainer_of(
-    model: nn.Module,
-    directory: Path,
-    *,
-    steps: int,
-    accumulate: int = 1,
-    logging_steps: int = 1,
-    **options: Any,
-) -> Any:
-    """A Trainer for `steps` steps over an epoch whose last batch is short."""
-    from transformers import Trainer, TrainingArguments
-
-    class MeteredTrainer(MeterLogs, Trainer):
-        pass
-
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
-        gradient_accumulation_steps=accumulate,
-        num_train_epochs=1,
-        learning_rate=0.01,
-        logging_steps=logging_steps,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        logging_nan_inf_filter=False,
-        seed=0,
-    )
-    return MeteredTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=sequences(steps * BATCH * accumulate - 2),
-        eval_dataset=sequences(11, seed=1),
-        **options,
-    )
-
-
-def logged(trainer: Any, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def counts(model: nn.Module, samples: list[dict[str, Tensor]]) -> tuple[float, float, float]:
