@@ -54,9 +54,12 @@ docs: $(READY)
 
 # A wheel for other Linux machines, with CUDA kernels if a toolkit is installed. auditwheel tags it with
 # the oldest system that it runs on and shows why. Libraries of torch and of the driver stay out of it.
+# ARCH=aarch64 cross-compiles the CPU kernels. On Debian: apt-get install g++-aarch64-linux-gnu
+ARCH ?= $(shell uname -m)
 wheel: $(READY)
 	rm -rf build/wheel build/lib.* build/bdist.* && mkdir -p build/wheel
-	PATH="$(abspath $(BIN)):$$PATH" FORCE_CUDA=$${FORCE_CUDA-$$(PATH="$$CUDA_HOME/bin:$$PATH" command -v nvcc >/dev/null && echo 1)} \
+	PATH="$(abspath $(BIN)):$$PATH" ESPER_ARCH=$(ARCH) \
+		FORCE_CUDA=$${FORCE_CUDA-$$(PATH="$$CUDA_HOME/bin:$$PATH" command -v nvcc >/dev/null && test $(ARCH) = $$(uname -m) && echo 1)} \
 		$(BIN)/python -m pip wheel -v --no-build-isolation --no-deps -w build/wheel . >build/wheel.log 2>&1 \
 		|| { tail -n 30 build/wheel.log; exit 1; }
 	@grep -m1 'esper-kernels: ' build/wheel.log

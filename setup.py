@@ -3,22 +3,26 @@
 ESPER_NO_EXT=1 leaves them out; MAX_JOBS limits the compilers that run at once. CUDA kernels are
 built where torch is built with CUDA and a toolkit is found (CUDA_HOME, or nvcc on the path), for
 TORCH_CUDA_ARCH_LIST; no GPU is needed. FORCE_CUDA=1 builds them or fails, against any torch;
-NO_CUDA=1 leaves them out. ESPER_TESTING=1 adds the module of csrc/testing.cpp to an editable
-install, beside the tests that use it.
+NO_CUDA=1 leaves them out. ESPER_ARCH=aarch64 compiles the CPU kernels for aarch64 on another
+machine, against torch's wheel for aarch64, which pip downloads. ESPER_TESTING=1 adds the module of
+csrc/testing.cpp to an editable install, beside the tests that use it.
 
 Long functions: `compiled` is the list of extensions with their sources and flags.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 # GCC 12 says so of its own AVX-512 header
@@ -161,6 +165,81 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+CROSS_COMPILER = "aarch64-linux-gnu-g++"
+CROSS_TORCH = Path("build/torch-aarch64")
+
+
+def torch_for_aarch64(version: str) -> Path:
+    """The folder of this release of torch for aarch64, which pip downloads if it is not there."""
+    folder = CROSS_TORCH / version
+    if folder.exists():
+        return folder / "torch"
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (28, 17)]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += [*platforms, "--dest", str(part), f"torch=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(
+            f"esper-kernels: pip finds no torch {version} for aarch64, against which the kernels "
+            f"are compiled: {done.stderr.strip()[-500:]}"
+        )
+    (wheel,) = part.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        wanted = re.compile(r"torch/include/.*|torch/lib/lib(c10|torch|torch_cpu)\.so")
+        archive.extractall(part, filter(wanted.fullmatch, archive.namelist()))
+    wheel.unlink()
+    part.rename(folder)
+    return folder / "torch"
+
+
+def cross_compiled(version: str) -> dict[str, Any]:
+    """What `setup` needs to build the CPU kernels for aarch64. The options of this machine's Python
+    and its compiler do not enter."""
+    compiler = shutil.which(CROSS_COMPILER)
+    if compiler is None:
+        sys.exit(
+            f"esper-kernels: ESPER_ARCH=aarch64, but there is no {CROSS_COMPILER}; install it (on "
+            "Debian: apt-get install g++-aarch64-linux-gnu)"
+        )
+    if os.environ.get("FORCE_CUDA") == "1":
+        sys.exit(
+            "esper-kernels: FORCE_CUDA=1, but CUDA kernels are not cross-compiled; build the wheel "
+            "on an aarch64 machine, or without FORCE_CUDA"
+        )
+    torch = torch_for_aarch64(version)
+
+    class CrossBuild(build_ext):
+        def get_ext_filename(self, fullname: str) -> str:
+            return f"{fullname.replace('.', '/')}.so"
+
+        def build_extension(self, extension: Extension) -> None:
+            to = Path(self.get_ext_fullpath(extension.name))
+            to.parent.mkdir(parents=True, exist_ok=True)
+            command = [compiler, "-shared", "-fPIC", "-std=c++20", *FLAGS, STABLE_ABI, "-s"]
+            command += [f"-I{torch}/include", *extension.sources, "-o", str(to)]
+            # What torch exports of the C++ library is taken from there, with its version, which
+            # auditwheel reads. All that is taken from torch has to be in it.
+            command += ["-lstdc++", f"-L{torch}/lib", "-lc10", "-ltorch", "-ltorch_cpu"]
+            command += ["-Wl,--no-undefined"]
+            print(" ".join(command))
+            subprocess.run(command, check=True)
+
+    class CrossWheel(AnyPython):
+        def get_tag(self) -> tuple[str, str, str]:
+            return *super().get_tag()[:2], "linux_aarch64"
+
+    print(
+        f"esper-kernels: building CPU kernels for aarch64 against torch {version}; no CUDA "
+        "kernels, because: they are not cross-compiled"
+    )
+    ops = Extension("esper_kernels.lib.esper_cpu", ["csrc/ops_cpu.cpp", *KERNELS])
+    commands = {"build_ext": CrossBuild, "bdist_wheel": CrossWheel}
+    return {"ext_modules": [ops], "cmdclass": commands}
+
+
 def compiled() -> dict[str, Any]:
     """What `setup` needs to build the kernels; prints what was decided and why."""
     if os.environ.get("ESPER_NO_EXT") == "1":
@@ -174,6 +253,14 @@ def compiled() -> dict[str, Any]:
             "esper-kernels: cannot import torch, against which the kernels are compiled; install "
             "it and run pip with --no-build-isolation, or set ESPER_NO_EXT=1 for pure Python"
         )
+    architecture = os.environ.get("ESPER_ARCH") or platform.machine()
+    if architecture != platform.machine():
+        if architecture != "aarch64":
+            sys.exit(
+                "esper-kernels: ESPER_ARCH is aarch64 or this machine's architecture, "
+                f"{platform.machine()}; got {architecture!r}"
+            )
+        return cross_compiled(torch.__version__.partition("+")[0])
     if shutil.which(get_cxx_compiler().split()[0]) is None:
         sys.exit(
             f"esper-kernels: there is no C++ compiler {get_cxx_compiler()!r}; install one (g++), "

@@ -84,6 +84,8 @@ py::tuple cross_entropy(const Array<float>& logits, const Array<int64_t>& target
 PYBIND11_MODULE(cpp, m) {
   m.doc() = "The C++ functions below the ops. Half-precision numbers are passed as uint16, their bits.";
   m.def("instruction_sets", instruction_sets, "The instruction sets that can run here, the best first.");
+  m.def("kept_classes", esper::kept_classes, "Of how many classes of a row the exponentials are kept.",
+        py::arg("classes"), py::arg("cache_bytes"));
   const auto def = [&m](const char* name, auto function) {
     m.def(name, function, py::arg("x").noconvert(), py::arg("instruction_set"));
   };
