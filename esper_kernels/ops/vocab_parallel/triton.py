@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_kernels.measures import MeasurePlan
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.memory import gradient_like
 from esper_kernels.ops.cross_entropy.reference import Options
+from esper_kernels.ops.vocab_parallel import reference as eager
 from esper_kernels.ops.vocab_parallel.reference import CLASS_SUMS
 from esper_kernels.ops.vocab_parallel.shard import ClassShard
 from esper_kernels.values import materialized, plain_rows
@@ -23,6 +25,7 @@ def class_sums(
     targets: Tensor,
     options: Options,
     target_logit: Tensor | None,
+    plan: MeasurePlan | None,
     shard: ClassShard,
 ) -> Tensor:
     from esper_kernels.ops.vocab_parallel import triton_kernels as kernels
@@ -39,6 +42,9 @@ def class_sums(
         (rows,),
         SMOOTHED=reference.is_on(options.label_smoothing),
     )
+    if plan:  # a second read
+        eager_sums = eager.class_sums(logits, targets, options, target_logit, plan, shard)
+        return torch.cat([sums, eager_sums[len(CLASS_SUMS) :]])
     return sums
 
 
