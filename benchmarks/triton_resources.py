@@ -33,6 +33,7 @@ from esper_kernels.ops.token_logprobs import triton as token_logprobs
 from esper_kernels.ops.token_logprobs.reference import Options as LogprobOptions
 
 CLASSES = (10, 1000, 2000, 4000, 8192, 16000, 50257, 262144)  # at least one for every launch choice
+MEASURED_CLASSES = (200, 500)  # more, for the launch choices of options with measures
 LOGPROB_CLASSES = (10, 1000, 50257)
 TARGETS = tuple(GPUTarget("cuda", capability, 32) for capability in (80, 90, 100))
 
@@ -81,28 +82,31 @@ def grad_stats_variants() -> Iterator[Variant]:
 
 
 def cross_entropy_variants() -> Iterator[Variant]:
-    """Every launch choice on an H200, with no option and with all of them ("heavy"); some in
-    autograd form."""
+    """Every launch choice on an H200, with no option and with all of them ("heavy"), without and
+    with measures; some in autograd form."""
+    meter = Meter("cpu", topk=(5,))
     for classes in CLASSES:
-        targets = torch.zeros(64, dtype=torch.int64)
-        weight = torch.ones(classes)
-        plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
-        heavy = Options(weight, -100, 0.1, 1e-4, 30.0, "mean", None)
-        for dtype in (torch.bfloat16, torch.float32):
-            logits = torch.zeros(64, classes, dtype=dtype)
-            meter = Meter("cpu", topk=(5,))
-            for options in (plain, heavy):
-                name = (
-                    f"cross_entropy, {classes} classes, {dtype}, "
-                    f"{'plain' if options is plain else 'heavy'}"
-                )
-                yield from _on_an_h200(
-                    f"{name}, step", cross_entropy.step, logits, targets, options, meter, 1.0, None
-                )
-                if classes in (1000, 16000, 262144) and dtype == torch.bfloat16:
-                    yield from _on_an_h200(
-                        f"{name}, autograd", _autograd, logits, targets, options, meter
-                    )
+        for name, logits, targets, options in _inputs(classes):
+            arguments = (logits, targets, options, meter)
+            yield from _on_an_h200(f"{name}, step", cross_entropy.step, *arguments, 1.0, None)
+            if classes in (1000, 16000, 262144) and logits.dtype == torch.bfloat16:
+                yield from _on_an_h200(f"{name}, autograd", _autograd, *arguments)
+    # Not by class: no prediction is computed here that could be counted.
+    meter = Meter("cpu", topk=(5,), calibration_bins=15, entropy=True)
+    for classes in sorted((*CLASSES, *MEASURED_CLASSES)):
+        for name, *inputs in _inputs(classes):
+            name = f"{name}, measured, step"
+            yield from _on_an_h200(name, cross_entropy.step, *inputs, meter, 1.0, None)
+
+
+def _inputs(classes: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, Options]]:
+    targets = torch.zeros(64, dtype=torch.int64)
+    plain = Options(None, -100, 0.0, 0.0, None, "mean", None)
+    heavy = Options(torch.ones(classes), -100, 0.1, 1e-4, 30.0, "mean", None)
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = torch.zeros(64, classes, dtype=dtype)
+        for name, options in (("plain", plain), ("heavy", heavy)):
+            yield f"cross_entropy, {classes} classes, {dtype}, {name}", logits, targets, options
 
 
 def every_form() -> Iterator[Variant]:

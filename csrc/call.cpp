@@ -71,6 +71,10 @@ void require_number(const char* name, const Number& number, double low, double h
   if (!(number.value >= low && number.value <= high)) refuse(name, "to be in its range");
 }
 
+void require_plan(const LossCall& call) {
+  require(call.measures.empty() || call.measures.size() == 4, "the four numbers of a meter's measures");
+}
+
 // Merges neighbouring leading dimensions; false if more than two remain.
 bool merge_rows(const Array& x, RowLayout* layout) {
   int64_t size[2] = {1, 1}, stride[2] = {0, 0};
@@ -205,7 +209,7 @@ void check(const LossCall& call) {
   if (call.ticket) memory_of<int32_t>("a meter's ticket", *call.ticket, kInt32, 1);
   if (call.sums) {
     const int64_t classes = call.logits.sizes[call.logits.dims - 1];
-    require(call.measures.empty() || call.measures.size() == 4, "the four numbers of a meter's measures");
+    require_plan(call);
     const MeasurePlan plan = measures_of(call);
     require(plan.per_class == 0 || plan.per_class == classes,
             "logits of as many classes as the meter counts");
@@ -233,7 +237,9 @@ void check(const ClassSumsCall& call) {
   check_inputs(call.batch);
   const int64_t rows = call.batch.targets.numel();
   if (call.target_logits) memory_of<float>("target_logits", *call.target_logits, kFloat32, rows);
-  memory_of<double>("sums", call.sums, kFloat64, kNumClassSums * rows);
+  require_plan(call.batch);
+  const bool measured = measures_of(call.batch).any();
+  memory_of<double>("sums", call.sums, kFloat64, (measured ? kNumMeasuredSums : kNumClassSums) * rows);
 }
 
 void check(const LogprobCall& call) {

@@ -144,8 +144,8 @@ struct LossRows {
   // and its RowMeasures, [kNumRowMeasures, rows], which are 0 then. Entropy and margin only if wanted.
   int32_t* predicted;  // [rows] or null
   float* row_measures;
-  bool wants_entropy;
-  void* out;  // the gradient, or null; may be the logits
+  bool wants_entropy;  // in ClassSums too
+  void* out;           // the gradient, or null; may be the logits
   RowLayout out_at;
   int64_t out_class_stride;
   bool backward;              // the gradient only, from saved_max and saved_sum
@@ -183,15 +183,22 @@ enum ClassSum {
   kWeighted,     // with label smoothing, sum of w_c (x_c - origin)
   kWeights,      // with label smoothing, sum of w_c
   kAhead,        // with target_logits, the classes that rank before the target
-  kNumClassSums
+  kNumClassSums,
+  // With measures also these:
+  kLargest = kNumClassSums,  // the largest logit, as stored
+  kPlace,                    // the first class that has it
+  kSquare,                   // sum of exp(x - origin)^2
+  kProduct,                  // with entropy, sum of exp(x - origin) (x - origin)
+  kRunnerUp,                 // with entropy, x of the largest other logit; -inf without any
+  kNumMeasuredSums
 };
 
 // One call of class_sums.
 struct ClassSumsCall {
-  // The inputs; label smoothing counts as on or off. The other fields stay empty.
+  // The inputs, and the measures; label smoothing counts as on or off. The other fields stay empty.
   LossCall batch;
   std::optional<Array> target_logits;  // float32 [N], of each row's target, wherever it lies
-  Array sums;                          // float64 [kNumClassSums, N], written
+  Array sums;  // float64 [kNumClassSums, N], with measures [kNumMeasuredSums, N], written
 };
 
 // One call of token_logprobs: log-probabilities and entropies or, if `batch.out` is given, the gradient.

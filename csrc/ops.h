@@ -76,7 +76,7 @@ template <class Device>
 void class_sums_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ignore_index, bool smoothed,
                    std::optional<double> softcap, int64_t instruction_set, int64_t first_class,
                    int64_t num_classes, MaybeTensor target_logits, MaybeTensor second, MaybeTensor shares,
-                   Tensor sums) {
+                   std::vector<int64_t> measures, Tensor sums) {
   Device device(logits, instruction_set);
   Arrays arrays{logits};
   LossNumbers numbers{{smoothed ? 1.0 : 0.0}};
@@ -86,6 +86,7 @@ void class_sums_op(Tensor logits, Tensor targets, MaybeTensor weight, int64_t ig
                      arrays.of(target_logits), arrays.of(sums)};
   call.batch.first_class = first_class;
   call.batch.num_classes = num_classes;
+  call.batch.measures = std::move(measures);
   check(call);
   run_usable(Access::kRows, call.batch, arrays, logits, targets, weight, std::nullopt,
              [&] { device.class_sums(call); });

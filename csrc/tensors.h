@@ -32,7 +32,7 @@ constexpr const char* kSchemas[] = {
     "int? num_classes=None) -> ()",
     "class_sums(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, bool smoothed, "
     "float? softcap, int instruction_set, int first_class, int num_classes, Tensor? target_logits, "
-    "Tensor? second, Tensor? shares, Tensor(a!) sums) -> ()",
+    "Tensor? second, Tensor? shares, int[] measures, Tensor(a!) sums) -> ()",
     "token_logprobs(Tensor logits, Tensor targets, int ignore_index, float temperature, "
     "int instruction_set, Tensor(a!) logprobs, Tensor(b!)? entropy, Tensor(c!)? row_sums) -> ()",
     "token_logprobs_backward(Tensor logits, Tensor targets, int ignore_index, float temperature, "

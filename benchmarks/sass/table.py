@@ -24,9 +24,17 @@ def table(figures: Mapping[str, Any], sm: int = 90) -> str:
 
 
 def usual(rows: Sequence[Mapping[str, Any]], sm: int = 90) -> list[Mapping[str, Any]]:
-    """Those for an architecture in bfloat16 or float32 without options, in a step; of
+    """Those for an architecture in bfloat16 or float32 without options or measures, in a step; of
     token_logprobs, those with entropies."""
-    left_out = ("softcap", "heavy", "autograd", " float16,", "inv_scale b", "inv_scale f")
+    left_out = (
+        "softcap",
+        "heavy",
+        "autograd",
+        "measured",
+        " float16,",
+        "inv_scale b",
+        "inv_scale f",
+    )
     return [
         row
         for row in rows

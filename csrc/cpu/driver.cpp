@@ -218,6 +218,9 @@ void class_sums(const ClassSumsCall& call, const Kernels& kernels, const Machine
   require_second(p);
   scan_targets(p);
   p.target_logits = call.target_logits ? static_cast<const float*>(call.target_logits->data) : nullptr;
+  const MeasurePlan plan = measures_of(call.batch);
+  p.measured = plan.any();
+  p.wants_entropy = plan.entropy;
   p.sums = static_cast<double*>(call.sums.data);
   const int64_t step = rows_per_block(p.classes), blocks = (p.rows + step - 1) / step;
   for_blocks(blocks, p.rows * p.classes <= kSerial, scratch_size(p.classes, 0), machine,

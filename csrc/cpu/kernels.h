@@ -28,7 +28,8 @@ struct CrossEntropy : LossRows {
 // Likewise a call of class_sums.
 struct ClassSums : CrossEntropy {
   const float* target_logits;  // [rows] or null
-  double* sums;                // [kNumClassSums, rows]
+  bool measured;               // whether the sums of measures are wanted
+  double* sums;                // [kNumClassSums, rows]; if measured, [kNumMeasuredSums, rows]
 };
 
 // Likewise a call of token_logprobs.

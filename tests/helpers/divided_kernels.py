@@ -9,19 +9,25 @@ from torch import Tensor
 
 from benchmarks.triton_resources import TARGETS, recorded, resources
 from esper_kernels import ClassShard
+from esper_kernels.measures import MeasurePlan
 from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.ops.vocab_parallel import triton
 
 ROWS = 4
 
 
-def both_passes(logits: Tensor, options: Options) -> None:
+MEASURES = MeasurePlan(per_class=0, calibration_bins=0, entropy=1, confusion=0)
+
+
+def every_kernel(logits: Tensor, options: Options) -> None:
+    """The sums without and with measures, and the gradient."""
     targets = torch.zeros(ROWS, dtype=torch.int64)
     numbers = torch.zeros(ROWS)
     one = torch.ones(())
     classes = logits.shape[-1]
     shard = ClassShard(classes, 2 * classes)
-    triton.class_sums(logits, targets, options, numbers, shard)
+    for plan in (None, MEASURES):
+        triton.class_sums(logits, targets, options, numbers, plan, shard)
     of_rows = (numbers, numbers, one.double())
     triton.backward(one, logits, targets, *of_rows, options, shard, None)
 
@@ -41,7 +47,7 @@ def main() -> None:
             for name, options in (("plain", Options()), ("everything", everything)):
                 title = f"{classes} classes, {dtype}, {name}"
                 variants = recorded(
-                    title, lambda logits=logits, options=options: both_passes(logits, options)
+                    title, lambda logits=logits, options=options: every_kernel(logits, options)
                 )
                 rows += [resources(variant, target) for variant in variants for target in TARGETS]
     print(json.dumps(rows))

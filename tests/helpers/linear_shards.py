@@ -91,7 +91,9 @@ def linear_results(
     grads = torch.autograd.grad(loss.sum(), wanted)
     collectives = list(called)
     everything = measuring()
+    called.clear()
     linear_cross_entropy(hidden, weight, case.targets, bias=bias, **options, meter=everything)
+    measured_collectives = list(called)
     steps: list[Tensor] = []
     if "reduction" not in options or options["reduction"] != "none":
         memory = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
@@ -107,5 +109,5 @@ def linear_results(
         "steps": steps,
         "meter": meter.state_dict(),
         "measures": everything.state_dict(),
-        "collectives": collectives,
+        "collectives": (collectives, measured_collectives),
     }

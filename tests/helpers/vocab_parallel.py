@@ -145,14 +145,16 @@ def results(case: Case, rank: int, ranks: int, called: list[str]) -> dict[str, A
 
 
 def from_dtensor() -> dict[str, Any]:
-    """The gradient of a DTensor's logits, and how one with fewer classes than ranks is refused."""
+    """The gradient and the measures of a DTensor's logits, and how one with fewer classes than
+    ranks is refused."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(4, 3, 10, generator=generator)
     logits = distribute_tensor(whole, mesh, [ShardPlacement(2)]).requires_grad_()
     targets = torch.randint(10, (4, 3), generator=generator)
     shard = ClassShard.of(logits)
-    vocab_parallel_cross_entropy(logits.to_local(), targets, shard).backward()
+    meter = Meter("cpu", per_class=10, calibration_bins=3, entropy=True)
+    vocab_parallel_cross_entropy(logits.to_local(), targets, shard, meter=meter).backward()
     assert logits.grad is not None
     refusal = ""
     try:
@@ -160,7 +162,8 @@ def from_dtensor() -> dict[str, Any]:
     except ValueError as error:
         refusal = str(error)
     grad = logits.grad.full_tensor()
-    return {"whole": whole, "targets": targets, "grad": grad, "refusal": refusal}
+    found = {"whole": whole, "targets": targets, "grad": grad, "refusal": refusal}
+    return {**found, "measures": meter.state_dict()}
 
 
 def linear_from_dtensor() -> dict[str, Any]:

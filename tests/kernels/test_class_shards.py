@@ -22,12 +22,13 @@ from esper_kernels import (
     linear_cross_entropy,
     vocab_parallel_cross_entropy,
 )
+from esper_kernels.measures import MeasurePlan
 from esper_kernels.native import INSTRUCTION_SETS, UNAVAILABLE
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.reference import Forward, Options
 from esper_kernels.ops.vocab_parallel import ClassShard, cpp, triton
 from esper_kernels.ops.vocab_parallel import reference as eager
-from esper_kernels.ops.vocab_parallel.divided import combined
+from esper_kernels.ops.vocab_parallel.combine import sums_of
 from esper_kernels.testing import (
     CrossEntropySample,
     assert_no_worse_than_eager,
@@ -69,10 +70,10 @@ def divided(
     rows = reference.classify(targets, logits.shape[-1], options.ignore_index)
     target_logit = reference.pick(logits, rows.target).to(dtype)
     sums = [
-        module.class_sums(part, targets, options, target_logit, shard)
+        module.class_sums(part, targets, options, target_logit, None, shard)
         for part, shard in zip(parts, shards, strict=True)
     ]
-    row_sums, rank = combined(torch.stack(sums), options, dtype)
+    row_sums, rank = sums_of(torch.stack(sums), options, dtype)
     weights = reference.class_weights(options.weight, logits.shape[-1], row_sums.row_max)
     result, _, _ = reference.loss_of(row_sums, rows, options, weights, True)
     grad_output = torch.ones_like(result.loss)
@@ -246,12 +247,13 @@ def test_ops_are_what_their_schemas_say(full: bool) -> None:
     second = targets.clamp(min=0).flip(0) if full else None
     shares = torch.full((2, 5), 0.5) if full else None
     softcap = 5.0 if full else None
-    sums = torch.empty(len(eager.CLASS_SUMS), 5, dtype=torch.float64)
+    plan = MeasurePlan(100, 3, 1, 0) if full else None
+    sums = torch.empty(eager.num_sums(plan), 5, dtype=torch.float64)
     target_logits = torch.zeros(5) if full else None
     of_classes = (weight, -100, full, softcap, 0, 20, 100)
     torch.library.opcheck(
         torch.ops.esper.class_sums.default,
-        (logits, targets, *of_classes, target_logits, second, shares, sums),
+        (logits, targets, *of_classes, target_logits, second, shares, plan or (), sums),
     )
     saved = torch.ones(11)
     options = (weight, -100, 0.1, 0.0, softcap, 0)
@@ -275,6 +277,8 @@ def test_ops_are_what_their_schemas_say(full: bool) -> None:
         ({"target_logits": torch.zeros(4)}, "target_logits to be contiguous"),
         ({"sums": torch.zeros(7, 4, dtype=torch.float64)}, "sums to be contiguous"),
         ({"sums": torch.zeros(7, 5)}, "sums to have another dtype"),
+        ({"measures": (100, 3, 1, 0)}, "sums to be contiguous"),
+        ({"measures": (100, 3, 1)}, "the four numbers of a meter's measures"),
     ],
     ids=str,
 )
@@ -294,6 +298,7 @@ def test_the_op_refuses_what_would_reach_other_memory(change: dict[str, Any], wo
         "target_logits": None,
         "second": None,
         "shares": None,
+        "measures": (),
         "sums": sums,
     }
     with pytest.raises((RuntimeError, ValueError, IndexError), match=words):
@@ -306,14 +311,15 @@ def test_class_sums_of_rows_that_are_not_contiguous() -> None:
     logits, targets = batch(40, rows=6)
     options = EVERYTHING._replace(softcap=None)
     shard = ClassShard(10, 60)
-    expected = cpp.class_sums(logits, targets, options, None, shard)
+    plan = MeasurePlan(0, 3, 1, 0)
+    expected = cpp.class_sums(logits, targets, options, None, plan, shard)
     for same in (
         logits.t().contiguous().t(),
         torch.cat([logits, logits], -1)[:, :40],
         torch.cat([logits.new_zeros(1), logits.flatten()])[1:].view(6, 40),
     ):
-        assert torch.equal(cpp.class_sums(same, targets, options, None, shard), expected)
-    folded = cpp.class_sums(logits.view(2, 3, 40), targets.view(2, 3), options, None, shard)
+        assert torch.equal(cpp.class_sums(same, targets, options, None, plan, shard), expected)
+    folded = cpp.class_sums(logits.view(2, 3, 40), targets.view(2, 3), options, None, plan, shard)
     assert torch.equal(folded.flatten(1), expected)
 
 
@@ -331,7 +337,7 @@ def test_the_triton_kernels_compile_without_a_spill() -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) == 48
+    assert len(rows) == 72
     assert {row["sm"] for row in rows} == {80, 90, 100}
     for row in rows:
         assert row["registers"] > 0, row

@@ -31,8 +31,8 @@ def normal(*shape: int, scale: float = 3.0) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale).to(DEVICE)
 
 
-def chosen(rows: int, classes: int, element_size: int = 4, heavy: bool = False) -> launch.Launch:
-    return launch.choose(rows, classes, element_size, 8, heavy, *H200)
+def chosen(rows: int, classes: int, element_size: int = 4, burdens: int = 0) -> launch.Launch:
+    return launch.choose(rows, classes, element_size, 8, burdens, *H200)
 
 
 # --- rows read in pieces ---
@@ -245,7 +245,9 @@ def test_short_rows_share_a_tile_and_long_ones_are_read_in_pieces() -> None:
     assert (chosen(512, 1000).rows, chosen(512, 1000).block) == (1, 1024)
     assert chosen(512, 16384).resident
     assert not chosen(512, 16385).resident
-    assert not chosen(512, 16384, heavy=True).resident
+    assert not chosen(512, 16384, burdens=1).resident
+    # Options and measures together leave registers for fewer programs.
+    assert chosen(512, 10, burdens=2).registers > chosen(512, 10, burdens=1).registers
 
 
 def test_programs_are_as_many_as_run_at_once_and_no_more_than_tiles() -> None:

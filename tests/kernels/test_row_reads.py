@@ -16,8 +16,8 @@ LINE = 64
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_forward_pass_reads_the_logits_once(tmp_path: Path) -> None:
-    """Of log-probabilities alone or with entropies, and of a shard of the classes. The caches hold
-    one row and not all of them."""
+    """Of log-probabilities alone or with entropies, and of a shard of the classes alone or with
+    measures. The caches hold one row and not all of them."""
     require_compiler()
     if shutil.which("valgrind") is None:
         pytest.skip("no valgrind here")
@@ -40,7 +40,7 @@ def test_the_forward_pass_reads_the_logits_once(tmp_path: Path) -> None:
         return int(found[1].replace(",", "")), int(done.stdout)
 
     for is_bfloat16 in (0, 1):
-        for kernel in (0, 1, 2):
+        for kernel in (0, 1, 2, 3):
             before, _ = misses(0, kernel, is_bfloat16)
             after, size = misses(1, kernel, is_bfloat16)
             assert 0.99 < (after - before) * LINE / size < 1.05

@@ -152,14 +152,17 @@ def test_shards_are_found_from_their_sizes(found: Found) -> None:
 
 def test_a_loss_takes_up_to_three_collectives_and_its_gradient_none(found: Found) -> None:
     for case, ranks in each_case(found):
-        assert [rank["collectives"] for rank in ranks] == [[2, 0, 1, 3]] * len(found), case.name
+        assert [rank["collectives"] for rank in ranks] == [[2, 0, 1, 2]] * len(found), case.name
 
 
 def test_dtensors_give_their_shard_and_receive_the_gradient(found: Found) -> None:
     for rank in found:
         leaf = rank["DTensor"]["whole"].requires_grad_()
-        cross_entropy(leaf, rank["DTensor"]["targets"], config=EAGER).backward()
+        meter = Meter("cpu", per_class=10, calibration_bins=3, entropy=True)
+        cross_entropy(leaf, rank["DTensor"]["targets"], meter=meter, config=EAGER).backward()
         torch.testing.assert_close(rank["DTensor"]["grad"], leaf.grad)
+        assert torch.equal(rank["DTensor"]["measures"]["counts"], meter.counts)
+        near(rank["DTensor"]["measures"]["sums"], meter.sums, torch.float32, "DTensor")
         assert rank["DTensor"]["refusal"].startswith("every rank must hold at least one class")
 
 
@@ -226,11 +229,12 @@ def test_the_linear_form_takes_two_collectives_per_chunk_and_one_for_hidden(foun
     for case in linear_cases(SERVED):
         rows = case.targets.numel()
         chunks = 1 if case.weight.dtype == torch.float64 else -(-rows // 7)
-        called = found[0][case.name]["collectives"]
+        called, measuring_called = found[0][case.name]["collectives"]
         assert called.count("all_reduce") == 1, case.name
         is_twice = case.weight.dtype == torch.float16 or "per row" in case.name
         if not is_twice:  # the logits are computed again in the backward pass
             assert called.count("all_gather") == 2 * chunks, case.name
+        assert measuring_called.count("all_gather") == 2 * chunks, case.name
 
 
 def test_the_linear_form_takes_the_weight_of_a_dtensor(found: Found) -> None:

@@ -16,12 +16,13 @@ _CACHE_FRACTION = 0.6
 _COUNT_BYTES = 512 << 10
 _REGISTERS = 65536  # of a multiprocessor
 
-# For rows that fit into registers, by `heavy`: the longest such row, warps, and the largest number
-# of programs per multiprocessor that compiles without spilling. While some of them wait for memory,
-# others compute.
+# For rows that fit into registers, by `burdens`: the longest such row, warps, and the most programs
+# per multiprocessor that compile without spilling. While some of them wait for memory, others
+# compute.
 _RESIDENT = {
-    False: ((1024, 4, 5), (2048, 4, 5), (4096, 8, 3), (8192, 8, 2), (16384, 16, 1)),
-    True: ((1024, 4, 5), (2048, 4, 4), (4096, 8, 2), (8192, 16, 1)),
+    0: ((1024, 4, 5), (2048, 4, 5), (4096, 8, 3), (8192, 8, 2), (16384, 16, 1)),
+    1: ((1024, 4, 5), (2048, 4, 4), (4096, 8, 2), (8192, 16, 1)),
+    2: ((256, 4, 3), (512, 4, 4), (1024, 4, 5), (2048, 4, 4), (4096, 8, 2), (8192, 16, 1)),
 }
 
 
@@ -51,24 +52,25 @@ def choose(
     classes: int,
     element_size: int,
     target_size: int,
-    heavy: bool,
+    burdens: int,
     multiprocessors: int,
     cache_bytes: int,
 ) -> Launch:
     """For logits [rows, classes] and targets of these sizes in bytes; cache_bytes are of the second
     level.
 
-    heavy: class weights, label smoothing or softcap are on, and need registers.
+    burdens: how many of these need registers: options (class weights, label smoothing or softcap),
+        and measures.
     """
     block = max(8, 1 << (classes - 1).bit_length())
     tile_rows = 1
-    fitting = [row[1:] for row in _RESIDENT[heavy] if block <= row[0]]
+    fitting = [row[1:] for row in _RESIDENT[burdens] if block <= row[0]]
     # should stay in the cache until read again
     in_flight = multiprocessors * classes * element_size
     if fitting:
         tile_rows = max(1, _TILE // block)
         warps, at_once = fitting[0]
-    elif heavy:
+    elif burdens:
         block = 4096
         warps = 16
         at_once = 1

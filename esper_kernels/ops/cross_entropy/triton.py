@@ -217,8 +217,9 @@ def _launch(
     targets = targets.contiguous()
     unit, layout = _layout(logits, logits if grad is None else grad)
     shape = {"V": classes, "IGNORE": ignore_index}
-    heavy = not (weight is None and smoothing is None and softcap is None and predicted is None)
-    sizes = (rows, classes, logits.element_size(), targets.element_size(), heavy)
+    has_options = not (weight is None and smoothing is None and softcap is None)
+    burdens = has_options + (predicted is not None)
+    sizes = (rows, classes, logits.element_size(), targets.element_size(), burdens)
     chosen = launch.choose(*sizes, *_device(device))
     # Triton's own default, which it warns will change
     options: dict[str, Any] = {"enable_fp_fusion": True}

@@ -149,6 +149,15 @@ def _second_largest(x, top):
 
 
 @triton.jit
+def _rescaled(squares, products, total, factor, drop, ENTROPY: tl.constexpr):
+    """The sums of e^2 and, with ENTROPY, of e * (x - maximum) after the maximum has risen. total:
+    the sum of e before that; drop: the old maximum minus the new one; factor: exp(drop)."""
+    if ENTROPY:
+        products = factor * (products + tl.maximum(drop, DEEP) * total)
+    return squares * factor * factor, products
+
+
+@triton.jit
 def _behind(stored, c, target_logit, below, target, GROUP: tl.constexpr):
     """1 for each class of a tile [rows, block] that does not rank before the target: smaller, or
     equal and not in an earlier group of classes. `_tied` has the equal ones of the target's group.
@@ -364,11 +373,12 @@ def batch(
                     factor = tl.exp2((word_max - new_max) * LOG2_E)
                     depth = x - new_max[:, None]
                     e = tl.exp2(depth * LOG2_E)
-                    word_squares = word_squares * factor * factor + tl.sum(e * e, 1)
+                    word_squares, word_products = _rescaled(
+                        word_squares, word_products, word_sum, factor, word_max - new_max, ENTROPY
+                    )
+                    word_squares += tl.sum(e * e, 1)
                     top = tl.max(stored, 1)
                     if ENTROPY:
-                        drop = tl.maximum(word_max - new_max, DEEP)
-                        word_products = factor * (word_products + drop * word_sum)
                         word_products += tl.sum(e * tl.maximum(depth, DEEP), 1)
                         word_second = tl.maximum(word_second, _second_largest(stored, top))
                         word_second = tl.maximum(word_second, tl.minimum(word_top, top))
@@ -396,7 +406,10 @@ def batch(
                 factor = tl.exp2((word_max - row_max) * LOG2_E)
                 edge_depth = edge_x - row_max[:, None]
                 edge_e = tl.exp2(edge_depth * LOG2_E)
-                squares = tl.sum((word_squares * factor * factor)[None, :], 1)
+                word_squares, word_products = _rescaled(
+                    word_squares, word_products, word_sum, factor, word_max - row_max, ENTROPY
+                )
+                squares = tl.sum(word_squares[None, :], 1)
                 squares += tl.sum(edge_e * edge_e, 1)
                 words_top = tl.max(word_top[None, :], 1)
                 edge_top = tl.max(edge_stored, 1)
@@ -410,8 +423,7 @@ def batch(
                 on_top = tl.where(read & (edge_stored == row_top[:, None]), edge, V)
                 place_of_top = tl.minimum(place_of_top, tl.min(on_top, 1))
                 if ENTROPY:
-                    drop = tl.maximum(word_max - row_max, DEEP)
-                    products = tl.sum((factor * (word_products + drop * word_sum))[None, :], 1)
+                    products = tl.sum(word_products[None, :], 1)
                     products += tl.sum(edge_e * tl.maximum(edge_depth, DEEP), 1)
                     other_max = tl.maximum(
                         _second_largest(word_top[None, :], words_top),

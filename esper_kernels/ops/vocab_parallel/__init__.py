@@ -56,10 +56,10 @@ def vocab_parallel_cross_entropy(
     meter: receives the whole batch on every rank, so do not add the meters of these ranks up.
 
     The other options, MixUp's too, are those of `cross_entropy`.
-    All ranks of `shard.group` must call it, with the same options: it is one collective, with a
-    meter two, and three with one that measures more. The backward pass needs none: each rank gets
-    the gradient of its own logits, from a `grad_output` that must be the same on every rank. A
-    compiled graph breaks here.
+    All ranks of `shard.group` must call it, with the same options and with meters alike: it is one
+    collective, and with a meter two. The backward pass needs none: each rank gets the gradient of
+    its own logits, from a `grad_output` that must be the same on every rank. A compiled graph
+    breaks here.
 
     Returns the same loss on every rank, as `cross_entropy` does. Raises as it does, before any
     communication, for what a rank can see by itself.

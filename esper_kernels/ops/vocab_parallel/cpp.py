@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from esper_kernels.config import INSTRUCTION_SETS
+from esper_kernels.measures import MeasurePlan
 from esper_kernels.ops.cross_entropy import cpp
 from esper_kernels.ops.cross_entropy.reference import Options, is_on
-from esper_kernels.ops.vocab_parallel.reference import CLASS_SUMS
+from esper_kernels.ops.vocab_parallel.reference import num_sums
 from esper_kernels.ops.vocab_parallel.shard import ClassShard
 
 
@@ -16,9 +17,10 @@ def class_sums(
     targets: Tensor,
     options: Options,
     target_logit: Tensor | None,
+    plan: MeasurePlan | None,
     shard: ClassShard,
 ) -> Tensor:
-    sums = logits.new_empty(len(CLASS_SUMS), *targets.shape, dtype=torch.float64)
+    sums = logits.new_empty(num_sums(plan), *targets.shape, dtype=torch.float64)
     torch.ops.esper.class_sums.default(
         logits,
         targets,
@@ -32,6 +34,7 @@ def class_sums(
         target_logit,
         options.second,
         options.shares,
+        plan or (),
         sums,
     )
     return sums

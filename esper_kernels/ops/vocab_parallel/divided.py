@@ -1,9 +1,9 @@
 """Cross entropy of logits whose classes are divided among ranks, as a backend of cross entropy.
 
 Every rank has all rows and targets, and some classes. One collective brings seven numbers per row
-and rank together, from which every rank computes the same loss; where correct predictions are
-counted, another one first brings the logit of each row's target. What a meter measures besides
-takes a third. The gradient needs none.
+and rank together, from which every rank computes the same loss; twelve where a meter measures more.
+Where correct predictions are counted, another one first brings the logit of each row's target. The
+gradient needs none.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from torch import Tensor
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.measures import add_measures
-from esper_kernels.ops.cross_entropy.reference import Forward, Number, Options, RowSums
+from esper_kernels.ops.cross_entropy.reference import Forward, Number, Options
 from esper_kernels.ops.vocab_parallel import cpp, triton
 from esper_kernels.ops.vocab_parallel import reference as eager
-from esper_kernels.ops.vocab_parallel.measures import row_measures
+from esper_kernels.ops.vocab_parallel.combine import measures_of, sums_of
 from esper_kernels.ops.vocab_parallel.shard import ClassShard, gathered
 
 _MODULES = {"eager": eager, "cpp": cpp, "triton": triton}
@@ -50,12 +50,14 @@ class DividedClasses:
     ) -> Forward:
         rows = reference.classify(targets, self.shard.num_classes, options.ignore_index)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        target_logit = None
+        target_logit = plan = None
         if meter is not None:
+            plan = meter.measures
             own = eager.at_class(logits, rows.target, self.shard).to(dtype)
             target_logit = gathered(own, self.shard.group).sum(0)  # all but one are 0
-        own_sums = self.local.class_sums(logits, targets, options, target_logit, self.shard)
-        sums, rank = combined(gathered(own_sums, self.shard.group), options, dtype)
+        own_sums = self.local.class_sums(logits, targets, options, target_logit, plan, self.shard)
+        found = gathered(own_sums, self.shard.group)  # [ranks, num_sums(plan), ...]
+        sums, rank = sums_of(found, options, dtype)
         weights = reference.class_weights(options.weight, self.shard.num_classes, sums.row_max)
         result, loss_sum, weight_sum = reference.loss_of(
             sums, rows, options, weights, meter is not None
@@ -63,12 +65,9 @@ class DividedClasses:
         if meter is not None:
             finite = result.row_max.isfinite()
             reference.add_to_meter(meter, rows, finite, rank, loss_sum, weight_sum)
-            if meter.measures:
-                measured = rows.valid & finite
-                found = row_measures(
-                    logits, sums, measured, options.softcap, meter.measures, self.shard
-                )
-                add_measures(meter, rows.target, found)
+            if plan:
+                measured = measures_of(found, rows.valid & finite, plan, dtype)
+                add_measures(meter, rows.target, measured)
         return result
 
     def backward(
@@ -108,24 +107,3 @@ class DividedClasses:
         result = self.forward(logits, targets, options, meter)
         scale = reference.first_gradient(result, grad_scale)
         return self.backward(scale, logits, targets, *result[1:], options, out)
-
-
-def combined(found: Tensor, options: Options, dtype: torch.dtype) -> tuple[RowSums, Tensor]:
-    """The sums over the classes of all ranks, and the rank of each target among them.
-
-    found: [ranks, len(CLASS_SUMS), ...], `class_sums` of each rank.
-    """
-    maxima, sums, targets, seconds, weighted, weights, ahead = found.unbind(1)  # [ranks, ...] each
-    row_max = maxima.amax(0)
-    above = torch.where(maxima == -torch.inf, 0.0, maxima) - row_max  # of the origins
-    row_sum = torch.where(sums == 0, 0.0, sums * above.exp()).sum(0)
-    row_sum = torch.where(row_sum == 0, torch.nan, row_sum)  # nothing but -inf
-    is_smooth = reference.is_on(options.label_smoothing)
-    result = RowSums(
-        row_max.to(dtype),
-        row_sum.log().to(dtype),
-        (targets.sum(0) - row_max).to(dtype),
-        None if options.second is None else (seconds.sum(0) - row_max).to(dtype),
-        (weighted + weights * above).sum(0).to(dtype) if is_smooth else None,
-    )
-    return result, ahead.sum(0)

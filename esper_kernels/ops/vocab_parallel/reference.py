@@ -7,6 +7,7 @@ for all. They trust their arguments, and never wait for the device or for anothe
 import torch
 from torch import Tensor
 
+from esper_kernels.measures import MeasurePlan
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.reference import Options
 from esper_kernels.ops.vocab_parallel.shard import ClassShard
@@ -17,6 +18,15 @@ CLASS_SUMS = ("maximum", "exponential", "target", "second", "weighted", "weights
 maximum, the sum of exp(x - origin), x of the target and of MixUp's second target, 0 if they lie
 elsewhere; with label smoothing the sums of weight (x - origin) and of weight; with target_logit
 the number of classes that rank before the target."""
+MEASURE_SUMS = ("largest", "place", "square", "product", "runner_up")
+"""With measures also: the largest logit as stored and the first class that has it; the sum of
+exp(x - origin)^2; with entropy the sum of exp(x - origin) (x - origin), and x of the largest other
+logit, -inf without any."""
+
+
+def num_sums(plan: MeasurePlan | None) -> int:
+    """How many numbers per row a rank contributes."""
+    return len(CLASS_SUMS) + (len(MEASURE_SUMS) if plan else 0)
 
 
 def class_sums(
@@ -24,14 +34,16 @@ def class_sums(
     targets: Tensor,
     options: Options,
     target_logit: Tensor | None,
+    plan: MeasurePlan | None,
     shard: ClassShard,
 ) -> Tensor:
-    """What the classes of this rank contribute to the loss of each row.
+    """What the classes of this rank contribute to the loss of each row, and to its measures.
 
     logits [..., V of this rank], targets [...] in [0, shard.num_classes), options.weight for all
     classes, target_logit [...]: the logit of each target, wherever it lies, where rows are counted.
 
-    Returns float64 [len(CLASS_SUMS), ...]; numbers of rows that are not valid have no meaning.
+    Returns float64 [num_sums(plan), ...]: CLASS_SUMS, then MEASURE_SUMS where plan is not None;
+    numbers of rows that are not valid have no meaning.
     """
     rows = reference.classify(targets, shard.num_classes, options.ignore_index)
     x = reference.capped(logits, options.softcap)
@@ -50,9 +62,23 @@ def class_sums(
     if target_logit is not None:
         ahead = reference.ranks(logits, rows.target, target_logit, shard.first)
     target = at_class(x, rows.target, shard)
-    exponential = ordered_sum(from_origin.exp())
-    parts = (maximum, exponential, target, second, weighted, weights, ahead)
+    e = from_origin.exp()
+    parts = [maximum, ordered_sum(e), target, second, weighted, weights, ahead]
+    if plan:
+        product = runner_up = nothing
+        if plan.entropy:
+            product = ordered_sum(torch.where(e > 0, e * from_origin, 0.0))  # not 0 * -inf
+            runner_up = _second_largest(x)
+        place = logits.argmax(-1) + shard.first
+        parts += [logits.amax(-1), place, ordered_sum(e.square()), product, runner_up]
     return torch.stack([part.double() for part in parts])
+
+
+def _second_largest(x: Tensor) -> Tensor:
+    """Of each row of x [..., V]; -inf for one class."""
+    if x.shape[-1] == 1:
+        return torch.full_like(x[..., 0], -torch.inf)
+    return x.topk(2).values[..., 1]
 
 
 def at_class(x: Tensor, classes: Tensor, shard: ClassShard) -> Tensor:

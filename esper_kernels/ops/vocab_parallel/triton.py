@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_kernels.measures import MeasurePlan
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.memory import gradient_like
 from esper_kernels.ops.cross_entropy.reference import Options
-from esper_kernels.ops.vocab_parallel.reference import CLASS_SUMS
+from esper_kernels.ops.vocab_parallel.reference import num_sums
 from esper_kernels.ops.vocab_parallel.shard import ClassShard
 from esper_kernels.values import materialized, plain_rows
 
@@ -23,12 +24,13 @@ def class_sums(
     targets: Tensor,
     options: Options,
     target_logit: Tensor | None,
+    plan: MeasurePlan | None,
     shard: ClassShard,
 ) -> Tensor:
     from esper_kernels.ops.vocab_parallel import triton_kernels as kernels
 
     rows = targets.numel()
-    sums = logits.new_empty(len(CLASS_SUMS), *targets.shape, dtype=torch.float64)
+    sums = logits.new_empty(num_sums(plan), *targets.shape, dtype=torch.float64)
     _launch(
         kernels.class_sums_of_rows,
         logits,
@@ -38,6 +40,8 @@ def class_sums(
         (target_logit, options.second, options.weight, sums),
         (rows,),
         SMOOTHED=reference.is_on(options.label_smoothing),
+        MEASURED=plan is not None,
+        ENTROPY=bool(plan and plan.entropy),
     )
     return sums
 

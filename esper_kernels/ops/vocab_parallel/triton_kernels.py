@@ -10,7 +10,15 @@ Long functions: one line for each argument of a kernel.
 import triton
 import triton.language as tl
 
-from esper_kernels.ops.cross_entropy.triton_kernels import _capped, _class_weights, _exp
+from esper_kernels.ops.cross_entropy.triton_kernels import (
+    DEEP,
+    _capped,
+    _class_weights,
+    _exp,
+    _first_largest,
+    _rescaled,
+    _second_largest,
+)
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
@@ -58,9 +66,9 @@ def class_sums_of_rows(
     target_logits,  # [N]
     second,  # int64 [N]
     weight,  # of all classes
-    sums,  # float64 [CLASS_SUMS, N], written
+    sums,  # float64 [CLASS_SUMS, N], or with MEASURED those of measures too, written
     softcap,
-    rows,
+    rows: tl.int64,
     inner,
     outer_stride,
     inner_stride,
@@ -69,6 +77,8 @@ def class_sums_of_rows(
     V: tl.constexpr,
     IGNORE: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    MEASURED: tl.constexpr,
+    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, start, target, valid = _open(
@@ -83,6 +93,12 @@ def class_sums_of_rows(
     lane_weighted = tl.zeros([BLOCK], tl.float32)
     lane_weights = tl.zeros([BLOCK], tl.float32)
     lane_ahead = tl.zeros([BLOCK], tl.int32)
+    if MEASURED:
+        lane_largest = tl.full([BLOCK], -float("inf"), tl.float32)  # as stored
+        lane_place = tl.arange(0, BLOCK)  # where it was first
+        lane_second = tl.full([BLOCK], -float("inf"), tl.float32)
+        lane_squares = tl.zeros([BLOCK], tl.float32)
+        lane_products = tl.zeros([BLOCK], tl.float32)
     for block in tl.range(0, tl.cdiv(V, BLOCK) * valid.to(tl.int32), num_stages=STAGES):
         c = block * BLOCK + tl.arange(0, BLOCK)
         stored = tl.load(start + c, c < V, other=-float("inf")).to(tl.float32)
@@ -99,10 +115,24 @@ def class_sums_of_rows(
             earlier = (stored == target_logit) & (first_class + c < target)
             lane_ahead += ((stored > target_logit) | earlier).to(tl.int32)
         e = tl.exp(-tl.abs(x - lane_max))
-        lane_sum = tl.where(x > lane_max, lane_sum * e + 1.0, lane_sum + e)
+        rises = x > lane_max
+        if MEASURED:
+            factor = tl.where(rises, e, 1.0)
+            lane_squares, lane_products = _rescaled(
+                lane_squares, lane_products, lane_sum, factor, lane_max - higher, ENTROPY
+            )
+            own = tl.where(rises, 1.0, e)
+            lane_squares += own * own
+            if ENTROPY:
+                lane_products += own * tl.maximum(x - higher, DEEP)
+                lane_second = tl.maximum(lane_second, tl.minimum(lane_largest, stored))
+            lane_place = tl.where(stored > lane_largest, c, lane_place)
+            lane_largest = tl.maximum(lane_largest, stored)
+        lane_sum = tl.where(rises, lane_sum * e + 1.0, lane_sum + e)
         lane_max = higher
     top = tl.max(lane_max, 0)
-    total = tl.sum(lane_sum * tl.exp(lane_max - top), 0)
+    factor = tl.exp(lane_max - top)
+    total = tl.sum(lane_sum * factor, 0)
     maximum = tl.where(total == total, top, float("nan"))
     out = sums + row
     tl.store(out, tl.where(total == 0, -float("inf"), maximum))  # nothing but -inf
@@ -115,6 +145,23 @@ def class_sums_of_rows(
     tl.store(out + 4 * rows, tl.sum(_moved(lane_weighted, lane_weights, lane_max - top), 0))
     tl.store(out + 5 * rows, tl.sum(lane_weights, 0))
     tl.store(out + 6 * rows, tl.sum(lane_ahead, 0))
+    if MEASURED:
+        largest = lane_largest[None, :]
+        row_largest = tl.max(largest, 1)
+        place = _first_largest(largest, lane_place[None, :], V)
+        squares, products = _rescaled(
+            lane_squares, lane_products, lane_sum, factor, lane_max - top, ENTROPY
+        )
+        tl.store(out + 7 * rows, tl.max(row_largest, 0))
+        tl.store(out + 8 * rows, first_class + tl.max(place, 0))
+        tl.store(out + 9 * rows, tl.sum(squares, 0))
+        tl.store(out + 10 * rows, tl.sum(products, 0))
+        runner_up = tl.max(lane_second, 0)
+        if ENTROPY:
+            runner_up = tl.maximum(runner_up, tl.max(_second_largest(largest, row_largest), 0))
+            if V > 1:  # without another logit it stays -inf
+                runner_up = _capped(runner_up, softcap)
+        tl.store(out + 11 * rows, runner_up)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
