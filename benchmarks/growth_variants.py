@@ -1,8 +1,10 @@
 """Other ways to grow, each against the default and a static network of its own final size.
 
     python -m benchmarks growth_variants    # digits, 150 epochs
+    python -m benchmarks growth_variants --variants "renewed host" --epochs 75
 
-Writes `results/growth-variants.json`, and reads the default's figures from `growth-digits.json`.
+Writes `results/growth-variants.json`, in which the figures of other variants, seeds and lengths
+stay, and reads the default's figures from `growth-digits.json`.
 """
 
 from __future__ import annotations
@@ -19,11 +21,21 @@ from torch.nn.functional import cross_entropy
 from benchmarks import record
 from benchmarks.growth import Figures, gains, with_error
 from benchmarks.growth_runs import config_of, run, seeds_of, static_task, task_named
-from esper_train import Decision, HeuristicTamiyo, Op, RunConfig, SeedStage, Signals, Task
+from esper_train import (
+    Decision,
+    EpisodeResult,
+    HeuristicTamiyo,
+    Op,
+    RunConfig,
+    SeedStage,
+    Signals,
+    Task,
+)
 from esper_train.config import from_dict
 from esper_train.morph.model import MorphModel
 from esper_train.run.cost import multiply_adds
-from esper_train.run.run import PolicyMaker, prepare
+from esper_train.run.episode import Episode
+from esper_train.run.run import EpisodeRun, PolicyMaker, prepare
 from esper_train.tasks import load_splits
 
 TASK = "digits"
@@ -33,12 +45,29 @@ ROWS = 256
 TRIAL_COST = 0.3
 """Added to what a seed costs, in epochs of the host, so that one without multiply-adds has a
 price."""
+RAISED_EPOCHS = 10
+RAISED = 3.0
+"""A merge raises learning rates to this multiple, from which they return in `RAISED_EPOCHS`."""
+RENEWED = 0.3
+"""How much of the way back to new weights those of the host go after a merge."""
+SHRUNK = 0.5
+"""Or the factor by which its matrices shrink."""
+EARLY: Mapping[str, Any] = {
+    "policy": {"min_epochs": 3, "plateau_epochs": 0},
+    "growth": {"window": 3, "training_min_epochs": 3, "blending_epochs": 3},
+}
 PROMISING = "largest gradient"
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     PROMISING: {},
     "several seeds at once": {"policy": {"max_live_seeds": 3}},
     "lenient verdicts": {"growth": {"fossilize_contribution": 0.0, "fossilize_errors": 2.0}},
     "last slot only": {"slots": ["late"]},
+    "early": EARLY,
+    "early, several at once": {**EARLY, "policy": {**EARLY["policy"], "max_live_seeds": 3}},
+    "raised rates": {},
+    "renewed host": {},
+    "shrunk host": {},
+    "no seed after a failure": {"growth": {"undo_wait": 1000, "undo_wait_ceiling": 1000}},
 }
 """What differs from the defaults."""
 
@@ -128,27 +157,107 @@ def promising(config: RunConfig, task: Task) -> PolicyMaker:
     return make
 
 
-def measure(variant: str, seed: int, epochs: int) -> dict[str, Any]:
+AfterEpoch = Callable[[Episode], None]
+
+
+@dataclass
+class RaisedRates:
+    """After a merge, the learning rates of host and fossils are `RAISED` times their own, and
+    return to them in a straight line."""
+
+    fossils: int = 0
+    left: int = 0
+
+    def __call__(self, episode: Episode) -> None:
+        self.left = max(0, self.left - 1)
+        if episode.model.fossils > self.fossils:
+            self.left = RAISED_EPOCHS
+        self.fossils = episode.model.fossils
+        kept = [s.state.slot for s in episode.model.slots if s.state.stage is SeedStage.FOSSILIZED]
+        factor = 1 + (RAISED - 1) * self.left / RAISED_EPOCHS
+        for optimizer in episode.optimizers.present(["host", *kept]):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * optimizer.defaults["lr"]
+
+
+@dataclass
+class SofterHost:
+    """After a merge, the host's weights go a part of the way to those of a new one, as in shrink
+    and perturb (Ash and Adams, 2020), or its matrices shrink.
+
+    A host that predicts every training row right has hardly a gradient left, from which it could
+    learn to use its new part.
+    """
+
+    task: Task
+    renew: bool
+    fossils: int = 0
+
+    def __call__(self, episode: Episode) -> None:
+        merged = episode.model.fossils > self.fossils
+        self.fossils = episode.model.fossils
+        if not merged:
+            return
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(1)
+            new = self.task.build_host(episode.config.host)
+            pairs = zip(episode.model.host.parameters(), new.parameters(), strict=True)
+            for weight, fresh in pairs:
+                if self.renew:
+                    weight.lerp_(fresh, RENEWED)
+                elif weight.dim() > 1:
+                    weight.mul_(SHRUNK)
+
+
+def after_epoch(variant: str, task: Task) -> AfterEpoch:
+    """What a variant does to the network when an epoch is over."""
+    match variant:
+        case "raised rates":
+            return RaisedRates()
+        case "renewed host" | "shrunk host":
+            return SofterHost(task, variant == "renewed host")
+        case _:
+            return lambda episode: None
+
+
+def grow(
+    config: RunConfig, task: Task, policy: PolicyMaker | None, then: AfterEpoch
+) -> EpisodeResult:
+    """The result of a run under the heuristic, or another policy; `then` follows each epoch."""
+    episode = prepare(config, "heuristic", task=task, policy=policy)
+    with EpisodeRun(episode) as course, episode.random.active():
+        while not course.over:
+            signals = course.observe(course.launch().read())
+            if signals is not None:
+                course.apply(episode.decide(signals))
+            then(episode)
+        return course.finish(course.launch_test().read())
+
+
+def measure(variant: str, seed: int, epochs: int, *, with_static: bool) -> dict[str, Any]:
     """Train a grown network, and the static network of its final size at the same cost."""
     base = replace(config_of(TASK), seed=seed, max_epochs=epochs)
     config = from_dict(RunConfig, SETTINGS[variant], base=base)
     task = task_named(TASK, config)
     policy = promising(config, task) if variant == PROMISING else None
-    grown = run(config, task, "heuristic", policy)
-    seeds = seeds_of(grown.result)
-    same = static_task(task, config, seeds)
-    cost = grown.result.cost
-    equal = replace(config, max_epochs=round(cost / unit(config, task, seeds)))
+    grown = grow(config, task, policy, after_epoch(variant, task))
+    seeds = seeds_of(grown)
+    static = None
+    if with_static:
+        same = static_task(task, config, seeds)
+        equal = replace(config, max_epochs=round(grown.cost / unit(config, task, seeds)))
+        static = run(equal, same, "fit").result.test.points
     return {
         "variant": variant,
         "epochs": epochs,
         "seed": seed,
-        "grown": grown.result.test.points,
-        "static_equal": run(equal, same, "fit").result.test.points,
-        "cost": cost,
-        "parameters": grown.result.parameters,
+        "grown": grown.test.points,
+        "static_equal": static,
+        "cost": grown.cost,
+        "parameters": grown.parameters,
         "seeds": seeds,
-        "undone_epochs": grown.result.undone_epochs,
+        "undone_epochs": grown.undone_epochs,
+        "commit": record.environment()["commit"],
     }
 
 
@@ -156,19 +265,21 @@ def table(figures: Figures) -> str:
     """Markdown: each variant against the default on the same seeds, and against its own static
     network."""
     default = {(r["epochs"], r["seed"]): r for r in record.read(f"growth-{TASK}")["figures"]}
-    head = ["variant", "seeds", "grown, %", "grown - default", "grown - static, same cost"]
-    lines = [[*head, "parameters", "cost", "of the default"]]
-    for variant in dict.fromkeys(row["variant"] for row in figures):
-        rows = [row for row in figures if row["variant"] == variant]
+    head = ["variant", "epochs", "seeds", "grown, %", "grown - default"]
+    lines = [[*head, "grown - static, same cost", "parameters", "cost", "of the default"]]
+    for variant, epochs in dict.fromkeys((row["variant"], row["epochs"]) for row in figures):
+        rows = [row for row in figures if (row["variant"], row["epochs"]) == (variant, epochs)]
         others = [default[row["epochs"], row["seed"]] for row in rows]
+        rivals = [row for row in rows if row["static_equal"] is not None]
         more = [row["grown"] - other["grown"] for row, other in zip(rows, others, strict=True)]
         lines.append(
             [
                 variant,
+                str(epochs),
                 str(len(rows)),
                 f"{fmean(row['grown'] for row in rows):.2f}",
                 with_error(more, "+"),
-                with_error(gains(rows, "static_equal"), "+"),
+                with_error(gains(rivals, "static_equal"), "+") if rivals else "not measured",
                 f"{fmean(row['parameters'] for row in rows):,.0f}",
                 f"{fmean(row['cost'] for row in rows):.0f}",
                 f"{fmean(other['cost'] for other in others):.0f}",
@@ -177,21 +288,40 @@ def table(figures: Figures) -> str:
     return record.markdown(lines)
 
 
+def earlier() -> Figures:
+    """The figures that were written before."""
+    if not (record.RESULTS / f"{NAME}.json").exists():
+        return []
+    figures: Figures = record.read(NAME)["figures"]
+    return figures
+
+
+def with_row(figures: Figures, last: dict[str, Any]) -> Figures:
+    """The figures with another row, which takes the place of an earlier one about the same run."""
+
+    def run_of(row: dict[str, Any]) -> tuple[str, int, int]:
+        return row["variant"], row["epochs"], row["seed"]
+
+    found = {run_of(row): row for row in (*figures, last)}
+    order = list(SETTINGS)
+    return [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), *key[1:]))]
+
+
 def main() -> None:
     """Measure, print the table, write the figures."""
     parser = record.parser("growth_variants", __doc__)
     parser.add_argument("--variants", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--without-static", action="store_true", help="half the work, for a choice")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    figures = []
     for variant in options.variants:
         for seed in options.seeds:
-            figures.append(measure(variant, seed, options.epochs))
-            record.write(NAME, figures)
-            print(figures[-1], flush=True)
-    print(f"\n{table(figures)}\n\n{record.RESULTS / NAME}.json")
+            last = measure(variant, seed, options.epochs, with_static=not options.without_static)
+            record.write(NAME, with_row(earlier(), last))
+            print(last, flush=True)
+    print(f"\n{table(earlier())}\n\n{record.RESULTS / NAME}.json")
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_the_table_of_variants_compares_with_the_default_on_the_same_seeds(
     record.write("growth-digits", FIGURES, results)
     rows = [row(75, seed, 95.0) | {"variant": "lenient verdicts"} for seed in (1, 0)]
     assert growth_variants.table(rows).splitlines()[2:] == [
-        "| lenient verdicts | 2 | 95.00 | +1.00 ± 2.00 | -1.00 ± 0.00 | 1,500 | 112 | 112 |"
+        "| lenient verdicts | 75 | 2 | 95.00 | +1.00 ± 2.00 | -1.00 ± 0.00 | 1,500 | 112 | 112 |"
     ]
 
 

@@ -1,0 +1,69 @@
+"""Other ways to grow: what they do after a merge, and how their figures are kept."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from benchmarks import growth_runs, growth_variants
+from esper_train import SeedStage
+from esper_train.morph.lifecycle import SlotState
+from esper_train.train.optimizers import OptimizerRegistry
+
+
+def test_a_row_takes_the_place_of_an_earlier_one_about_the_same_run() -> None:
+    rows: list[dict[str, Any]] = [
+        {"variant": "early", "epochs": 75, "seed": seed, "grown": 95.0} for seed in (0, 1)
+    ]
+    first = {"variant": growth_variants.PROMISING, "epochs": 75, "seed": 0, "grown": 90.0}
+    again = {**rows[0], "grown": 96.0}
+    found = growth_variants.with_row(growth_variants.with_row(rows, first), again)
+    assert found == [first, again, rows[1]]
+
+
+def test_a_merge_raises_the_rates_of_host_and_fossils_for_a_while() -> None:
+    optimizers = OptimizerRegistry(
+        **{name: SGD([torch.zeros(1)], lr=0.5) for name in ("host", "early", "late")}
+    )
+    fossil = SlotState(slot="early", stage=SeedStage.FOSSILIZED)
+    model = SimpleNamespace(fossils=0, slots=[SimpleNamespace(state=fossil)])
+    episode: Any = SimpleNamespace(model=model, optimizers=optimizers)
+    then = growth_variants.RaisedRates()
+    rates = []
+    for fossils in (0, *[1] * 12):
+        model.fossils = fossils
+        then(episode)
+        host, early, late = (made.param_groups[0]["lr"] for made in optimizers.present())
+        assert (host, late) == (early, 0.5)
+        rates.append(host)
+    assert rates == pytest.approx([0.5, *(1.5 - 0.1 * number for number in range(11)), 0.5])
+
+
+@pytest.mark.parametrize("renew", [True, False])
+def test_a_merge_makes_the_host_softer_once(renew: bool) -> None:
+    config = growth_runs.config_of("breast-cancer")
+    task = growth_runs.task_named("breast-cancer", config)
+    host = task.build_host(config.host)
+    weight, bias = (host.get_parameter(f"head.{name}") for name in ("weight", "bias"))
+    before = weight.detach().clone(), bias.detach().clone()
+    random = torch.get_rng_state()
+    model = SimpleNamespace(fossils=0, host=host)
+    episode: Any = SimpleNamespace(model=model, config=config)
+    then = growth_variants.SofterHost(task, renew)
+    then(episode)
+    assert torch.equal(weight, before[0])
+    model.fossils = 1
+    then(episode)
+    after = weight.detach().clone()
+    then(episode)
+    assert torch.equal(weight, after)
+    assert torch.equal(random, torch.get_rng_state())
+    if renew:
+        torch.manual_seed(1)
+        new = task.build_host(config.host).get_parameter("head.weight")
+        torch.testing.assert_close(after, 0.7 * before[0] + 0.3 * new)
+    else:
+        torch.testing.assert_close(after, 0.5 * before[0])
+        assert torch.equal(bias, before[1])
