@@ -43,7 +43,8 @@ class Epoch:
         self._number = number
         self.finding: Finding | None = None
         """What the governor found; None where the losses are good, or were not measured yet."""
-        self._verdict = False  # whether a trial ended
+        self._verdict = False  # whether a seed was kept
+        self._undone = False  # whether the network is not the measured one any more
         self._events: list[Event] = []  # to be written after the epoch's own line
 
     def launch(self) -> Launched[Measured]:
@@ -117,7 +118,8 @@ class Epoch:
         if self.finding is not None:
             self._answer(self.finding)
         else:
-            episode.kept.offer(episode.model, number, self._validation.loss)
+            if not self._undone:
+                episode.kept.offer(episode.model, number, self._validation.loss)
             due = number % episode.config.governor.snapshot_epochs == 0
             if not episode.governor.suspicious and (due or self._verdict):
                 keep_good(episode, number)
@@ -196,6 +198,7 @@ class Epoch:
         trial = self._episode.trial
         began = trial.began
         trial.end_undone(episode, self._number)
+        self._undone = True
         episode.tracker.restart_plateau()
         for slot in episode.model.slots:
             slot.start_anew()

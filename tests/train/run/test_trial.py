@@ -22,6 +22,7 @@ from esper_train import (
     TelemetryHub,
     TrainConfig,
     default_registry,
+    evaluate,
 )
 from esper_train.base.state import copied
 from esper_train.morph.blueprints import Blueprint
@@ -164,6 +165,23 @@ def test_a_cull_by_the_controller_is_undone_too() -> None:
     assert_same(states[6]["host"], states[4]["host"])
     assert_same(states[6]["momentum"], states[4]["momentum"])
     assert not torch.equal(states[5]["host"]["head.2.weight"], states[4]["host"]["head.2.weight"])
+
+
+def test_a_run_does_not_give_the_network_before_a_trial_for_the_loss_of_its_last_epoch() -> None:
+    """The seed helps, so the loss is lowest in the epoch after which a controller undoes it."""
+    episode = prepared(after=10**9)
+    recorder = watched(episode)
+    script = Script(
+        e1=germinate("early", "bad"), e8=Decision(op=Op.CULL, slot="early", reason="asked")
+    )
+    go(episode, script, 8)
+    losses = [event.data["validation"]["loss"] for event in recorder.of(EventType.EPOCH)]
+    assert min(losses) == losses[-1]
+    assert episode.trial.undone == 1
+    assert episode.kept.epoch <= 3
+    episode.kept.give(episode.model)
+    found = evaluate(episode.model, episode.validation, CONFIG.train, task_type="classification")
+    assert found.loss == pytest.approx(episode.kept.loss)
 
 
 def test_a_cull_in_training_undoes_nothing() -> None:
