@@ -9,8 +9,8 @@ stay, and reads the default's figures from `growth-digits.json`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -192,12 +192,15 @@ class SofterHost:
     task: Task
     renew: bool
     fossils: int = 0
+    merges: list[float] = field(default_factory=list)
+    """The cost of the run until each merge, in epochs of the host."""
 
     def __call__(self, episode: Episode) -> None:
         merged = episode.model.fossils > self.fossils
         self.fossils = episode.model.fossils
         if not merged:
             return
+        self.merges.append(episode.cost.epochs)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(1)
             new = self.task.build_host(episode.config.host)
@@ -207,6 +210,22 @@ class SofterHost:
                     weight.lerp_(fresh, RENEWED)
                 elif weight.dim() > 1:
                     weight.mul_(SHRUNK)
+
+
+@dataclass
+class ShrunkAfter:
+    """The matrices of the whole network shrink after each of these epochs, without growing."""
+
+    epochs: Sequence[int]
+    epoch: int = 0
+
+    def __call__(self, episode: Episode) -> None:
+        self.epoch += 1
+        factor = SHRUNK ** self.epochs.count(self.epoch)
+        with torch.no_grad():
+            for weight in episode.model.host.parameters():
+                if weight.dim() > 1:
+                    weight.mul_(factor)
 
 
 def after_epoch(variant: str, task: Task) -> AfterEpoch:
@@ -220,11 +239,11 @@ def after_epoch(variant: str, task: Task) -> AfterEpoch:
             return lambda episode: None
 
 
-def grow(
-    config: RunConfig, task: Task, policy: PolicyMaker | None, then: AfterEpoch
+def trained(
+    config: RunConfig, task: Task, mode: str, policy: PolicyMaker | None, then: AfterEpoch
 ) -> EpisodeResult:
-    """The result of a run under the heuristic, or another policy; `then` follows each epoch."""
-    episode = prepare(config, "heuristic", task=task, policy=policy)
+    """The result of a run; `mode` is "heuristic" or "fit", and `then` follows each epoch."""
+    episode = prepare(config, mode, task=task, policy=policy)
     with EpisodeRun(episode) as course, episode.random.active():
         while not course.over:
             signals = course.observe(course.launch().read())
@@ -235,24 +254,31 @@ def grow(
 
 
 def measure(variant: str, seed: int, epochs: int, *, with_static: bool) -> dict[str, Any]:
-    """Train a grown network, and the static network of its final size at the same cost."""
+    """Train a grown network, and the static network of its final size at the same cost. Where the
+    grown one shrank, a third is the static one that shrinks at the same costs."""
     base = replace(config_of(TASK), seed=seed, max_epochs=epochs)
     config = from_dict(RunConfig, SETTINGS[variant], base=base)
     task = task_named(TASK, config)
     policy = promising(config, task) if variant == PROMISING else None
-    grown = grow(config, task, policy, after_epoch(variant, task))
+    then = after_epoch(variant, task)
+    grown = trained(config, task, "heuristic", policy, then)
     seeds = seeds_of(grown)
-    static = None
+    static = static_shrunk = None
     if with_static:
         same = static_task(task, config, seeds)
-        equal = replace(config, max_epochs=round(grown.cost / unit(config, task, seeds)))
+        epoch = unit(config, task, seeds)
+        equal = replace(config, max_epochs=round(grown.cost / epoch))
         static = run(equal, same, "fit").result.test.points
+        if isinstance(then, SofterHost) and not then.renew:
+            shrinks = ShrunkAfter([round(cost / epoch) for cost in then.merges])
+            static_shrunk = trained(equal, same, "fit", None, shrinks).test.points
     return {
         "variant": variant,
         "epochs": epochs,
         "seed": seed,
         "grown": grown.test.points,
         "static_equal": static,
+        "static_shrunk": static_shrunk,
         "cost": grown.cost,
         "parameters": grown.parameters,
         "seeds": seeds,
@@ -263,14 +289,17 @@ def measure(variant: str, seed: int, epochs: int, *, with_static: bool) -> dict[
 
 def table(figures: Figures) -> str:
     """Markdown: each variant against the default on the same seeds, and against its own static
-    network."""
+    networks."""
     default = {(r["epochs"], r["seed"]): r for r in record.read(f"growth-{TASK}")["figures"]}
     head = ["variant", "epochs", "seeds", "grown, %", "grown - default"]
-    lines = [[*head, "grown - static, same cost", "parameters", "cost", "of the default"]]
+    rivals = {
+        "grown - static, same cost": "static_equal",
+        "grown - static that shrinks too": "static_shrunk",
+    }
+    lines = [[*head, *rivals, "parameters", "cost", "of the default"]]
     for variant, epochs in dict.fromkeys((row["variant"], row["epochs"]) for row in figures):
         rows = [row for row in figures if (row["variant"], row["epochs"]) == (variant, epochs)]
         others = [default[row["epochs"], row["seed"]] for row in rows]
-        rivals = [row for row in rows if row["static_equal"] is not None]
         more = [row["grown"] - other["grown"] for row, other in zip(rows, others, strict=True)]
         lines.append(
             [
@@ -279,13 +308,19 @@ def table(figures: Figures) -> str:
                 str(len(rows)),
                 f"{fmean(row['grown'] for row in rows):.2f}",
                 with_error(more, "+"),
-                with_error(gains(rivals, "static_equal"), "+") if rivals else "not measured",
+                *(gain_over(rows, rival) for rival in rivals.values()),
                 f"{fmean(row['parameters'] for row in rows):,.0f}",
                 f"{fmean(row['cost'] for row in rows):.0f}",
                 f"{fmean(other['cost'] for other in others):.0f}",
             ]
         )
     return record.markdown(lines)
+
+
+def gain_over(rows: Figures, rival: str) -> str:
+    """The gain over a rival in words, of the rows that have one."""
+    measured = [row for row in rows if row.get(rival) is not None]
+    return with_error(gains(measured, rival), "+") if measured else "not measured"
 
 
 def earlier() -> Figures:
