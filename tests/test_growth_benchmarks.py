@@ -291,10 +291,13 @@ def test_the_table_of_variants_compares_with_the_default_on_the_same_seeds(
     results: Path,
 ) -> None:
     record.write("growth-digits", FIGURES, results)
-    rows = [row(75, seed, 95.0) | {"variant": "lenient verdicts"} for seed in (1, 0)]
-    assert growth_variants.table(rows).splitlines()[2:] == [
-        "| lenient verdicts | 75 | 2 | 95.00 | +1.00 ± 2.00 | -1.00 ± 0.00 | 1,500 | 112 | 112 |"
-    ]
+    rows = [row(75, seed, 95.0) | {"variant": "shrunk host"} for seed in (1, 0)]
+    start = "| shrunk host | 75 | 2 | 95.00 | +1.00 ± 2.00 | -1.00 ± 0.00 "
+    (without,) = growth_variants.table(rows).splitlines()[2:]
+    assert without == f"{start}| not measured | 1,500 | 112 | 112 |"
+    rows[0]["static_shrunk"] = 94.5
+    (with_one,) = growth_variants.table(rows).splitlines()[2:]
+    assert with_one == f"{start}| +0.50 | 1,500 | 112 | 112 |"
 
 
 def course(*epochs: tuple[float, float, float]) -> Course:

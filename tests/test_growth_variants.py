@@ -50,12 +50,14 @@ def test_a_merge_makes_the_host_softer_once(renew: bool) -> None:
     before = weight.detach().clone(), bias.detach().clone()
     random = torch.get_rng_state()
     model = SimpleNamespace(fossils=0, host=host)
-    episode: Any = SimpleNamespace(model=model, config=config)
+    cost = SimpleNamespace(epochs=7.5)
+    episode: Any = SimpleNamespace(model=model, config=config, cost=cost)
     then = growth_variants.SofterHost(task, renew)
     then(episode)
     assert torch.equal(weight, before[0])
     model.fossils = 1
     then(episode)
+    assert then.merges == [7.5]
     after = weight.detach().clone()
     then(episode)
     assert torch.equal(weight, after)
@@ -67,3 +69,14 @@ def test_a_merge_makes_the_host_softer_once(renew: bool) -> None:
     else:
         torch.testing.assert_close(after, 0.5 * before[0])
         assert torch.equal(bias, before[1])
+
+
+def test_a_static_network_shrinks_after_given_epochs() -> None:
+    host = torch.nn.Linear(2, 3)
+    weight, bias = (p.detach().clone() for p in host.parameters())
+    episode: Any = SimpleNamespace(model=SimpleNamespace(host=host))
+    then = growth_variants.ShrunkAfter([2, 3, 3])
+    for factor in (1.0, 0.5, 0.125, 0.125):
+        then(episode)
+        assert torch.equal(host.weight, factor * weight)
+    assert torch.equal(host.bias, bias)
