@@ -5,6 +5,8 @@
 
 Writes `results/growth-variants.json`, in which the figures of other variants, seeds and lengths
 stay, and reads the default's figures from `growth-digits.json`.
+
+Long file: the variants are read side by side, each a few lines that no package needs.
 """
 
 from __future__ import annotations
