@@ -442,7 +442,7 @@ from benchmarks.sass.kernels import subjects
 rows = [asdict(judge(s)) for b in ("cuda", "triton") for s in subjects(90, b, "grad_stats")]
 more = {"triton": "cross_entropy, 8192 classes, bfloat16", "cuda": "token_logprobs"}
 more = [s for backend, only in more.items() for s in subjects(90, backend, only)]
-assert len(more) == 14
+assert len(more) == 16
 rows += [asdict(judge(s)) for s in more]
 print(json.dumps(rows))
 """
