@@ -23,6 +23,8 @@ NAMES = (
     "cpp",
     "cpp_any_input",
     "class_shards",
+    "measures",
+    "divided_measures",
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
