@@ -21,22 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import before_calls, record
+from benchmarks import before_calls, cpu, record
 
-SHAPES = (
-    "64x10",
-    "512x10",
-    "2048x1000",
-    "1024x8192",
-    "512x32000",
-    "1024x50257",
-    "256x128256",
-    "bf16:2048x1000",
-    "bf16:1024x4096",
-    "grads:40x1500",
-    "grads:200x1000",
-    "grads:60x20000",
-)
+SHAPES = (*cpu.SHAPES, "bf16:2048x1000", *cpu.GRADS, "grads:40x1500")
 ROUNDS = 31
 
 

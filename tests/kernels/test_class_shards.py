@@ -23,10 +23,10 @@ from esper_kernels import (
     vocab_parallel_cross_entropy,
 )
 from esper_kernels.measures import MeasurePlan
-from esper_kernels.native import INSTRUCTION_SETS, UNAVAILABLE
+from esper_kernels.native import INSTRUCTION_SETS
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.reference import Forward, Options
-from esper_kernels.ops.vocab_parallel import ClassShard, cpp, triton
+from esper_kernels.ops.vocab_parallel import ClassShard, cpp
 from esper_kernels.ops.vocab_parallel import reference as eager
 from esper_kernels.ops.vocab_parallel.combine import sums_of
 from esper_kernels.testing import (
@@ -34,26 +34,16 @@ from esper_kernels.testing import (
     assert_no_worse_than_eager,
     cross_entropy_samples,
 )
+from tests.helpers.class_shards import EVERY_BACKEND, EVERY_DAY, backend_module, needs_cpp
 
-needs_cpp = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 SAMPLES = [sample for sample in cross_entropy_samples() if sample.logits.shape[-1] >= 3]
 HALF = [torch.bfloat16, torch.float16]
 
 
-# Triton's interpreter is slow, so that one test is enough for every day.
-EVERY_BACKEND = ["eager", "cpp", "triton"]
-
-
-@pytest.fixture(params=["eager", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.fixture(params=EVERY_DAY)
 def module(request: pytest.FixtureRequest) -> Any:
     """Each backend, on CPU tensors."""
-    if request.param == "cpp" and UNAVAILABLE is not None:
-        pytest.skip(UNAVAILABLE)
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            pytest.skip("Triton's kernels run on the GPU here and not in the interpreter")
-    return {"eager": eager, "cpp": cpp, "triton": triton}[request.param]
+    return backend_module(request.param)
 
 
 def shards_of(sizes: list[int]) -> list[ClassShard]:

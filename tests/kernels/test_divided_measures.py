@@ -9,34 +9,23 @@ from torch import Tensor
 
 from esper_kernels import KernelConfig, Meter, cross_entropy
 from esper_kernels.measures import MeasurePlan
-from esper_kernels.native import INSTRUCTION_SETS, UNAVAILABLE
+from esper_kernels.native import INSTRUCTION_SETS
 from esper_kernels.ops.cross_entropy import reference
 from esper_kernels.ops.cross_entropy.measures import RowMeasures, add_measures, row_measures
 from esper_kernels.ops.cross_entropy.reference import Options
-from esper_kernels.ops.vocab_parallel import ClassShard, cpp, triton
+from esper_kernels.ops.vocab_parallel import ClassShard, cpp
 from esper_kernels.ops.vocab_parallel import reference as eager
 from esper_kernels.ops.vocab_parallel.combine import measures_of, sums_of
 from esper_kernels.testing import cross_entropy_samples
+from tests.helpers.class_shards import EVERY_BACKEND, EVERY_DAY, backend_module, needs_cpp
 
 PLAN = MeasurePlan(per_class=0, calibration_bins=15, entropy=1, confusion=0)
-MODULES = {"eager": eager, "cpp": cpp, "triton": triton}
-needs_cpp = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 
 
-# Triton's interpreter is slow, so that one test is enough for every day.
-EVERY_BACKEND = ["eager", "cpp", "triton"]
-
-
-@pytest.fixture(params=["eager", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.fixture(params=EVERY_DAY)
 def module(request: pytest.FixtureRequest) -> Any:
     """Each backend, on CPU tensors."""
-    if request.param == "cpp" and UNAVAILABLE is not None:
-        pytest.skip(UNAVAILABLE)
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            pytest.skip("Triton's kernels run on the GPU here and not in the interpreter")
-    return MODULES[request.param]
+    return backend_module(request.param)
 
 
 def divided(
