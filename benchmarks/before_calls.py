@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import esper_kernels
-from esper_kernels import Meter, cross_entropy, cross_entropy_step, grad_stats
+from esper_kernels import KernelConfig, Meter, cross_entropy, cross_entropy_step, grad_stats
 
 SECONDS = 0.02
 """What a call is repeated for each time."""
@@ -25,11 +25,12 @@ SECONDS = 0.02
 def calls_of(shape: str) -> Mapping[str, Callable[[], Any]]:
     """The calls that both checkouts have in common."""
     generator = torch.Generator().manual_seed(0)
+    config = KernelConfig(backend="cpp")  # a checkout that is not built is refused
     if shape.startswith("grads:"):
         tensors, size = map(int, shape.removeprefix("grads:").split("x"))
         grads = [torch.randn(size, generator=generator) for _ in range(tensors)]
-        stats = grad_stats(grads)
-        return {"grad_stats": lambda: grad_stats(grads, out=stats)}
+        stats = grad_stats(grads, config=config)
+        return {"grad_stats": lambda: grad_stats(grads, out=stats, config=config)}
     dtype = torch.bfloat16 if shape.startswith("bf16:") else torch.float32
     rows, classes = map(int, shape.removeprefix("bf16:").split("x"))
     logits = (torch.randn(rows, classes, generator=generator) * 3).to(dtype)
@@ -39,10 +40,10 @@ def calls_of(shape: str) -> Mapping[str, Callable[[], Any]]:
 
     def evaluate() -> None:
         with torch.no_grad():
-            cross_entropy(logits, targets, meter=meter)
+            cross_entropy(logits, targets, meter=meter, config=config)
 
     return {
-        "step": lambda: cross_entropy_step(logits, targets, meter, out=out),
+        "step": lambda: cross_entropy_step(logits, targets, meter, out=out, config=config),
         "loss only": evaluate,
     }
 
