@@ -5,8 +5,10 @@
     python -m benchmarks before ../earlier
 
 Two processes, one for each checkout, time the same calls in turn, so that what disturbs the machine
-disturbs both; the one that waits uses no processor. Printed are the medians of both and the median
-of the ratios of the rounds. Figures of all shapes together are written to results/before.json.
+disturbs both; the one that waits uses no processor. The memory that a process gets can make a call
+faster or slower for as long as it runs, so several pairs of processes are measured. Printed are the
+medians of both and the median of the ratios of all rounds. Figures of all shapes together are
+written to results/before.json.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from typing import Any
 from benchmarks import before_calls, cpu, record
 
 SHAPES = (*cpu.SHAPES, "bf16:2048x1000", *cpu.GRADS, "grads:40x1500")
-ROUNDS = 31
+PAIRS = 7
+"""Of processes, per shape."""
+ROUNDS = 9
+"""Per pair."""
 
 
 @contextmanager
@@ -58,27 +63,35 @@ def answer(process: subprocess.Popen[str], question: str | None = None) -> Any:
     return json.loads(line)
 
 
-def measure(shape: str, earlier: Path, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """The medians of each call of `shape` in both checkouts, in microseconds, and their ratio."""
+def times_of(shape: str, earlier: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Microseconds of each call of `shape` in both checkouts, by one pair of processes."""
     here = Path(__file__).parents[1]
     with server(earlier, shape) as before, server(here, shape) as now:
         used, *names = answer(before)
         if Path(used) != earlier:
             sys.exit(f"{earlier} holds no esper_kernels: those of {used} would have been measured")
         answer(now)
-        times = {
+        return {
             name: [(answer(before, name), answer(now, name)) for _ in range(rounds)]
             for name in names
         }
+
+
+def measure(
+    shape: str, earlier: Path, pairs: int = PAIRS, rounds: int = ROUNDS
+) -> list[dict[str, Any]]:
+    """The medians of each call of `shape` in both checkouts, in microseconds, and their ratio."""
+    every = [times_of(shape, earlier, rounds) for _ in range(pairs)]
+    times = {name: [pair for found in every for pair in found[name]] for name in every[0]}
     return [
         {
             "shape": shape,
             "call": name,
-            "before": round(median(first for first, _ in pairs), 2),
-            "now": round(median(second for _, second in pairs), 2),
-            "ratio": round(median(second / first for first, second in pairs), 3),
+            "before": round(median(first for first, _ in found), 2),
+            "now": round(median(second for _, second in found), 2),
+            "ratio": round(median(second / first for first, second in found), 3),
         }
-        for name, pairs in times.items()
+        for name, found in times.items()
     ]
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks growth_variants    # digits, 150 epochs
     python -m benchmarks growth_variants --variants "renewed host" --epochs 75
+    python -m benchmarks growth_variants --task breast-cancer
 
-Writes `results/growth-variants.json`, in which the figures of other variants, seeds and lengths
-stay, and reads the default's figures from `growth-digits.json`.
+Writes `results/growth-variants-TASK.json`, in which figures of other variants, seeds and lengths
+stay, and reads the default's figures from `growth-TASK.json`.
 
 Long file: the variants are read side by side, each a few lines that no package needs.
 """
@@ -22,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import record
 from benchmarks.growth import Figures, gains, with_error
-from benchmarks.growth_runs import config_of, run, seeds_of, static_task, task_named
+from benchmarks.growth_runs import NAMES, config_of, run, seeds_of, static_task, task_named
 from esper_train import (
     Decision,
     EpisodeResult,
@@ -40,8 +41,6 @@ from esper_train.run.episode import Episode
 from esper_train.run.run import EpisodeRun, PolicyMaker, prepare
 from esper_train.tasks import load_splits
 
-TASK = "digits"
-NAME = "growth-variants"
 ROWS = 256
 """Training rows on which gradients are measured."""
 TRIAL_COST = 0.3
@@ -255,12 +254,15 @@ def trained(
         return course.finish(course.launch_test().read())
 
 
-def measure(variant: str, seed: int, epochs: int, *, with_static: bool) -> dict[str, Any]:
-    """Train a grown network, and the static network of its final size at the same cost. Where the
-    grown one shrank, a third is the static one that shrinks at the same costs."""
-    base = replace(config_of(TASK), seed=seed, max_epochs=epochs)
+def measure(
+    name: str, variant: str, seed: int, epochs: int, *, with_static: bool
+) -> dict[str, Any]:
+    """On the task of that name, train a grown network, and the static network of its final size at
+    the same cost. Where the grown one shrank, a third is the static one that shrinks at the same
+    costs."""
+    base = replace(config_of(name), seed=seed, max_epochs=epochs)
     config = from_dict(RunConfig, SETTINGS[variant], base=base)
-    task = task_named(TASK, config)
+    task = task_named(name, config)
     policy = promising(config, task) if variant == PROMISING else None
     then = after_epoch(variant, task)
     grown = trained(config, task, "heuristic", policy, then)
@@ -289,10 +291,15 @@ def measure(variant: str, seed: int, epochs: int, *, with_static: bool) -> dict[
     }
 
 
-def table(figures: Figures) -> str:
+def results_of(task: str) -> str:
+    """The name of the results of a task's variants."""
+    return f"growth-variants-{task}"
+
+
+def table(task: str, figures: Figures) -> str:
     """Markdown: each variant against the default on the same seeds, and against its own static
     networks."""
-    default = {(r["epochs"], r["seed"]): r for r in record.read(f"growth-{TASK}")["figures"]}
+    default = {(r["epochs"], r["seed"]): r for r in record.read(f"growth-{task}")["figures"]}
     head = ["variant", "epochs", "seeds", "grown, %", "grown - default"]
     rivals = {
         "grown - static, same cost": "static_equal",
@@ -325,11 +332,12 @@ def gain_over(rows: Figures, rival: str) -> str:
     return with_error(gains(measured, rival), "+") if measured else "not measured"
 
 
-def earlier() -> Figures:
-    """The figures that were written before."""
-    if not (record.RESULTS / f"{NAME}.json").exists():
+def earlier(task: str) -> Figures:
+    """The figures of a task that were written before."""
+    name = results_of(task)
+    if not (record.RESULTS / f"{name}.json").exists():
         return []
-    figures: Figures = record.read(NAME)["figures"]
+    figures: Figures = record.read(name)["figures"]
     return figures
 
 
@@ -347,18 +355,21 @@ def with_row(figures: Figures, last: dict[str, Any]) -> Figures:
 def main() -> None:
     """Measure, print the table, write the figures."""
     parser = record.parser("growth_variants", __doc__)
+    parser.add_argument("--task", default="digits", choices=NAMES)
     parser.add_argument("--variants", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--without-static", action="store_true", help="half the work, for a choice")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    task = options.task
     for variant in options.variants:
         for seed in options.seeds:
-            last = measure(variant, seed, options.epochs, with_static=not options.without_static)
-            record.write(NAME, with_row(earlier(), last))
+            with_static = not options.without_static
+            last = measure(task, variant, seed, options.epochs, with_static=with_static)
+            record.write(results_of(task), with_row(earlier(task), last))
             print(last, flush=True)
-    print(f"\n{table(earlier())}\n\n{record.RESULTS / NAME}.json")
+    print(f"\n{table(task, earlier(task))}\n\n{record.RESULTS / results_of(task)}.json")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,13 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "growth on digits": ("growth-digits", growth.table),
     "growth on breast cancer": ("growth-breast-cancer", growth.table),
     "growth on pysource": ("growth-pysource-short", growth.table),
-    "growth variants": (growth_variants.NAME, growth_variants.table),
+    **{
+        f"growth variants on {task.replace('-', ' ')}": (
+            growth_variants.results_of(task),
+            partial(growth_variants.table, task),
+        )
+        for task in ("digits", "breast-cancer")
+    },
     "gate": ("gate", gate.table),
     "seed cost": ("seed-cost", seed_cost.table),
     "ppo on digits": ("ppo-digits-shaped", ppo.table),

@@ -82,8 +82,8 @@ def test_a_page_with_an_unknown_table_is_refused() -> None:
 
 @pytest.mark.slow
 def test_two_checkouts_are_measured_in_turn(tmp_path: Path) -> None:
-    rows = before.measure("8x10", command.FOLDER.parent, rounds=1)
+    rows = before.measure("8x10", command.FOLDER.parent, pairs=2, rounds=1)
     assert [row["call"] for row in rows] == ["step", "loss only"]
     assert all(row["ratio"] == round(row["now"] / row["before"], 3) for row in rows)
     with pytest.raises(SystemExit, match="holds no esper_kernels: those of"):
-        before.measure("8x10", tmp_path, rounds=1)
+        before.measure("8x10", tmp_path, pairs=1, rounds=1)

@@ -293,10 +293,10 @@ def test_the_table_of_variants_compares_with_the_default_on_the_same_seeds(
     record.write("growth-digits", FIGURES, results)
     rows = [row(75, seed, 95.0) | {"variant": "shrunk host"} for seed in (1, 0)]
     start = "| shrunk host | 75 | 2 | 95.00 | +1.00 ± 2.00 | -1.00 ± 0.00 "
-    (without,) = growth_variants.table(rows).splitlines()[2:]
+    (without,) = growth_variants.table("digits", rows).splitlines()[2:]
     assert without == f"{start}| not measured | 1,500 | 112 | 112 |"
     rows[0]["static_shrunk"] = 94.5
-    (with_one,) = growth_variants.table(rows).splitlines()[2:]
+    (with_one,) = growth_variants.table("digits", rows).splitlines()[2:]
     assert with_one == f"{start}| +0.50 | 1,500 | 112 | 112 |"
 
 
