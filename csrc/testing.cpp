@@ -39,12 +39,13 @@ auto elementwise(void (*VectorFunctions::*function)(const From*, To*, int64_t)) 
   };
 }
 
-// In kThreads threads, each of which may do any part of the work.
+// In kThreads threads, each with an equal share of the work.
 template <int kThreads>
 void parallel_for(int64_t n, const esper::Range& f) {
+  const auto share = [&](int i) { f(i * n / kThreads, (i + 1) * n / kThreads); };
   std::vector<std::thread> threads;
-  for (int i = 1; i < kThreads; ++i) threads.emplace_back([&] { f(0, n); });
-  f(0, n);
+  for (int i = 1; i < kThreads; ++i) threads.emplace_back(share, i);
+  share(0);
   for (std::thread& thread : threads) thread.join();
 }
 

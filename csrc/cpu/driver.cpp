@@ -18,31 +18,45 @@ constexpr int64_t kSerial = 65536;
 constexpr int64_t kStreamBytes = 16 << 20;
 
 // Calls f(block, next, scratch) for each block, in parallel unless `serial`; `next` is the block that the
-// same thread does after it, or any number from `blocks` on. Threads take pieces of the work as they become
-// free, so that none waits long for another whose core is busy.
+// same thread does after it, or any number from `blocks` on. A thread begins with its own share, which may
+// still be in its cache from the last call. Then it takes what others have not begun, so that none waits long
+// for another whose core is busy.
 template <class F>
 void for_blocks(int64_t blocks, bool serial, int64_t scratch_size, const Machine& machine, const F& f) {
-  constexpr int64_t kPieces = 256;
-  const int64_t piece = (blocks + kPieces - 1) / kPieces;
-  std::atomic<int64_t> taken{0};
-  const auto work = [&](int64_t, int64_t) {
+  constexpr int64_t kMostPieces = 256;
+  const int64_t piece_size = (blocks + kMostPieces - 1) / kMostPieces;  // in blocks
+  const int64_t pieces = piece_size ? (blocks + piece_size - 1) / piece_size : 0;
+  std::atomic<bool> taken[kMostPieces] = {};
+  const auto work = [&](int64_t first, int64_t last) {
     thread_local std::unique_ptr<float[]> scratch;  // reused, because fresh pages cost more than the kernel
     thread_local int64_t size = 0;
     if (size < scratch_size) {
       scratch.reset(new float[scratch_size]);
       size = scratch_size;
     }
-    int64_t begin = taken.fetch_add(piece);
-    while (begin < blocks) {
-      const int64_t end = begin + piece < blocks ? begin + piece : blocks;
-      const int64_t then = taken.fetch_add(piece);  // known this early, so that it can be prefetched
+    const int64_t own = last - first;
+    int64_t asked = 0;
+    const auto take = [&] {
+      while (asked < pieces) {
+        // Others do their own pieces in rising order, so those below this share are the last to be begun.
+        const int64_t k = asked++;
+        const int64_t piece = k < own ? first + k : (last - 1 - k + pieces) % pieces;
+        if (!taken[piece].exchange(true, std::memory_order_relaxed)) return piece;
+      }
+      return pieces;
+    };
+    int64_t piece = take();
+    while (piece < pieces) {
+      const int64_t then = take();  // known this early, so that it can be prefetched
+      const int64_t begin = piece * piece_size;
+      const int64_t end = begin + piece_size < blocks ? begin + piece_size : blocks;
       for (int64_t block = begin; block < end; ++block)
-        f(block, block + 1 < end ? block + 1 : then, scratch.get());
-      begin = then;
+        f(block, block + 1 < end ? block + 1 : then * piece_size, scratch.get());
+      piece = then;
     }
   };
-  if (serial) return work(0, blocks);
-  machine.parallel_for(blocks, work);
+  if (serial) return work(0, pieces);
+  machine.parallel_for(pieces, work);
 }
 
 // What a batch adds to a meter.
