@@ -196,8 +196,8 @@ def torch_for_aarch64(version: str) -> Path:
 
 
 def cross_compiled(version: str) -> dict[str, Any]:
-    """What `setup` needs to build the CPU kernels for aarch64. The options of this machine's Python
-    and its compiler do not enter."""
+    """The arguments with which `setup` builds the CPU kernels for aarch64. The options of this
+    machine's Python and its compiler are not used."""
     compiler = shutil.which(CROSS_COMPILER)
     if compiler is None:
         sys.exit(
@@ -241,7 +241,7 @@ def cross_compiled(version: str) -> dict[str, Any]:
 
 
 def compiled() -> dict[str, Any]:
-    """What `setup` needs to build the kernels; prints what was decided and why."""
+    """The arguments with which `setup` builds the kernels; prints what was decided and why."""
     if os.environ.get("ESPER_NO_EXT") == "1":
         print("esper-kernels: pure Python, because ESPER_NO_EXT=1")
         return {}

@@ -1,4 +1,5 @@
-"""How many instructions the CPU kernels take per logit, which another program does not disturb.
+"""Count the instructions that the CPU kernels execute per logit: other programs do not disturb a
+count.
 
     python -m benchmarks instructions     # `python -m benchmarks cpu` prints the same table
 

@@ -45,8 +45,8 @@ class BackendChoice(NamedTuple):
 def refusal(
     op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32
 ) -> str | None:
-    """Why `backend` cannot serve `op` on tensors of this device type and dtype; None where it
-    can."""
+    """The reason why `backend` cannot serve `op` on tensors of this device type and dtype; None if
+    it can."""
     if backend == "eager":
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
@@ -79,8 +79,8 @@ def _triton_unavailable(device_type: str) -> str | None:
 
 
 def _no_launcher() -> str | None:
-    """Why Triton could not compile what launches its kernels: it does so in C, when it launches its
-    first."""
+    """The reason why Triton could not compile its launcher, a C program that it compiles when it
+    launches its first kernel."""
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
         asked = (

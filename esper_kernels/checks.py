@@ -1,4 +1,4 @@
-"""What the public functions refuse, by name, with what was expected and what came.
+"""Checks of arguments: each refusal names what was expected and what came.
 
 The compiled ops check every call themselves (csrc/call.cpp) and write nothing if they refuse it.
 Python then runs these checks to find the argument at fault. It runs them before the call for the
@@ -145,7 +145,7 @@ def not_dense(name: str, x: object, expected: str = "a dense tensor") -> TypeErr
 
 
 def _way_out(x: object) -> str:
-    """What to pass in place of x, where that can be told."""
+    """A suggestion of what to pass in place of x, where one can be made."""
     if isinstance(x, Tensor):
         if hasattr(x, "to_local"):
             return "; pass its to_local()"
@@ -219,7 +219,7 @@ def check_batch(
 
 
 def _shape_hint(logits: Tensor, targets: Tensor) -> str:
-    """What was probably meant by targets whose shape does not fit."""
+    """A suggestion of what was probably meant by targets whose shape does not fit."""
     if targets.shape == logits.shape:
         return "; for one-hot targets pass targets.argmax(-1)"
     if logits.dim() > 2 and targets.shape == (logits.shape[0], *logits.shape[2:]):

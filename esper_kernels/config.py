@@ -13,7 +13,7 @@ TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """How the ops of this package run.
+    """Settings of the ops of this package.
 
     backend: "auto" takes the first of the device's backends that can serve the call; a name takes
         that one, or raises ValueError with the reason. Unknown names raise ValueError here.

@@ -31,8 +31,8 @@ COUNTS = ("valid", "ignored", "nonfinite", "bad_targets", "batches", "batches_wi
 
 @dataclass(frozen=True, kw_only=True)
 class MeterResult(Measured):
-    """What a `Meter` saw. A mean over nothing is NaN. Rows are targets; losses are in nats. The
-    fields of `Measured` are None unless the meter takes those measures.
+    """The totals that a `Meter` counted. A mean over nothing is NaN. Rows are targets; losses are
+    in nats. The fields of `Measured` are None unless the meter takes those measures.
 
     loss: loss_sum / (class weights of the valid rows summed; without class weights the valid rows;
         with MixUp the weights of both targets times their shares).

@@ -1,5 +1,5 @@
-"""For tests and benchmarks of backends: sample inputs, a truth, an error bound, a counter of host
-syncs.
+"""Helpers for tests and benchmarks of backends: sample inputs, a truth, an error bound, a counter
+of host syncs.
 
 Long functions: `cross_entropy_samples` is a table of cases.
 """

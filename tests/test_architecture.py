@@ -138,7 +138,7 @@ def test_training_uses_only_public_names_of_the_kernels() -> None:
 
 
 def batch_loops(tree: ast.Module) -> list[str]:
-    """What the tree's loops run over, where it looks like batches."""
+    """The iterables of the tree's loops that look like loops over batches."""
     places = [
         node.iter for node in ast.walk(tree) if isinstance(node, (ast.For, ast.comprehension))
     ]
@@ -251,7 +251,7 @@ def test_importing_the_kernels_loads_nothing_besides_torch() -> None:
 
 
 def test_every_module_imports() -> None:
-    """Those of the integrations are imported by their own tests."""
+    """The modules of the integrations are imported by their own tests."""
     for package in (esper_kernels, esper_train):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if not module.name.endswith("__main__") and ".integrations." not in module.name:

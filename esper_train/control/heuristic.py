@@ -67,7 +67,7 @@ class HeuristicTamiyo(PlainState):
         return self._consider_germination(signals)
 
     def _judge(self, state: SlotState) -> Decision:
-        """What to do with the undecided seed."""
+        """Decide about the undecided seed."""
         slot = state.slot
         age = state.epochs_in_stage
         if state.stage is not SeedStage.PROBATIONARY:

@@ -159,8 +159,8 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
         self._run = self.signals = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the environment stands, as plain values: the seed of its episode and the actions so
-        far, by which `load_state_dict` trains it again."""
+        """The state of the environment as plain values: the seed of its episode and the actions so
+        far, from which `load_state_dict` trains it again."""
         return {
             "first_seed": self._first_seed,
             "begun": self._begun,
@@ -211,7 +211,7 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
         return numpy.array(self.observer(self.signals), numpy.float32)
 
     def _closing(self, result: EpisodeResult | None) -> dict[str, Any]:
-        """What the last step reports; "episode" is as Stable-Baselines3 takes it."""
+        """The report of the last step; "episode" is in the form that Stable-Baselines3 expects."""
         seconds = time.perf_counter() - self._started
         episode = {"r": self._return, "l": len(self._actions), "t": seconds}
         if result is None:

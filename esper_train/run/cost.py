@@ -1,5 +1,5 @@
-"""What training costs, in multiply-adds counted by torch: of a seed beside its host, for which
-`epoch` asks once per seed, and of a whole run."""
+"""The cost of training in multiply-adds, counted by torch: that of a seed beside its host, for
+which `epoch` asks once per seed, and that of a whole run."""
 
 import copy
 from collections.abc import Callable, Mapping

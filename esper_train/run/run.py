@@ -87,7 +87,7 @@ def prepare(
     hub: TelemetryHub | None = None,
     registry: BlueprintRegistry | None = None,
 ) -> Episode:
-    """What a "heuristic" or "fit" run owns; the latter has no controller.
+    """The objects that a "heuristic" or "fit" run owns; the latter has no controller.
 
     `policy` may be a function that makes the controller for the network, and refuses those that it
     cannot control. `ValueError` for what could not work.

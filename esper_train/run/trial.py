@@ -26,8 +26,8 @@ class Network(Protocol):
 
 
 class Trial(PlainState):
-    """At most one seed is on trial at a time. Also counts how long no seed may germinate
-    afterwards."""
+    """The trial of a seed: at most one seed is on trial at a time. Also counts how long no seed may
+    germinate afterwards."""
 
     STATE: ClassVar[tuple[str, ...]] = ("slot", "began", "wait", "undone", "epochs", "_next_wait")
 

@@ -1,4 +1,4 @@
-"""Where events go: lines on a terminal or in a log, and a JSONL file."""
+"""The destinations of events: lines on a terminal or in a log, and a JSONL file."""
 
 import sys
 from collections.abc import Mapping

@@ -237,8 +237,8 @@ class Capture:
 
 
 def form_of(nest: Any) -> object:
-    """What has to be equal for one batch to take the place of another in a graph: the shapes of the
-    tensors, the names and places they have, and everything that is no tensor."""
+    """The form of a batch. Two batches of equal form can take each other's place in a graph: it
+    holds the shapes of the tensors, their names and places, and everything that is not a tensor."""
     if isinstance(nest, Tensor):
         return nest.shape, nest.dtype
     if isinstance(nest, dict):

@@ -20,8 +20,8 @@ from esper_train.base.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(Settings, table="train.compile."):
-    """How a run uses `torch.compile` on the model. Arguments other than the first and last are
-    torch's own."""
+    """Settings for the use of `torch.compile` on the model. Arguments other than the first and last
+    are torch's own."""
 
     enabled: bool = False
     mode: str = "default"

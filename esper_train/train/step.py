@@ -1,4 +1,4 @@
-"""What happens to one batch: forward, loss, counts and the gradient. `loop` calls it; nothing here
+"""The work on one batch: forward, loss, counts and the gradient. `loop` calls it; nothing here
 loops.
 
 Only the model's forward (and with it its backward) is compiled; loss and metrics are
@@ -322,7 +322,7 @@ class TrainStep:
 
     @property
     def compile_failure(self) -> str | None:
-        """Why the step runs uncompiled although the config asked for it."""
+        """The reason why the step runs uncompiled although the config asked for it."""
         return None if self._compiler is None else self._compiler.failure
 
     @property

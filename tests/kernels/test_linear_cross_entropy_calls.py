@@ -1,4 +1,4 @@
-"""How linear cross entropy may be called: what it refuses, `torch.compile`, and its memory."""
+"""Calls of linear cross entropy: what it refuses, `torch.compile`, and its memory."""
 
 import os
 import subprocess

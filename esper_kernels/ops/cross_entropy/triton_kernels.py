@@ -66,7 +66,7 @@ def _read(start, c, mask, softcap):
 
 @triton.jit
 def _before_boundary(start):
-    """How many elements lie between the address `start` and the next 16 byte boundary."""
+    """The number of elements between the address `start` and the next 16 byte boundary."""
     size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
     return ((16 - start.to(tl.int64) % 16) % 16 // size).to(tl.int32)
 
@@ -143,7 +143,8 @@ def _first_largest(x, c, V):
 
 @triton.jit
 def _second_largest(x, top):
-    """Of each row of a tile [rows, block], whose largest is `top`; -inf in a tile of one column."""
+    """The second-largest logit of each row of a tile [rows, block] whose largest is `top`; -inf in
+    a tile of one column."""
     below = tl.max(tl.where(x < top[:, None], x, -float("inf")), 1)
     return tl.where(tl.sum((x == top[:, None]).to(tl.int32), 1) > 1, top, below)
 
@@ -173,8 +174,8 @@ def _behind(stored, c, target_logit, below, target, GROUP: tl.constexpr):
 
 @triton.jit
 def _tied(x_row, target, target_logit, valid, origin, GROUP: tl.constexpr):
-    """How many classes of the target's group equal its logit and come before it. Groups are counted
-    from class `origin` on; a target before it has none."""
+    """The number of classes of the target's group that equal its logit and come before it. Groups
+    are counted from class `origin` on; a target before it has none."""
     before = (target - origin) & (GROUP - 1)
     lane = tl.arange(0, GROUP)[None, :]
     mask = (valid & (target >= origin))[:, None] & (lane < before[:, None])

@@ -30,7 +30,7 @@ def run(
     totals: Totals,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """As `reference.run`. Ranks that divide the classes all have the same chunks."""
+    """Compute as `reference.run`. Ranks that divide the classes all have the same chunks."""
     wants_gradients = totals != NO_TOTALS
     is_per_row = options.reduction == "none"
     num_classes = len(batch.weight) if shard is None else shard.num_classes

@@ -72,8 +72,9 @@ def backward(
     grad_entropy: Tensor | None,  # [N]
     out: Tensor,  # contiguous, like the logits; may be the logits
 ) -> None:
-    """With p the softmax and H the entropy, the gradient of the log-probability is
-    (1[target] - p) / temperature, and that of the entropy is -p (log p + H) / temperature."""
+    """The gradient of the logits. With p the softmax and H the entropy, the gradient of the
+    log-probability is (1[target] - p) / temperature, and that of the entropy is -p (log p + H) /
+    temperature."""
     flat = logits.reshape(-1, logits.shape[-1])
     flat_out = out.view(flat.shape)
     rows = classify(targets.reshape(-1), flat.shape[1], options.ignore_index)

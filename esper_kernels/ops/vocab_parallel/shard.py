@@ -1,4 +1,4 @@
-"""Which classes of the logits a rank holds."""
+"""The classes of the logits that a rank holds."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ClassShard:
 
     @staticmethod
     def of(logits: DTensor) -> ClassShard:
-        """That of `logits.to_local()`, for logits [..., V] that are sharded along their last
+        """The shard of `logits.to_local()`, for logits [..., V] that are sharded along their last
         dimension over one dimension of their mesh. Needs no communication."""
         # not at the top, because importing it takes as long as importing torch
         from torch.distributed.tensor import Replicate, Shard
@@ -85,14 +85,15 @@ class ClassShard:
 
 
 def all_classes(shard: ClassShard) -> int:
-    """How many classes all ranks hold together; TypeError for what is no shard."""
+    """The number of classes that all ranks hold together; TypeError if the argument is not a
+    shard."""
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard must be a ClassShard, got {checks.describe(shard)}")
     return shard.num_classes
 
 
 def check_shard(shard: ClassShard, own_classes: int, name: str) -> None:
-    """That `own_classes` classes are a shard of all; name: what has them."""
+    """Check that `own_classes` classes are a shard of all; name: the argument that has them."""
     most = all_classes(shard) - shard.first
     if own_classes > most:
         raise ValueError(

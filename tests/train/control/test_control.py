@@ -84,7 +84,7 @@ def test_update_gives_deltas_from_the_second_epoch_on_positive_for_better() -> N
 
 
 def test_update_keeps_the_best_of_the_whole_run() -> None:
-    """Longer than any window: the best epoch is the second of twenty."""
+    """The best epoch is the second of twenty, which is before any window."""
     losses = [2.0, 0.5, *[1.0] * 18]
     accuracies = [40.0, 80.0, *[60.0] * 18]
     last = track(SignalTracker(), losses, accuracies)[-1]

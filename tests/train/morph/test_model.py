@@ -443,7 +443,8 @@ def test_cnn_host_without_blocks_is_refused() -> None:
 
 
 def test_an_incubating_seed_leaves_the_hosts_gradients_as_they_are_bit_for_bit() -> None:
-    """With isolation, whatever the seed has learned; the seed itself does receive gradients."""
+    """Isolation ensures it, whatever the seed has learned; the seed itself does receive
+    gradients."""
     images = torch.randn(6, 1, 8, 8)
     targets = torch.arange(6)
     gradients = []

@@ -142,7 +142,7 @@ def test_step_epoch_prefers_the_gate_to_the_timeout() -> None:
 
 @pytest.mark.parametrize("contribution", [0.25, -1.0, None])
 def test_step_epoch_culls_at_the_end_of_probation(contribution: float | None) -> None:
-    """Not measured is not the same as 0."""
+    """A contribution that was not measured is not the same as 0."""
     slot, _ = raised()
     for i in range(slot.growth.probation_timeout - 1):
         assert epoch(slot, 50.0, contribution) == [], f"epoch {i + 1}"

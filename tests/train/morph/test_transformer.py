@@ -83,7 +83,7 @@ def test_parameters_are_those_counted_by_hand_each_once(depth: int, slots: list[
 
 
 def test_slots_lie_after_each_third_of_the_depth() -> None:
-    """Of 7 blocks early ends after the third, mid after the fifth: found by silencing what
+    """With 7 blocks, early ends after the third, mid after the fifth: found by silencing what
     follows."""
     host = small(7)
     blocks = [m for m in host.modules() if type(m).__name__ == "Block"]

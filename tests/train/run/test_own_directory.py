@@ -84,8 +84,8 @@ def test_the_directory_changes_nothing_of_the_run(tmp_path: Path) -> None:
     "task", [own.table, own.sampled, own.augmented, own.shuffled], ids=lambda task: task.name
 )
 def test_a_resumed_run_ends_as_one_that_never_stopped(task: Task, tmp_path: Path) -> None:
-    """Stopped in the third epoch. Noise comes from samples, from `augment`, or from torch's own
-    loader, whose batches go on where they were."""
+    """The run is stopped in the third epoch. Noise comes from samples, from `augment`, or from
+    torch's own loader, whose batches go on where they were."""
     whole = tmp_path / "whole"
     part = tmp_path / "part"
     run_heuristic_episode(CONFIG, task=task, out=whole, baseline=False)
