@@ -105,7 +105,7 @@ native.assume_constant(_no_launcher)  # compilers trace the choice of a backend
 
 
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
     if not isinstance(device_type, str) or not isinstance(dtype, torch.dtype):
         raise TypeError(
@@ -149,5 +149,10 @@ def select_backend(
             f"config must be a KernelConfig or None, got {config!r}; pass one, such as "
             "KernelConfig(backend='eager')"
         )
-    select = _select if torch.compiler.is_compiling() else _select_cached
-    return select(op, device_type, dtype, _DEFAULT if config is None else config)
+    arguments = (op, device_type, dtype, _DEFAULT if config is None else config)
+    if torch.compiler.is_compiling():
+        return _select(*arguments)
+    try:
+        return _select_cached(*arguments)
+    except TypeError:  # an argument that has no hash
+        return _select(*arguments)

@@ -343,8 +343,7 @@ def check_options(
     reduction = options["reduction"]
     normalizer = options["normalizer"]
     softcap = options["softcap"]
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_reduction(reduction)
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer goes with reduction='mean' only, got reduction={reduction!r}")
     check_integer("ignore_index", options["ignore_index"])
@@ -357,12 +356,23 @@ def check_options(
         check_divisor("softcap (None for no cap)", softcap)
 
 
+def check_reduction(reduction: object) -> None:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
 def check_integer(name: str, value: object) -> None:
     """A Python int of at most 64 bits, not a bool."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit into 64 bits, got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False: of another value, such as "no", it would be guessed which is meant."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
 def check_plain_number(name: str, value: object, low: float = 0.0, high: float = torch.inf) -> None:

@@ -26,12 +26,11 @@ class KernelConfig:
     instruction_set: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", *BACKENDS):
-            raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
-        if self.instruction_set not in INSTRUCTION_SETS:
-            raise ValueError(
-                f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}"
-            )
+        known = {"backend": ("auto", *BACKENDS), "instruction_set": INSTRUCTION_SETS}
+        for name, names in known.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in names:
+                raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
 def instruction_set_of(config: object) -> str:

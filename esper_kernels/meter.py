@@ -4,7 +4,7 @@ The cross-entropy backends add to `sums` and `counts` batch by batch, compiled o
 only `reset`, `load_state_dict` and `all_reduce` write them. Use a meter on one stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class MeterResult(Measured):
     def accuracy_at(self, k: int) -> float:
         """Fraction (0..1) of valid rows whose target is among the k largest logits. ValueError for
         a k that the meter did not count."""
-        if k not in self.correct:
+        if type(k) is not int or k not in self.correct:
             raise ValueError(
                 f"k must be one of {list(self.correct)}, which the meter counted, got {k}; make it "
                 f"Meter(device, topk=(1, {k}))"
@@ -104,7 +104,7 @@ class Meter:
         entropy: bool = False,
         confusion: bool = False,
     ) -> None:
-        device = torch.device(device)
+        device = _device_of(device)
         if device.type in DEVICES_WITHOUT_FLOAT64:
             raise ValueError(
                 f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the "
@@ -204,6 +204,7 @@ class Meter:
         Called again, it adds what each rank has counted since, and nothing twice. ValueError for
         another group before `reset`: it is unknown which of its ranks share what they hold.
         """
+        check_group(group)
         ranks = tuple(dist.get_process_group_ranks(group))
         if self._ranks not in (None, ranks):
             raise ValueError(
@@ -246,6 +247,8 @@ class Meter:
         The state of one rank, saved after `all_reduce`, may be loaded on all: what it added up then
         counts once.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"expected what Meter.state_dict returned, got {state!r:.80}")
         if missing := {"topk", "sums", "counts"} - set(state):
             raise ValueError(
                 f"expected what Meter.state_dict returned, got a dict without {sorted(missing)}"
@@ -316,6 +319,30 @@ class Meter:
             entropy=measured.entropy,
             margin=measured.margin,
         )
+
+
+def check_group(group: object) -> None:
+    """TypeError for what is no group of processes. A function that makes groups returns something
+    else, a number, to processes outside of the group."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "group must be a torch.distributed.ProcessGroup to which this process belongs, or None "
+            f"for all ranks, got {group!r:.80}"
+        )
+
+
+def _device_of(device: object) -> torch.device:
+    """The device of that name; torch's own errors for others name no argument."""
+    if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
+        raise TypeError(
+            f'device must be a torch.device or its name, such as "cpu" or "cuda:0", got {device!r}'
+        )
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f'device must be the name of a device, such as "cpu" or "cuda:0", got {device!r}'
+        ) from error
 
 
 def meter_of(device: torch.device, topk: Sequence[int], measures: Sequence[int] | None) -> Meter:

@@ -45,7 +45,7 @@ def token_logprobs(
     """
     checks.refuse_transforms("token_logprobs", logits, _INSTEAD)
     checks.check_batch(logits, targets, None)
-    _check_numbers(temperature, ignore_index)
+    _check_numbers(temperature, ignore_index, entropy)
     inputs = Inputs(
         logits,
         None,
@@ -83,7 +83,7 @@ def linear_token_logprobs(
     dtype = arguments.compute_dtype(hidden)
     logits = arguments.logits_stand_in(hidden, weight, dtype)
     checks.check_batch(logits, targets, None)
-    _check_numbers(temperature, ignore_index)
+    _check_numbers(temperature, ignore_index, entropy)
     inputs = Inputs(
         hidden.reshape(targets.numel(), hidden.shape[-1]),
         weight,
@@ -98,10 +98,11 @@ def linear_token_logprobs(
     return _call("linear_token_logprobs", inputs, entropy, targets.shape)
 
 
-def _check_numbers(temperature: object, ignore_index: object) -> None:
+def _check_numbers(temperature: object, ignore_index: object, entropy: object) -> None:
     # In float32, logit / temperature leaves the normal numbers outside of this range.
     checks.check_divisor("temperature", temperature)
     checks.check_integer("ignore_index", ignore_index)
+    checks.check_flag("entropy", entropy)
 
 
 def _call(
