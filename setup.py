@@ -5,7 +5,7 @@ built where torch is built with CUDA and a toolkit is found (CUDA_HOME, or nvcc 
 TORCH_CUDA_ARCH_LIST; no GPU is needed. FORCE_CUDA=1 builds them or fails, against any torch;
 NO_CUDA=1 leaves them out. ESPER_ARCH=aarch64 compiles the CPU kernels for aarch64 on another
 machine, against torch's wheel for aarch64, which pip downloads. ESPER_TESTING=1 adds the module of
-csrc/testing.cpp to an editable install, beside the tests that use it.
+csrc/testing.cpp to an editable install and to `build_ext --inplace`, beside the tests that use it.
 
 Long functions: `compiled` is the list of extensions with their sources and flags.
 """
@@ -307,11 +307,14 @@ def compiled() -> dict[str, Any]:
         extensions.append(gpu_ops)
 
     class Build(BuildExtension):  # type: ignore[misc]
-        def build_extensions(self) -> None:
-            if not self.editable_mode:  # a wheel takes nothing that is for tests
+        def run(self) -> None:  # `inplace` is off while `build_extensions` runs
+            if not (self.editable_mode or self.inplace):  # a wheel takes nothing for tests
                 self.extensions = [
                     extension for extension in self.extensions if extension is not testing
                 ]
+            super().run()
+
+        def build_extensions(self) -> None:
             if cuda is not None:
                 gpu_ops.extra_objects = compile_cuda(cuda, Path(self.build_temp) / "cuda")
             super().build_extensions()

@@ -315,3 +315,28 @@ def test_build_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
         "esper-kernels: there is no C++ compiler '/nonexistent/c++ -m64'; install one (g++), name "
         "it in CXX, or set ESPER_NO_EXT=1 for pure Python"
     )
+
+
+# setup.py as it is, but for the compilers: the names of what it would build
+LISTED = """
+import runpy, sys
+from torch.utils.cpp_extension import BuildExtension
+BuildExtension.build_extensions = lambda self: print(*(each.name for each in self.extensions))
+BuildExtension.copy_extensions_to_source = lambda self: None
+sys.argv = ["setup.py", "build_ext", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--inplace"]], ids=["build", "inplace"])
+def test_only_builds_in_place_have_the_module_of_the_tests(
+    options: list[str], tmp_path: Path
+) -> None:
+    printed = output(
+        [sys.executable, "-c", LISTED, *options],
+        sources(tmp_path / "esper"),
+        ESPER_TESTING="1",
+        NO_CUDA="1",
+    )
+    built = next(line for line in printed.splitlines() if line.startswith("esper_kernels.lib"))
+    assert built.split() == ["esper_kernels.lib.esper_cpu", *(["tests.helpers.cpp"] * len(options))]
