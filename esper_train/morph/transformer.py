@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor, nn
 
+from esper_train.base.names import require_size
 from esper_train.morph.blueprints import CausalAttention, Residual
 from esper_train.morph.host import Host, cut
 
@@ -62,6 +63,11 @@ def transformer_host(
     it does not divide it. `dropout` acts on the embedding and on the output of each branch. The
     first loss is near ln(vocab_size).
     """
+    sizes = {"vocab_size": vocab_size, "context": context, "width": width, "depth": depth}
+    for name, size in (sizes if heads is None else {**sizes, "heads": heads}).items():
+        require_size(size, name)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a number in [0, 1], got {dropout!r}")
     segments = cut([Block(width, heads, dropout) for _ in range(depth)])
     embedding = Embedding(vocab_size, context, width, dropout)
     segments["early"].insert(0, embedding)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy_step, select_backend
-from esper_train.base.names import require_type
+from esper_train.base.names import require_function, require_type
 from esper_train.train import linear
 from esper_train.train.amp import LossScaler
 from esper_train.train.batches import ReadBatch, cloned
@@ -49,6 +49,8 @@ class TrainStep:
         forward: ForwardOf | None = None,
         batch: ReadBatch | None = None,
     ) -> None:
+        require_function(forward, "forward", or_none=True)
+        require_function(batch, "batch", or_none=True)
         if config.linear_loss:
             linear.require_linear_loss(loss, forward is not None)
         self.loss = loss

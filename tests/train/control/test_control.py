@@ -416,9 +416,7 @@ def test_reset_forgets_penalties_rotation_and_seats() -> None:
 
 
 def test_heuristic_tamiyo_refuses_blueprints_the_topology_does_not_have() -> None:
-    with pytest.raises(
-        ValueError, match=r"in policy\.blueprints.* 'x'; perhaps '[abc]'\? Known: a, b, c$"
-    ):
+    with pytest.raises(ValueError, match=r"in policy\.blueprints.* 'x'\. Known: a, b, c$"):
         policy(blueprints=("a", "x", "y"))
     with pytest.raises(
         ValueError, match=r"in policy\.blueprints, for this host's topology\) 'a'\. Known: none$"
