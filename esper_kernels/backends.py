@@ -27,8 +27,8 @@ OPS = (
 )
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
-# The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the
-# safer of two unproven.
+# The CUDA kernels come after Triton's until they have run on a GPU: neither is proven, and Triton's
+# compiler leaves less room for mistakes.
 _ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 _ORDER_ELSEWHERE = ("triton", "eager")
 _DEFAULT = KernelConfig()

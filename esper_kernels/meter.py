@@ -41,7 +41,7 @@ class MeterResult(Measured):
     mean_batch_loss: the mean of loss over batches that had a valid row.
     accuracy: fraction (0..1) of valid rows whose target is the first largest logit.
     correct: for each k, the valid rows whose target is among the k largest logits.
-    valid, ignored, nonfinite, bad_targets: rows of each class; nonfinite rows are valid too.
+    valid, ignored, nonfinite, bad_targets: rows of each kind; nonfinite rows are valid too.
     batches: calls, empty ones included.
     """
 

@@ -113,9 +113,9 @@ class Capture:
         """The steps of an epoch: those of the epoch before, with their graphs, or new ones from
         `make`.
 
-        They are new where the config, the structure of the model, an optimizer or a setting of one,
-        or the place of a parameter, buffer, gradient or optimizer's state is another, and after an
-        epoch that failed.
+        New ones are made after an epoch that failed, and where one of these has changed: the
+        config, the structure of the model, an optimizer or its settings, the address of a
+        parameter, buffer, gradient or optimizer state.
         """
         device = next(model.parameters()).device
         if self._device not in (None, device):

@@ -180,7 +180,7 @@ def forward(
     meter: Meter | None,
     for_backward: bool = True,
 ) -> Forward:
-    """logits [..., V], targets [...]; adds the batch to `meter`. Keeps the same for any
+    """logits [..., V], targets [...]; adds the batch to `meter`. What it returns does not depend on
     `for_backward`."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
     x = capped(logits, options.softcap)
@@ -270,7 +270,8 @@ def backward(
 ) -> Tensor:
     """d(loss)/d(logits) [..., V] times grad_output, in the logits' dtype, rounded once.
 
-    first_class, num_classes: where the logits hold V of num_classes classes, the first of theirs.
+    first_class, num_classes: for logits that hold only V of the classes, the index of the first of
+    these and the number of all.
     """
     num_classes = logits.shape[-1] if num_classes is None else num_classes
     rows = classify(targets, num_classes, options.ignore_index)

@@ -324,7 +324,7 @@ def batch(
                     WIDTH if ROWS == 1 else 1
                 )  # short rows have few elements to save
                 behind = _behind(stored, c, target_logit, below, target_class, GROUP)
-                rank = BLOCK - tl.sum(behind, 1)  # behind, too, is what is masked
+                rank = BLOCK - tl.sum(behind, 1)  # masked classes count as behind
                 if GROUP > 1:
                     rank += _tied(x_row, target_class, target_logit, valid, 0, GROUP)
             if saved_in is None:
@@ -487,7 +487,7 @@ def batch(
 
         if PER_ROW and loss is not None:
             if counts is None:
-                row_loss = tl.where(bad, float("nan"), row_loss)  # no meter will tell
+                row_loss = tl.where(bad, float("nan"), row_loss)  # no meter counts it
             tl.store(loss + row, row_loss, row < rows)
         if saved_out is not None:
             tl.store(saved_out + row, row_max, row < rows)

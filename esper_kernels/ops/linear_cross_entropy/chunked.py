@@ -39,7 +39,7 @@ def run(
     divisor = _divisor(batch, options, num_classes)
     if options.reduction == "mean":
         options = options._replace(normalizer=divisor)  # that of the batch, not of each chunk
-    # Chunks are counted by a meter of their own, since the batch counts as one. It has the loss.
+    # The chunks have a meter of their own, because the batch counts as one. It has the loss too.
     seen = Meter(batch.hidden.device, topk=()) if meter is None else meter.empty_copy()
     losses = torch.empty_like(batch.targets, dtype=torch.float32)
     for rows, logits in chunks(batch, copies, classes_of_rank):

@@ -23,7 +23,7 @@ from esper_kernels.ops.cross_entropy.reference import (
 
 _CPU_BYTES = 1 << 20  # of float32 logits at a time, which stay in the cache then
 _GPU_BYTES = 64 << 20
-_LOWEST = -1e4  # its exponential is 0, and 0 times it is 0, which it is not for -inf
+_LOWEST = -1e4  # like -inf its exponential is 0, but its product with 0 is 0 and not NaN
 
 
 class Options(NamedTuple):
