@@ -40,6 +40,7 @@ def backward(
     of these and the number of all; on the CPU only."""
     grad = _new_gradient(logits) if out is None else out
     numbers, tensors = _split((options.label_smoothing, options.z_loss, options.softcap))
+    # the last arguments of the op, which have defaults, are left out if none of them is needed
     more: tuple[Tensor | int | None, ...] = tuple(tensors)
     if options.second is not None or num_classes is not None:
         numbers_as_tensors = tensors or [None] * 3

@@ -34,10 +34,12 @@ def token_logprobs(
     logits: [..., V] float32, bfloat16, float16 (arithmetic in float32) or float64 (in float64, for
         checks). Those of -inf have probability 0; a row with NaN or inf, or of -inf alone, gives
         NaN.
-    targets: [...] int64, int32 or uint8 in [0, V), or ignore_index: such a row gives 0 and gets a
-        zero gradient. Others raise IndexError on the CPU; elsewhere their row gives NaN and gets a
-        zero gradient.
-    temperature: in [2**-100, 2**100]. config: a `KernelConfig`; None chooses.
+    targets: [...] int64, int32 or uint8 in [0, V), or ignore_index. A row whose target is
+        ignore_index gives 0 and gets a zero gradient. Other targets raise IndexError on the CPU;
+        elsewhere their row gives NaN and gets a zero gradient.
+    temperature: in [2**-100, 2**100].
+    entropy: True also returns the entropies.
+    config: a `KernelConfig`; None chooses.
 
     Returns the log-probabilities [...], with `entropy` also the entropies [...], float32 (float64
     for float64 logits); both are differentiable once. Keeps the logits and three numbers per row
