@@ -144,7 +144,7 @@ def from_dict(
     if base is not None:
         require_type(base, cls, "base")
     hints = typing.get_type_hints(cls)
-    names = [where + f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = [where + f.name for f in dataclasses.fields(cls)]
     arguments = {}
     for key, value in values.items():
         require_known("config key", where + key, names)
