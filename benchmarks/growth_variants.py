@@ -245,13 +245,13 @@ def trained(
 ) -> EpisodeResult:
     """The result of a run; `mode` is "heuristic" or "fit", and `then` follows each epoch."""
     episode = prepare(config, mode, task=task, policy=policy)
-    with EpisodeRun(episode) as course, episode.random.active():
-        while not course.over:
-            signals = course.observe(course.launch().read())
+    with EpisodeRun(episode) as run, episode.random.active():
+        while not run.over:
+            signals = run.observe(run.launch().read())
             if signals is not None:
-                course.apply(episode.decide(signals))
+                run.apply(episode.decide(signals))
             then(episode)
-        return course.finish(course.launch_test().read())
+        return run.finish(run.launch_test().read())
 
 
 def measure(

@@ -151,8 +151,8 @@ def test_reset_forgets_the_run_before() -> None:
     used = SignalTracker()
     track(used, [1.0] * 6, [90.0] * 6)
     used.reset()
-    course = [2.0, 1.9, 1.0], [50.0, 50.1, 50.2]
-    assert track(used, *course) == track(SignalTracker(), *course)
+    measured = [2.0, 1.9, 1.0], [50.0, 50.1, 50.2]
+    assert track(used, *measured) == track(SignalTracker(), *measured)
 
 
 # the controller
