@@ -1,7 +1,7 @@
 """Checks of names and types, with one wording for the whole package."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 NEAR = 0.6
 """How similar a known name has to be to be suggested: difflib's own default."""
@@ -53,8 +53,8 @@ def require_size(value: object, name: str) -> None:
 
 
 def require_names(value: object, name: str) -> None:
-    """Raise `TypeError` for what is no sequence of names, as a single name is none."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    """Raise `TypeError` for what is no collection of names, as a single name is none."""
+    if isinstance(value, str) or not isinstance(value, Collection):
         raise _unlike(value, name, "a sequence of names", f"such as {name}=['early', 'mid']")
 
 

@@ -136,6 +136,10 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: train.run_fit(RunConfig(), hub=[]),
         "hub must be of type TelemetryHub or None, got []",
     ),
+    "resume": (
+        lambda: train.run_fit(RunConfig(), resume="no"),
+        "resume must be of type bool, got 'no'",
+    ),
     "telemetry": (
         lambda: TelemetryHub([], cast(Any, {})),
         "config must be of type TelemetryConfig or None, got {}",

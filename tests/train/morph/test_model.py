@@ -438,7 +438,7 @@ def test_forward_refuses_an_alpha_for_a_slot_that_is_not_there() -> None:
 
 
 def test_cnn_host_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one block"):
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         cnn_host(image_size=8, in_channels=1, num_classes=10, depth=0)
 
 

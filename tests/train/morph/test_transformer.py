@@ -196,7 +196,7 @@ def test_sequences_up_to_the_context_are_taken_and_longer_ones_refused() -> None
 
 
 def test_a_host_without_blocks_or_with_heads_that_do_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one block"):
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         small(0)
     with pytest.raises(ValueError, match="divides the width 8, got 3"):
         small(heads=3)
