@@ -1,5 +1,4 @@
-"""Count the instructions that the CPU kernels execute per logit: other programs do not disturb a
-count.
+"""Instructions that the CPU kernels execute per logit, which other programs do not disturb.
 
     python -m benchmarks instructions     # `python -m benchmarks cpu` prints the same table
 

@@ -21,6 +21,7 @@ from esper_kernels.measures import (
     plan_measures,
     ratio,
 )
+from esper_kernels.places import check_group, device_of
 from esper_kernels.readback import compute_all, words_to_floats
 
 # The layout every backend writes. Correct@k follows the last count, for each k of `Meter.topk` in
@@ -104,7 +105,7 @@ class Meter:
         entropy: bool = False,
         confusion: bool = False,
     ) -> None:
-        device = _device_of(device)
+        device = device_of(device)
         if device.type in DEVICES_WITHOUT_FLOAT64:
             raise ValueError(
                 f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the "
@@ -319,30 +320,6 @@ class Meter:
             entropy=measured.entropy,
             margin=measured.margin,
         )
-
-
-def check_group(group: object) -> None:
-    """TypeError for what is no group of processes. A function that makes groups returns something
-    else, a number, to processes outside of the group."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            "group must be a torch.distributed.ProcessGroup to which this process belongs, or None "
-            f"for all ranks, got {group!r:.80}"
-        )
-
-
-def _device_of(device: object) -> torch.device:
-    """The device of that name; torch's own errors for others name no argument."""
-    if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
-        raise TypeError(
-            f'device must be a torch.device or its name, such as "cpu" or "cuda:0", got {device!r}'
-        )
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f'device must be the name of a device, such as "cpu" or "cuda:0", got {device!r}'
-        ) from error
 
 
 def meter_of(device: torch.device, topk: Sequence[int], measures: Sequence[int] | None) -> Meter:

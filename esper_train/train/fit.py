@@ -57,8 +57,9 @@ def fit(
         raise error(f"epochs must be an int of at least 1, got {epochs!r}")
     require_type(config, TrainConfig, "config")
     require_function(on_epoch, "on_epoch", or_none=True)
-    for batches in (loader,) if validation is None else (loader, validation):
-        require_batches(batches)
+    require_batches(loader)
+    if validation is not None:
+        require_batches(validation)
     step = build_train_step(task_type, config, criterion, forward=forward, batch=batch)
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from esper_kernels import checks
-from esper_kernels.meter import check_group
+from esper_kernels.places import check_group
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
