@@ -287,5 +287,5 @@ def test_a_host_that_is_no_host_is_named() -> None:
 def test_what_is_no_config_is_refused(start: Any) -> None:
     with pytest.raises(TypeError, match="config must be of type RunConfig, got 'digits'"):
         start("digits")
-    with pytest.raises(TypeError, match="task must be of type Task, got 'digits'"):
+    with pytest.raises(TypeError, match="task must be of type Task or None, got 'digits'"):
         start(CONFIG, task="digits")
