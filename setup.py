@@ -5,7 +5,7 @@ built where torch is built with CUDA and a toolkit is found (CUDA_HOME, or nvcc 
 TORCH_CUDA_ARCH_LIST; no GPU is needed. FORCE_CUDA=1 builds them or fails, against any torch;
 NO_CUDA=1 leaves them out. ESPER_ARCH=aarch64 compiles the CPU kernels for aarch64 on another
 machine, against torch's wheel for aarch64, which pip downloads. ESPER_TESTING=1 adds the module of
-csrc/testing.cpp to an editable install, beside the tests that use it.
+csrc/testing.cpp to an editable install and to `build_ext --inplace`, beside the tests that use it.
 
 Long functions: `compiled` is the list of extensions with their sources and flags.
 """
@@ -196,8 +196,8 @@ def torch_for_aarch64(version: str) -> Path:
 
 
 def cross_compiled(version: str) -> dict[str, Any]:
-    """What `setup` needs to build the CPU kernels for aarch64. The options of this machine's Python
-    and its compiler do not enter."""
+    """The arguments with which `setup` builds the CPU kernels for aarch64. The options of this
+    machine's Python and its compiler are not used."""
     compiler = shutil.which(CROSS_COMPILER)
     if compiler is None:
         sys.exit(
@@ -241,7 +241,7 @@ def cross_compiled(version: str) -> dict[str, Any]:
 
 
 def compiled() -> dict[str, Any]:
-    """What `setup` needs to build the kernels; prints what was decided and why."""
+    """The arguments with which `setup` builds the kernels; prints what was decided and why."""
     if os.environ.get("ESPER_NO_EXT") == "1":
         print("esper-kernels: pure Python, because ESPER_NO_EXT=1")
         return {}
@@ -307,11 +307,14 @@ def compiled() -> dict[str, Any]:
         extensions.append(gpu_ops)
 
     class Build(BuildExtension):  # type: ignore[misc]
-        def build_extensions(self) -> None:
-            if not self.editable_mode:  # a wheel takes nothing that is for tests
+        def run(self) -> None:  # `inplace` is off while `build_extensions` runs
+            if not (self.editable_mode or self.inplace):  # a wheel takes nothing for tests
                 self.extensions = [
                     extension for extension in self.extensions if extension is not testing
                 ]
+            super().run()
+
+        def build_extensions(self) -> None:
             if cuda is not None:
                 gpu_ops.extra_objects = compile_cuda(cuda, Path(self.build_temp) / "cuda")
             super().build_extensions()

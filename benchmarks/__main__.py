@@ -28,7 +28,7 @@ SHARED = {
 
 
 def benchmarks() -> dict[str, str]:
-    """What each benchmark measures, by its name, without importing any of them."""
+    """The subject of each benchmark by its name, found without importing any of them."""
     modules = {path.stem: path for path in FOLDER.glob("*.py") if path.stem not in SHARED}
     packages = {path.parent.name: path for path in FOLDER.glob("*/__main__.py")}
     found = {}

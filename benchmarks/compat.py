@@ -1,4 +1,4 @@
-"""Which releases of torch and Triton the kernels can be built against and loaded with.
+"""Find the releases of torch and Triton that the kernels can be built against and loaded with.
 
     python -m benchmarks compat           # both, about half an hour
     python -m benchmarks compat torch     # one of them
@@ -73,8 +73,8 @@ print(json.dumps([triton.__version__, len(compiled), failures]))
 
 
 class TorchRelease(NamedTuple):
-    """How Esper's libraries compile against one release of torch, and the symbols that they need
-    and it exports."""
+    """The result of compiling Esper's libraries against one release of torch: the errors, the
+    symbols that the libraries need, and those that torch exports."""
 
     version: str
     compiled: dict[str, str]  # by source: "ok", or the compiler's first error

@@ -121,7 +121,8 @@ def plain_epoch(
 
 
 def candidates(case: Case) -> dict[str, Callable[[], list[float]]]:
-    """Each call trains its own copy of the model for one more epoch and returns the losses."""
+    """The loops to compare, by name. Each call of one trains its own copy of the model for one more
+    epoch and returns the losses."""
     split = data_of(case)
     slots = SLOTS[: case.slots]
     task_type = "lm" if case.kind in ("pysource", "lm") else "classification"

@@ -135,8 +135,8 @@ class Subject:
 
 
 def copies(size: int, cache: int) -> int:
-    """How many inputs of `size` bytes must take turns, so that none is still in a cache of `cache`
-    bytes."""
+    """The number of inputs of `size` bytes that must take turns so that none is still in a cache of
+    `cache` bytes."""
     return 1 if size > 2 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
 
 

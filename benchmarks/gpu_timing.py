@@ -1,4 +1,4 @@
-"""How the GPU benchmark measures: device and host times, launches, host syncs, and a copy's
+"""Measurements of the GPU benchmark: device and host times, launches, host syncs, and a copy's
 bandwidth.
 
 `inputs` are taken in turn: call n gets the n-th of them.
@@ -55,7 +55,7 @@ def host_microseconds(
 
 
 def syncs(call: Callable[[], Any]) -> int:
-    """How often one call makes the host wait, as reported by torch."""
+    """The number of times that one call makes the host wait, as reported by torch."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -124,7 +124,7 @@ def _differences(lengths: dict[int, Figures]) -> list[list[str]]:
 
 
 def _fates(lengths: dict[int, Figures]) -> list[list[str]]:
-    """What became of the seeds."""
+    """A table of how many seeds were kept and undone, by the length of the runs."""
     heads = ["epochs", "kept", "undone", "epochs undone", "evaluations per epoch"]
     lines = [[*heads, "harm, epochs", "of host"]]
     for epochs, rows in lengths.items():

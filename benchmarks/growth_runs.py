@@ -96,8 +96,8 @@ def stepped(costs: Sequence[float], values: Sequence[float], end: float) -> list
 def longest_harm(
     accuracies: Sequence[float], blended: Sequence[int], *, window: int, points: float
 ) -> int:
-    """For how many epochs in a row, at most, was accuracy more than `points` below its mean of the
-    `window` epochs before blending began?
+    """The largest number of consecutive epochs in which accuracy was more than `points` below its
+    mean of the `window` epochs before blending began.
 
     `accuracies` has one of each epoch, and `blended` the epochs after which blending began.
     """

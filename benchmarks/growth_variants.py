@@ -130,7 +130,7 @@ class Promising:
 
 
 def unit(config: RunConfig, task: Task, seeds: Mapping[str, str]) -> float:
-    """What an epoch of the host with these seeds costs, in epochs of the host."""
+    """The cost of an epoch of the host with these seeds, in epochs of the host alone."""
     with torch.random.fork_rng():
         with_seeds, host = (
             prepare(config, "fit", task=each) for each in (static_task(task, config, seeds), task)
@@ -230,7 +230,7 @@ class ShrunkAfter:
 
 
 def after_epoch(variant: str, task: Task) -> AfterEpoch:
-    """What a variant does to the network when an epoch is over."""
+    """The function that changes the network after each epoch, as the variant demands."""
     match variant:
         case "raised rates":
             return RaisedRates()
@@ -245,21 +245,20 @@ def trained(
 ) -> EpisodeResult:
     """The result of a run; `mode` is "heuristic" or "fit", and `then` follows each epoch."""
     episode = prepare(config, mode, task=task, policy=policy)
-    with EpisodeRun(episode) as course, episode.random.active():
-        while not course.over:
-            signals = course.observe(course.launch().read())
+    with EpisodeRun(episode) as run, episode.random.active():
+        while not run.over:
+            signals = run.observe(run.launch().read())
             if signals is not None:
-                course.apply(episode.decide(signals))
+                run.apply(episode.decide(signals))
             then(episode)
-        return course.finish(course.launch_test().read())
+        return run.finish(run.launch_test().read())
 
 
 def measure(
     name: str, variant: str, seed: int, epochs: int, *, with_static: bool
 ) -> dict[str, Any]:
-    """On the task of that name, train a grown network, and the static network of its final size at
-    the same cost. Where the grown one shrank, a third is the static one that shrinks at the same
-    costs."""
+    """Train a grown network on the named task, and the static network of its final size at the same
+    cost. Where the grown one shrank, also train a static one that shrinks at the same costs."""
     base = replace(config_of(name), seed=seed, max_epochs=epochs)
     config = from_dict(RunConfig, SETTINGS[variant], base=base)
     task = task_named(name, config)

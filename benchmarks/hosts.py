@@ -46,7 +46,7 @@ def build_alone(config: RunConfig, threads: int) -> MorphogenesisEnv:
 
 
 def measure(config: RunConfig, hosts: int, rounds: int) -> dict[str, Any]:
-    """In one process, then in as many as there are hosts."""
+    """Measure in one process, then in as many as there are hosts."""
     together = make_vector(config, hosts)
     row = {"hosts": hosts, "one process": steps_per_second(together, rounds)}
     together.close()

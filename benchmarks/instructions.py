@@ -1,4 +1,4 @@
-"""How many instructions the CPU kernels take per logit, which another program does not disturb.
+"""Instructions that the CPU kernels execute per logit, which other programs do not disturb.
 
     python -m benchmarks instructions     # `python -m benchmarks cpu` prints the same table
 

@@ -124,7 +124,7 @@ def _block(found: re.Match[str]) -> str:
 
 
 def caption(environment: dict[str, Any]) -> str:
-    """When and where figures were measured, in one line."""
+    """One line that says when and where the figures were measured."""
     where = f"{environment['cpu']}, {environment['cores']} cores"
     versions = f"Python {environment['python']}, torch {environment['torch']}"
     day, commit = environment["date"][:10], environment["commit"]

@@ -34,7 +34,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def environment() -> dict[str, Any]:
-    """When, on what machine, and with which versions the figures were taken."""
+    """The date, the machine and the versions with which the figures were measured."""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M}",  # so that files of one day have an order
         "machine": platform.platform(),

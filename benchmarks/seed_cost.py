@@ -1,4 +1,4 @@
-"""What a seed in TRAINING costs, in time and in multiply-adds.
+"""Measure the cost of a seed in TRAINING, in time and in multiply-adds.
 
     python -m benchmarks seed_cost
 

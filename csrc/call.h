@@ -101,7 +101,7 @@ struct LossCall {
   // With MixUp: int64 [...], the second target of each row, and float32 [2, ...], the shares of both.
   std::optional<Array> second = {}, shares = {};
   int64_t ignore_index = -100;
-  // Where the logits are a shard of the classes: the first class of theirs, and how many classes there are.
+  // Where the logits are a shard of the classes: the index of the first one, and the number of all classes.
   // Targets and weight are those of all classes. CPU only.
   int64_t first_class = 0;
   std::optional<int64_t> num_classes = {};

@@ -1,4 +1,4 @@
-"""What the site has besides the pages in docs/: pages from the root of the tree, and the examples.
+"""The pages of the site that are not in docs/: those at the root of the tree, and the examples.
 
 mkdocs calls the functions `on_...`. Links that lead out of docs/ become links to these pages.
 """

@@ -27,8 +27,8 @@ OPS = (
 )
 DEVICES_WITHOUT_FLOAT64 = ("mps",)
 
-# The CUDA kernels come after Triton's until they have run on a GPU: what Triton compiles is the
-# safer of two unproven.
+# The CUDA kernels come after Triton's until they have run on a GPU: neither is proven, and Triton's
+# compiler leaves less room for mistakes.
 _ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 _ORDER_ELSEWHERE = ("triton", "eager")
 _DEFAULT = KernelConfig()
@@ -45,8 +45,8 @@ class BackendChoice(NamedTuple):
 def refusal(
     op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32
 ) -> str | None:
-    """Why `backend` cannot serve `op` on tensors of this device type and dtype; None where it
-    can."""
+    """The reason why `backend` cannot serve `op` on tensors of this device type and dtype; None if
+    it can."""
     if backend == "eager":
         if device_type in DEVICES_WITHOUT_FLOAT64:
             return f"sums are float64, which device type {device_type!r} lacks"
@@ -79,8 +79,8 @@ def _triton_unavailable(device_type: str) -> str | None:
 
 
 def _no_launcher() -> str | None:
-    """Why Triton could not compile what launches its kernels: it does so in C, when it launches its
-    first."""
+    """The reason why Triton could not compile its launcher, a C program that it compiles when it
+    launches its first kernel."""
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
         asked = (
@@ -105,7 +105,7 @@ native.assume_constant(_no_launcher)  # compilers trace the choice of a backend
 
 
 def _select(op: str, device_type: str, dtype: torch.dtype, config: KernelConfig) -> BackendChoice:
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
     if not isinstance(device_type, str) or not isinstance(dtype, torch.dtype):
         raise TypeError(
@@ -149,5 +149,10 @@ def select_backend(
             f"config must be a KernelConfig or None, got {config!r}; pass one, such as "
             "KernelConfig(backend='eager')"
         )
-    select = _select if torch.compiler.is_compiling() else _select_cached
-    return select(op, device_type, dtype, _DEFAULT if config is None else config)
+    arguments = (op, device_type, dtype, _DEFAULT if config is None else config)
+    if torch.compiler.is_compiling():
+        return _select(*arguments)
+    try:
+        return _select_cached(*arguments)
+    except TypeError:  # an argument that has no hash
+        return _select(*arguments)

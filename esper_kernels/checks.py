@@ -1,4 +1,4 @@
-"""What the public functions refuse, by name, with what was expected and what came.
+"""Checks of arguments: each refusal names what was expected and what came.
 
 The compiled ops check every call themselves (csrc/call.cpp) and write nothing if they refuse it.
 Python then runs these checks to find the argument at fault. It runs them before the call for the
@@ -145,7 +145,7 @@ def not_dense(name: str, x: object, expected: str = "a dense tensor") -> TypeErr
 
 
 def _way_out(x: object) -> str:
-    """What to pass in place of x, where that can be told."""
+    """A suggestion of what to pass in place of x, where one can be made."""
     if isinstance(x, Tensor):
         if hasattr(x, "to_local"):
             return "; pass its to_local()"
@@ -219,7 +219,7 @@ def check_batch(
 
 
 def _shape_hint(logits: Tensor, targets: Tensor) -> str:
-    """What was probably meant by targets whose shape does not fit."""
+    """A suggestion of what was probably meant by targets whose shape does not fit."""
     if targets.shape == logits.shape:
         return "; for one-hot targets pass targets.argmax(-1)"
     if logits.dim() > 2 and targets.shape == (logits.shape[0], *logits.shape[2:]):
@@ -343,8 +343,7 @@ def check_options(
     reduction = options["reduction"]
     normalizer = options["normalizer"]
     softcap = options["softcap"]
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_reduction(reduction)
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer goes with reduction='mean' only, got reduction={reduction!r}")
     check_integer("ignore_index", options["ignore_index"])
@@ -357,12 +356,23 @@ def check_options(
         check_divisor("softcap (None for no cap)", softcap)
 
 
+def check_reduction(reduction: object) -> None:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
 def check_integer(name: str, value: object) -> None:
     """A Python int of at most 64 bits, not a bool."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit into 64 bits, got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False: of another value, such as "no", it would be guessed which is meant."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
 def check_plain_number(name: str, value: object, low: float = 0.0, high: float = torch.inf) -> None:

@@ -13,7 +13,7 @@ TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """How the ops of this package run.
+    """Settings of the ops of this package.
 
     backend: "auto" takes the first of the device's backends that can serve the call; a name takes
         that one, or raises ValueError with the reason. Unknown names raise ValueError here.
@@ -26,12 +26,11 @@ class KernelConfig:
     instruction_set: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", *BACKENDS):
-            raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
-        if self.instruction_set not in INSTRUCTION_SETS:
-            raise ValueError(
-                f"instruction_set must be one of {INSTRUCTION_SETS}, got {self.instruction_set!r}"
-            )
+        known = {"backend": ("auto", *BACKENDS), "instruction_set": INSTRUCTION_SETS}
+        for name, names in known.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in names:
+                raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
 def instruction_set_of(config: object) -> str:

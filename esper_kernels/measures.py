@@ -1,4 +1,4 @@
-"""What a `Meter` can measure besides loss and correct predictions, and the results of it.
+"""Measures that a `Meter` can take besides loss and correct predictions, and their results.
 
 A row is measured if it is valid and finite, as for correct@k: ignored rows, bad targets and rows
 with NaN or infinite logits enter nothing here. p are the probabilities softmax(x) of a row's
@@ -20,7 +20,7 @@ BIN_COUNTS = ("rows", "correct")  # of each calibration bin
 
 
 class MeasurePlan(NamedTuple):
-    """Which measures a meter takes: its arguments, as integers that ops can be given."""
+    """The measures that a meter takes: its arguments, as integers that can be passed to ops."""
 
     per_class: int  # the number of classes, or 0
     calibration_bins: int  # or 0
@@ -128,7 +128,7 @@ class ClassMeasures:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How far confidences, the largest probability of each row, can be taken for accuracies.
+    """The agreement between confidences, the largest probability of each row, and accuracies.
 
     rows, correct: measured and correctly predicted rows whose confidence is in each of the M bins
     [m / M, (m + 1) / M); the last bin holds 1 too. confidence: the sum of their confidences.
@@ -164,7 +164,7 @@ class Calibration:
         return max(gaps, default=math.nan)
 
     def _gaps(self) -> list[float]:
-        """Of each bin, times its rows."""
+        """The gap of each bin between confidence and accuracy, times the number of its rows."""
         return [abs(c - f) for c, f in zip(self.correct, self.confidence, strict=True)]
 
 
@@ -196,7 +196,8 @@ class Measured:
 def measured_of(
     plan: MeasurePlan | None, sums: Sequence[float], counts: Sequence[int], rows: int
 ) -> Measured:
-    """What the accumulators hold, in the layout above. rows: how many were measured."""
+    """The results in the accumulators, whose layout is described above. rows: the number of
+    measured rows."""
     if plan is None:
         return Measured()
     means = {name: ratio(x, rows) for name, x in zip(ROW_SUMS, sums, strict=False)}

@@ -4,7 +4,7 @@ The cross-entropy backends add to `sums` and `counts` batch by batch, compiled o
 only `reset`, `load_state_dict` and `all_reduce` write them. Use a meter on one stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from esper_kernels.measures import (
     plan_measures,
     ratio,
 )
+from esper_kernels.places import check_group, device_of
 from esper_kernels.readback import compute_all, words_to_floats
 
 # The layout every backend writes. Correct@k follows the last count, for each k of `Meter.topk` in
@@ -31,8 +32,8 @@ COUNTS = ("valid", "ignored", "nonfinite", "bad_targets", "batches", "batches_wi
 
 @dataclass(frozen=True, kw_only=True)
 class MeterResult(Measured):
-    """What a `Meter` saw. A mean over nothing is NaN. Rows are targets; losses are in nats. The
-    fields of `Measured` are None unless the meter takes those measures.
+    """The totals that a `Meter` counted. A mean over nothing is NaN. Rows are targets; losses are
+    in nats. The fields of `Measured` are None unless the meter takes those measures.
 
     loss: loss_sum / (class weights of the valid rows summed; without class weights the valid rows;
         with MixUp the weights of both targets times their shares).
@@ -41,7 +42,7 @@ class MeterResult(Measured):
     mean_batch_loss: the mean of loss over batches that had a valid row.
     accuracy: fraction (0..1) of valid rows whose target is the first largest logit.
     correct: for each k, the valid rows whose target is among the k largest logits.
-    valid, ignored, nonfinite, bad_targets: rows of each class; nonfinite rows are valid too.
+    valid, ignored, nonfinite, bad_targets: rows of each kind; nonfinite rows are valid too.
     batches: calls, empty ones included.
     """
 
@@ -65,7 +66,7 @@ class MeterResult(Measured):
     def accuracy_at(self, k: int) -> float:
         """Fraction (0..1) of valid rows whose target is among the k largest logits. ValueError for
         a k that the meter did not count."""
-        if k not in self.correct:
+        if type(k) is not int or k not in self.correct:
             raise ValueError(
                 f"k must be one of {list(self.correct)}, which the meter counted, got {k}; make it "
                 f"Meter(device, topk=(1, {k}))"
@@ -104,7 +105,7 @@ class Meter:
         entropy: bool = False,
         confusion: bool = False,
     ) -> None:
-        device = torch.device(device)
+        device = device_of(device)
         if device.type in DEVICES_WITHOUT_FLOAT64:
             raise ValueError(
                 f"a Meter sums in float64, which {device.type!r} lacks; keep the metrics on the "
@@ -204,6 +205,7 @@ class Meter:
         Called again, it adds what each rank has counted since, and nothing twice. ValueError for
         another group before `reset`: it is unknown which of its ranks share what they hold.
         """
+        check_group(group)
         ranks = tuple(dist.get_process_group_ranks(group))
         if self._ranks not in (None, ranks):
             raise ValueError(
@@ -246,6 +248,8 @@ class Meter:
         The state of one rank, saved after `all_reduce`, may be loaded on all: what it added up then
         counts once.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"expected what Meter.state_dict returned, got {state!r:.80}")
         if missing := {"topk", "sums", "counts"} - set(state):
             raise ValueError(
                 f"expected what Meter.state_dict returned, got a dict without {sorted(missing)}"

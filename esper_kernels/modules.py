@@ -5,6 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper_kernels import checks
 from esper_kernels.config import KernelConfig
 from esper_kernels.meter import Meter
 from esper_kernels.ops.cross_entropy import cross_entropy
@@ -48,6 +49,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of input and target, as the class describes them."""
+        for name, x in (("input", input), ("target", target)):
+            if not isinstance(x, Tensor):
+                raise checks.not_dense(name, x, "a tensor")
         if target.is_floating_point() and target.shape == input.shape:
             return self._of_probabilities(input, target)
         return cross_entropy(
@@ -111,6 +115,9 @@ class LinearCrossEntropyLoss(nn.Module):
         config: KernelConfig | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("in_features", in_features), ("num_classes", num_classes)):
+            checks.check_integer(name, size)
+        checks.check_flag("bias", bias)
         self.register_buffer("weight", weight)
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.reduction = reduction

@@ -62,7 +62,8 @@ def _load() -> _Loaded:
 
 
 def _check_devices(*arguments: Any) -> None:
-    """What compilers run instead of an op: the ops only write to memory that they are given."""
+    """The implementation that compilers run instead of an op: the ops only write to memory that
+    they are given."""
     flat = [x for part in arguments for x in (part if isinstance(part, (list, tuple)) else (part,))]
     devices = {str(x.device) for x in flat if isinstance(x, Tensor)}
     # torch takes this for the op where devices are mixed
@@ -99,8 +100,8 @@ def _load_cuda() -> str | None:
 
 
 def cuda_unavailable() -> str | None:
-    """Why the CUDA kernels cannot run; None if they can. Looks for a device, so it runs when first
-    asked."""
+    """The reason why the CUDA kernels cannot run; None if they can. Looks for a device, so it runs
+    when first asked."""
     return _load_cuda()
 
 

@@ -54,6 +54,8 @@ def compute_all(*sources: Readable | Tensor, strict: bool = True) -> tuple[Any, 
         tensor of any shape (gives the flat list of its numbers); all on one device (ValueError).
     strict: IndexError where a meter saw targets outside [0, V).
     """
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict must be True or False, got {strict!r}")
     packed = [_pack(source) for source in sources]
     devices = sorted({str(words.device) for words in packed})
     if len(devices) > 1:

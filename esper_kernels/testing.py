@@ -1,5 +1,5 @@
-"""For tests and benchmarks of backends: sample inputs, a truth, an error bound, a counter of host
-syncs.
+"""Helpers for tests and benchmarks of backends: sample inputs, a truth, an error bound, a counter
+of host syncs.
 
 Long functions: `cross_entropy_samples` is a table of cases.
 """
@@ -24,6 +24,8 @@ def cross_entropy_samples(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> list[CrossEntropySample]:
     """Named inputs, the same on every call; none requires grad."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, such as torch.float32, got {dtype!r}")
     generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int, scale: float = 3.0) -> Tensor:
@@ -156,6 +158,9 @@ def plain_torch_cross_entropy(
 ) -> Tensor:
     """The loss from torch's own F.cross_entropy, in the logits' dtype: the truth in float64, else a
     rival."""
+    _require_tensors(logits=logits, targets=targets)
+    if weight is not None:
+        _require_tensors(weight=weight)
     targets = targets.long()
     x = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     x = x.reshape(-1, logits.shape[-1])
@@ -179,9 +184,18 @@ def plain_torch_cross_entropy(
     return losses.sum() / normalizer
 
 
+def _require_tensors(**arguments: object) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got {type(x).__name__}; make it one with torch.as_tensor"
+            )
+
+
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """|actual - truth| / |truth| in L2 over the finite entries of truth; the others must be
     equal."""
+    _require_tensors(actual=actual, truth=truth)
     actual = actual.detach().double()
     truth = truth.detach().double()
     torch.testing.assert_close(actual.isnan(), truth.isnan())
@@ -195,6 +209,7 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 def assert_no_worse_than_eager(actual: Tensor, eager: Tensor, truth: Tensor) -> None:
     """The relative L2 error of `actual` is at most twice that of plain torch in the same dtype,
     plus 1e-6."""
+    _require_tensors(actual=actual, eager=eager, truth=truth)
     error = relative_error(actual, truth)
     eager_error = relative_error(eager, truth)
     assert error <= 2 * eager_error + 1e-6, (

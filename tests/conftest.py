@@ -1,5 +1,5 @@
-"""For every test: repeatable examples, default signal handlers, Triton's interpreter without a GPU,
-and long tests first."""
+"""Fixtures of every test: repeatable examples, default signal handlers, Triton's interpreter
+without a GPU, and long tests first."""
 
 import os
 import signal

@@ -24,11 +24,22 @@ KERNEL_ARROWS = {
     "backends": {"config", "native"},
     "readback": set(),
     "measures": set(),
-    "meter": {"backends", "measures", "readback"},
+    "places": set(),
+    "meter": {"backends", "measures", "places", "readback"},
     "values": set(),
     "checks": {"backends", "config", "meter", "values"},
-    "ops": {"backends", "checks", "config", "measures", "meter", "readback", "sums", "values"},
-    "modules": {"config", "meter", "ops"},
+    "ops": {
+        "backends",
+        "checks",
+        "config",
+        "measures",
+        "meter",
+        "places",
+        "readback",
+        "sums",
+        "values",
+    },
+    "modules": {"checks", "config", "meter", "ops"},
     "integrations": {"config", "measures", "meter", "ops"},
     "info": {"backends", "config", "meter", "native", "ops", "testing", "version"},
     "testing": {"config", "meter", "ops"},
@@ -138,7 +149,7 @@ def test_training_uses_only_public_names_of_the_kernels() -> None:
 
 
 def batch_loops(tree: ast.Module) -> list[str]:
-    """What the tree's loops run over, where it looks like batches."""
+    """The iterables of the tree's loops that look like loops over batches."""
     places = [
         node.iter for node in ast.walk(tree) if isinstance(node, (ast.For, ast.comprehension))
     ]
@@ -251,7 +262,7 @@ def test_importing_the_kernels_loads_nothing_besides_torch() -> None:
 
 
 def test_every_module_imports() -> None:
-    """Those of the integrations are imported by their own tests."""
+    """The modules of the integrations are imported by their own tests."""
     for package in (esper_kernels, esper_train):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if not module.name.endswith("__main__") and ".integrations." not in module.name:

@@ -1,4 +1,4 @@
-"""How setup.py decides about CUDA kernels; test_packaging.py looks at what it builds."""
+"""The decision of setup.py about CUDA kernels; test_packaging.py looks at what it builds."""
 
 import os
 import shutil

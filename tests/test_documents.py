@@ -32,7 +32,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def integrations(directory: Path) -> dict[str, Any]:
-    """What the page on trainers takes for granted."""
+    """The names that the examples on the page about trainers use without defining them."""
     for package in ("transformers", "accelerate", "lightning", "torchmetrics"):
         pytest.importorskip(package, reason="needs the extras hf and lightning")
     torch.manual_seed(0)
@@ -56,7 +56,8 @@ def integrations(directory: Path) -> dict[str, Any]:
 
 
 def kernels(directory: Path) -> dict[str, Any]:
-    """What the page on kernels takes for granted; its ranks are one process."""
+    """The names that the examples on the page about kernels use without defining them; one process
+    is all of its ranks."""
     store = dist.FileStore(str(directory / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     torch.manual_seed(0)
@@ -147,7 +148,7 @@ def test_the_tests_of_the_promises_exist() -> None:
 
 
 def test_the_error_messages_that_are_explained_exist() -> None:
-    """Except the one that the page says is torch's own."""
+    """The one that the page calls torch's own is left out."""
     text = (DOCS / "faq.md").read_text(encoding="utf-8")
     messages = re.findall(r"^## `(.*)`$", text, re.MULTILINE)
     messages.remove("has been modified by an inplace operation")

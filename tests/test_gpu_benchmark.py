@@ -68,7 +68,7 @@ def test_inputs_take_turns_until_none_is_in_the_cache() -> None:
 
 @pytest.fixture
 def without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What measures on the device does the work once and gives a number."""
+    """Replace measurement on the device: the work is done once, and a number is returned."""
 
     def once(call: Any, inputs: Any, repeats: int = 1) -> float:
         call(inputs[0])

@@ -191,7 +191,7 @@ def growing(epochs: int) -> RunConfig:
 
 
 def test_three_networks_are_compared_at_equal_cost() -> None:
-    """With one seed kept, whose slot is known; all parts of the cost are worked out by hand."""
+    """One seed is kept, whose slot is known; all parts of the cost are worked out by hand."""
     config = replace(growing(8), slots=("mid",))
     found = growth_runs.compare("breast-cancer", config)
     assert found["fossils"] == 1
@@ -232,7 +232,8 @@ def test_a_static_network_starts_as_the_host_and_learns_at_the_rates_of_the_grow
 
 
 def test_a_promise_is_the_squared_gradient_of_a_new_seed() -> None:
-    """Of a norm at alpha 1, whose only gradient is that of its gain: by finite differences."""
+    """The seed is a norm at alpha 1, whose only gradient is that of its gain, here by finite
+    differences."""
     config = growing(1)
     task = growth_runs.task_named("breast-cancer", config)
     model = prepare(config, "heuristic", task=task).model.double().eval()

@@ -59,8 +59,8 @@ def check_loops(row: dict[str, float | None]) -> None:
 
 @pytest.mark.slow
 def test_every_loop_is_found_in_the_kernels() -> None:
-    """In the module for tests, which has the same kernels with the same flags as the library, and
-    their names."""
+    """They are read in the module for tests, which has the same kernels, flags and names as the
+    library."""
     module = pytest.importorskip("tests.helpers.cpp", reason="built only with ESPER_TESTING=1")
     if shutil.which("objdump") is None:
         pytest.skip("no objdump here")
@@ -75,7 +75,7 @@ def test_every_loop_is_found_in_the_kernels() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_step_is_counted(tmp_path: Path) -> None:
-    """Compiled without optimization, which takes a quarter of the time."""
+    """It is compiled without optimization, which takes a quarter of the time."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     program = tmp_path / "instructions"

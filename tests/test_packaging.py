@@ -1,4 +1,4 @@
-"""What gets installed: the wheel beside torch alone, pure Python, and messages of failed builds."""
+"""The installed files: the wheel beside torch alone, pure Python, and messages of failed builds."""
 
 import json
 import os
@@ -78,7 +78,8 @@ print(all(torch._C._dispatch_has_kernel_for_dispatch_key(f"esper::{op}", "CUDA")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """What `make wheel` made, with CUDA kernels where there is a toolkit, and what it printed."""
+    """The wheel of `make wheel`, with CUDA kernels if there is a toolkit, and the output of the
+    command."""
     for tool in (get_cxx_compiler().split()[0], "make"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} here")
@@ -156,7 +157,8 @@ def test_making_it_says_what_it_needs(made: tuple[Path, str]) -> None:
 
 
 def test_libraries_need_nothing_of_torch_but_its_stable_interface(unpacked: Path) -> None:
-    """And nothing of Python: one for every torch from 2.10 on, and every Python."""
+    """They need nothing of Python either: one library serves every torch from 2.10 on, and every
+    Python."""
     if shutil.which("nm") is None:
         pytest.skip("no nm here")
     for library in (unpacked / "esper_kernels/lib").iterdir():
@@ -172,7 +174,8 @@ def test_libraries_need_nothing_of_torch_but_its_stable_interface(unpacked: Path
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14", "3.14t"])
 def test_wheel_serves_other_pythons(version: str, wheel: Path, tmp_path: Path) -> None:
-    """Installed by their own pip, and as far as can be tried where they have no torch."""
+    """The wheel is installed by their own pip, and tried as far as is possible where they have no
+    torch."""
     python = find_python(version)
     target = tmp_path / "target"
     output(
@@ -242,7 +245,7 @@ def test_wheel_works_beside_torch_alone_and_changes_nothing_else(
 
 
 def test_pure_python_serves_with_eager_and_says_why(clean_python: Path, tmp_path: Path) -> None:
-    """Even made in a tree where the kernels lie compiled."""
+    """This holds even if it is made in a tree where the kernels lie compiled."""
     folder = sources(tmp_path / "esper", built=True)
     output(WHEEL, folder, ESPER_NO_EXT="1")
     (wheel,) = (folder / "dist").iterdir()
@@ -291,7 +294,8 @@ def test_build_without_torch_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_isolated_build_says_what_to_do(tmp_path: Path) -> None:
-    """pip's own environment for a build has no torch, and must not fetch gigabytes of it."""
+    """The environment that pip makes for a build has no torch, and must not fetch gigabytes of
+    it."""
     command = [word for word in WHEEL if word != "--no-build-isolation"]
     done = run(command, sources(tmp_path / "esper"), PIP_CONSTRAINT=str(ROOT / "constraints.txt"))
     assert done.returncode != 0
@@ -311,3 +315,28 @@ def test_build_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
         "esper-kernels: there is no C++ compiler '/nonexistent/c++ -m64'; install one (g++), name "
         "it in CXX, or set ESPER_NO_EXT=1 for pure Python"
     )
+
+
+# setup.py as it is, but for the compilers: the names of what it would build
+LISTED = """
+import runpy, sys
+from torch.utils.cpp_extension import BuildExtension
+BuildExtension.build_extensions = lambda self: print(*(each.name for each in self.extensions))
+BuildExtension.copy_extensions_to_source = lambda self: None
+sys.argv = ["setup.py", "build_ext", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--inplace"]], ids=["build", "inplace"])
+def test_only_builds_in_place_have_the_module_of_the_tests(
+    options: list[str], tmp_path: Path
+) -> None:
+    printed = output(
+        [sys.executable, "-c", LISTED, *options],
+        sources(tmp_path / "esper"),
+        ESPER_TESTING="1",
+        NO_CUDA="1",
+    )
+    built = next(line for line in printed.splitlines() if line.startswith("esper_kernels.lib"))
+    assert built.split() == ["esper_kernels.lib.esper_cpu", *(["tests.helpers.cpp"] * len(options))]

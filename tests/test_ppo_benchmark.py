@@ -28,7 +28,7 @@ def test_an_interval_covers_the_mean_and_shrinks_with_equal_differences() -> Non
 
 
 def test_an_interval_is_that_of_the_normal_distribution_for_many_differences() -> None:
-    """Of 400 differences, half 0 and half 1: mean 0.5, standard error 0.5 / 20."""
+    """There are 400 differences, half 0 and half 1: mean 0.5, standard error 0.5 / 20."""
     low, high = ppo.interval([0.0, 1.0] * 200, samples=2000)
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006)
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)

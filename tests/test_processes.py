@@ -1,5 +1,5 @@
-"""How tests are dealt out: to processes, which share what is made once and start long tests first,
-and to backends, which take cases in turn."""
+"""The distribution of tests: to processes, which share what is made once and start long tests
+first, and to backends, which take cases in turn."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

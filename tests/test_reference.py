@@ -80,7 +80,7 @@ def test_every_parameter_of_a_function_is_explained(name: str) -> None:
 
 @pytest.mark.parametrize("name", esper_kernels.__all__)
 def test_every_parameter_and_field_of_the_kernels_classes_is_explained(name: str) -> None:
-    """Those of their methods too, by the method or by its class."""
+    """The parameters of methods are explained by the method or by its class."""
     x = getattr(esper_kernels, name)
     if not inspect.isclass(x):
         return

@@ -1,4 +1,4 @@
-"""What a release has to keep together: its version, its changes and its citation."""
+"""The parts of a release that must agree: its version, its changes and its citation."""
 
 import re
 import tomllib

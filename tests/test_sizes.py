@@ -1,4 +1,5 @@
-"""How long files and functions are: whatever is longer says why, at the top of its file."""
+"""Limits on the length of files and functions: whatever is longer says why, at the top of its
+file."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What each part of the session runs, in order; every step has its own time limit."""
+"""The parts of the session and the steps of each, in order; every step has its own time limit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Step:
 
 
 def missing(need: str) -> str | None:
-    """Why what a step needs is not there; None where it is."""
+    """The reason why something that a step needs is missing; None if it has everything."""
     if need == "device":
         return None if torch.cuda.is_available() else "torch finds no CUDA device"
     if need.startswith("module:"):

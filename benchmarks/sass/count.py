@@ -1,4 +1,4 @@
-"""What a path through machine code costs: instructions by purpose and by unit, accesses to global
+"""The cost of a path through machine code: instructions by purpose and by unit, accesses to global
 memory, and waits for it."""
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def _is_memory_barrier(instruction: Instruction) -> bool:
 
 
 def _waits(instructions: Sequence[Instruction]) -> float:
-    """How often a thread waits for global memory on a path, as the average of many times along it.
+    """The number of times that a thread waits for global memory on a path, averaged over many
+    passes along it.
 
     It waits at the first instruction that reads what a load in flight will write, or that leaves
     fewer asynchronous copies in flight than there are. By then everything issued before has come.
@@ -195,9 +196,10 @@ def _streams(instructions: Sequence[Instruction], size: int) -> bool:
 
 
 def main_loops(found: Sequence[Counts]) -> list[Counts]:
-    """Without the loops for the rest of a row, which another one leaves: of those that store, and
-    of those that only load, the ones that move the most bytes per trip. Where some loops have
-    exponentials, others are not for elements but for class weights."""
+    """The main loops of a kernel: of those that store, and of those that only load, the ones that
+    move the most bytes per trip. Loops over the rest of a row, which a main loop leaves over, do
+    not count. Where some loops have exponentials, those without read class weights and not
+    elements."""
 
     def moved(one: Counts) -> int:
         return one.loaded + one.stored

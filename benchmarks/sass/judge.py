@@ -57,7 +57,7 @@ class Row:
 
 
 def judge(subject: Subject) -> Row:
-    """Everything about one kernel."""
+    """The row of the table for one kernel."""
     chip = model.CHIPS[subject.sm]
     code = subject.code
     blocks = model.resident_blocks(code.registers, subject.threads, subject.shared_bytes, chip)
@@ -125,8 +125,7 @@ def passes(subject: Subject) -> list[Pass]:
 
 
 def _of_dtype(paths: Sequence[list[Instruction]], subject: Subject) -> list[list[Instruction]]:
-    """Of the paths that load this dtype, a list of the shortest alone: the others are for rare
-    values."""
+    """The shortest of the paths that load this dtype, as a list: the others are for rare values."""
     fitting = [path for path in paths if count.loaded_dtype(path) == subject.dtype]
     return sorted(fitting, key=lambda path: len(path) / count.count(path).loaded)[:1]
 
@@ -145,7 +144,8 @@ def _around(subject: Subject, found: Sequence[Pass]) -> Counts | None:
 
 
 def _waits(subject: Subject, found: Sequence[Pass], around: Counts | None) -> tuple[float, float]:
-    """How often a block waits for memory, one after the other, and for how many elements."""
+    """The number of times that a block waits for memory, one after the other, and the number of
+    elements that it waits for."""
     if subject.rows:
         (one,) = found
         waits = one.counts.waits + one.counts.memory_barriers

@@ -142,7 +142,7 @@ class _Plan:
 
 @cache  # compiling takes half a minute
 def _plans() -> dict[int, list[_Plan]]:
-    """For each chip, how it launches each number of classes in each dtype."""
+    """The launch plan on each chip for each number of classes in each dtype."""
     sources = [Path(__file__).with_name("plans.cu"), *map(_CSRC.joinpath, _LINKED)]
     target = ["-gencode", "arch=compute_90,code=compute_90"]  # none is run
     found = {}
@@ -202,8 +202,8 @@ def _cuda_grad_stats(sm: int) -> Iterator[Subject]:
 
 
 def _cuda_token_logprobs(sm: int) -> Iterator[Subject]:
-    """With entropies: whether they are wanted is known only when a kernel runs. Not for so few
-    classes that most of a warp has none."""
+    """The kernels with entropies, because only a running kernel knows whether they are wanted.
+    Class counts that leave most of a warp without a class are omitted."""
     codes = _compiled("token_logprobs", sm)
     passes = {"forward": "token_logprobs_rows", "backward": "token_logprobs_gradients"}
     for classes in triton_resources.LOGPROB_CLASSES[1:]:

@@ -1,4 +1,5 @@
-"""What a GPU could make of counted machine code: occupancy, and the share of a copy's speed.
+"""A model of what a GPU could achieve with counted machine code: occupancy, and the share of a
+copy's speed.
 
 A roofline: every limit is taken alone, as if everything else overlapped with it perfectly. It is
 not calibrated: no figure here was measured on a GPU.
@@ -59,7 +60,7 @@ CHIPS = {
 
 
 def resident_blocks(registers: int, threads: int, shared_bytes: int, chip: Chip) -> int:
-    """How many blocks of a kernel fit on a multiprocessor."""
+    """The number of blocks of a kernel that fit on a multiprocessor."""
     per_warp = -(-registers * 32 // _REGISTERS_AT_A_TIME) * _REGISTERS_AT_A_TIME
     return min(
         _REGISTERS // (per_warp * (threads // 32)),
@@ -70,13 +71,13 @@ def resident_blocks(registers: int, threads: int, shared_bytes: int, chip: Chip)
 
 
 def resident_clusters(blocks: int, cluster: int, chip: Chip) -> int:
-    """How many clusters fit on the chip, with `blocks` on a multiprocessor."""
+    """The number of clusters that fit on the chip, with `blocks` on a multiprocessor."""
     return sum(group * blocks // cluster for group in chip.groups)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel does and how it lies on a chip."""
+    """The work of a kernel and its distribution over a chip."""
 
     size: int  # bytes of an element
     row: int  # elements
@@ -96,7 +97,7 @@ class Bound:
 
 
 def bound(work: Work, chip: Chip) -> Bound:
-    """How fast a kernel can be at most, and what keeps it from being faster."""
+    """The highest possible speed of a kernel, and what limits it."""
     busy = resident_clusters(work.blocks, work.cluster, chip) * work.cluster / work.blocks
     in_flight = work.row * work.size * busy * work.blocks / work.cluster
     reads = 1 if in_flight <= CACHED * chip.cache else work.passes

@@ -24,8 +24,8 @@ def table(figures: Mapping[str, Any], sm: int = 90) -> str:
 
 
 def usual(rows: Sequence[Mapping[str, Any]], sm: int = 90) -> list[Mapping[str, Any]]:
-    """Those for an architecture in bfloat16 or float32 without options or measures, in a step; of
-    token_logprobs, those with entropies."""
+    """The kernels for an architecture in bfloat16 or float32, in a step without options or
+    measures; of token_logprobs, those with entropies."""
     left_out = (
         "softcap",
         "heavy",

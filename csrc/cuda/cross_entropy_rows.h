@@ -157,7 +157,7 @@ __device__ S saved_state(const LossRows& p, const Row& row) {
   return state;
 }
 
-// The state of a row, from those of the threads of a team, in each of them. All of them call it.
+// Merges the states of a team's threads into that of the row, which each thread gets. All of them call it.
 template <class S>
 __device__ S state_of_team(const S& mine, int team, bool smooth, S* of_warp) {
   const S state = merged(mine, kWarp, smooth);
@@ -168,8 +168,8 @@ __device__ S state_of_team(const S& mine, int team, bool smooth, S* of_warp) {
   return merged(of_warp[lane % warps], warps, smooth);
 }
 
-// The state of a row, from those of the blocks of a cluster, in each of their threads. round: 0, 1, ... of
-// the calls.
+// Merges the states of a cluster's blocks into that of the row, which each of their threads gets. All of them
+// call it. round: the number of earlier calls.
 template <class S>
 __device__ S state_of_cluster(const S& mine, int blocks, int round, bool smooth, Shared<S>& shared) {
   constexpr int kMessages = sizeof(S) / sizeof(Words);
@@ -189,7 +189,8 @@ __device__ S state_of_cluster(const S& mine, int blocks, int round, bool smooth,
   return merged(inbox[thread % blocks], blocks, smooth);
 }
 
-// The weights of a row's targets. Looked up when the row is closed, so that no registers hold them before.
+// The weights of a row's targets. They are looked up after the row was read, so that no registers hold them
+// meanwhile.
 struct Weights {
   float of_target = 0;  // class weight times share
   int second = -1;      // with MixUp and a share: the second target

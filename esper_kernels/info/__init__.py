@@ -30,7 +30,7 @@ _NOTES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which backend serves an op for a device type and dtype; None where none can. `why` holds the
+    """The backend that serves an op for a device type and dtype; None if none can. `why` holds the
     refusals."""
 
     op: str

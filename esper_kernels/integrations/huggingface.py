@@ -80,9 +80,11 @@ def measures(result: MeterResult, prefix: str = "") -> dict[str, float]:
 class MeterLogs:
     """A mixin, before Trainer among the bases, that adds `measures` to the Trainer's log entries.
 
-    meter: what was trained on since the last entry, as the loss beside it. eval_meter: the data of
-    an evaluation; its measures are returned by `evaluate` too. Meters are read and reset only here,
-    once per entry, where the Trainer has just read its own loss, so no step waits for the device.
+    meter: counts what was trained on since the last entry, as the loss beside it does. eval_meter:
+        counts the data of an evaluation; its measures are returned by `evaluate` too.
+
+    Meters are read and reset only here, once per entry, where the Trainer has just read its own
+    loss, so no step waits for the device.
     """
 
     def __init__(

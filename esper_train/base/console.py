@@ -46,7 +46,7 @@ class Lasting:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within it, a standard output or error that fails raises nothing where something is
+    """A context in which a failing standard output or error raises nothing where something is
     printed."""
     for descriptor in (0, 1, 2):  # a closed one would be given to the next file that is opened
         try:

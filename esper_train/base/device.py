@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Within it, new tensors are float32 on the CPU, whatever `torch.set_default_dtype` and
+    """A context in which new tensors are float32 on the CPU, whatever `torch.set_default_dtype` and
     `torch.set_default_device` say outside."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

@@ -6,9 +6,10 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from esper_train.base.names import require_known
+from esper_train.base.names import require_known, require_type
 
 T = TypeVar("T")
 
@@ -68,7 +69,8 @@ def _check(where: str, value: Any, hint: Any) -> None:
     """Raise an error that names the setting `where` if it cannot have this value."""
     if typing.get_origin(hint) is Literal:
         choices = ", ".join(c or "left out" for c in typing.get_args(hint))
-        require(value in typing.get_args(hint), f"{where} must be one of {choices}", value)
+        known = isinstance(value, (str, NoneType)) and value in typing.get_args(hint)
+        require(known, f"{where} must be one of {choices}", value)
         return
     limits = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Limit)]
     hint = _plain(hint)
@@ -135,8 +137,14 @@ def from_dict(
     unknown key (with the nearest known one) and `TypeError` for a value of the wrong type. `where`
     is the path of `values`, for the messages.
     """
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"cls must be a config dataclass, such as RunConfig, got {cls!r:.80}")
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected a mapping from setting to value, got {values!r:.80}")
+    if base is not None:
+        require_type(base, cls, "base")
     hints = typing.get_type_hints(cls)
-    names = [where + f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = [where + f.name for f in dataclasses.fields(cls)]
     arguments = {}
     for key, value in values.items():
         require_known("config key", where + key, names)

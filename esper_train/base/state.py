@@ -74,8 +74,8 @@ class RandomState:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it, numbers come from the run's stream, which goes on where it was left, or where
-        `load_state_dict` put it."""
+        """A context in which random numbers come from the run's stream, which goes on where it was
+        left, or where `load_state_dict` put it."""
         callers = _get(self._device)
         try:
             random.seed(self._seed)
@@ -105,8 +105,8 @@ class RandomState:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within it, the CPU generators of python, numpy and torch start from `seed`; afterwards they
-    are restored. Generators of other devices are left alone."""
+    """A context in which the CPU generators of python, numpy and torch start from `seed`;
+    afterwards they are restored. Generators of other devices are left alone."""
     callers = _get(CPU)
     try:
         random.seed(seed)
@@ -130,7 +130,8 @@ class RandomStreams:
 
     @contextmanager
     def active(self, name: str, device: torch.device) -> Iterator[None]:
-        """Within it, random numbers on the CPU and on `device` come from the stream `name`."""
+        """A context in which random numbers on the CPU and on `device` come from the stream
+        `name`."""
         callers = _torch_states(device)
         state = self._states.get(name)
         try:

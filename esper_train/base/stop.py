@@ -36,7 +36,8 @@ class StopRequest:
         return self._signal
 
     def before(self, batch: Any) -> Any:
-        """The batch itself, or `Stopped`: here one batch is finished and the next not begun."""
+        """Return the batch, or raise `Stopped` if a signal asked for it: here one batch is
+        finished, and the next has not begun."""
         if self._signal is not None:
             raise Stopped(self._signal)
         return batch

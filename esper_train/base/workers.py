@@ -74,7 +74,7 @@ class GuardedLoader:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """While a batch is waited for: say what it means when a worker is gone."""
+        """A context for waiting for a batch: an error that a dead worker causes is explained."""
         try:
             with _watched():
                 yield
@@ -150,7 +150,8 @@ class _Watch:
 
 
 def _watched() -> AbstractContextManager[None]:
-    """Where workers may be reported dead: the process's table of signals says by whom."""
+    """A context in which workers may be reported dead: the process's table of signals says by which
+    handler."""
     handler = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         return nullcontext()  # torch asks the workers themselves every few seconds
@@ -161,8 +162,8 @@ def _watched() -> AbstractContextManager[None]:
 
 
 def _ignore(numbers: Iterable[int], worker: int) -> None:
-    """In a worker, at its start: leave these signals, which were held back until now, to the
-    run."""
+    """Leave these signals, which were held back until now, to the run. Called in a worker at its
+    start."""
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
@@ -172,8 +173,8 @@ def _ignore(numbers: Iterable[int], worker: int) -> None:
 def _report_unless_left(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """In a worker's own threads: a run that ends leaves its connections to workers, and says itself
-    why."""
+    """Print an error that ends a worker, except those of a run that has closed its connections to
+    workers: it says itself why."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 

@@ -40,8 +40,8 @@ class HeuristicConfig(Settings, table="policy."):
 
 @dataclass(frozen=True, kw_only=True)
 class GovernorConfig(Settings, table="governor."):
-    """When a finite validation loss counts as gone bad, and what a rollback does. Time in
-    epochs."""
+    """Settings that decide when a finite validation loss counts as gone bad, and what a rollback
+    does. Time in epochs."""
 
     window: Count = 20
     """At most this many good epochs are what a loss is compared with."""

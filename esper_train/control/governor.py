@@ -22,8 +22,7 @@ that was lost again."""
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What is wrong with an epoch: "nonfinite", "divergence" or "collapse", and the reason in
-    words."""
+    """The fault of an epoch: "nonfinite", "divergence" or "collapse", and the reason in words."""
 
     kind: str
     message: str

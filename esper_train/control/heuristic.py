@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from esper_train.base.names import require_known
+from esper_train.base.names import require_known, require_names, require_type
 from esper_train.base.state import PlainState
 from esper_train.control.config import HeuristicConfig
 from esper_train.control.policy import Decision, Op
@@ -27,6 +27,9 @@ class HeuristicTamiyo(PlainState):
     def __init__(
         self, config: HeuristicConfig, growth: GrowthConfig, blueprints: Sequence[str]
     ) -> None:
+        require_type(config, HeuristicConfig, "config")
+        require_type(growth, GrowthConfig, "growth")
+        require_names(blueprints, "blueprints")
         for name in config.blueprints:
             require_known(
                 "blueprint (in policy.blueprints, for this host's topology)", name, blueprints
@@ -67,7 +70,7 @@ class HeuristicTamiyo(PlainState):
         return self._consider_germination(signals)
 
     def _judge(self, state: SlotState) -> Decision:
-        """What to do with the undecided seed."""
+        """Decide about the undecided seed."""
         slot = state.slot
         age = state.epochs_in_stage
         if state.stage is not SeedStage.PROBATIONARY:

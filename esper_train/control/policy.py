@@ -1,4 +1,4 @@
-"""What a controller is: it looks at an epoch's signals and decides on one operation."""
+"""The interface of a controller: it looks at an epoch's signals and decides on one operation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Policy(Stateful, Protocol):
     part of checkpoints."""
 
     def decide(self, signals: Signals) -> Decision:
-        """What to do after the epoch that signals describes."""
+        """Choose the operation that follows the epoch that the signals describe."""
         ...
 
     def reset(self) -> None:
@@ -50,7 +50,7 @@ class Idle(PlainState):
     """Always waits; `fit` uses it."""
 
     def decide(self, signals: Signals) -> Decision:
-        """To wait."""
+        """Always wait."""
         return Decision(op=Op.WAIT, reason="plain training")
 
     def reset(self) -> None:

@@ -61,7 +61,7 @@ class RewardMode(StrEnum):
 
 
 class SeedInfo(NamedTuple):
-    """What a reward needs to know about a seed. Stages are numbers; 0 means no seed."""
+    """The facts about a seed that a reward needs. Stages are numbers; 0 means no seed."""
 
     stage: int
     improvement_since_stage_start: float | None
@@ -266,7 +266,7 @@ def shaped_reward(op: Op, state: SlotState, signals: Signals, host_parameters: i
 
 
 def sparse_reward(op: Op, state: SlotState, signals: Signals, host_parameters: int) -> Parts:
-    """In the last epoch only: the best accuracy, as a fraction, less 0.1 per 500,000 seed
+    """A reward in the last epoch only: the best accuracy, as a fraction, less 0.1 per 500,000 seed
     parameters, and at least -1."""
     reward = signals.best_val_accuracy / 100.0 - 0.1 * _seed_parameters(signals) / 500_000
     return {"final": max(-1.0, reward) if signals.epoch == signals.max_epochs else 0.0}

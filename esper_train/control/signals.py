@@ -1,4 +1,5 @@
-"""What a controller sees: an epoch's measurements, the recent trend, and the state of each slot."""
+"""The signals that a controller sees: an epoch's measurements, the recent trend, and the state of
+each slot."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from esper_train.morph.lifecycle import SlotState
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What one epoch measured. Losses in nats, accuracies in percentage points, epochs from 1."""
+    """The measurements of one epoch. Losses in nats, accuracies in percentage points, epochs from
+    1."""
 
     epoch: int
     max_epochs: int

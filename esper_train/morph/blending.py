@@ -1,4 +1,4 @@
-"""How alpha rises while a seed is blended in: schedules from progress to alpha, and a learned
+"""The rise of alpha while a seed is blended in: schedules from progress to alpha, and a learned
 gate."""
 
 import math

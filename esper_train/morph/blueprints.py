@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_train.base.device import plain_defaults
-from esper_train.base.names import require_known
+from esper_train.base.names import require_known, require_type
 
 Topology = Literal["cnn", "transformer", "features"]
 PROBE_CHANNELS = 8
@@ -56,6 +56,7 @@ class BlueprintRegistry:
     """The blueprints that a run may use, in order of preference. Each run has its own registry."""
 
     def __init__(self, blueprints: Iterable[Blueprint] = ()) -> None:
+        require_type(blueprints, Iterable, "blueprints", "pass [blueprint]")
         self._blueprints: dict[tuple[str, str], Blueprint] = {}
         for blueprint in blueprints:
             self.register(blueprint)
@@ -63,6 +64,7 @@ class BlueprintRegistry:
     def register(self, blueprint: Blueprint) -> None:
         """Add a blueprint; `ValueError` if its name is taken, it fails, it is not the identity, or
         it cannot learn."""
+        require_type(blueprint, Blueprint, "blueprint")
         require_known("topology", blueprint.topology, PROBE_SHAPES)
         key = (blueprint.topology, blueprint.name)
         if key in self._blueprints:

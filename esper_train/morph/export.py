@@ -46,5 +46,6 @@ def export(model: MorphModel, example: Tensor) -> ExportedProgram:
     `example` is an input [N, ...] with N >= 2. Save the program with `torch.export.save(program,
     path)`, and load it as a module with `torch.export.load(path).module()`.
     """
+    require_type(example, Tensor, "example", "pass one input [N, ...] with N of at least 2")
     folded = fold(model).eval()
     return torch.export.export(folded, (example,), dynamic_shapes=({0: Dim.DYNAMIC},))

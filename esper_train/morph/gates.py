@@ -73,7 +73,8 @@ def _blending(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
 
 
 def _fossilizing(state: SlotState, growth: GrowthConfig) -> list[tuple[bool, str]]:
-    """Is the network no worse than before blending, and does the seed have a part in that?"""
+    """The checks that the network is no worse than before blending, and that the seed has a part
+    in that."""
     if len(state.accuracies) < growth.window:
         epochs = len(state.accuracies)
         window = growth.window

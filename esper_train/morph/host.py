@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_train.base.modes import evaluating
-from esper_train.base.names import require_known
+from esper_train.base.names import require_known, require_size, require_type
 from esper_train.morph.blueprints import FEATURES, PROBE_SHAPES, Topology
 
 SLOT_NAMES = ("early", "mid", "late")
@@ -35,6 +35,8 @@ class Host(nn.Module):
         slot_channels: Mapping[str, int],
     ) -> None:
         super().__init__()
+        require_type(segments, Mapping, "segments", "pass modules by slot name")
+        require_type(slot_channels, Mapping, "slot_channels", "pass numbers by slot name")
         if set(segments) != set(slot_channels):
             raise ValueError(
                 f"expected channels for each segment {list(segments)}, got them for "
@@ -129,6 +131,9 @@ def cnn_host(
     Block i of `depth` is a 3x3 convolution to `width` * 2^i channels, batch norm, a 2x2 max-pool as
     long as the image can be halved, and ReLU. The head takes the mean over positions and is linear.
     """
+    sizes = {"image_size": image_size, "in_channels": in_channels, "num_classes": num_classes}
+    for name, size in {**sizes, "width": width, "depth": depth}.items():
+        require_size(size, name)
     channels = [in_channels, *(width * 2**i for i in range(depth))]
     blocks = []
     for i, (before, after) in enumerate(itertools.pairwise(channels)):

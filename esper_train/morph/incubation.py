@@ -31,7 +31,8 @@ class Statistics(nn.Module):
 
     @contextmanager
     def bound(self) -> Iterator[None]:
-        """Within it, the batch norms use these statistics and, in training mode, update them."""
+        """A context in which the batch norms use these statistics and, in training mode, update
+        them."""
         own = [dict(norm._buffers) for norm in self.norms]
         try:
             for number, norm in enumerate(self.norms):
@@ -43,7 +44,7 @@ class Statistics(nn.Module):
 
 
 class Incubation:
-    """What surrounds the pass of one seed.
+    """The context of the pass of one seed.
 
     `behind` are the modules that run after its slot. Inside `entered`, the host's batch norms use
     `statistics`; all other modules are in eval mode, so that dropout is off, and their buffers are

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_train.base.names import require_known, require_type
+from esper_train.base.names import require_known, require_names, require_type
 from esper_train.base.state import RandomStreams
 from esper_train.morph.blueprints import BlueprintRegistry, default_registry
 from esper_train.morph.config import GrowthConfig
@@ -35,6 +35,9 @@ class MorphModel(nn.Module):
     ) -> None:
         super().__init__()
         require_type(host, Host, "host", "make a Host of the network's segments and its head")
+        require_names(slots, "slots")
+        require_type(growth, GrowthConfig, "growth", or_none=True)
+        require_type(registry, BlueprintRegistry, "registry", or_none=True)
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots are named more than once: {', '.join(slots)}")
         for slot in slots:

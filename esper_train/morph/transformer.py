@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor, nn
 
+from esper_train.base.names import require_size
 from esper_train.morph.blueprints import CausalAttention, Residual
 from esper_train.morph.host import Host, cut
 
@@ -58,10 +59,17 @@ def transformer_host(
     """A language model from int64 tokens [N, T], T <= `context`, to logits [N, T, vocab_size].
 
     `depth` blocks are split into segments of about equal depth. The weight of the head is the token
-    embedding. `heads` defaults to the largest of 4, 3, 2, 1 that divides the width; `ValueError` if
-    it does not divide it. `dropout` acts on the embedding and on the output of each branch. The
-    first loss is near ln(vocab_size).
+    embedding. `heads` must divide the width (else `ValueError`), and defaults to the largest of 4,
+    3, 2, 1 that does. `dropout` acts on the embedding and on the output of each branch. The first
+    loss is near ln(vocab_size).
     """
+    sizes = {"vocab_size": vocab_size, "context": context, "width": width, "depth": depth}
+    if heads is not None:
+        sizes["heads"] = heads
+    for name, size in sizes.items():
+        require_size(size, name)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a number in [0, 1], got {dropout!r}")
     segments = cut([Block(width, heads, dropout) for _ in range(depth)])
     embedding = Embedding(vocab_size, context, width, dropout)
     segments["early"].insert(0, embedding)

@@ -17,7 +17,8 @@ from esper_train.control.rewards import GAMMA
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig(Settings, table="rl."):
-    """What a learned controller may do, and how PPO trains it. A step is one epoch of one host."""
+    """Settings of a learned controller: what it may do, and how PPO trains it. A step is one epoch
+    of one host."""
 
     blends: tuple[str, ...] = ("sigmoid",)
     """Blends that it may choose from; each multiplies the number of germinations."""

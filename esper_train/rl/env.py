@@ -76,7 +76,8 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin an episode with its first epoch. `BadNumbersError` if already that goes bad."""
+        """Begin an episode with its first epoch. `BadNumbersError` if its losses are bad
+        already."""
         super().reset(seed=seed)
         return driven(self.resetting(seed=seed))
 
@@ -86,7 +87,7 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
         return driven(self.stepping(action))
 
     def resetting(self, *, seed: int | None = None) -> Work[tuple[Observation, dict[str, Any]]]:
-        """`reset`, up to each place where the device is to be waited for."""
+        """`reset` as a generator that pauses wherever the device has to be waited for."""
         if seed is not None:
             self._first_seed = seed
             self._begun = 0
@@ -110,8 +111,8 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
         return self._observation(), {"seed": config.seed}
 
     def stepping(self, action: Any) -> Work[Step]:
-        """`step`, up to each place where the device is to be waited for. An action that is refused
-        is refused at once."""
+        """`step` as a generator that pauses wherever the device has to be waited for. An action
+        that is refused is refused at once."""
         if self._run is None:
             raise RuntimeError("there is no episode under way; call reset before step")
         return self._stepping(self._run, self._place(action))
@@ -159,8 +160,8 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
         self._run = self.signals = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the environment stands, as plain values: the seed of its episode and the actions so
-        far, by which `load_state_dict` trains it again."""
+        """The state of the environment as plain values: the seed of its episode and the actions so
+        far, from which `load_state_dict` trains it again."""
         return {
             "first_seed": self._first_seed,
             "begun": self._begun,
@@ -211,7 +212,7 @@ class MorphogenesisEnv(gymnasium.Env[Observation, numpy.int64]):
         return numpy.array(self.observer(self.signals), numpy.float32)
 
     def _closing(self, result: EpisodeResult | None) -> dict[str, Any]:
-        """What the last step reports; "episode" is as Stable-Baselines3 takes it."""
+        """The report of the last step; "episode" is in the form that Stable-Baselines3 expects."""
         seconds = time.perf_counter() - self._started
         episode = {"r": self._return, "l": len(self._actions), "t": seconds}
         if result is None:

@@ -1,4 +1,5 @@
-"""What a learned controller sees: an epoch's signals as numbers between -1 and 1, field by field.
+"""The observation of a learned controller: an epoch's signals as numbers between -1 and 1, field by
+field.
 
 A number that was not measured is 0, and a field beside it says whether it was measured.
 """

@@ -247,8 +247,8 @@ def _steps(config: RunConfig, length: int | None) -> int:
 
 
 def _channels_last(config: RunConfig, host: nn.Module, device: torch.device) -> bool:
-    """What the config says, or whether convolutions gain from it: on CPUs they take half the time
-    from 16 channels on, and a fifth more below."""
+    """The choice of the config, or else whether convolutions gain from channels-last: on CPUs they
+    take half the time from 16 channels on, and a fifth more below."""
     if config.channels_last is not None:
         return config.channels_last
     if config.distributed.strategy == "fsdp2":

@@ -201,7 +201,8 @@ def restore(state: Mapping[str, Any], episode: Episode) -> None:
     """Bring an episode that was just built to the state of a checkpoint.
 
     Raises `ValueError` for another mode, other data, a changed config key outside `FREE`, fewer
-    epochs than are done, or a network that does not fit; what was built is of no use then.
+    epochs than are done, or a network that does not fit; the episode must
+    not be used then.
     """
     _require_same_run(state["run"], _identity(episode))
     for name, part in parts(episode).items():

@@ -1,5 +1,5 @@
-"""What training costs, in multiply-adds counted by torch: of a seed beside its host, for which
-`epoch` asks once per seed, and of a whole run."""
+"""The cost of training in multiply-adds, counted by torch: that of a seed beside its host, for
+which `epoch` asks once per seed, and that of a whole run."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -90,8 +90,8 @@ class TrainingCost(PlainState):
 
 def added_cost(model: MorphModel, slot: str, inputs: Any) -> float:
     """Multiply-adds that the seed of a slot adds to a step of the host, as a multiple of that step:
-    of its own pass where it learns beside the network, of its part in the network otherwise. The
-    other slots are left out, so that costs add up."""
+    those of its own pass if it learns beside the network, otherwise those of its part in the
+    network. The other slots are left out, so that costs add up."""
     model = copy.deepcopy(model).train()
     without = {each.state.slot: 0.0 for each in model.slots}
     alone = {**without, slot: 1.0}

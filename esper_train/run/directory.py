@@ -50,7 +50,7 @@ def claimed(path: Path, *, resume: bool = False, numbered: bool = False) -> Iter
     meanwhile.
 
     Yields its path: with `numbered`, that of a new directory, with a number at its end where the
-    name was taken. Should this process die, the system gives the directory free. What was made and
+    name was taken. If this process dies, the system releases the lock. What was made and
     stayed empty is removed again.
 
     Raises:

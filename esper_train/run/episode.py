@@ -163,7 +163,7 @@ class Episode(PlainState):
         return batches if self.ranks is not None else map(self.stop.before, batches)
 
     def agreed(self, measured: T) -> T:
-        """What was measured; with several ranks, what rank 0 measured, so that all go on alike.
+        """The measurement; with several ranks, that of rank 0, so that all go on alike.
 
         Raises `Stopped` where one of the ranks was asked to stop, and `RanksDifferError` where
         their networks are not the same.

@@ -1,5 +1,5 @@
-"""Where the time of an epoch goes: a few batches under torch's profiler, as a trace and a table.
-`cli` calls it."""
+"""Show where the time of an epoch goes: a few batches under torch's profiler, as a trace and a
+table. `cli` calls it."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -58,7 +58,7 @@ class EpisodeResult:
     undone: int
     """Seeds that failed after blending began, so that the network went back."""
     undone_epochs: int
-    """Epochs that those took, which are training cost too."""
+    """Epochs from the beginning of their blending to their end, which count as training cost."""
     cost: float
     """Multiply-adds of training, in epochs of the host without a seed."""
     seconds: float
@@ -87,7 +87,7 @@ def prepare(
     hub: TelemetryHub | None = None,
     registry: BlueprintRegistry | None = None,
 ) -> Episode:
-    """What a "heuristic" or "fit" run owns; the latter has no controller.
+    """The objects that a "heuristic" or "fit" run owns; the latter has no controller.
 
     `policy` may be a function that makes the controller for the network, and refuses those that it
     cannot control. `ValueError` for what could not work.

@@ -107,8 +107,11 @@ def run_fit(
 
 def _run(config: RunConfig, job: Job, out: str | Path | None) -> list[EpisodeResult]:
     require_type(config, RunConfig, "config")
-    if job.task is not None:
-        require_type(job.task, Task, "task")
+    require_type(job.task, Task, "task", or_none=True)
+    require_type(job.hub, TelemetryHub, "hub", or_none=True)
+    require_type(job.registry, BlueprintRegistry, "registry", or_none=True)
+    require_type(job.resume, bool, "resume")
+    require_type(job.baseline, bool, "baseline")
     if out is not None:
         return run_job(config, replace(job, say=print, display=ConsoleSink), Path(out))
     if job.resume:

@@ -26,8 +26,8 @@ class Network(Protocol):
 
 
 class Trial(PlainState):
-    """At most one seed is on trial at a time. Also counts how long no seed may germinate
-    afterwards."""
+    """The trial of a seed: at most one seed is on trial at a time. Also counts how long no seed may
+    germinate afterwards."""
 
     STATE: ClassVar[tuple[str, ...]] = ("slot", "began", "wait", "undone", "epochs", "_next_wait")
 
@@ -42,7 +42,7 @@ class Trial(PlainState):
         self.undone = 0
         """Trials that ended with the network going back."""
         self.epochs = 0
-        """Epochs that those took: training that was paid for in vain."""
+        """Epochs that those trials took, whose training was lost."""
         self._next_wait = growth.undo_wait
         self._before: dict[str, Any] | None = None
         self._right: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from esper_train.base.names import require_known
+from esper_train.base.names import require_known, require_type
 from esper_train.tasks.cifar10 import cifar10
 from esper_train.tasks.config import PRESETS, TaskConfig
 from esper_train.tasks.digits import digits
@@ -24,6 +24,7 @@ TASKS: Mapping[str, Callable[[TaskConfig], Task]] = {
 def get_task(name: str, config: TaskConfig | None = None) -> Task:
     """The task of this name, with its config; `ValueError` lists the known names."""
     require_known("task", name, TASKS)
+    require_type(config, TaskConfig, "config", or_none=True)
     return TASKS[name](config or TaskConfig())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
+from esper_train.base.names import require_function, require_type
 from esper_train.morph.blueprints import Blueprint, BlueprintRegistry, default_registry
 from esper_train.morph.config import HostConfig
 from esper_train.morph.host import Host
@@ -81,6 +82,12 @@ class Task:
     """Blueprints of one's own, beside those of the package."""
 
     def __post_init__(self) -> None:
+        require_type(self.name, str, "name of a task")
+        require_type(self.num_classes, int, "num_classes", or_none=True)
+        for name in ("load", "build_host"):
+            require_function(getattr(self, name), name)
+        for name in ("criterion", "make_optimizer", "batch", "forward", "augment"):
+            require_function(getattr(self, name), name, or_none=True)
         if not self.name or ":" in self.name or "/" in self.name:
             raise ValueError(f"a task's name has no colon and no slash, got {self.name!r}")
         if self.num_classes is not None and self.num_classes < 1:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
+from esper_train.base.names import require_type
 from esper_train.base.state import PlainState
 from esper_train.telemetry.config import TELEMETRY_LEVELS, TelemetryConfig
 from esper_train.telemetry.event import LEVELS, LIFECYCLE, Event, EventType
@@ -21,6 +22,7 @@ class TelemetryHub(PlainState):
     def __init__(self, sinks: Iterable[Sink] = (), config: TelemetryConfig | None = None) -> None:
         if not isinstance(sinks, Iterable):
             raise TypeError(f"sinks must be a list of sinks, got {sinks!r}; pass [sink]")
+        require_type(config, TelemetryConfig, "config", or_none=True)
         self._sinks = list(sinks)
         self._config = config or TelemetryConfig()
         self._escalated_epochs = 0

@@ -1,4 +1,4 @@
-"""Where events go: lines on a terminal or in a log, and a JSONL file."""
+"""The destinations of events: lines on a terminal or in a log, and a JSONL file."""
 
 import sys
 from collections.abc import Mapping
@@ -66,10 +66,11 @@ def describe_slots(data: Mapping[str, Any]) -> str:
     return " ".join(f"{slot['slot']}:{slot['stage'].lower()}" for slot in data["slots"])
 
 
-def _percent(part: Mapping[str, Any] | None, name: str, form: str) -> str:
-    """The accuracy in some measures, after its name; empty where there is none."""
+def _percent(part: Mapping[str, Any] | None, label: str, number_format: str) -> str:
+    """The accuracy of a split with a label before it, such as " acc 91.50%"; empty if there is
+    none."""
     accuracy = None if part is None else part["accuracy"]
-    return "" if accuracy is None else f"{name}{accuracy:{form}}%"
+    return "" if accuracy is None else f"{label}{accuracy:{number_format}}%"
 
 
 def describe(event: Event) -> str:

@@ -20,6 +20,15 @@ TARGET_KEYS = ("labels", "targets", "label", "target")
 """The keys under which a dict batch may have its targets; the first one present counts."""
 
 
+def require_batches(loader: object) -> None:
+    """Raise `TypeError` for what cannot be iterated; nothing is begun, as `iter` would begin it."""
+    if not hasattr(type(loader), "__iter__") and not hasattr(type(loader), "__getitem__"):
+        raise TypeError(
+            f"expected a loader to be an iterable of batches, got {loader!r:.80}; pass a "
+            "DataLoader, or a list of pairs (inputs, targets)"
+        )
+
+
 def drawn(
     loader: Batches,
     device: torch.device | None,
@@ -37,6 +46,7 @@ def drawn(
         raise TypeError(f"max_batches must be an int, or None for all batches, got {limit!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {limit}")
+    require_batches(loader)
     source = iter(islice(loader, limit))
     copy = not getattr(loader, "gives_copies", False)
     read = read_batch if read is None else partial(read_by, read)

@@ -113,9 +113,9 @@ class Capture:
         """The steps of an epoch: those of the epoch before, with their graphs, or new ones from
         `make`.
 
-        They are new where the config, the structure of the model, an optimizer or a setting of one,
-        or the place of a parameter, buffer, gradient or optimizer's state is another, and after an
-        epoch that failed.
+        New ones are made after an epoch that failed, and where one of these has changed: the
+        config, the structure of the model, an optimizer or its settings, the address of a
+        parameter, buffer, gradient or optimizer state.
         """
         device = next(model.parameters()).device
         if self._device not in (None, device):
@@ -237,8 +237,8 @@ class Capture:
 
 
 def form_of(nest: Any) -> object:
-    """What has to be equal for one batch to take the place of another in a graph: the shapes of the
-    tensors, the names and places they have, and everything that is no tensor."""
+    """The form of a batch. Two batches of equal form can take each other's place in a graph: it
+    holds the shapes of the tensors, their names and places, and everything that is not a tensor."""
     if isinstance(nest, Tensor):
         return nest.shape, nest.dtype
     if isinstance(nest, dict):

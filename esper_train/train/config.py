@@ -20,8 +20,8 @@ from esper_train.base.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(Settings, table="train.compile."):
-    """How a run uses `torch.compile` on the model. Arguments other than the first and last are
-    torch's own."""
+    """Settings for the use of `torch.compile` on the model. Arguments other than the first and last
+    are torch's own."""
 
     enabled: bool = False
     mode: str = "default"
@@ -104,8 +104,8 @@ class TrainConfig(Settings, table="train."):
     grad: GradConfig = field(default_factory=GradConfig)
     measures: MeasuresConfig = field(default_factory=MeasuresConfig)
     accumulate: Count = 1
-    """Batches a step. Their gradient is that of the mean over all their valid rows; with a
-    criterion other than cross entropy, that of the mean over the batches."""
+    """Batches per optimizer step. Their gradient is that of the mean over all their valid rows;
+    with a criterion other than cross entropy, that of the mean over the batches."""
     capture: bool = False
     """Replay each step, from forward to optimizer, as one CUDA graph: captured after three steps,
     and anew when seeds, optimizers or settings change. The forward must do the same for every
@@ -150,7 +150,7 @@ class DistributedConfig(Settings, table="distributed."):
     strategy: Literal["none", "ddp", "fsdp2"] = "none"
     """"none" trains in one process. "ddp" gives each process the whole network and a part of each
     batch, and adds up the gradients. "fsdp2" also divides the parameters, and the optimizer's
-    state, among the processes; it trains networks without slots."""
+    state, among the processes."""
     check_every: CountOrZero = 1
     """Epochs between comparisons of the processes' networks, which have to be equal: a difference
     ends the run. 0 never compares."""

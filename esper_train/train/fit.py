@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from esper_train.base.names import require_type
-from esper_train.train.batches import Batches, ReadBatch
+from esper_train.base.names import require_function, require_type
+from esper_train.train.batches import Batches, ReadBatch, require_batches
 from esper_train.train.config import TrainConfig
 from esper_train.train.forward import ForwardOf
 from esper_train.train.loop import evaluate, train_one_epoch
@@ -56,6 +56,10 @@ def fit(
         error = ValueError if type(epochs) is int else TypeError
         raise error(f"epochs must be an int of at least 1, got {epochs!r}")
     require_type(config, TrainConfig, "config")
+    require_function(on_epoch, "on_epoch", or_none=True)
+    require_batches(loader)
+    if validation is not None:
+        require_batches(validation)
     step = build_train_step(task_type, config, criterion, forward=forward, batch=batch)
     if isinstance(optimizers, Optimizer):
         optimizers = OptimizerRegistry(host=optimizers)

@@ -1,4 +1,4 @@
-"""How a model is called, and where its output has the logits."""
+"""Calls of a model, and the place of the logits in its output."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from esper_kernels import Meter
 from esper_train.base.modes import evaluating
-from esper_train.base.names import require_type
+from esper_train.base.names import require_function, require_type
 from esper_train.train.batches import Batch, Batches, ReadBatch, drawn, grouped
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.config import TrainConfig
@@ -92,6 +92,7 @@ def train_one_epoch(
         optimizers = OptimizerRegistry(host=optimizers)
     way_out = "pass a torch.optim.Optimizer, or OptimizerRegistry(name=optimizer, ...) for several"
     require_type(optimizers, OptimizerRegistry, "optimizers", way_out)
+    require_function(on_step, "on_step", or_none=True)
     optimizers.require_parameters_of(model)
     step = _step(step, task_type, config, criterion, forward, batch)
     epoch = launch_training(
@@ -249,6 +250,7 @@ def evaluate(
     """
     require_type(model, nn.Module, "model")
     require_type(config, TrainConfig, "config")
+    require_type(variants, Mapping, "variants", or_none=True)
     step = _step(step, task_type, config, criterion, forward, batch)
     launched = launch_evaluation(
         model, loader, config, step=step, max_batches=max_batches, variants=variants, scopes=scopes
@@ -319,6 +321,7 @@ def _step(
     """
     if step is None:
         return build_train_step(task_type, config, criterion, forward=forward, batch=batch)
+    require_type(step, TrainStep, "step", "build_train_step makes one")
     pairs: list[tuple[str, object, object]] = [
         ("task_type", task_type, step.loss.task_type),
         ("criterion", criterion, step.loss.criterion),

@@ -19,7 +19,7 @@ from esper_kernels import (
     cross_entropy,
     record_loss,
 )
-from esper_train.base.names import unknown_name
+from esper_train.base.names import require_known
 from esper_train.train.config import TrainConfig
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -126,8 +126,7 @@ class Loss:
     """
 
     def __init__(self, task_type: str, config: TrainConfig, criterion: Criterion | None) -> None:
-        if task_type not in TASK_TYPES:
-            raise unknown_name("task type", task_type, TASK_TYPES)
+        require_known("task type", task_type, TASK_TYPES)
         if isinstance(criterion, type) or not (criterion is None or callable(criterion)):
             raise TypeError(
                 "expected a criterion that can be called with logits and targets, got "

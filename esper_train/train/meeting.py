@@ -1,4 +1,4 @@
-"""How the processes of a run meet, and how they find out which of them is missing.
+"""The meeting of the processes of a run, and the search for those that are missing.
 
 Both go through torch's store of keys and values. `torchrun` keeps one store over all restarts, with
 the network addresses of processes that have ended; a new process that reads one of them cannot
@@ -78,7 +78,7 @@ class Meeting:
         )
 
     def _fate_of_others(self) -> str:
-        """Which ranks failed, and why; if none did, which do not answer."""
+        """The ranks that failed, with their reasons; if none did, those that do not answer."""
         deadline = time.monotonic() + ROLL_CALL
         while True:
             ends = [json.loads(line) for line in self.store.get("ends").splitlines()]
@@ -117,7 +117,7 @@ def meet(seconds: float, stop: StopRequest) -> Meeting:
 
 
 def meet_in(store: Store, rank: int, world: int, seconds: float, stop: StopRequest) -> Meeting:
-    """As `meet`, with a store that may hold what earlier starts left."""
+    """Do the same as `meet`, with a store that may hold what earlier starts left."""
     deadline = time.monotonic() + seconds
     own = uuid.uuid4().hex
     if rank == 0:
@@ -140,7 +140,7 @@ def meet_in(store: Store, rank: int, world: int, seconds: float, stop: StopReque
 
 
 def _greet(store: Store, start: str, world: int, deadline: float, stop: StopRequest) -> str:
-    """As rank 0, tell each rank the name of this start. Returns those that did not come.
+    """Tell each rank the name of this start, as rank 0. Returns the ranks that did not come.
 
     What is left of an earlier start is answered too, but nobody reads it.
     """
@@ -156,7 +156,7 @@ def _greet(store: Store, start: str, world: int, deadline: float, stop: StopRequ
 
 
 def _read(store: Store, key: str, deadline: float, stop: StopRequest) -> str:
-    """What rank 0 writes under the key."""
+    """The value that rank 0 writes under the key."""
     while not store.check([key]):
         _obey(stop)
         if time.monotonic() > deadline:

@@ -27,7 +27,7 @@ class GradientMemory:
         self._workspace: Tensor | None = None
 
     def destination(self, logits: Tensor) -> Destination:
-        """Where the gradient of `logits` may go.
+        """The memory to which the gradient of `logits` may be written.
 
         Args:
             logits: the values of the model's output, as `detach` gives them. The caller must have

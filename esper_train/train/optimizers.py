@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from esper_train.base.names import require_known
 from esper_train.base.state import copied
 from esper_train.train.config import OptimConfig, ScheduleConfig
 
@@ -24,6 +25,7 @@ class OptimizerRegistry:
     def __init__(self, *, schedule_each: str = "step", **optimizers: Optimizer) -> None:
         self._optimizers: dict[str, Optimizer | None] = {}
         self._schedules: dict[str, LRScheduler] = {}
+        require_known("schedule_each", schedule_each, ("step", "epoch"))
         self._schedule_each = schedule_each
         for group, optimizer in optimizers.items():
             self.attach(group, optimizer)

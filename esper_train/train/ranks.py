@@ -36,7 +36,8 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @contextmanager
 def joined(config: DistributedConfig, device: str, stop: StopRequest) -> Iterator["Ranks | None"]:
-    """Within it, the process is one of the ranks that the config asks for; None for one process.
+    """A context in which the process is one of the ranks that the config asks for; None for one
+    process.
 
     A process group that the caller made is used, and left as it is. `ValueError` where there is
     none and the environment does not say how to make one; `RankLostError`, which names the ranks,

@@ -66,8 +66,8 @@ class Shards:
 
     @contextmanager
     def alone(self, parameters: Collection[Tensor]) -> Iterator[None]:
-        """Within it, these parameters alone receive gradients. FSDP2 replaces parameters by whole
-        ones in each pass, so that `backward(inputs=...)` cannot name them."""
+        """A context in which these parameters alone receive gradients. FSDP2 replaces parameters by
+        whole ones in each pass, so that `backward(inputs=...)` cannot name them."""
         chosen = {id(p) for p in parameters}
         others = [p for p in self._parts if p.requires_grad and id(p) not in chosen]
         try:

@@ -1,4 +1,4 @@
-"""Where a run's batches come from: tensors in memory, a data set, or a user's loader.
+"""The sources of a run's batches: tensors in memory, a data set, or a user's loader.
 
 `make_source` chooses; the run iterates over the source once per epoch, and saves its state.
 """
@@ -319,7 +319,8 @@ class ReadSource:
 
 
 def _why_inexact(loader: Iterable[Any]) -> str | None:
-    """Why a loader without a state of its own cannot promise the same batches, if so."""
+    """The reason why a loader without a state of its own cannot promise the same batches, if there
+    is one."""
     if type(loader) in (list, tuple):
         return None  # the same batches in each epoch
     if type(loader) is not DataLoader:

@@ -1,4 +1,4 @@
-"""What happens to one batch: forward, loss, counts and the gradient. `loop` calls it; nothing here
+"""The work on one batch: forward, loss, counts and the gradient. `loop` calls it; nothing here
 loops.
 
 Only the model's forward (and with it its backward) is compiled; loss and metrics are
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import Meter, cross_entropy_step, select_backend
-from esper_train.base.names import require_type
+from esper_train.base.names import require_function, require_type
 from esper_train.train import linear
 from esper_train.train.amp import LossScaler
 from esper_train.train.batches import ReadBatch, cloned
@@ -49,6 +49,8 @@ class TrainStep:
         forward: ForwardOf | None = None,
         batch: ReadBatch | None = None,
     ) -> None:
+        require_function(forward, "forward", or_none=True)
+        require_function(batch, "batch", or_none=True)
         if config.linear_loss:
             linear.require_linear_loss(loss, forward is not None)
         self.loss = loss
@@ -322,7 +324,7 @@ class TrainStep:
 
     @property
     def compile_failure(self) -> str | None:
-        """Why the step runs uncompiled although the config asked for it."""
+        """The reason why the step runs uncompiled although the config asked for it."""
         return None if self._compiler is None else self._compiler.failure
 
     @property

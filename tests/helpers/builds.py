@@ -69,7 +69,8 @@ def require_compiler() -> None:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What a process needs to load a library with sanitizers; ops run in two threads there."""
+    """The environment in which a process can load a library with sanitizers; ops run in two threads
+    there."""
 
     def runtime(name: str) -> str:
         command = ["g++", f"-print-file-name={name}"]

@@ -1,4 +1,5 @@
-"""What tests compile, made once: the processes that run them share it, and so do later runs."""
+"""Results of compilers, made once: the processes that run the tests share them, and so do later
+runs."""
 
 import fcntl
 import hashlib

@@ -1,4 +1,4 @@
-"""For tests of the command: options for a quick run, and a call that must be refused."""
+"""Helpers for tests of the command: options for a quick run, and a call that must be refused."""
 
 import pytest
 

@@ -104,7 +104,7 @@ LIFE = partial(tables, 33, 61)
 
 
 def all_runs(rank: int, directory: Path) -> dict[str, dict[str, Any]]:
-    """By strategy, what was found of a life of seeds, and the weights of a short one."""
+    """The findings about a life of seeds, and the weights of a short one, by strategy."""
     return {
         distributed.strategy: {
             "life": life_of(LIFE, "bottleneck", rank, directory, distributed=distributed),

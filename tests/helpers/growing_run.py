@@ -1,4 +1,5 @@
-"""For tests that stop and resume runs: a short run in which seeds go through every stage."""
+"""Helpers for tests that stop and resume runs: a short run in which seeds go through every
+stage."""
 
 import re
 from pathlib import Path

@@ -75,7 +75,8 @@ class Hosts:
 
 @contextmanager
 def hosts(count: int) -> Iterator[Hosts]:
-    """That many hosts, and a switch between them; skips where the machine does not permit them."""
+    """Make that many hosts, and a switch between them; skips where the machine does not permit
+    them."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("hosts stand for network namespaces, which need root and the command ip")
     switch = f"esper{os.getpid()}"

@@ -100,7 +100,7 @@ def resume_and_be_stopped(directory: Path) -> dict[str, Any]:
 def survivors(
     store: dist.TCPStore, work: Callable[[Path], dict[str, Any]], directory: Path
 ) -> dict[str, Any]:
-    """What rank 0 of two found."""
+    """The findings of rank 0 of two."""
     context = mp.get_context("spawn")
     processes = [
         context.Process(target=_one, args=(rank, store.port, work, directory)) for rank in range(2)

@@ -34,7 +34,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @dataclass
 class Output:
-    """As Hugging Face models return it."""
+    """An output in the form that Hugging Face models return."""
 
     logits: Tensor
     loss: Tensor | None = None

@@ -61,7 +61,8 @@ DDP = DistributedConfig(strategy="ddp", timeout=60.0)
 
 
 def together(world: int, work: Callable[[int, Path], Any], directory: Path) -> list[Any]:
-    """What `work(rank, directory)` returned in each of `world` processes, one group of gloo."""
+    """The return values of `work(rank, directory)` in `world` processes, which form one gloo
+    group."""
     context = mp.start_processes(
         _one, (world, work, directory), nprocs=world, join=False, start_method="spawn"
     )

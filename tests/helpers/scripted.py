@@ -1,4 +1,5 @@
-"""For tests of whole runs: a scripted controller, a sink that stores its events, strict JSON."""
+"""Helpers for tests of whole runs: a scripted controller, a sink that stores its events, strict
+JSON."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator

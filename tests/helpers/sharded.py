@@ -124,7 +124,7 @@ class Scale(nn.Module):
 
 
 class Reading(nn.Module):
-    """Needs values, not only shapes."""
+    """A module that needs values, not only shapes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum().item() >= 0 else x.clone()

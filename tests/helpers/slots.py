@@ -1,4 +1,5 @@
-"""For tests of slots: seeds with an obvious effect, a slot in any stage, and what to compare."""
+"""Helpers for tests of slots: seeds with an obvious effect, a slot in any stage, and what to
+compare."""
 
 from typing import Any
 
@@ -79,7 +80,7 @@ def features(seed: int = 0) -> Tensor:
 
 
 def snapshot(slot: SeedSlot) -> tuple[Any, ...]:
-    """Everything that a refused request must leave alone."""
+    """The state that a refused request must leave alone."""
     parameters = {
         name: (p.detach().clone(), p.requires_grad) for name, p in slot.named_parameters()
     }
@@ -129,7 +130,7 @@ def epoch(
     may_blend: bool = True,
     patience: int = 3,
 ) -> list[StageChange]:
-    """What a run does with a slot at the end of an epoch."""
+    """Treat a slot as a run does at the end of an epoch."""
     learns = slot.state.stage is SeedStage.TRAINING
     observe(slot, accuracy, contribution, ratio, potential if learns else None)
     return slot.step_epoch(patience, may_blend=may_blend)

@@ -155,5 +155,5 @@ def everything(model: nn.Module, optimizers: OptimizerRegistry) -> dict[str, Any
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Bit for bit; NaN equals NaN."""
+    """Compare bit for bit; NaN equals NaN."""
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

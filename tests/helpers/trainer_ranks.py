@@ -17,7 +17,7 @@ BATCH = 4
 def trainers_of_a_rank(
     steps: int, accumulations: tuple[int, ...], rank: int, directory: Path
 ) -> dict[int, dict[str, Any]]:
-    """What each trainer logged, and what a separate pass over this rank's rows counts."""
+    """The log of each trainer, and the counts of a separate pass over this rank's rows."""
     # what torchrun sets; the process group is there already
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

@@ -6,8 +6,8 @@ import pytest
 
 
 def deal_out(items: list[pytest.Item]) -> None:
-    """For tests marked `in_turn`: mark as slow each case on all backends but one, or as long what
-    is slow in any case.
+    """Mark the cases of tests with `in_turn`: as slow on all backends but one, or as long if the
+    case is slow in any event.
 
     Which one is the sum of the numbers of its values, so each backend meets each value of each
     parameter. Other instruction sets, and what needs a GPU, are left as they are.

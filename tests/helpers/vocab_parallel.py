@@ -67,8 +67,8 @@ def _more(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, dict[str, A
 
 
 def sizes_of(name: str, classes: int, ranks: int) -> list[int]:
-    """How many classes each rank holds: as torch.chunk divides them, or by name one each but the
-    last."""
+    """The number of classes that each rank holds: divided as by torch.chunk or, for names of odd
+    length, one for each rank but the last."""
     if len(name) % 2:
         return [1] * (ranks - 1) + [classes - ranks + 1]
     sizes = [len(part) for part in torch.arange(classes).chunk(ranks)]

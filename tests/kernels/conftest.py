@@ -43,7 +43,7 @@ INTERPRETED = pytest.mark.skipif(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """For tests with `config`: each backend on each device that it serves."""
+    """Run tests with `config` on each backend and on each device that it serves."""
     named_by_the_test = any(
         "config" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
     )

@@ -1,4 +1,4 @@
-"""What each rank computes by itself where the classes are divided: all shards in one process,
+"""The computation of each rank by itself where the classes are divided: all shards in one process,
 beside the definition for undivided classes. test_vocab_parallel has processes."""
 
 import json
@@ -75,7 +75,7 @@ def divided(
 
 
 def check(module: Any, logits: Tensor, targets: Tensor, options: Options, sizes: list[int]) -> None:
-    """Against float64 and eager torch without any division."""
+    """Compare with float64 and eager torch without any division."""
     found, grad, rank = divided(module, logits, targets, options, sizes)
     exact, rival = (reference.forward(x, targets, options, None) for x in (logits.double(), logits))
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""What only the compiled CPU backend has: its ops, its instruction sets, its threads."""
+"""Properties of the compiled CPU backend alone: its ops, its instruction sets, its threads."""
 
 from collections.abc import Iterator
 

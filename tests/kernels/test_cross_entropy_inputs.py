@@ -49,7 +49,7 @@ def test_nonfinite_row_is_valid_nan_and_never_correct(
     "bits", [0x7FC00000, -0x400000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1], ids=hex
 )
 def test_every_nan_is_a_nan(config: KernelConfig, bits: int) -> None:
-    """Whatever its sign and payload: -1 is memory filled with ones."""
+    """Sign and payload do not matter: -1 is memory filled with ones."""
     for classes in (3, 40):
         logits = torch.zeros(2, classes)
         meter = Meter("cpu")

@@ -214,8 +214,8 @@ def test_mean_over_nothing_has_zero_gradient(config: KernelConfig) -> None:
 def test_gradients_are_exactly_zero_in_the_same_places_on_every_backend(
     config: KernelConfig, form: str, v: int, dtype: torch.dtype
 ) -> None:
-    """-inf, and 86 or more below the largest logit: 0. Above that, what is a normal float32 number
-    is none."""
+    """The gradient is 0 for -inf and for logits 86 or more below the largest. For larger logits, no
+    gradient is 0 that is a normal float32 number."""
     below = torch.tensor([0.0, 1.0, 40.0, 85.0, 85.5, 86.0, 86.5, 87.0, 100.0, 150.0, torch.inf])
     rows = -below[torch.arange(v) % 11].roll(v // 2).expand(2, v).to(dtype)
     targets = rows.argmax(-1)

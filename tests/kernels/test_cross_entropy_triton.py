@@ -1,5 +1,5 @@
-"""What belongs to Triton's cross entropy alone: long rows, launches, what it compiles, and rows
-only a GPU may see.
+"""Properties of Triton's cross entropy alone: long rows, launches, what it compiles, and rows only
+a GPU may see.
 
 On a machine without a GPU the kernels run in Triton's interpreter, on the CPU.
 """
@@ -102,8 +102,8 @@ def test_pieces_count_what_the_reference_counts(classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [LONG + 3, 21])
 def test_targets_rank_behind_equal_logits_of_earlier_classes(classes: int) -> None:
-    """Wherever the target lies in a word of 16 bytes or before or after all of them, from every
-    phase of memory; also where its logit is -inf."""
+    """The target lies everywhere in a word of 16 bytes, before all words and after them, from every
+    phase of memory; its logit is also -inf."""
     targets = torch.tensor([0, 1, 7, 8, 9, 12, 15, 20, *range(classes - 10, classes)]).to(DEVICE)
     targets = targets.repeat(2)
     memory = torch.arange(len(targets) * classes + 1, device=DEVICE).remainder(3).float()

@@ -57,7 +57,7 @@ def library() -> Any:
 
 @pytest.fixture
 def device(library: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """Calls of the `cpp` backend run the CUDA kernels; what is given sets the make-believe
+    """Let calls of the `cpp` backend run the CUDA kernels; the arguments set the make-believe
     device."""
 
     def choose(name: str = "whole", backwards: bool = False) -> None:
@@ -111,7 +111,7 @@ def arguments(
 
 
 def check_step(logits: Tensor, targets: Tensor, **options: Any) -> None:
-    """Gradient, loss and counts against float64, eager torch and the reference."""
+    """Compare gradient, loss and counts with float64, eager torch and the reference."""
     leaf = logits.double().requires_grad_()
     rival = logits.clone().requires_grad_()
     loss = plain_torch_cross_entropy(leaf, targets, **options)
@@ -181,7 +181,8 @@ def test_rows_may_begin_and_end_anywhere(device: Device, offset: int) -> None:
 def test_few_classes_are_the_same_however_rows_lie_in_memory(
     device: Device, v: int, backwards: bool
 ) -> None:
-    """Side by side from every 16-byte phase, or apart; the last tile of rows is not full."""
+    """Rows lie side by side from every 16-byte phase, or apart; the last tile of rows is not
+    full."""
     device(backwards=backwards)
     for dtype in (torch.float32, torch.bfloat16):
         logits, targets = arguments(4 * 131, v, dtype)
@@ -257,7 +258,7 @@ def test_bad_targets_have_no_gradient_and_are_counted_or_make_the_loss_nan(
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_many_rows_are_counted_before(device: Device, dtype: torch.dtype, weighted: bool) -> None:
-    """More targets than a block looks through by itself."""
+    """There are more targets than a block looks through by itself."""
     generator = torch.Generator().manual_seed(0)
     n = 140_000 // dtype.itemsize
     logits = torch.randn(n, 3, generator=generator)
@@ -274,7 +275,7 @@ def test_many_rows_are_counted_before(device: Device, dtype: torch.dtype, weight
 def test_targets_rank_behind_equal_logits_of_earlier_classes(
     device: Device, name: str, v: int
 ) -> None:
-    """Also where the target's logit is -inf or a zero, and where a row holds nothing but masks."""
+    """The target's logit is also -inf or a zero, and a row also holds nothing but masks."""
     device(name)
     logits = torch.arange(6.0 * v).view(6, v).remainder(3)
     logits[1] = -logits[1]
@@ -384,7 +385,7 @@ def test_log_probabilities_of_rows_of_every_kind_agree_with_float64(
 
 @pytest.mark.parametrize("v", [3, 2000])
 def test_bad_targets_have_no_log_probability_and_no_gradient(device: Device, v: int) -> None:
-    """As on a GPU, where nothing looks at the targets before."""
+    """Nothing looks at the targets before, as on a GPU."""
     logits, _ = arguments(4, v)
     targets = torch.tensor([-1, 1, v, -100])
     results = [torch.empty(4), torch.empty(4), torch.empty(4, 2)]
@@ -438,7 +439,8 @@ def test_gradient_statistics_of_any_number_of_tensors(device: Device, count: int
 def test_gradient_statistics_of_tensors_that_blocks_share(
     device: Device, dtype: torch.dtype, backwards: bool
 ) -> None:
-    """Runs that begin and end anywhere, longer and shorter than a trip of the loop."""
+    """The runs of a tensor begin and end anywhere, and are longer and shorter than a trip of the
+    loop."""
     device("whole", backwards)
     generator = torch.Generator().manual_seed(0)
     rare = torch.tensor([torch.nan, -torch.inf, torch.inf, 0.0, -0.0, 1e-45, 3e38])
@@ -506,7 +508,7 @@ def test_why_the_kernels_cannot_run_is_a_constant_to_compilers() -> None:
 
 
 def check_measures(logits: Tensor, targets: Tensor, **options: Any) -> None:
-    """Of the loss and of a step in place, against the definition in float64."""
+    """Compare the measures of the loss and of a step in place with the definition in float64."""
     v = logits.shape[-1]
     plans: list[dict[str, Any]] = [
         {"per_class": v, "calibration_bins": 10, "entropy": True},
@@ -573,8 +575,8 @@ def test_measures_take_no_launch_of_their_own(device: Device, library: Any) -> N
 def test_measures_are_those_of_eager(
     device: Device, v: int, backwards: bool, confusion: bool
 ) -> None:
-    """Before a gradient in place, with ties, ignored and bad targets, and rows not finite; the same
-    bits in whatever order the blocks run."""
+    """The gradient is written in place; there are ties, ignored and bad targets, and rows that are
+    not finite. The bits are the same in whatever order the blocks run."""
     confusion = confusion and v <= 7
     generator = torch.Generator().manual_seed(v)
     logits = torch.randn(40, v, generator=generator).mul_(3)

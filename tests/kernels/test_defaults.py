@@ -36,7 +36,7 @@ def other_defaults(dtype: torch.dtype) -> Iterator[None]:
 
 
 def same(ours: Any, theirs: Any) -> bool:
-    """Bit for bit, in structures of tensors and numbers."""
+    """Whether structures of tensors and numbers are equal bit for bit."""
     if isinstance(ours, Tensor):
         a, b = (x.detach().reshape(-1).view(torch.uint8).numpy() for x in (ours, theirs))
         return (ours.dtype, ours.device) == (theirs.dtype, theirs.device) and np.array_equal(a, b)

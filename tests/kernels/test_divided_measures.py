@@ -1,4 +1,4 @@
-"""What a meter measures where the classes are divided: all shards in one process, beside the
+"""Measures of a meter where the classes are divided: all shards in one process, beside the
 definition for undivided classes in float64. test_vocab_parallel has processes."""
 
 from typing import Any
@@ -36,7 +36,7 @@ def divided(
     sizes: list[int],
     plan: MeasurePlan = PLAN,
 ) -> RowMeasures:
-    """As ranks with these numbers of classes find them."""
+    """The measures that ranks with these numbers of classes find."""
     sums = []
     for i, part in enumerate(logits.split(sizes, -1)):
         shard = ClassShard(sum(sizes[:i]), logits.shape[-1])
@@ -57,7 +57,7 @@ def divided(
 def check(
     module: Any, logits: Tensor, targets: Tensor, options: Options, sizes: list[int]
 ) -> RowMeasures:
-    """Against the definition in float64 without any division."""
+    """Compare with the definition in float64 without any division."""
     found = divided(module, logits, targets, options, sizes)
     rows = reference.classify(targets, logits.shape[-1], options.ignore_index)
     x = reference.capped(logits.double(), options.softcap)
@@ -120,7 +120,7 @@ def test_every_instruction_set_measures_shards(name: str, sizes: list[int]) -> N
 
 
 def test_a_tie_is_predicted_as_the_lowest_class(module: Any) -> None:
-    """Also where softcap makes logits equal that were not: those as stored decide."""
+    """Softcap also makes logits equal that were not: those as stored decide."""
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0, 3.0], [0.0, 900.0, 0.0, 0.0, 901.0, 901.0]])
     targets = torch.tensor([0, 1])
     for sizes in ([1, 5], [2, 1, 3], [3, 3], [4, 2], [1] * 6, [6]):
@@ -130,7 +130,7 @@ def test_a_tie_is_predicted_as_the_lowest_class(module: Any) -> None:
 
 
 def test_one_class_in_all_has_no_second_largest(module: Any) -> None:
-    """Under softcap, -inf as its second logit would become -softcap."""
+    """With softcap, a second logit of -inf would become -softcap."""
     for softcap in (None, 5.0):
         found = divided(module, torch.ones(1, 1), torch.tensor([0]), Options(softcap=softcap), [1])
         assert found.sums[-1].tolist() == [torch.inf]

@@ -55,7 +55,7 @@ def at_an_offset(x: Tensor) -> Tensor:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Elements begin one byte past a multiple of their size."""
+    """A tensor whose elements begin one byte past a multiple of their size."""
     if x.numel() == 0:
         return x
     memory = bytearray(x.numel() * x.element_size() + 1)

@@ -1,4 +1,4 @@
-"""What only the Triton backend of gradient statistics has: its tables, its pieces, its one
+"""Properties of the Triton backend of gradient statistics alone: its tables, its pieces, its one
 launch."""
 
 from typing import Any
@@ -112,8 +112,8 @@ def test_any_scale_is_multiplied_to_every_value(scale: float) -> None:
 
 
 def test_tables_follow_gradients_that_moved() -> None:
-    """As `zero_grad(set_to_none=True)` moves them; first and second are alive, so their addresses
-    differ."""
+    """`zero_grad(set_to_none=True)` moves gradients like this; first and second are alive, so their
+    addresses differ."""
     first = [normal(5), None, normal(7)]
     second = [normal(5, seed=1), None, normal(7, seed=1)]
     stats = grad_stats(first, config=TRITON)

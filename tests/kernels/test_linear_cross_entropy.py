@@ -62,7 +62,7 @@ def head(
     with_bias: bool = True,
     device: str = "cpu",
 ) -> Head:
-    """Leaves that require grad, and targets of which every fifth is ignored."""
+    """Inputs that require grad, and targets of which every fifth is ignored."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
@@ -189,7 +189,7 @@ def test_tensors_with_odd_strides(config: KernelConfig) -> None:
 def test_meter_counts_as_cross_entropy_does(
     config: KernelConfig, logits_dtype: torch.dtype, form: str
 ) -> None:
-    """Integers, so that products are exact and ties are frequent."""
+    """All values are integers, so that products are exact and ties are frequent."""
     x = head(dtype=logits_dtype)
     assert x.bias is not None
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_what_is_frozen_gets_no_gradient(config: KernelConfig, frozen: str, form
 
 
 def test_products_of_frozen_tensors_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three products with every gradient, one less for each that is frozen."""
+    """There are three products with every gradient, and one less for each that is frozen."""
     x = head(with_bias=False)
     for wanted in range(4):
         hidden = x.hidden.detach().requires_grad_(wanted % 2 == 1)
@@ -286,7 +286,8 @@ def test_products_of_frozen_tensors_are_skipped(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_loss_scale_is_applied_before_rounding_to_float16(config: KernelConfig) -> None:
-    """Gradients of the logits that float16 rounds to 0 unless they are scaled first."""
+    """The gradients of the logits are so small that float16 rounds them to 0 unless they are scaled
+    first."""
     x = head((16,), 400, 8, dtype=torch.float16, with_bias=False)
     truth = gradients(plain, x, torch.float64, normalizer=2.0**18)[2] / 2 * 2.0**16
     step = linear_cross_entropy_step(

@@ -1,4 +1,4 @@
-"""What a `Meter` measures besides: against float64 by hand, torchmetrics and scikit-learn.
+"""Additional measures of a `Meter`, against float64 by hand, torchmetrics and scikit-learn.
 
 Long file: one batch with every kind of row serves all measures and all ops.
 """
@@ -127,7 +127,7 @@ def test_measures_are_those_of_torchmetrics(config: KernelConfig) -> None:
 
 
 def test_measures_are_those_of_scikit_learn(config: KernelConfig) -> None:
-    """With a class that is never a target, one that is never predicted, and one that is neither."""
+    """One class is never a target, one is never predicted, and one is neither."""
     logits, targets = batch(200, 9)
     targets = torch.where(targets == 4, 5, targets)
     logits[:, 7] = -100.0
@@ -248,7 +248,7 @@ def test_rows_too_long_to_keep(
 
 @pytest.mark.parametrize("classes", [1, 5, 31, 32, 33, 5000])
 def test_one_class_and_masked_classes(config: KernelConfig, classes: int) -> None:
-    """Where all other logits are -inf, the prediction is sure, and its margin is infinite."""
+    """If all other logits are -inf, the prediction is certain, and its margin is infinite."""
     logits = torch.full((3, classes), -torch.inf)
     logits[:, classes // 2] = -2000.0
     meter = Meter("cpu", per_class=classes, calibration_bins=3, entropy=True)

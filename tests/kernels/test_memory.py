@@ -1,4 +1,4 @@
-"""What a call of the compiled CPU backend allocates, seen by limiting the process's address
+"""Memory that a call of the compiled CPU backend allocates, seen by limiting the process's address
 space."""
 
 import os

@@ -1,4 +1,4 @@
-"""What people expect of a meter and its result: accuracies, `to` and a repr."""
+"""Convenience of a meter and its result: accuracies, `to` and a repr."""
 
 import math
 

@@ -148,7 +148,7 @@ def test_the_step_gives_the_gradient_and_counts_by_the_larger_share(
 def test_one_share_for_all_rows_equals_the_usual_two_losses(
     config: KernelConfig, share: Any
 ) -> None:
-    """Without ignored targets, a mean is the mean of both."""
+    """If no target is ignored, a mean is the mean of both."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 6, generator=generator)
     targets = torch.randint(6, (8,), generator=generator)
@@ -193,7 +193,7 @@ def test_the_same_target_twice_is_no_mixture(config: KernelConfig, classes: int)
 def test_a_target_without_a_share_is_not_looked_at(
     config: KernelConfig, classes: int, options: dict[str, Any]
 ) -> None:
-    """Beside a -inf logit the loss of that target alone would be infinite."""
+    """The loss of that target alone would be infinite, because it has a logit of -inf."""
     logits = torch.zeros(3, classes)
     logits[:, 1] = -torch.inf
     given = {**options, "softcap": None, "label_smoothing": 0.0}
@@ -208,7 +208,8 @@ def test_a_target_without_a_share_is_not_looked_at(
 
 
 def test_rows_count_what_is_not_ignored(config: KernelConfig) -> None:
-    """Both ignored: ignored. One ignored: the other one alone, with its own share."""
+    """A row is ignored if both targets are; if one is, the other one counts alone, with its own
+    share."""
     logits = torch.tensor([[2.0, 0.0, 1.0]] * 4)
     first = torch.tensor([-100, -100, 0, 2])
     second = torch.tensor([-100, 0, -100, -100])

@@ -77,7 +77,7 @@ def test_no_view_of_a_parameter_is_written_over(
     "value", [-1.0, 0.0, -0.0, float("inf"), float("nan"), 2.0**-149, torch.finfo().max]
 )
 def test_no_value_of_a_tensor_means_none(config: KernelConfig, value: float) -> None:
-    """As 0-d tensors, of which no value is looked at, on every backend alike."""
+    """The values are 0-d tensors, which no backend reads."""
     number = torch.tensor(value)
     reference = KernelConfig(backend="eager")
     for name in ("normalizer", "z_loss"):

@@ -68,7 +68,7 @@ def test_avx512_kernels_on_a_machine_with_avx2(tmp_path: Path) -> None:
 
 
 def test_kernels_without_anything_of_x86(tmp_path: Path) -> None:
-    """What other machines compile: the baseline, by the compiler's vectors alone."""
+    """Other machines compile the baseline, by the compiler's vectors alone."""
     sources = []
     for path in KERNELS:
         sources.append(tmp_path / path.name)

@@ -1,4 +1,5 @@
-"""How often the logits are read from memory, counted by valgrind's simulation of caches."""
+"""The number of times that the logits are read from memory, counted by valgrind's simulation of
+caches."""
 
 import re
 import shutil
@@ -16,8 +17,8 @@ LINE = 64
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_forward_pass_reads_the_logits_once(tmp_path: Path) -> None:
-    """Of log-probabilities alone or with entropies, and of a shard of the classes alone or with
-    measures. The caches hold one row and not all of them."""
+    """Log-probabilities are computed alone or with entropies, and a shard of the classes alone or
+    with measures. The caches hold one row and not all of them."""
     require_compiler()
     if shutil.which("valgrind") is None:
         pytest.skip("no valgrind here")

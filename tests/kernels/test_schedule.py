@@ -1,4 +1,4 @@
-"""How the work on a CPU is divided changes no bit of a result."""
+"""The division of the work on a CPU changes no bit of a result."""
 
 import itertools
 
@@ -24,7 +24,7 @@ KIB = 1 << 10
     ],
 )
 def test_how_much_of_a_row_is_kept(classes: int, cache: int, kept: int) -> None:
-    """As many floats as fit half the cache; of a longer row, at most 256 KiB."""
+    """The row is kept if its floats fit half the cache; of a longer row, at most 256 KiB are."""
     cpp = pytest.importorskip("tests.helpers.cpp", reason="built only with ESPER_TESTING=1")
     assert cpp.kept_classes(classes, cache) == kept
 
@@ -38,8 +38,8 @@ def test_how_much_of_a_row_is_kept(classes: int, cache: int, kept: int) -> None:
     ],
 )
 def test_threads_and_caches_change_no_bit(shape: tuple[int, int]) -> None:
-    """Of 70,001 exponentials, 32,768 are kept with a cache of 256 KiB, 65,536 with 544 KiB, and all
-    with 8 MiB, where of 1,050,001 again 65,536 are."""
+    """Of a row's 70,001 exponentials, 32,768 are kept with a cache of 256 KiB, 65,536 with 544 KiB,
+    and all with 8 MiB; of 1,050,001, again 65,536 are kept with 8 MiB."""
     cpp = pytest.importorskip("tests.helpers.cpp", reason="built only with ESPER_TESTING=1")
     random = np.random.default_rng(0)
     logits = random.normal(0, 3, shape).astype(np.float32)

@@ -56,7 +56,7 @@ def test_values_and_gradients(
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    """In float64, where both results have another factor for each row."""
+    """The comparison is in float64, and both results have another factor for each row."""
     logits, targets = inputs(6, dtype=torch.float64)
     for temperature in (1.0, 0.3):
         assert torch.autograd.gradcheck(
@@ -166,7 +166,8 @@ def test_a_large_offset_costs_no_precision(config: KernelConfig) -> None:
 
 @pytest.mark.parametrize("temperature", [2.0**-100, 1e-3, 1e3, 2.0**100])
 def test_every_temperature_in_its_range(config: KernelConfig, temperature: float) -> None:
-    """From choosing the largest logit to choosing any."""
+    """The temperatures range from one that selects the largest logit to one that makes all logits
+    equal."""
     logits, targets = inputs(7)
     logprobs, entropy = token_logprobs(
         logits, targets, temperature=temperature, entropy=True, config=config
@@ -212,7 +213,7 @@ def test_memory_of_any_layout(config: KernelConfig, layout: str) -> None:
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_rows_of_every_width(name: str, dtype: torch.dtype) -> None:
-    """About the widths of vectors and the chunks of long rows."""
+    """The widths lie around those of vectors and of the chunks of long rows."""
     config = KernelConfig(backend="cpp", instruction_set=name)
     widths = [(5, v) for v in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000)]
     widths += [(3, v) for v in (1023, 1024, 1025, 2049, 4095, 4096, 4097, 8193, 9001)]

@@ -80,7 +80,7 @@ def test_gradients_of_a_batch_of_losses_are_refused(config: KernelConfig) -> Non
 
 
 def test_double_backward_raises(config: KernelConfig) -> None:
-    """Also where only the gradient that came in has a history."""
+    """It also raises if only the incoming gradient has a history."""
     logits, targets = inputs(6)
     logprobs, entropy = token_logprobs(logits, targets, entropy=True, config=config)
     (grad,) = torch.autograd.grad(logprobs.sum(), logits, create_graph=True)
@@ -166,7 +166,7 @@ def test_the_op_refuses_what_would_touch_other_memory(change: Any, words: str) -
 def test_nothing_of_the_size_of_the_logits_is_allocated(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Besides the gradient: each other tensor that torch makes is at most a few rows."""
+    """Besides the gradient, each tensor that torch allocates has at most a few rows."""
     monkeypatch.setattr(reference, "_CPU_BYTES", 4 * 33 * 3)
     logits, targets = inputs(64)
     config = KernelConfig(backend=backend)
@@ -184,7 +184,7 @@ def test_nothing_of_the_size_of_the_logits_is_allocated(
 def test_the_logits_of_hidden_states_exist_in_chunks(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 7 of 64 rows; the other tensors are no larger."""
+    """A chunk has 7 of 64 rows; the other tensors are no larger."""
     monkeypatch.setattr(sizes, "chunk_rows", lambda *arguments: 7)
     monkeypatch.setattr(sizes, "CPU_PANEL", 16)
     _, targets = inputs(64)
@@ -200,7 +200,7 @@ def test_the_logits_of_hidden_states_exist_in_chunks(
 
 
 def test_a_pure_python_install_serves_large_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the compiled ops, one of which gives large gradients huge pages."""
+    """The compiled ops are missing there, one of which gives large gradients huge pages."""
     monkeypatch.setattr(torch.ops, "esper", SimpleNamespace())
     logits, targets = inputs(33, classes=40_000)
     logprobs = token_logprobs(logits, targets, config=KernelConfig(backend="eager"))

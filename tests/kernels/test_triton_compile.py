@@ -56,7 +56,7 @@ def test_every_variant_compiles_without_a_spill(share: int, tmp_path: Path) -> N
 
 
 def test_gradient_statistics_of_every_list_are_one_binary() -> None:
-    """What a launch is specialized on, as Triton binds its arguments, is the same for any list."""
+    """Triton binds the arguments to the same specialization for any list."""
     code = """
 import torch
 from benchmarks.triton_resources import grad_stats_variants, recorded

@@ -172,7 +172,7 @@ def test_odd_addresses_are_served(config: KernelConfig) -> None:
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_a_large_out_at_an_odd_address(offset: int) -> None:
-    """Larger than 16 MiB, where gradients are stored past the caches in aligned pieces."""
+    """The gradient is larger than 16 MiB: it is stored past the caches in aligned pieces."""
     logits = torch.randn(130, 32768, generator=GENERATOR)
     targets = torch.randint(32768, (130,), generator=GENERATOR)
     memory = torch.zeros(logits.nbytes + 4, dtype=torch.uint8).numpy()[offset:]

@@ -49,7 +49,7 @@ Found = list[dict[str, Any]]  # by rank: the results of each case by its name
     params=[pytest.param(n, marks=pytest.mark.slow, id=f"{n} ranks") for n in (2, 4)],
 )
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What the ranks computed, once for all tests."""
+    """The results of the ranks, computed once for all tests."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch is built without torch.distributed or gloo")
     ranks = request.param
@@ -94,7 +94,7 @@ def whole(case: Case, **options: Any) -> tuple[Tensor, Tensor, Meter]:
 
 
 def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Up to the rounding of a dtype; NaN where NaN is expected."""
+    """Compare up to the rounding of a dtype; NaN where NaN is expected."""
     bound = ROUNDING[dtype]
     torch.testing.assert_close(
         actual, expected, rtol=bound, atol=bound, equal_nan=True, msg=lambda m: f"{what}: {m}"

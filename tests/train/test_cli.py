@@ -306,7 +306,7 @@ def test_one_process_of_several_ends_without_shutting_python_down() -> None:
 
 @pytest.mark.slow
 def test_the_main_job_fossilizes_a_seed_and_the_report_shows_it(tmp_path: Path) -> None:
-    """About one run in ten keeps no seed, and which one depends on the last bits of the machine:
+    """One run in about ten keeps no seed, and which one depends on the last bits of the machine:
     three are tried."""
     for seed in (42, 43, 44):
         out = tmp_path / f"run-{seed}"

@@ -1,4 +1,4 @@
-"""What the command says about itself, and the packages that each part of it needs."""
+"""The command's help, and the packages that each part of it needs."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_missing_packages_name_the_extra(
 
 
 def test_the_command_needs_no_extra_to_say_what_it_is() -> None:
-    """As after `pip install .`, beside torch alone."""
+    """The packages are those after `pip install .`, beside torch alone."""
     code = (
         "import sys; sys.modules |= dict.fromkeys(('tyro', 'rich', 'matplotlib', 'sklearn'));"
         "from esper_train.cli import main;"

@@ -53,7 +53,7 @@ def test_tasks_give_the_same_data_under_other_defaults(
 
 
 def test_a_network_grows_the_same_under_other_defaults(request: pytest.FixtureRequest) -> None:
-    """With a seed of a gated blend, whose modules are made while the run goes on."""
+    """The run has a seed with a gated blend, whose modules are made while the run goes on."""
     config = replace(SHORT, growth=EASY)
 
     def script() -> Script:

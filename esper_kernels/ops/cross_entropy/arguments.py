@@ -81,6 +81,7 @@ def check_arguments(
 
 def refuse_per_row(reduction: str) -> None:
     """A step has one gradient, of one loss."""
+    checks.check_reduction(reduction)
     if reduction == "none":
         raise ValueError(
             "cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use cross_entropy"
@@ -119,6 +120,7 @@ def as_tensor(number: _MaybeNumber, logits: Tensor) -> _MaybeNumber:
 
 def destination(logits: Tensor, out: Tensor | None, inplace: bool) -> Tensor | None:
     """The memory that a step writes its gradient to; None for new memory."""
+    checks.check_flag("inplace", inplace)
     if inplace:
         if out is not None:
             raise ValueError("expected out or inplace=True, got both")

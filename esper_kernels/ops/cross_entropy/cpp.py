@@ -36,10 +36,11 @@ def backward(
     num_classes: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """first_class, num_classes: where the logits hold V of num_classes classes, the first of
-    theirs; on the CPU only."""
+    """first_class, num_classes: for logits that hold only V of the classes, the index of the first
+    of these and the number of all; on the CPU only."""
     grad = _new_gradient(logits) if out is None else out
     numbers, tensors = _split((options.label_smoothing, options.z_loss, options.softcap))
+    # the last arguments of the op, which have defaults, are left out if none of them is needed
     more: tuple[Tensor | int | None, ...] = tuple(tensors)
     if options.second is not None or num_classes is not None:
         numbers_as_tensors = tensors or [None] * 3
@@ -131,7 +132,8 @@ def _call(
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
-    """Contiguous; but on the CPU as the logits are, where their classes are apart in memory."""
+    """New memory for the gradient: contiguous, or on the CPU with the strides of the logits if
+    their classes are apart in memory."""
     if logits.is_cpu and logits.stride(-1) != 1:
         return gradient_like(logits, torch.preserve_format)
     return gradient_like(logits)
@@ -140,8 +142,8 @@ def _new_gradient(logits: Tensor) -> Tensor:
 def _split(
     options: tuple[Number | None, ...],
 ) -> tuple[Sequence[float | None], Sequence[Tensor | None]]:
-    """The numbers, 0 in place of tensors; then the tensors, None in place of numbers, or () without
-    any."""
+    """The numbers, with 0 in place of each tensor; and the tensors, with None in place of each
+    number, or () if there are no tensors."""
     for option in options:
         if isinstance(option, Tensor):
             break

@@ -1,5 +1,5 @@
-"""How the Triton kernels of cross entropy are launched: a pure function of sizes, so that it is
-tested without a GPU.
+"""The launch configuration of the Triton kernels of cross entropy: a pure function of sizes, so
+that it is tested without a GPU.
 
 Nothing that a kernel is compiled for depends on the number of rows: another batch size launches the
 same code.
@@ -56,8 +56,8 @@ def choose(
     multiprocessors: int,
     cache_bytes: int,
 ) -> Launch:
-    """For logits [rows, classes] and targets of these sizes in bytes; cache_bytes are of the second
-    level.
+    """The launch for logits [rows, classes] and targets of these sizes in bytes; cache_bytes is the
+    size of the second-level cache.
 
     burdens: how many of these need registers: options (class weights, label smoothing or softcap),
         and measures.

@@ -141,8 +141,8 @@ def mixed(
 def _weights_at(
     rows: Rows, options: Options, weights: Tensor
 ) -> tuple[Tensor, Tensor | None, Number]:
-    """For each row: the weight of its target, with MixUp that of its second target, and the sum of
-    its shares."""
+    """Three values for each row: the weight of its target, with MixUp that of its second target,
+    and the sum of its shares."""
     at_target = weights[rows.target]
     if options.second is None or options.shares is None:
         return at_target, None, 1.0
@@ -153,8 +153,8 @@ def _weights_at(
 def refuse_bad_targets(
     targets: Tensor, num_classes: int, ignore_index: int, name: str = ""
 ) -> None:
-    """On the CPU only: elsewhere looking would mean waiting for the device. name: what a message
-    begins with."""
+    """Raise IndexError for bad targets on the CPU only: elsewhere, looking would mean waiting for
+    the device. name: the beginning of the message."""
     if targets.device.type != "cpu" or isinstance(targets, FakeTensor):
         return
     bad = classify(targets, num_classes, ignore_index).bad
@@ -180,7 +180,7 @@ def forward(
     meter: Meter | None,
     for_backward: bool = True,
 ) -> Forward:
-    """logits [..., V], targets [...]; adds the batch to `meter`. Keeps the same for any
+    """logits [..., V], targets [...]; adds the batch to `meter`. What it returns does not depend on
     `for_backward`."""
     rows = classify(targets, logits.shape[-1], options.ignore_index)
     x = capped(logits, options.softcap)
@@ -270,7 +270,8 @@ def backward(
 ) -> Tensor:
     """d(loss)/d(logits) [..., V] times grad_output, in the logits' dtype, rounded once.
 
-    first_class, num_classes: where the logits hold V of num_classes classes, the first of theirs.
+    first_class, num_classes: for logits that hold only V of the classes, the index of the first of
+    these and the number of all.
     """
     num_classes = logits.shape[-1] if num_classes is None else num_classes
     rows = classify(targets, num_classes, options.ignore_index)
@@ -372,8 +373,8 @@ def record(loss: Tensor, logits: Tensor, targets: Tensor, meter: Meter, options:
 
 
 def ranks(logits: Tensor, target: Tensor, target_logit: Tensor, first_class: int = 0) -> Tensor:
-    """How many of the classes first_class, first_class + 1, ... of a row rank before the target:
-    those with a larger logit, and lower classes with an equal one. int32 [...]."""
+    """The number of classes among first_class, first_class + 1, ... that rank before the target of
+    each row: those with a larger logit, and lower classes with an equal one. int32 [...]."""
     classes = torch.arange(first_class, first_class + logits.shape[-1], device=logits.device)
     lower_index = classes < target[..., None]
     bar = target_logit[..., None]

@@ -86,7 +86,7 @@ def _call(
     normalizer = options.normalizer if options.reduction == "mean" else 1.0
     values = (options.label_smoothing, options.z_loss, options.softcap, normalizer, grad_scale)
     numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in values]
-    numbers[:2] = [x or math.nan for x in numbers[:2]]  # a factor of 0 is none
+    numbers[:2] = [x or math.nan for x in numbers[:2]]  # a factor of 0 is left out
     given_tensors = (*values, options.weight, saved_in, recorded, options.second, options.shares)
     tensors = [materialized(x.detach()) if isinstance(x, Tensor) else None for x in given_tensors]
     logits = materialized(logits)
@@ -132,11 +132,10 @@ def _row_stride(x: Tensor) -> int | None:
 
 
 def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
-    """A unit; inner size, None where rows are evenly spaced, and outer and inner strides of both in
-    that unit.
+    """The unit in which strides are passed; then the inner size, None where rows are evenly spaced,
+    and the outer and inner strides of logits and gradient, in that unit.
 
-    A power of 2 of elements, the unit tells the compiler what is aligned without telling it a
-    stride.
+    The unit is a power of 2, in elements: it tells the compiler the alignment, but not the stride.
     """
     even = _row_stride(logits)
     grad_even = _row_stride(grad)
@@ -152,7 +151,8 @@ def _layout(logits: Tensor, grad: Tensor) -> tuple[int, tuple[int | None, ...]]:
 
 
 def _same_phase(logits: Tensor, grad: Tensor) -> bool:
-    """Whether each row of both begins equally far behind a 16 byte boundary."""
+    """Whether each row of the gradient begins as far behind a 16 byte boundary as that of the
+    logits."""
     distances = [grad.data_ptr() - logits.data_ptr()]
     strides = zip(logits.stride()[:-1], grad.stride()[:-1], logits.shape[:-1], strict=True)
     distances += [(x - g) * logits.element_size() for x, g, size in strides if size > 1]
@@ -166,7 +166,7 @@ def _device(device: torch.device) -> tuple[int, int]:
         return 2, 1 << 20  # for the interpreter, as if it had them
     facts = torch.get_device_module(device).get_device_properties(device)
     if device.type == "xpu":
-        return facts.gpu_subslice_count, 0  # torch does not tell the cache: none is counted on
+        return facts.gpu_subslice_count, 0  # torch does not report the cache
     return facts.multi_processor_count, facts.L2_cache_size
 
 

@@ -66,7 +66,7 @@ def _read(start, c, mask, softcap):
 
 @triton.jit
 def _before_boundary(start):
-    """How many elements lie between the address `start` and the next 16 byte boundary."""
+    """The number of elements between the address `start` and the next 16 byte boundary."""
     size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
     return ((16 - start.to(tl.int64) % 16) % 16 // size).to(tl.int32)
 
@@ -143,7 +143,8 @@ def _first_largest(x, c, V):
 
 @triton.jit
 def _second_largest(x, top):
-    """Of each row of a tile [rows, block], whose largest is `top`; -inf in a tile of one column."""
+    """The second-largest logit of each row of a tile [rows, block] whose largest is `top`; -inf in
+    a tile of one column."""
     below = tl.max(tl.where(x < top[:, None], x, -float("inf")), 1)
     return tl.where(tl.sum((x == top[:, None]).to(tl.int32), 1) > 1, top, below)
 
@@ -173,8 +174,8 @@ def _behind(stored, c, target_logit, below, target, GROUP: tl.constexpr):
 
 @triton.jit
 def _tied(x_row, target, target_logit, valid, origin, GROUP: tl.constexpr):
-    """How many classes of the target's group equal its logit and come before it. Groups are counted
-    from class `origin` on; a target before it has none."""
+    """The number of classes of the target's group that equal its logit and come before it. Groups
+    are counted from class `origin` on; a target before it has none."""
     before = (target - origin) & (GROUP - 1)
     lane = tl.arange(0, GROUP)[None, :]
     mask = (valid & (target >= origin))[:, None] & (lane < before[:, None])
@@ -323,7 +324,7 @@ def batch(
                     WIDTH if ROWS == 1 else 1
                 )  # short rows have few elements to save
                 behind = _behind(stored, c, target_logit, below, target_class, GROUP)
-                rank = BLOCK - tl.sum(behind, 1)  # behind, too, is what is masked
+                rank = BLOCK - tl.sum(behind, 1)  # masked classes count as behind
                 if GROUP > 1:
                     rank += _tied(x_row, target_class, target_logit, valid, 0, GROUP)
             if saved_in is None:
@@ -486,7 +487,7 @@ def batch(
 
         if PER_ROW and loss is not None:
             if counts is None:
-                row_loss = tl.where(bad, float("nan"), row_loss)  # no meter will tell
+                row_loss = tl.where(bad, float("nan"), row_loss)  # no meter counts it
             tl.store(loss + row, row_loss, row < rows)
         if saved_out is not None:
             tl.store(saved_out + row, row_max, row < rows)

@@ -83,12 +83,20 @@ def _flatten(grads: object) -> tuple[list[Tensor | None], tuple[tuple[str, int],
                 f"{checks.describe(grads)}; of a module pass [p.grad for p in module.parameters()]"
             )
         return list(grads), ()
-    members = {
-        name: [group] if group is None or isinstance(group, Tensor) else list(group)
-        for name, group in grads.items()
-    }
+    members = {name: _members(name, group) for name, group in grads.items()}
     groups = tuple((name, len(group)) for name, group in members.items())
     return [tensor for group in members.values() for tensor in group], groups
+
+
+def _members(name: object, group: object) -> list[Tensor | None]:
+    if group is None or isinstance(group, Tensor):
+        return [group]
+    if not isinstance(group, Iterable):
+        raise TypeError(
+            f"grads[{name!r}] must be a tensor, None, or a sequence of them, got "
+            f"{checks.describe(group)}"
+        )
+    return list(group)
 
 
 def _measure_natively(
@@ -139,6 +147,12 @@ def clip_grad_norm_(
     Returns the norm before clipping, float64 [].
     """
     checks.check_plain_number("max_norm", max_norm)
+    checks.check_flag("error_if_nonfinite", error_if_nonfinite)
+    if stats is not None and not isinstance(stats, GradStats):
+        raise TypeError(
+            f"stats must be a GradStats or None, got {checks.describe(stats)}; pass the result of "
+            "grad_stats(...), not of its compute()"
+        )
     with_grad = [p for p in _distinct(params) if p.grad is not None]
     grads = [p.grad for p in with_grad if p.grad is not None]
     if stats is None:

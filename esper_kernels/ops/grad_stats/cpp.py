@@ -38,7 +38,7 @@ def fill(
 
 
 def _tables(stats: GradStats) -> tuple[Tensor | None, Tensor | None]:
-    """The kernel's table of tensors, and what the host knows of it; the CPU needs none."""
+    """The kernel's table of tensors, and the host's record of what it holds; the CPU needs none."""
     device = stats.found_inf.device
     if device.type == "cpu":
         return None, None

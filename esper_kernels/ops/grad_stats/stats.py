@@ -24,10 +24,13 @@ class GradHealth:
     has_vanishing, has_exploding: a tensor's norm is below, or above (or not finite), its threshold.
     min_layer_norm, max_layer_norm: over the tensors, NaN if any is. norm_ratio: max / max(min,
     1e-10).
-    zero_grad_fraction: zeros / elements. Nothing measured: norms and fraction 0, health and ratio
-    1.
+    zero_grad_fraction: zeros / elements.
     nan_count, inf_count: values of all tensors. tensors, elements: how many were measured.
     groups: for a mapping of gradients, the same by group name.
+
+    Where nothing was measured, because every gradient is None or empty, `tensors` is 0, norms and
+    fraction are 0, and health and ratio are 1: a frozen group raises no alarm. Whoever expects
+    gradients asks for `tensors` first.
     """
 
     gradient_norm: float

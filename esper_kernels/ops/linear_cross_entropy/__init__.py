@@ -152,6 +152,7 @@ def linear_cross_entropy_step(
         normalizer,
         instruction_set_of(config),
     )
+    checks.check_reduction(reduction)
     if reduction == "none":
         raise ValueError(
             "linear_cross_entropy_step takes reduction 'mean' or 'sum'; for 'none' use "
@@ -180,7 +181,7 @@ def linear_cross_entropy_step(
     ):
         if memory is not None:
             if parameter is None:
-                raise ValueError(f"{name} is for the gradient of an argument that was not given")
+                raise ValueError(f"expected no {name} without bias, got one; pass bias too")
             arguments.check_gradient_memory(name, memory, parameter)
             checks.check_apart(memory, read)
             read[name] = memory

@@ -30,7 +30,7 @@ def run(
     totals: Totals,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """As `reference.run`. Ranks that divide the classes all have the same chunks."""
+    """Compute as `reference.run`. Ranks that divide the classes all have the same chunks."""
     wants_gradients = totals != NO_TOTALS
     is_per_row = options.reduction == "none"
     num_classes = len(batch.weight) if shard is None else shard.num_classes
@@ -39,7 +39,7 @@ def run(
     divisor = _divisor(batch, options, num_classes)
     if options.reduction == "mean":
         options = options._replace(normalizer=divisor)  # that of the batch, not of each chunk
-    # Chunks are counted by a meter of their own, since the batch counts as one. It has the loss.
+    # The chunks have a meter of their own, because the batch counts as one. It has the loss too.
     seen = Meter(batch.hidden.device, topk=()) if meter is None else meter.empty_copy()
     losses = torch.empty_like(batch.targets, dtype=torch.float32)
     for rows, logits in chunks(batch, copies, classes_of_rank):

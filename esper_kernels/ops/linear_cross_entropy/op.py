@@ -37,8 +37,8 @@ def run(
     totals: Totals,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """As `reference.run`, with the batch converted to `dtype`; raises IndexError for bad targets on
-    the CPU before anything is written.
+    """Compute as `reference.run`, with the batch converted to `dtype`; raises IndexError for bad
+    targets on the CPU before anything is written.
 
     `totals` of any dtype are added to, and rounded once: the sum is float32. With a shard the total
     of hidden is that of the classes of all ranks, the others are those of this rank.
@@ -96,7 +96,8 @@ def _write(
 def _for_divided_classes(
     backend: str, shard: ClassShard, dtype: torch.dtype
 ) -> Callable[..., Tensor]:
-    """In chunks, by `eager` too, which may be all that a GPU has for divided classes."""
+    """Run in chunks, also with the backend `eager`, which may be all that a GPU has for divided
+    classes."""
     divided = DividedClasses.served_by(backend, shard)
     if dtype == torch.float64:
         return partial(reference.run, module=divided)

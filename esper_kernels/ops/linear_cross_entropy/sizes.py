@@ -1,5 +1,5 @@
-"""How many rows of logits exist at a time: pure functions of sizes, so that they are tested without
-large tensors or a GPU."""
+"""The number of rows of logits that exist at a time: pure functions of sizes, so that they are
+tested without large tensors or a GPU."""
 
 import torch
 

@@ -34,10 +34,12 @@ def token_logprobs(
     logits: [..., V] float32, bfloat16, float16 (arithmetic in float32) or float64 (in float64, for
         checks). Those of -inf have probability 0; a row with NaN or inf, or of -inf alone, gives
         NaN.
-    targets: [...] int64, int32 or uint8 in [0, V), or ignore_index: such a row gives 0 and gets a
-        zero gradient. Others raise IndexError on the CPU; elsewhere their row gives NaN and gets a
-        zero gradient.
-    temperature: in [2**-100, 2**100]. config: a `KernelConfig`; None chooses.
+    targets: [...] int64, int32 or uint8 in [0, V), or ignore_index. A row whose target is
+        ignore_index gives 0 and gets a zero gradient. Other targets raise IndexError on the CPU;
+        elsewhere their row gives NaN and gets a zero gradient.
+    temperature: in [2**-100, 2**100].
+    entropy: True also returns the entropies.
+    config: a `KernelConfig`; None chooses.
 
     Returns the log-probabilities [...], with `entropy` also the entropies [...], float32 (float64
     for float64 logits); both are differentiable once. Keeps the logits and three numbers per row
@@ -45,7 +47,7 @@ def token_logprobs(
     """
     checks.refuse_transforms("token_logprobs", logits, _INSTEAD)
     checks.check_batch(logits, targets, None)
-    _check_numbers(temperature, ignore_index)
+    _check_numbers(temperature, ignore_index, entropy)
     inputs = Inputs(
         logits,
         None,
@@ -83,7 +85,7 @@ def linear_token_logprobs(
     dtype = arguments.compute_dtype(hidden)
     logits = arguments.logits_stand_in(hidden, weight, dtype)
     checks.check_batch(logits, targets, None)
-    _check_numbers(temperature, ignore_index)
+    _check_numbers(temperature, ignore_index, entropy)
     inputs = Inputs(
         hidden.reshape(targets.numel(), hidden.shape[-1]),
         weight,
@@ -98,10 +100,11 @@ def linear_token_logprobs(
     return _call("linear_token_logprobs", inputs, entropy, targets.shape)
 
 
-def _check_numbers(temperature: object, ignore_index: object) -> None:
+def _check_numbers(temperature: object, ignore_index: object, entropy: object) -> None:
     # In float32, logit / temperature leaves the normal numbers outside of this range.
     checks.check_divisor("temperature", temperature)
     checks.check_integer("ignore_index", ignore_index)
+    checks.check_flag("entropy", entropy)
 
 
 def _call(

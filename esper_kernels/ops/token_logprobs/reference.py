@@ -23,7 +23,7 @@ from esper_kernels.ops.cross_entropy.reference import (
 
 _CPU_BYTES = 1 << 20  # of float32 logits at a time, which stay in the cache then
 _GPU_BYTES = 64 << 20
-_LOWEST = -1e4  # its exponential is 0, and 0 times it is 0, which it is not for -inf
+_LOWEST = -1e4  # like -inf its exponential is 0, but its product with 0 is 0 and not NaN
 
 
 class Options(NamedTuple):
@@ -72,8 +72,9 @@ def backward(
     grad_entropy: Tensor | None,  # [N]
     out: Tensor,  # contiguous, like the logits; may be the logits
 ) -> None:
-    """With p the softmax and H the entropy, the gradient of the log-probability is
-    (1[target] - p) / temperature, and that of the entropy is -p (log p + H) / temperature."""
+    """The gradient of the logits. With p the softmax and H the entropy, the gradient of the
+    log-probability is (1[target] - p) / temperature, and that of the entropy is -p (log p + H) /
+    temperature."""
     flat = logits.reshape(-1, logits.shape[-1])
     flat_out = out.view(flat.shape)
     rows = classify(targets.reshape(-1), flat.shape[1], options.ignore_index)

@@ -16,7 +16,7 @@ NOT_SPECIALIZED = ["inner", "inverse_temperature"]
 
 @triton.jit
 def _bounded(z):
-    """At least LOWEST_EXPONENT, because 0 times -inf would be NaN; NaN stays."""
+    """The exponent, but at least LOWEST_EXPONENT, because 0 times -inf would be NaN; NaN stays."""
     return tl.where(z <= LOWEST_EXPONENT, LOWEST_EXPONENT, z)
 
 

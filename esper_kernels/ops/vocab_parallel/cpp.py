@@ -1,5 +1,5 @@
-"""What one rank computes of the cross entropy of divided classes, by the compiled ops of `csrc/` on
-the CPU: its logits are read once for the loss, and once for the gradient."""
+"""One rank's part of the cross entropy of divided classes, by the compiled ops of `csrc/` on the
+CPU: its logits are read once for the loss, and once for the gradient."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What one rank computes of the cross entropy of divided classes, in eager torch on any device.
+"""One rank's part of the cross entropy of divided classes, in eager torch on any device.
 
 A backend is a module with these two functions; `divided` does the rest, which is small and the same
 for all. They trust their arguments, and never wait for the device or for another rank.
@@ -25,7 +25,7 @@ logit, -inf without any."""
 
 
 def num_sums(plan: MeasurePlan | None) -> int:
-    """How many numbers per row a rank contributes."""
+    """The number of sums per row that a rank contributes."""
     return len(CLASS_SUMS) + (len(MEASURE_SUMS) if plan else 0)
 
 
@@ -37,7 +37,7 @@ def class_sums(
     plan: MeasurePlan | None,
     shard: ClassShard,
 ) -> Tensor:
-    """What the classes of this rank contribute to the loss of each row, and to its measures.
+    """The contribution of this rank's classes to the loss of each row, and to its measures.
 
     logits [..., V of this rank], targets [...] in [0, shard.num_classes), options.weight for all
     classes, target_logit [...]: the logit of each target, wherever it lies, where rows are counted.
@@ -75,7 +75,7 @@ def class_sums(
 
 
 def _second_largest(x: Tensor) -> Tensor:
-    """Of each row of x [..., V]; -inf for one class."""
+    """The second-largest value of each row of x [..., V]; -inf for one class."""
     if x.shape[-1] == 1:
         return torch.full_like(x[..., 0], -torch.inf)
     return x.topk(2).values[..., 1]

@@ -1,4 +1,4 @@
-"""Which classes of the logits a rank holds."""
+"""The classes of the logits that a rank holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from esper_kernels import checks
+from esper_kernels.places import check_group
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -31,6 +32,9 @@ class ClassShard:
     group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
+        checks.check_integer("first", self.first)
+        checks.check_integer("num_classes", self.num_classes)
+        check_group(self.group)
         if not 0 <= self.first < self.num_classes:
             raise ValueError(
                 f"first must be in [0, num_classes = {self.num_classes}), got {self.first}"
@@ -45,6 +49,8 @@ class ClassShard:
         """The shard of this rank, whose logits have `own_classes` classes, where the ranks hold
         the classes in the order of their ranks. Once, before training: all ranks must call it, and
         it waits for all of them."""
+        checks.check_integer("own_classes", own_classes)
+        check_group(group)
         found = [0] * dist.get_world_size(group)
         dist.all_gather_object(found, own_classes, group=group)
         if min(found) < 1:
@@ -53,11 +59,16 @@ class ClassShard:
 
     @staticmethod
     def of(logits: DTensor) -> ClassShard:
-        """That of `logits.to_local()`, for logits [..., V] that are sharded along their last
+        """The shard of `logits.to_local()`, for logits [..., V] that are sharded along their last
         dimension over one dimension of their mesh. Needs no communication."""
         # not at the top, because importing it takes as long as importing torch
-        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
+        if not isinstance(logits, DTensor):
+            raise TypeError(
+                f"logits must be a DTensor, got {checks.describe(logits)}; for plain tensors use "
+                "ClassShard.across(logits.shape[-1], group)"
+            )
         last = logits.dim() - 1
         places = [
             i
@@ -85,14 +96,15 @@ class ClassShard:
 
 
 def all_classes(shard: ClassShard) -> int:
-    """How many classes all ranks hold together; TypeError for what is no shard."""
+    """The number of classes that all ranks hold together; TypeError if the argument is not a
+    shard."""
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard must be a ClassShard, got {checks.describe(shard)}")
     return shard.num_classes
 
 
 def check_shard(shard: ClassShard, own_classes: int, name: str) -> None:
-    """That `own_classes` classes are a shard of all; name: what has them."""
+    """Check that `own_classes` classes are a shard of all; name: the argument that has them."""
     most = all_classes(shard) - shard.first
     if own_classes > most:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What one rank computes of the cross entropy of divided classes, by the Triton kernels of
+"""One rank's part of the cross entropy of divided classes, by the Triton kernels of
 `triton_kernels`: one program per row."""
 
 from contextlib import nullcontext

@@ -54,8 +54,8 @@ def _x_at(start, place, valid, softcap, V):
 
 @triton.jit
 def _moved(weighted, weights, by):
-    """A sum of weight * (x - origin) after the origin has moved up by -`by`; nothing was added yet
-    where the weights are 0."""
+    """The sum of weight * (x - origin) after the origin has risen by -`by`. Where the weights add
+    up to 0, nothing was added yet."""
     return tl.where(weights == 0, weighted, weighted + weights * by)
 
 

@@ -161,7 +161,7 @@ def _summary(runs: Mapping[str, History]) -> str:
 
 
 def _given(finished: Record) -> str:
-    """Which epoch's network the run left, and by which rule."""
+    """The epoch whose network the run left, and the rule that chose it."""
     epoch = finished.get("kept_epoch")
     return "not known" if epoch is None else f"{finished['keep']}, of epoch {epoch}"
 

@@ -74,7 +74,7 @@ def test_losses_are_those_of_the_stock_trainer(
 
 
 def test_token_classification_trains_as_with_the_stock_loss(tmp_path: Path) -> None:
-    """By the function on the page about trainers."""
+    """Uses the function on the page about trainers."""
     from transformers import BertConfig, BertForTokenClassification
 
     meter = Meter("cpu")
@@ -97,7 +97,7 @@ def test_token_classification_trains_as_with_the_stock_loss(tmp_path: Path) -> N
 
 
 def test_the_log_has_the_metrics_that_separate_passes_find(tmp_path: Path) -> None:
-    """Of each step's batch, counted from its logits; and of the evaluation, from a full pass."""
+    """Each step's batch is counted from its logits, and the evaluation from a full pass."""
     meter = Meter("cpu", topk=(1, 5))
     eval_meter = Meter("cpu", topk=(1, 5))
     ours = causal_lm_loss(meter, eval_meter=eval_meter)
@@ -131,7 +131,7 @@ def test_the_log_has_the_metrics_that_separate_passes_find(tmp_path: Path) -> No
 def test_two_processes_train_as_the_stock_trainer_and_log_the_accuracy_of_both(
     tmp_path: Path,
 ) -> None:
-    """20 steps, ragged labels, and a last batch that is short."""
+    """There are 20 steps, ragged labels, and a last batch that is short."""
     found, other = together(2, partial(trainers_of_a_rank, 20, (1, 4)), tmp_path)
     for accumulate, run in found.items():
         assert len(run["losses"]) == 20
@@ -156,7 +156,7 @@ def test_perplexity_is_the_exponential_of_the_loss(logit: float, perplexity: flo
 
 
 def test_no_host_sync_is_added(tmp_path: Path) -> None:
-    """To a step none, and to a log entry one read of the meter beside the Trainer's own."""
+    """A step has none, and a log entry has one read of the meter beside the Trainer's own."""
 
     def syncs(logging_steps: int, **options: Any) -> int:
         trainer = trainer_of(

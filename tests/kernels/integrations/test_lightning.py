@@ -38,7 +38,7 @@ def classifier() -> nn.Module:
 
 
 def lightning_run(directory: Path, ours: bool) -> tuple[list[dict[str, float]], nn.Module]:
-    """What a run over the digits logged, and its network."""
+    """The log of a run over the digits, and its network."""
     import lightning
     from lightning.pytorch.loggers import CSVLogger
 

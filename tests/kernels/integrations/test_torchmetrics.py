@@ -20,7 +20,7 @@ def needs_torchmetrics() -> None:
 
 
 def expected(seen: Batches) -> dict[str, float]:
-    """What torch and torchmetrics find in all rows at once."""
+    """The results of torch and torchmetrics for all rows at once."""
     from torchmetrics.functional.classification import multiclass_accuracy
 
     logits = torch.cat([batch[0] for batch in seen])

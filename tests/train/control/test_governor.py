@@ -1,4 +1,4 @@
-"""What the governor finds in the losses, and its settings."""
+"""Faults that the governor finds in the losses, and its settings."""
 
 import json
 import math

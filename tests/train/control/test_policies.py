@@ -86,7 +86,7 @@ def finite(episode: Episode) -> bool:
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop", "rollback"])
 def test_a_nan_gradient(policy: str, tmp_path: Path) -> None:
-    """Planted in batch 2 of epoch 3."""
+    """The NaN is planted in batch 2 of epoch 3."""
     episode = planted(config(policy), "nan", (3, 2))
     events, page, ended = run(episode, tmp_path / "run")
     bad = of(events, "nonfinite")[0]

@@ -42,8 +42,8 @@ def reward(
     epoch: int = 5,
     **more: object,
 ) -> float:
-    """At accuracy 60, 3 points above that at germination where there is a contribution; rent only
-    with a seed."""
+    """The reward at accuracy 60, 3 points above that at germination if there is a contribution;
+    rent only with a seed."""
     start = None if contribution is None else 57.0
     arguments = {
         "total_params": 2336 if seed else 0,
@@ -311,7 +311,7 @@ def test_rent_grows_with_the_seeds_parameters_to_a_limit(fewer: int, more: int, 
     st.lists(st.tuples(st.sampled_from([2, 3, 4, 6]), st.integers(0, 20)), min_size=1, max_size=5)
 )
 def test_shaping_over_a_life_is_that_of_its_ends(stages: list[tuple[int, int]]) -> None:
-    """Discounted by .995 each epoch, the sum of gamma * now - before leaves only the last and the
+    """The sum of gamma * now - before, discounted by .995 each epoch, leaves only the last and the
     first potential."""
     total = 0.0
     discount = 1.0
@@ -450,7 +450,8 @@ def test_minimal_is_sparse_and_punishes_culling_the_young(
 def test_loss_reward_is_positive_for_a_fall_of_the_loss(
     delta: float | None, expected: float
 ) -> None:
-    """In units of .043 of a guess's loss, 10, and within 5 of them, times 5; a rise counts half."""
+    """The unit is .043 of a guess's loss, 10; it is limited to 5 units, then multiplied by 5; a
+    rise counts half."""
     bare = replace(SIGNALS, loss_delta=delta, slots=(EMPTY,))
     assert earned("loss", Op.WAIT, EMPTY, bare, HOST) == pytest.approx(expected)
 
@@ -485,7 +486,7 @@ def test_loss_reward_ends_with_the_share_of_the_way_to_the_target(
 
 @pytest.mark.parametrize("classes", [2, 10, 50257])
 def test_loss_reward_takes_its_scale_from_the_number_of_classes(classes: int) -> None:
-    """Half the way down to .13 of a guess's loss, and a fall of .043 of it."""
+    """The loss falls by .043 of a guess's, which is half the way down to .13 of it."""
     guess = math.log(classes)
     last = replace(
         LAST, guess_loss=guess, val_loss=guess * 1.13 / 2, loss_delta=0.043 * guess, slots=(EMPTY,)

@@ -23,7 +23,7 @@ def network() -> torch.nn.Module:
 
 
 def data(*bad: int) -> list[tuple[Tensor, Tensor]]:
-    """Five batches, those of the given places not finite."""
+    """Five batches, of which those at the given places are not finite."""
     generator = torch.Generator().manual_seed(1)
     batches = [
         (torch.randn(8, 4, generator=generator), torch.randint(10, (8,), generator=generator))

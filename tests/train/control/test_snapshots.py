@@ -99,7 +99,8 @@ def test_restored_optimizers_hold_the_restored_models_parameters(grown: Episode)
 
 
 def test_a_snapshot_is_kept_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On `meta`, which has no memory, so that what is really moved shows without an accelerator."""
+    """The device is `meta`, which has no memory, so that what is really moved shows without an
+    accelerator."""
     monkeypatch.setattr("esper_train.run.episode.resolve_device", torch.device)
     monkeypatch.setattr("esper_train.run.build.resolve_device", torch.device)
     episode = build_episode(

@@ -101,7 +101,8 @@ def test_default_blueprints_have_the_parameters_counted_by_hand(
 
 
 def test_default_blueprints_equal_their_formulas_once_trained() -> None:
-    """Written out in torch's own functions, with every parameter moved off its first value."""
+    """The formulas are written out in torch's own functions, with every parameter moved off its
+    first value."""
     x = features("cnn", 8, (3, 5))
 
     def trained(topology: str, name: str) -> list[Tensor]:
@@ -359,7 +360,7 @@ def test_register_works_where_gradients_are_switched_off() -> None:
 
 @pytest.mark.parametrize("build", [NotIdentity, DeadBranch, lambda c: Residual(nn.Conv2d(c, c, 1))])
 def test_register_leaves_torchs_random_state_alone(build: type) -> None:
-    """Also where it refuses: a run must draw the same numbers whatever was registered before it."""
+    """A refusal does too: a run must draw the same numbers whatever was registered before it."""
     torch.manual_seed(7)
     before = torch.get_rng_state()
     registry = BlueprintRegistry()

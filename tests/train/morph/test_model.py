@@ -438,12 +438,13 @@ def test_forward_refuses_an_alpha_for_a_slot_that_is_not_there() -> None:
 
 
 def test_cnn_host_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one block"):
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         cnn_host(image_size=8, in_channels=1, num_classes=10, depth=0)
 
 
 def test_an_incubating_seed_leaves_the_hosts_gradients_as_they_are_bit_for_bit() -> None:
-    """With isolation, whatever the seed has learned; the seed itself does receive gradients."""
+    """Isolation ensures it, whatever the seed has learned; the seed itself does receive
+    gradients."""
     images = torch.randn(6, 1, 8, 8)
     targets = torch.arange(6)
     gradients = []

@@ -69,17 +69,17 @@ def raised(**growth: Any) -> tuple[SeedSlot, list[tuple[str, float]]]:
     slot = empty_slot(**growth)
     observe(slot, 40.0)
     slot.germinate(AFFINE, "s0")
-    course = []
+    life = []
     for i in range(len(FASTEST_LIFE)):
         epoch(slot, 41.0 + i)
         assert float(slot.alpha) == pytest.approx(slot.state.alpha, abs=1e-7)
-        course.append((slot.state.stage.name, round(slot.state.alpha, 4)))
-    return slot, course
+        life.append((slot.state.stage.name, round(slot.state.alpha, 4)))
+    return slot, life
 
 
 def test_step_epoch_takes_the_shortest_life_epoch_by_epoch() -> None:
-    slot, course = raised()
-    assert course == FASTEST_LIFE
+    slot, life = raised()
+    assert life == FASTEST_LIFE
     assert slot.state.alpha == 1.0
     assert (slot.state.epochs_alive, slot.state.epochs_in_stage) == (10, 0)
     for i in range(5):
@@ -107,11 +107,11 @@ def test_step_epoch_keeps_blending_at_full_alpha_until_its_gate_passes() -> None
     slot = empty_slot(window=2, training_min_epochs=2, blending_epochs=1, probation_min_epochs=3)
     observe(slot, 40.0)
     slot.germinate(AFFINE, "s0")
-    course = []
+    life = []
     for i in range(5):
         epoch(slot, 41.0 + i)
-        course.append((slot.state.stage.name, slot.state.alpha))
-    assert course == [
+        life.append((slot.state.stage.name, slot.state.alpha))
+    assert life == [
         ("TRAINING", 0.0),
         ("BLENDING", 1.0),
         ("BLENDING", 1.0),
@@ -142,7 +142,7 @@ def test_step_epoch_prefers_the_gate_to_the_timeout() -> None:
 
 @pytest.mark.parametrize("contribution", [0.25, -1.0, None])
 def test_step_epoch_culls_at_the_end_of_probation(contribution: float | None) -> None:
-    """Not measured is not the same as 0."""
+    """A contribution that was not measured is not the same as 0."""
     slot, _ = raised()
     for i in range(slot.growth.probation_timeout - 1):
         assert epoch(slot, 50.0, contribution) == [], f"epoch {i + 1}"
@@ -284,7 +284,7 @@ def test_a_seed_without_parameters_lives_its_whole_life_without_a_gradient() -> 
     observe(slot, 40.0)
     slot.germinate(NOTHING, "s0")
     assert slot.state.seed_parameters == 0
-    course = []
+    life = []
     for i in range(len(FASTEST_LIFE)):
         x = features().requires_grad_()
         y = slot(x)
@@ -292,8 +292,8 @@ def test_a_seed_without_parameters_lives_its_whole_life_without_a_gradient() -> 
         y.backward(features(1))
         torch.testing.assert_close(x.grad, features(1))
         epoch(slot, 41.0 + i, ratio=None)
-        course.append((slot.state.stage.name, round(slot.state.alpha, 4)))
-    assert course == FASTEST_LIFE
+        life.append((slot.state.stage.name, round(slot.state.alpha, 4)))
+    assert life == FASTEST_LIFE
 
 
 def test_restore_rebuilds_the_slot_that_was_saved() -> None:

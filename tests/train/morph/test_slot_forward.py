@@ -38,7 +38,7 @@ def test_forward_in_training_leaves_the_value_and_gives_the_seed_the_full_gradie
 def test_forward_in_isolated_training_gives_the_host_the_gradients_of_the_bare_host(
     blueprint: str,
 ) -> None:
-    """Bit for bit, and not only at birth: the seed's parameters are moved first."""
+    """They agree bit for bit, and not only at birth: the seed's parameters are moved first."""
 
     def host() -> tuple[nn.Conv2d, nn.Conv2d]:
         torch.manual_seed(0)
@@ -171,8 +171,8 @@ def test_forward_in_isolated_training_takes_channels_last_features(blueprint: st
 def test_forward_takes_channels_last_features_without_gradient(
     shape: tuple[int, ...], isolate: bool, stage: SeedStage
 ) -> None:
-    """Behind a frozen host, in every stage, also where a 1x1 map's strides leave the layout open:
-    no crash."""
+    """The host is frozen, and the seed is in any stage. The strides of a 1x1 map leave the layout
+    open."""
     registry = default_registry()
     slot = SeedSlot(
         "mid", shape[1], GrowthConfig(isolate_training=isolate, incubation="straight_through")

@@ -203,7 +203,7 @@ class SlotMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.slot.state.stage in LIVE)
     @rule()
     def good_life(self) -> None:
-        """To the end: 2 epochs in TRAINING and 2 in BLENDING at most, then a contribution."""
+        """A whole life: at most 2 epochs each in TRAINING and in BLENDING, then a contribution."""
         for _ in range(4):
             if self.slot.state.stage is not SeedStage.PROBATIONARY:
                 self.epoch(10.0, 5.0, 1.0)

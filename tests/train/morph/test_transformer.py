@@ -83,7 +83,7 @@ def test_parameters_are_those_counted_by_hand_each_once(depth: int, slots: list[
 
 
 def test_slots_lie_after_each_third_of_the_depth() -> None:
-    """Of 7 blocks early ends after the third, mid after the fifth: found by silencing what
+    """With 7 blocks, early ends after the third, mid after the fifth: found by silencing what
     follows."""
     host = small(7)
     blocks = [m for m in host.modules() if type(m).__name__ == "Block"]
@@ -196,7 +196,7 @@ def test_sequences_up_to_the_context_are_taken_and_longer_ones_refused() -> None
 
 
 def test_a_host_without_blocks_or_with_heads_that_do_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one block"):
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         small(0)
     with pytest.raises(ValueError, match="divides the width 8, got 3"):
         small(heads=3)

@@ -36,7 +36,7 @@ def test_checkers_pass(check: Any, factored: bool) -> None:
 
 
 def masked_steps(env: Any, steps: int, seed: int) -> dict[str, int]:
-    """How often each operation was chosen in as many random legal steps."""
+    """The number of times that each operation was chosen in as many random legal steps."""
     draw = numpy.random.default_rng(seed)
     table = env.unwrapped.table
     counts = dict.fromkeys(Op, 0)

@@ -1,4 +1,4 @@
-"""Without the extra `rl`, what needs it says how to get it."""
+"""Parts that need the extra `rl` say how to get it where it is missing."""
 
 import sys
 

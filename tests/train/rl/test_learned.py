@@ -157,7 +157,7 @@ def test_a_policy_of_other_spaces_is_refused_before_the_run(
 
 
 class Hostile:
-    """Would run code if it were unpickled."""
+    """An object that would run code if it were unpickled."""
 
     def __init__(self, flag: Path) -> None:
         self.flag = flag

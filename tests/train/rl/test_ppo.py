@@ -121,7 +121,7 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ppo_learns_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a reward that pays for one germination alone, the policy comes to ask for it."""
+    """A reward that pays for one germination alone teaches the policy to ask for it."""
     paid = {
         "shaped": lambda op, state, signals, host: {
             "paid": float(op.name == "GERMINATE" and signals.epoch == 3)
@@ -138,7 +138,7 @@ def test_ppo_learns_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_update_cut_off_before_its_checkpoint_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In `progress.jsonl` and in TensorBoard, as if the training had never stopped."""
+    """`progress.jsonl` and TensorBoard read as if the training had never stopped."""
     tensorboard = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
     )

@@ -56,7 +56,7 @@ def steps_of(script: list[list[int]], hosts: int) -> numpy.ndarray[Any, Any]:
     ],
 )
 def test_hosts_in_lockstep_train_as_runs_alone(task: str, dtype: str | None, hosts: int) -> None:
-    """In the next episode too, which begins with the step that ends the first."""
+    """The next episode, which begins with the step that ends the first, does too."""
     assert_trains_as_alone(replace(short(task, dtype), max_epochs=5), hosts)
 
 
@@ -126,7 +126,7 @@ def test_the_step_that_ends_episodes_reads_their_tests_and_the_next_first_epochs
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets the number of results of each read from now on."""
+    """A list that gets the number of results of each read from now on."""
     reads: list[int] = []
 
     def counted(*sources: Any, strict: bool) -> tuple[Any, ...]:

@@ -1,4 +1,5 @@
-"""For the tests that stop, resume and damage runs: a whole run with a checkpoint of every epoch."""
+"""Fixtures of the tests that stop, resume and damage runs: a whole run with a checkpoint of every
+epoch."""
 
 from pathlib import Path
 

@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", ["cosine", "onecycle"])
 def test_schedules_and_the_loss_scale_go_on_where_they_were(kind: str, tmp_path: Path) -> None:
-    """From a scale that overflows at first, with a seed that has a schedule of its own, and with
-    other workers."""
+    """The scale overflows at first, a seed has a schedule of its own, and the number of workers
+    changes."""
     options = [
         "--optim.schedule.kind",
         kind,
@@ -99,7 +99,7 @@ def test_taking_checkpoints_changes_nothing(whole: Path, tmp_path: Path) -> None
 
 
 def test_every_few_epochs_and_the_newest_are_kept(whole: Path, tmp_path: Path) -> None:
-    """What a kill during an earlier save has left goes too."""
+    """Leftovers of an earlier save that was killed are removed too."""
     options = ("--max-epochs", "8", "--checkpoint.every", "3", "--checkpoint.keep", "2")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_bytes((whole / "config.json").read_bytes())

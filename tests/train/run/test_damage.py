@@ -56,8 +56,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(whole: Path, tmp_path: Path
 def test_what_is_not_a_checkpoint_is_refused_even_with_the_right_digest(
     whole: Path, tmp_path: Path
 ) -> None:
-    """As if someone had made the digest to fit; bits flipped in tensors cannot be told then, so
-    they are left out."""
+    """The digest is as if someone had made it to fit; bits flipped in tensors cannot be told then,
+    so they are left out."""
     data = (whole / "checkpoints" / "epoch-7.pt").read_bytes()
     for name, damaged in damages(data):
         if not name.startswith("bit"):
@@ -114,7 +114,7 @@ def test_metrics_that_have_an_epoch_twice_or_out_of_order_are_refused(
 
 
 def test_metrics_cut_to_an_older_checkpoint_are_gone_on_from(whole: Path, tmp_path: Path) -> None:
-    """As the refusal says, once the newer checkpoints are removed."""
+    """The refusal names this way out: the newer checkpoints are removed first."""
     directory = stopped_after(3, whole, tmp_path / "run")
     size = load(directory / "checkpoints" / "epoch-3.pt")["metrics"]
     os.truncate(directory / "metrics.jsonl", size)

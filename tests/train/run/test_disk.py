@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 def test_metrics_are_on_disk_before_a_checkpoint_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is synced, in its order: the metrics' own file before each checkpoint's digest and
-    data."""
+    """The order in which files are synced: the metrics' own file before each checkpoint's digest
+    and data."""
     synced: list[str] = []
     inner = os.fsync
 
@@ -51,7 +51,7 @@ def no_file_above(size: int) -> Iterator[None]:
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Without the rights of root, to whom no directory is read-only."""
+    """Give up the rights of root, to whom no directory is read-only."""
     if os.geteuid() != 0:
         yield
         return

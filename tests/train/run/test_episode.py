@@ -34,7 +34,7 @@ from tests.helpers.scripted import EASY, Recorder, Script, germinate, run_under
 
 
 def test_one_epoch_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """train, evaluate, tracker, slots step, decide, execute: for every controller."""
+    """The order is train, evaluate, tracker, slots step, decide, execute, for every controller."""
     calls: list[str] = []
     episode = build_episode(replace(SHORT, max_epochs=1), slots=("early",))
 

@@ -28,8 +28,8 @@ from tests.helpers.scripted import EASY, Recorder, Script, germinate, run_under
 
 
 def test_a_whole_life_epoch_by_epoch() -> None:
-    """Germinated after epoch 1, it trains from epoch 2 on (no idle epoch), blends after 3, and so
-    on."""
+    """A seed that germinates after epoch 1 trains from epoch 2 on (no idle epoch), blends after 3,
+    and so on."""
     config = replace(SHORT, max_epochs=9, growth=EASY)
     policy = Script(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early"))
     result, recorder = scripted(config, policy)
@@ -47,7 +47,8 @@ def test_a_whole_life_epoch_by_epoch() -> None:
 
 
 def test_measurements_that_let_a_seed_grow_are_always_made() -> None:
-    """Gradient ratio while it trains; contribution whenever alpha was above 0, and never else."""
+    """The gradient ratio is measured while it trains, the contribution whenever alpha was above 0,
+    and never else."""
     config = replace(SHORT, max_epochs=8, growth=EASY)
     policy = Script(e1=germinate(), e2=germinate("late", "norm"))
     scripted(config, policy)
@@ -64,7 +65,7 @@ def test_measurements_that_let_a_seed_grow_are_always_made() -> None:
 
 
 def test_contribution_is_the_validation_accuracy_lost_without_the_seed() -> None:
-    """Measured again independently: same weights, the slot ablated by hand."""
+    """It is measured again independently: same weights, the slot ablated by hand."""
     config = replace(SHORT, max_epochs=8, growth=EASY)
     recorder = Recorder()
     episode = build_episode(config, slots=("early",))
@@ -83,8 +84,8 @@ def test_contribution_is_the_validation_accuracy_lost_without_the_seed() -> None
 def test_gradient_ratio_equals_plain_torch_on_the_last_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Norms taken by torch from the .grad fields the last step left behind, corrected for the
-    sizes."""
+    """Plain torch takes the norms of the .grad fields that the last step left behind, corrected for
+    the sizes."""
     config = replace(SHORT, max_epochs=2, growth=EASY)
     episode = build_episode(config, slots=("mid",))
     ratios = []

@@ -56,8 +56,8 @@ def test_two_seeds_are_measured_each_and_together() -> None:
     model = episode.model.eval()
 
     def accuracy(early: float = 1.0, mid: float = 1 / 3) -> float:
-        """By default at the alphas of the 10th epoch: one is kept, the other in the first of its
-        three of blending."""
+        """The accuracy at alphas, by default those of the 10th epoch: one seed is kept, the other
+        in the first of its three epochs of blending."""
         with torch.no_grad():
             logits = model(inputs, alpha={"early": early, "mid": mid})
         return (logits.argmax(1) == targets).double().mean().item() * 100

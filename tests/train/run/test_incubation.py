@@ -197,7 +197,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("setting", list(SETTINGS))
 @pytest.mark.parametrize("task", list(TASKS))
 def test_a_run_with_seeds_in_training_is_the_run_without(task: str, setting: str) -> None:
-    """Numbers, weights, running statistics, momentum, loss scale, random numbers and modes."""
+    """Both runs have the same numbers, weights, running statistics, momentum, loss scale, random
+    numbers and modes."""
     _, bare, without = run(task, config(**SETTINGS[setting]))
     episode, grown, with_seeds = run(task, config(**SETTINGS[setting]), **TWO_SEEDS)
     assert [slot.state.stage.name for slot in episode.model.slots] == [
@@ -283,8 +284,8 @@ class NoSteps(OptimizerRegistry):
 
 
 def test_its_own_step_falls_in_loss_as_gradient_descent_does() -> None:
-    """Trained for long enough on the batches it sees, a seed lowers the training loss it would
-    have."""
+    """A seed that is trained for long enough on the batches it sees lowers the training loss it
+    would have."""
     episode = prepared("batch norm", config(optim=OptimConfig(host_lr=1e-4, seed_lr=0.03)))
     with episode.random.active():
         epochs(episode, 12, e1=germinate("mid", "conv_light"))
@@ -293,7 +294,7 @@ def test_its_own_step_falls_in_loss_as_gradient_descent_does() -> None:
 
 
 def test_an_overflow_of_the_seed_skips_its_own_step_alone() -> None:
-    """In float16 the seed's scale falls and its weights stay; the host's scale and steps are
+    """The seed's float16 scale falls and its weights stay; the host's scale and steps are
     unchanged."""
     run_config = config(amp=AmpConfig(dtype="float16", init_scale=2.0**10))
     _, bare, without = run("batch norm", run_config)
@@ -327,7 +328,8 @@ def test_a_seed_that_is_not_a_number_harms_nobody(policy: str) -> None:
 
 @pytest.mark.parametrize("task", ["batch norm", "transformer"])
 def test_a_captured_step_with_a_seed_does_what_an_eager_one_does(task: str) -> None:
-    """By the tape: host and seed, bit for bit, with rates that are exact in float32."""
+    """The tape replaces the graph: host and seed agree bit for bit, with rates that are exact in
+    float32."""
     rates = OptimConfig(host_lr=2.0**-7, seed_lr=2.0**-6)
     script = {"e1": germinate("early", "conv_light" if task == "batch norm" else "mlp")}
     states = []

@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What rank 0 found in each case. It is waited for much less than torch's own timeout takes."""
+    """The findings of rank 0 in each case. It is waited for much less than torch's own timeout
+    takes."""
     directory = tmp_path_factory.mktemp("lost")
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     works = (fail_growing, fail_and_be_killed, resume_and_be_stopped)

@@ -75,7 +75,8 @@ def test_percentages_of_an_old_run_are_reported_as_they_are(
 
 
 def test_metrics_and_checkpoints_keep_the_unit_of_old_ones(whole: Path) -> None:
-    """So those of both versions are read alike, and may follow each other in one file."""
+    """Metrics and checkpoints of both versions are read alike, and may follow each other in one
+    file."""
     *_, last = (event for event in read_metrics(whole) if event["event"] == "epoch")
     finished = read_metrics(whole)[-1]
     for measures in (last["train"], last["validation"], finished["test"]):

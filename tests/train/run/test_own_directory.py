@@ -84,8 +84,8 @@ def test_the_directory_changes_nothing_of_the_run(tmp_path: Path) -> None:
     "task", [own.table, own.sampled, own.augmented, own.shuffled], ids=lambda task: task.name
 )
 def test_a_resumed_run_ends_as_one_that_never_stopped(task: Task, tmp_path: Path) -> None:
-    """Stopped in the third epoch. Noise comes from samples, from `augment`, or from torch's own
-    loader, whose batches go on where they were."""
+    """The run is stopped in the third epoch. Noise comes from samples, from `augment`, or from
+    torch's own loader, whose batches go on where they were."""
     whole = tmp_path / "whole"
     part = tmp_path / "part"
     run_heuristic_episode(CONFIG, task=task, out=whole, baseline=False)
@@ -287,5 +287,5 @@ def test_a_host_that_is_no_host_is_named() -> None:
 def test_what_is_no_config_is_refused(start: Any) -> None:
     with pytest.raises(TypeError, match="config must be of type RunConfig, got 'digits'"):
         start("digits")
-    with pytest.raises(TypeError, match="task must be of type Task, got 'digits'"):
+    with pytest.raises(TypeError, match="task must be of type Task or None, got 'digits'"):
         start(CONFIG, task="digits")

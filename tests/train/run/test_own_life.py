@@ -57,7 +57,7 @@ def begun(command: list[str], directory: Path) -> subprocess.Popen[str]:
 
 
 def done(command: list[str], directory: Path) -> str:
-    """What a command that succeeds says on standard error."""
+    """The standard error of a command that succeeds."""
     with begun(command, directory) as child:
         stderr = child.communicate(timeout=240)[1]
     assert child.returncode == 0, stderr

@@ -49,7 +49,7 @@ def options(name: str, directory: Path, *more: str) -> list[str]:
 
 
 def process(code: str, arguments: list[str]) -> subprocess.Popen[str]:
-    """In a process group of its own, as a shell starts it."""
+    """Start a command in a process group of its own, as a shell does."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -87,8 +87,8 @@ def test_a_stateful_loader_is_resumed_exactly_after_a_kill(name: str, tmp_path: 
 def test_a_stateful_loader_follows_the_seed_of_the_run_and_nothing_else(
     name: str, tmp_path: Path
 ) -> None:
-    """Neither what the caller drew before, nor a directory, whose checkpoints ask the loaders of
-    all splits for their state."""
+    """Random numbers that the caller drew before have no effect, and neither has a directory, whose
+    checkpoints ask the loaders of all splits for their state."""
     pytest.importorskip("torchdata.stateful_dataloader")
     train = getattr(own_loaders, name)
 

@@ -1,4 +1,4 @@
-"""What a task of one's own brings: criterion, optimizers, augmentation, batches, and any host."""
+"""Parts of a task of one's own: criterion, optimizers, augmentation, batches, and any host."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -116,7 +116,7 @@ def named(splits: Splits) -> Splits:
 
 
 def test_any_batch_is_read_by_the_tasks_own_function() -> None:
-    """Equal to a run on the same batches as pairs."""
+    """The run equals one on the same batches as pairs."""
     config = replace(CONFIG, evaluation_batch=8)
     pairs = replace(own.load_table(), train=list(own_batches(own.load_table().train)))
     plain = run_fit(config, task=replace(own.table, load=lambda: pairs))

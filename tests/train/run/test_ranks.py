@@ -45,7 +45,7 @@ def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], m
 
 
 def assert_same_measures(found: list[Any], expected: list[Any], most: float) -> None:
-    """Counts exactly, losses to `most`."""
+    """Compare counts exactly, and losses up to `most`."""
     for one, other in zip(found, expected, strict=True):
         for name in ("valid", "correct", "accuracy"):
             assert one[name] == other[name], name
@@ -53,7 +53,7 @@ def assert_same_measures(found: list[Any], expected: list[Any], most: float) -> 
 
 
 def assert_same_life(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Weights, measures and events of a run that grew."""
+    """Compare weights, measures and events of a run that grew."""
     assert_same_weights(found["weights"], expected["weights"], 1e-9)
     assert_same_measures(found["train"], expected["train"], 1e-9)
     assert_same_measures(found["validation"], expected["validation"], 1e-9)
@@ -64,7 +64,7 @@ def assert_same_life(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What the two ranks found in each scenario, and the directory that they wrote to."""
+    """The findings of the two ranks in each scenario, and the directory that they wrote to."""
     directory = tmp_path_factory.mktemp("ranks")
     first, second = together(2, all_scenarios, directory)
     return {name: [first[name], second[name]] for name in SCENARIOS} | {"directory": [directory]}

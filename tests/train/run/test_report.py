@@ -136,7 +136,7 @@ def test_pictures_show_curves_slots_and_gradients(run: Path) -> None:
 def test_the_axis_of_accuracies_shows_where_they_stay(
     tmp_path: Path, accuracies: tuple[float, ...], ticks: list[str], hidden: str | None
 ) -> None:
-    """In one report and in a comparison."""
+    """The axis is tested in one report and in a comparison."""
     events = [
         epoch_event(i, accuracy=x, train_accuracy=x) for i, x in enumerate(accuracies, start=1)
     ]

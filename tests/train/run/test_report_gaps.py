@@ -162,7 +162,8 @@ def test_last_of_several_runs_is_shown(tmp_path: Path) -> None:
 
 
 def test_moves_that_a_rollback_undid_are_not_told(tmp_path: Path) -> None:
-    """Fossilized in 5, culled in 6; back to 4 at 7: early's seed is open again, mid's too."""
+    """The seed in early is fossilized in 5 and that in mid culled in 6; the rollback at 7 returns
+    to 4, so early's seed is open again, and mid's too."""
     events = [event for event in grown() if event.epoch <= 7]
     data = {"to_epoch": 4, "kind": "nonfinite", "number": 1, "slots": [], "message": "rolled back"}
     shown = page(write(tmp_path, *events, Event(EventType.ROLLBACK, 7, data)))
@@ -172,7 +173,8 @@ def test_moves_that_a_rollback_undid_are_not_told(tmp_path: Path) -> None:
 
 
 def test_epochs_that_were_not_reported_are_gaps(tmp_path: Path) -> None:
-    """At the level minimal only those after an anomaly are: the third is still the third."""
+    """At the level minimal only the epochs after an anomaly are reported: the third is still the
+    third."""
     slots = (SlotState(slot="early"), SlotState(slot="mid"))
     shown = page(
         write(

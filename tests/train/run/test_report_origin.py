@@ -1,4 +1,4 @@
-"""What a report says of how its run was made."""
+"""The lines of a report about how its run was made."""
 
 import json
 import sys

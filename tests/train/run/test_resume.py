@@ -77,8 +77,8 @@ def test_other_optimizers_and_tasks_resume_exactly(
 def test_every_part_has_its_share(
     part: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without any one part the run ends differently or is refused, so the comparison above would
-    show the loss."""
+    """If any one part is left out, the run ends differently or is refused, so the comparison above
+    would show the loss."""
     # the best network only matters once it is an earlier one
     directory = stopped_after(19 if part == "kept" else 9, whole, tmp_path / "run")
     inner = checkpoint.parts
@@ -118,7 +118,7 @@ class AtBatch:
 def test_a_signal_lets_the_batch_finish_and_loses_no_epoch(
     number: signal.Signals, code: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second of three batches of epoch 7, while a seed is blended in."""
+    """The signal comes in the second of three batches of epoch 7, while a seed is blended in."""
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         batches = AtBatch(6 * 3 + 2, lambda: signal.raise_signal(number), patch)
@@ -170,7 +170,8 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(
 def test_episodes_and_baselines_are_resumed_where_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the baseline of the first of two episodes, 2 epochs of 2 batches each."""
+    """The run is stopped in the baseline of the first of two episodes, 2 epochs of 2 batches
+    each."""
     common = [
         "heuristic",
         "--task",

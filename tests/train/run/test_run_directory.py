@@ -168,7 +168,8 @@ def test_files_of_versions_without_digests_are_read(
 def test_a_file_that_is_written_anew_is_never_left_with_the_digest_of_another(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before each system call that replaces the file: the old or the new one can be read."""
+    """The process is killed before each system call that replaces the file: the old or the new one
+    can be read."""
     path = tmp_path / "network.pt"
     calls = 0
     run_directory.write_with_digest(path, b"old")

@@ -100,7 +100,7 @@ def test_state_of_the_schedule_is_saved_with_its_optimizer() -> None:
 @pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")
 @pytest.mark.parametrize("kind", ["cosine", "onecycle"])
 def test_a_kept_copy_goes_on_as_the_original_did(kind: str) -> None:
-    """As a rollback does: the copy's schedules change the copy's optimizers."""
+    """A rollback makes such a copy: the copy's schedules change the copy's optimizers."""
     registry = build_episode(config_of(kind), slots=()).optimizers
     copied = copy.deepcopy(registry)
     rates = []

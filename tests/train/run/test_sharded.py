@@ -43,7 +43,7 @@ Found = dict[str, list[Any]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What the two ranks found in each scenario, and the directory that they wrote to."""
+    """The findings of the two ranks in each scenario, and the directory that they wrote to."""
     directory = tmp_path_factory.mktemp("sharded")
     first, second = together(2, all_scenarios, directory)
     return {name: [first[name], second[name]] for name in SCENARIOS} | {"directory": [directory]}

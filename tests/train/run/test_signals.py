@@ -68,7 +68,7 @@ def lines(directory: Path) -> int:
 
 
 def stop(process: subprocess.Popen[str], kind: str, draw: random.Random) -> int:
-    """Do it, and say with which code the run is to end."""
+    """Stop the run, and return the code with which it is to end."""
     if kind == "kill worker":
         os.kill(draw.choice(children(process)), signal.SIGKILL)
         return 2
@@ -211,8 +211,8 @@ print(len(taken))
 
 
 def test_a_data_loader_of_another_thread_is_served() -> None:
-    """In a process of its own: workers forked beside whatever threads earlier tests have left, with
-    the locks that these hold, may wait for ever."""
+    """The test runs in a process of its own: workers forked beside whatever threads earlier tests
+    have left, with the locks that these hold, may wait for ever."""
     done = subprocess.run(
         [sys.executable, "-c", IN_A_THREAD], capture_output=True, text=True, check=False
     )

@@ -122,7 +122,7 @@ def test_a_signal_during_the_final_test_loses_no_epoch(
 def test_a_stopped_ppo_goes_on_from_its_last_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped in the second of two updates, in a batch of some host."""
+    """It is stopped in the second of two updates, in a batch of some host."""
     assert cli.main(arguments("ppo", tmp_path / "whole")) == 0
     inner = TrainStep.__call__
     asked = []

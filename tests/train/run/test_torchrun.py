@@ -30,7 +30,7 @@ SPLITS = ("train", "validation")
 
 
 def epochs(directory: Path) -> list[Any]:
-    """What each epoch measured, without the clock."""
+    """The measurements of each epoch, without the clock."""
     events = map(json.loads, (directory / METRICS).read_text().splitlines())
     return [
         [event["epoch"]]

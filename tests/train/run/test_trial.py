@@ -41,8 +41,8 @@ CONFIG = RunConfig(
 
 
 class TurnsBad(nn.Module):
-    """Harmless in TRAINING, while it still learns. Once blending has begun, it ruins the
-    network."""
+    """A seed that is harmless in TRAINING, while it still learns. Once blending has begun, it ruins
+    the network."""
 
     def __init__(self, channels: int, value: float, after: int) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class TurnsBad(nn.Module):
 
 
 def planted(value: float, after: int = 13) -> BlueprintRegistry:
-    """In 4 batches per epoch, a seed that germinates after epoch 1 has learned for 12 when blending
-    begins."""
+    """The default blueprints and one whose seeds turn bad after that many batches. With 4 batches
+    per epoch, a seed that germinates after epoch 1 has learned for 12 when blending begins."""
     registry = default_registry()
     registry.register(Blueprint("bad", "cnn", lambda channels: TurnsBad(channels, value, after)))
     return registry
@@ -138,7 +138,7 @@ def test_a_planted_seed_never_survives_and_leaves_the_network_as_it_was(
 
 
 def test_schedules_scale_order_and_epochs_go_on() -> None:
-    """Only the network goes back: learning rates and the order of the data are those of a run that
+    """The network alone goes back: learning rates and the order of the data are those of a run that
     never grew."""
     episode = prepared()
     bare = prepared()

@@ -109,7 +109,7 @@ def test_both_layouts_of_the_same_images_agree(
 
 
 def test_the_files_of_python_2_and_old_numpy_are_read(tmp_path: Path, batches: Batches) -> None:
-    """What Python 2 wrote names numpy.core, and has byte strings where Python 3 has text and
+    """Files written by Python 2 name numpy.core, and have byte strings where Python 3 has text and
     encoded bytes."""
     binary = load(write_binary(tmp_path / "binary", batches))
     folder = write_python(tmp_path / "python", batches)

@@ -35,7 +35,7 @@ WORDS = ("import", "return", "self", "value", "None", "for", "in", "range")
 
 
 def source(number: int) -> bytes:
-    """About 2,000 bytes of made-up code, another for each number."""
+    """Made-up code of about 2,000 bytes, different for each number."""
     lines = [
         f"    {WORDS[(number + i) % 8]} = {WORDS[(number * i) % 8]}({number}, {i})  # é"
         for i in range(60)

@@ -120,7 +120,8 @@ def test_to_json_holds_every_event_of_a_run(
 def test_jsonl_sink_has_each_event_on_disk_when_write_returns(
     run_events: list[Event], tmp_path: Path
 ) -> None:
-    """Read through another handle and without close: a killed run loses nothing it reported."""
+    """The file is read through another handle and not closed: a killed run loses nothing it
+    reported."""
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     try:

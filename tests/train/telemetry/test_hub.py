@@ -112,7 +112,7 @@ def test_hubs_do_not_share_sinks() -> None:
 
 
 class Broken(Recorder):
-    """Fails at every call, and counts how often it was closed."""
+    """A sink that fails at every call, and counts how often it was closed."""
 
     def write(self, event: Event) -> None:
         raise OSError("no space left")
@@ -141,8 +141,8 @@ def test_close_goes_on_past_a_sink_that_fails(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("lifecycle_only", [False, True])
 @pytest.mark.parametrize("level", ["off", "minimal", "normal", "debug"])
 def test_no_level_changes_the_training(level: Any, lifecycle_only: bool) -> None:
-    """Germination, a cull, exploding gradients and the escalation after them: the weights are those
-    of silence."""
+    """The run has a germination, a cull, exploding gradients and the escalation after them: its
+    weights are those of silence."""
     growth = replace(EASY, training_min_epochs=1, blending_epochs=2, embargo_epochs=2)
     train = TrainConfig(grad=GradConfig(exploding=0.5))
     config = RunConfig(task="synthetic", max_epochs=5, max_batches=4, growth=growth, train=train)

@@ -94,7 +94,7 @@ def test_progress_sink_shows_the_number_of_an_epoch_once(run_events: list[Event]
 @pytest.mark.parametrize("width", [60, 80, 100, 110])
 @pytest.mark.parametrize("epochs", [75, 100_000])
 def test_a_narrow_terminal_keeps_epoch_bar_time_and_validation(width: int, epochs: int) -> None:
-    """Only the words at the end are cut off; the line stays one line."""
+    """The words at the end alone are cut off; the line stays one line."""
     stream = io.StringIO()
     sink = ProgressSink(Console(file=stream, width=width, force_terminal=False))
     sink.write(Event(EventType.RUN_STARTED, 0, STARTED | {"max_epochs": epochs}))

@@ -44,8 +44,8 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def with_momentum_of_zero(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """What torch's fused SGD should begin with: its own buffer is uninitialised when the first step
-    is skipped."""
+    """Give torch's fused SGD the momentum that it should begin with: its own buffer is
+    uninitialised when the first step is skipped."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if group.get("momentum"):
@@ -55,7 +55,7 @@ def with_momentum_of_zero(optimizer: torch.optim.Optimizer) -> torch.optim.Optim
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_float16_follows_torchs_grad_scaler(name: str) -> None:
-    """From a scale that overflows: both halve it, skip those steps, and double it after four good
+    """The first scale overflows: both halve it, skip those steps, and double it after four good
     ones."""
     ours = classifier()
     plain = classifier()

@@ -42,7 +42,8 @@ def plain_loop(problem: Problem, model: nn.Module, config: TrainConfig) -> float
 
 
 def assert_close(found: Any, expected: Any, config: TrainConfig) -> None:
-    """To 1e-6; in bfloat16, a gradient on the verge of two numbers may be rounded to the other."""
+    """Compare to 1e-6; in bfloat16, a gradient on the verge of two numbers may be rounded to the
+    other."""
     tolerance = 1e-6 if config.amp.dtype is None else 2e-3
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 

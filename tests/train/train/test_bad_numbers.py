@@ -1,4 +1,4 @@
-"""What the loop does about losses and gradients that are not finite."""
+"""The loop's treatment of losses and gradients that are not finite."""
 
 import math
 

@@ -123,7 +123,7 @@ def test_data_of_a_users_own_loader_is_left_alone_too(
 
 
 def test_gradients_reach_inputs_that_ask_for_them() -> None:
-    """As for saliency: the batch is a copy, and still the caller's own to autograd."""
+    """Saliency needs this: the batch is a copy, and still the caller's own to autograd."""
     inputs = INPUTS.clone().requires_grad_()
     train(linear(), [(inputs, TARGETS)])
     assert inputs.grad is not None

@@ -110,7 +110,7 @@ def test_a_step_is_captured_again_when_what_it_holds_has_changed(change: str) ->
 
 
 class Addresses(Tape):
-    """Like a graph of CUDA, keeps no tensor alive."""
+    """A graph that keeps no tensor alive, like one of CUDA."""
 
     def record(self, work: Work) -> Work:
         work()

@@ -25,7 +25,7 @@ from tests.helpers.taped import (
 
 
 def test_the_calls_of_cuda_and_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins that only note the calls. What CUDA makes of them, only a GPU can show."""
+    """The stand-ins only note the calls. What CUDA makes of them, only a GPU can show."""
     calls: list[str] = []
 
     class Stream:

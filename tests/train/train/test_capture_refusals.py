@@ -1,4 +1,4 @@
-"""What cannot be captured is refused, and a failed capture leaves nothing behind."""
+"""Steps that cannot be captured are refused, and a failed capture leaves nothing behind."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,7 +32,7 @@ from tests.helpers.taped import (
 
 
 class Halving(SGD):
-    """Counts its steps in Python, which a graph would not repeat."""
+    """An optimizer that changes its rate in Python, which a graph would not repeat."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)

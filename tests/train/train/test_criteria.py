@@ -162,7 +162,7 @@ def test_the_module_of_the_kernels_runs_as_the_fused_step(task_type: str) -> Non
 
 
 class OurSubclass(CrossEntropyLoss):
-    """Nobody can know what a subclass computes."""
+    """A subclass, of which nobody can know what it computes."""
 
 
 def test_a_subclass_of_the_module_runs_as_it_is() -> None:

@@ -62,7 +62,7 @@ def test_a_compiled_program_serves_all_epochs() -> None:
 
 
 def test_training_ends_where_on_epoch_returns_true_and_may_return_to_the_best_weights() -> None:
-    """Early stopping and best weights, as in the example."""
+    """This is early stopping with the best weights, as in the example."""
     model = classifier()
     losses: list[float] = []
     best: dict[str, Any] = {}

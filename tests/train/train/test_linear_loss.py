@@ -21,7 +21,7 @@ Build = Callable[[], nn.Module]
 
 
 class Classifier(nn.Module):
-    """With a bias, and weights of its own in the last layer."""
+    """A classifier whose last layer has a bias and weights of its own."""
 
     def __init__(self) -> None:
         super().__init__()

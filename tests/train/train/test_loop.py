@@ -164,7 +164,7 @@ def test_model_without_parameters_is_refused() -> None:
 
 
 def test_grad_is_the_last_measured_batch_by_group() -> None:
-    """With every=2 of 4 batches, the third is measured last; norms from plain torch on the same
+    """The third of 4 batches is measured last with every=2; norms from plain torch on the same
     weights."""
     ours = classifier()
     plain = classifier()

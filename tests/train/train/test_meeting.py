@@ -1,4 +1,4 @@
-"""How ranks find each other and say who is missing: threads stand in for processes."""
+"""Ranks that find each other and say who is missing: threads stand in for processes."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -35,7 +35,7 @@ def met(store: dist.Store, world: int) -> list[Meeting]:
 
 
 def ended(each: Meeting, error: BaseException) -> BaseException:
-    """What a rank raises that ends with the error."""
+    """The error that a rank raises when `error` ends it."""
     with pytest.raises(type(error)) as caught, each.explained():
         raise error
     return caught.value

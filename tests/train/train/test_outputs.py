@@ -237,7 +237,7 @@ def test_logits_of_another_rank_are_refused_with_a_way_out(task_type: str, shape
 
 
 class Scaled(nn.Module):
-    """Takes alpha beside inputs that are a dict, and writes over them."""
+    """A model that takes alpha beside inputs that are a dict, and writes over them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Where batches come from: data sets and loaders of one's own, the same for any number of workers
-and after a resume."""
+"""Sources of batches: data sets and loaders of one's own, the same for any number of workers and
+after a resume."""
 
 import random
 from collections.abc import Callable, Iterator

@@ -158,8 +158,8 @@ class Made(nn.Module):
 def test_memory_of_the_gradient_never_changes_what_is_learned(
     where: str, make: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> None:
-    """Over the logits, in memory kept for the next batch, or fresh; gradients add up over two
-    batches."""
+    """The gradient is written over the logits, into memory kept for the next batch, or into fresh
+    memory; gradients add up over two batches."""
     ours = Made(make)
     plain = Made(make)
     dims = make(INPUTS, ours.weight, ours.offset).dim()
@@ -191,7 +191,7 @@ class Keeps(nn.Module):
 
 
 class Viewed(Keeps):
-    """Its output is a view of what the hook saw."""
+    """A model whose output is a view of what the hook saw."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x).view(6, 3)
