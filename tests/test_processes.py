@@ -40,12 +40,10 @@ def test_who_needs_a_build_at_the_same_time_waits_for_one(tmp_path: Path) -> Non
 def ordered(names: str, processes: int) -> str:
     """Names of tests in the order in which they start. Their capital letter is the module; the
     number is the timeout in hundreds of seconds, where it is not the usual one."""
-    tests = [
-        Timed(place, name[0], 100.0 * int(name[2:] or 3))
-        for place, name in enumerate(names.split())
-    ]
+    each = names.split()
+    tests = [Timed(i, name[0], 100.0 * int(name[2:] or 3)) for i, name in enumerate(each)]
     found = in_parts(tests, 300.0, processes)
-    return " ".join(names.split()[test.place] for test in found)
+    return " ".join(each[test.place] for test in found)
 
 
 def test_long_tests_start_first_and_others_stay_in_their_order() -> None:
