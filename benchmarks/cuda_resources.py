@@ -20,7 +20,7 @@ SOURCES = ("cross_entropy", "token_logprobs", "grad_stats")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # What the assembler reports about one kernel.
 _KERNEL = re.compile(
-    r"entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes "
+    r"'(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes "
     r"spill loads.*?"
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
@@ -47,9 +47,15 @@ def resources(source: str, architecture: int) -> list[dict[str, Any]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         _, report = compile_for(source, architecture, Path(folder))
-    found = [_KERNEL.search(part) for part in report.split("Compiling ")[1:]]
+    return rows_of(report, architecture)
+
+
+def rows_of(report: str, architecture: int) -> list[dict[str, Any]]:
+    """The rows of `resources` from what the assembler reports with `-Xptxas=-v`."""
+    parts = report.split("Compiling entry function ")[1:]
+    found = [_KERNEL.match(part) for part in parts]
     if None in found:
-        raise RuntimeError(f"cannot read nvcc's report about {source}.cu: {report}")
+        raise RuntimeError(f"cannot read nvcc's report: {report}")
     return [
         {
             "kernel": readable(kernel["name"]),

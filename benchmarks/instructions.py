@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,13 +50,13 @@ class Instruction(NamedTuple):
         return int(found[1], 16) if found else None
 
 
-def build(program: Path, *flags: str) -> None:
+def build(program: Path, *flags: str, kernels: Sequence[Path] = ()) -> None:
     """Compile the kernels and benchmarks/instructions.cpp as the installed library is, or with
-    further flags."""
+    further flags or other sources of the kernels."""
     sys.path.insert(0, str(ROOT))
     from setup import FLAGS, KERNELS
 
-    sources = ["benchmarks/instructions.cpp", *KERNELS]
+    sources = ["benchmarks/instructions.cpp", *map(str, kernels or KERNELS)]
     command = ["g++", "-std=c++20", "-w", "-Icsrc", *FLAGS, *flags, *sources, "-o", str(program)]
     subprocess.run(command, check=True, cwd=ROOT)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import get_cxx_compiler
 
+from benchmarks import cuda_resources
 from esper_kernels.native import INSTRUCTION_SETS
 from tests.helpers.wheels import BIN, ROOT, output, run, sources
 
@@ -79,7 +80,7 @@ print(all(torch._C._dispatch_has_kernel_for_dispatch_key(f"esper::{op}", "CUDA")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The wheel of `make wheel`, with CUDA kernels if there is a toolkit, and the output of the
-    command."""
+    command. Beside the wheel is the folder build with its log."""
     for tool in (get_cxx_compiler().split()[0], "make"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool} here")
@@ -87,6 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     # With the environment of this test.
     (folder / ".venv").symlink_to(BIN.parent)
     variables = {"TORCH_CUDA_ARCH_LIST": "9.0+PTX", "PATH": os.environ["PATH"]}
+    variables["NVCC_APPEND_FLAGS"] = "-Xptxas=-v"  # for the test of registers
     said = output(["make", "-o", ".venv/.ready", "wheel"], folder, **variables)
     (built,) = (folder / "dist").iterdir()
     return built, said
@@ -154,6 +156,21 @@ def test_making_it_says_what_it_needs(made: tuple[Path, str]) -> None:
         f'constrains the platform tag to "{tag}"' in needs
         for tag in wheel.stem.split("-")[-1].split(".")
     )
+
+
+def test_its_cuda_kernels_do_not_spill(wheel: Path) -> None:
+    """On the GPU that it was compiled for, by the assembler's report; tests/kernels/test_cuda.py
+    compiles for others."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here")
+    log = (wheel.parents[1] / "build/wheel.log").read_text(encoding="utf-8")
+    rows = cuda_resources.rows_of(log, 90)
+    recorded = json.loads((ROOT / "benchmarks/results/cuda-resources.json").read_text())["figures"]
+    names = sorted(row["kernel"] for row in recorded if row["sm"] == 90)
+    assert sorted(row["kernel"] for row in rows) == names
+    for row in rows:
+        assert 0 < row["registers"] <= 255, row
+        assert row["spilled_bytes"] == 0, row
 
 
 def test_libraries_need_nothing_of_torch_but_its_stable_interface(unpacked: Path) -> None:

@@ -8,7 +8,7 @@ from threading import Barrier
 import pytest
 
 from tests.helpers.built_once import built_once
-from tests.helpers.order import longest_first
+from tests.helpers.order import Timed, in_parts, longest_first
 from tests.helpers.turns import deal_out
 
 pytest_plugins = "pytester"
@@ -37,18 +37,53 @@ def test_who_needs_a_build_at_the_same_time_waits_for_one(tmp_path: Path) -> Non
     assert list(tmp_path.glob("*.so")) == [other]
 
 
-def test_long_tests_start_first_and_others_stay_in_their_order(
-    request: pytest.FixtureRequest,
+def ordered(names: str, processes: int) -> str:
+    """Names of tests in the order in which they start. Their capital letter is the module; the
+    number is the timeout in hundreds of seconds, where it is not the usual one."""
+    each = names.split()
+    tests = [Timed(i, name[0], 100.0 * int(name[2:] or 3)) for i, name in enumerate(each)]
+    found = in_parts(tests, 300.0, processes)
+    return " ".join(each[test.place] for test in found)
+
+
+def test_long_tests_start_first_and_others_stay_in_their_order() -> None:
+    assert ordered("Aa Ab6 Ac1 Bd6 Be9 Bf Cg9", 1) == "Be9 Bd6 Cg9 Ab6 Aa Ac1 Bf"
+    assert ordered("", 2) == ""
+
+
+@pytest.mark.parametrize(
+    ("processes", "names", "expected"),
+    [
+        (2, "Aa Ab Ac Bd9 Be9 Cf6 Dg6 Ah Ai Aj", "Bd9 Be9 Aa Ab Ac Cf6 Dg6 Ah Ai Aj"),
+        (3, "Aa6 Ab Ba6 Bb Ca9 Cb", "Ca9 Ab Aa6 Bb Ba6 Cb"),
+        (3, "Aa Bb9", "Bb9 Aa"),
+        (2, "Ba9 Bb9 Bc9 Cd9", "Ba9 Bb9 Bc9 Cd9"),
+    ],
+    ids=["halves", "thirds", "more processes than tests", "a module longer than its part"],
+)
+def test_each_process_starts_with_whole_modules_of_long_tests(
+    processes: int, names: str, expected: str
 ) -> None:
-    names = {"a": None, "b": 900, "c": 60, "d": 1800, "e": 900, "f": None}
-    items = []
-    for name, seconds in names.items():
-        item = pytest.Function.from_parent(request.node.parent, name=name, callobj=lambda: None)
-        if seconds is not None:
-            item.add_marker(pytest.mark.timeout(seconds))
-        items.append(item)
-    longest_first(items, usual_timeout=300.0)
-    assert [item.name for item in items] == ["d", "b", "e", "a", "c", "f"]
+    assert ordered(names, processes) == expected
+
+
+def test_marks_and_files_make_the_order(pytester: pytest.Pytester) -> None:
+    """Of the tests that are left after a choice by marks, in which xdist cuts the list."""
+    items = pytester.getitems(
+        """
+        import pytest
+
+        def test_a(): ...
+
+        @pytest.mark.timeout(301)
+        def test_b(): ...
+
+        @pytest.mark.timeout(20)
+        def test_c(): ...
+        """
+    )
+    longest_first(items, 300.0, 1)
+    assert [item.name for item in items] == ["test_b", "test_a", "test_c"]
 
 
 def test_backends_take_cases_in_turn(pytester: pytest.Pytester) -> None:

@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 KERNELS = (ROOT / "csrc/call.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp")))
+INSTRUCTION_SET_SOURCES = ("avx512bf16", "avx512", "avx2", "baseline")
 SANITIZERS = (
     "-O1",
     "-g1",  # lines alone: with variables, compiling takes a third longer
@@ -45,6 +46,20 @@ def copy_with_ops(to: Path, *flags: str, sources: tuple[Path, ...] = KERNELS) ->
     command = ["g++", *options, *flags, f"-I{include}", *files, *libraries, "-o", str(library)]
     subprocess.run(command, check=True)
     return to
+
+
+def kernels_of(sets: tuple[str, ...], folder: Path) -> list[Path]:
+    """The sources of `KERNELS` for programs that run these instruction sets only. Compiling the
+    others would take most of the time; what stands for them in `folder` has their names alone."""
+    sources = []
+    for path in KERNELS:
+        if path.stem in INSTRUCTION_SET_SOURCES and path.stem not in sets:
+            empty = f'extern const Kernels kernels; const Kernels kernels{{"{path.stem}"}};'
+            path = folder / path.name
+            text = f'#include "cpu/kernels.h"\nnamespace esper::{path.stem} {{ {empty} }}\n'
+            path.write_text(text, encoding="utf-8")
+        sources.append(path)
+    return sources
 
 
 def build_testing_module(library: Path, *flags: str) -> ModuleType:

@@ -4,6 +4,7 @@ RANKS FOLDER` writes what it computed to `FOLDER/RANK.pt`."""
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,12 @@ if UNAVAILABLE is None:
     SERVED += [("cpp", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
+def served(ranks: int) -> list[tuple[str, torch.dtype]]:
+    """Backends and dtypes: all of them for two ranks. With more ranks only the shards are others,
+    so each backend computes in one dtype."""
+    return SERVED if ranks == 2 else [next(each) for _, each in groupby(SERVED, lambda x: x[0])]
+
+
 class Case(NamedTuple):
     """Inputs that every rank and the test itself make anew."""
 
@@ -46,7 +53,7 @@ class Case(NamedTuple):
 
 def cases(ranks: int) -> Iterator[Case]:
     """The samples that have a class for each rank, and more."""
-    for backend, dtype in SERVED:
+    for backend, dtype in served(ranks):
         config = KernelConfig(backend=backend)
         for name, logits, targets, options in (*cross_entropy_samples(dtype), *_more(dtype)):
             if logits.shape[-1] >= ranks:
@@ -200,7 +207,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     found["DTensor"] = from_dtensor()
     found["linear DTensor"] = linear_from_dtensor()
     use_small_chunks()
-    for case in linear_cases(SERVED):
+    for case in linear_cases(served(ranks)):
         sizes = sizes_of(case.name, CLASSES, ranks)
         found[case.name] = linear_results(case, rank, sizes, called)
     torch.save(found, folder / f"{rank}.pt")

@@ -1,6 +1,7 @@
 """Every Triton kernel that a launch can select compiles for real GPUs without spilling
 registers."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.covering import covering, triples
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
 
@@ -16,31 +19,29 @@ ROOT = Path(__file__).parent.parent.parent
 COMPILE = """
 import itertools, json, sys
 from benchmarks.triton_resources import TARGETS, VARIANTS, resources
+from tests.helpers.covering import covering
 
-share = int(sys.argv[1])
-variants = itertools.chain.from_iterable(variants() for variants in VARIANTS)
-rows = [
-    resources(variant, target)
-    for i, variant in enumerate(variants)
-    for j, target in enumerate(TARGETS)
-    if i % share == j % share
-]
-print(json.dumps(rows))
+variants = {v.name: v for v in itertools.chain.from_iterable(each() for each in VARIANTS)}
+if sys.argv[1] == "all":
+    plan = itertools.product(variants, TARGETS)
+else:
+    plan = zip(covering(list(variants)), itertools.cycle(TARGETS))
+print(json.dumps([resources(variants[name], target) for name, target in plan]))
 """
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "share",
+    "which",
     [
-        pytest.param(3, marks=pytest.mark.slow, id="each variant for one GPU"),
-        pytest.param(1, marks=pytest.mark.long, id="each variant for every GPU"),
+        pytest.param("covering", marks=pytest.mark.slow, id="those that cover all, for one GPU"),
+        pytest.param("all", marks=pytest.mark.long, id="each variant for every GPU"),
     ],
 )
-def test_every_variant_compiles_without_a_spill(share: int, tmp_path: Path) -> None:
+def test_every_variant_compiles_without_a_spill(which: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, str(share)]
+    command = [sys.executable, "-c", COMPILE, which]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
@@ -51,8 +52,23 @@ def test_every_variant_compiles_without_a_spill(share: int, tmp_path: Path) -> N
     recorded = {(row["variant"], row["sm"]) for row in figures}
     compiled = {(row["variant"], row["sm"]) for row in rows}
     assert {sm for _, sm in compiled} == {sm for _, sm in recorded} == {80, 90, 100}
-    assert {variant for variant, _ in compiled} == {variant for variant, _ in recorded}
-    assert compiled <= recorded
+    if which == "all":
+        assert compiled == recorded
+    else:
+        assert compiled <= recorded
+        names = [{variant for variant, _ in each} for each in (compiled, recorded)]
+        assert triples(sorted(names[0])) == triples(sorted(names[1]))
+
+
+def test_any_three_properties_of_a_variant_are_compiled_together() -> None:
+    values = (("10", "1000"), ("half", "single"), ("plain", "heavy"), ("step", "measured, all"))
+    names = [", ".join(("op", *each)) for each in itertools.product(*values)]
+    chosen = covering(names)
+    assert len(chosen) < len(names) == 16
+    for some in itertools.combinations(values, 3):
+        for three in itertools.product(*some):
+            assert any(all(word in name for word in three) for name in chosen), three
+    assert covering(["a", "a, b"]) == ["a", "a, b"]
 
 
 def test_gradient_statistics_of_every_list_are_one_binary() -> None:

@@ -120,6 +120,7 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_ppo_learns_what_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward that pays for one germination alone teaches the policy to ask for it."""
     paid = {

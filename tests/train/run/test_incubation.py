@@ -220,6 +220,7 @@ def test_a_run_with_seeds_in_training_is_the_run_without(task: str, setting: str
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("task", ["batch norm", "transformer"])
 def test_compiled_too(task: str) -> None:
     compiled = config(compile=CompileConfig(enabled=True, backend="aot_eager"))

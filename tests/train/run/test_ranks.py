@@ -27,6 +27,7 @@ from tests.helpers.ranks import (
     together,
 )
 
+pytestmark = pytest.mark.timeout(600)  # of all, so that they stay in one process with the fixture
 Found = dict[str, list[Any]]
 WHOLE_LIFE = [
     (1, "early", "GERMINATED"),

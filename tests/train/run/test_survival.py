@@ -49,7 +49,7 @@ def launch(directory: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "wanted",
     [
-        pytest.param(6, marks=pytest.mark.slow),
+        pytest.param(6, marks=[pytest.mark.slow, pytest.mark.timeout(400)]),
         pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(1200)]),
     ],
 )

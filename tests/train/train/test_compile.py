@@ -183,6 +183,7 @@ def test_two_configs_in_one_process_do_not_influence_each_other(other: str, firs
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_inductor_grows_the_same_network() -> None:
     config = replace(SHORT, max_epochs=3, slots=("early",))
     plain, compiled = (
