@@ -109,6 +109,10 @@ def _run(config: RunConfig, job: Job, out: str | Path | None) -> list[EpisodeRes
     require_type(config, RunConfig, "config")
     if job.task is not None:
         require_type(job.task, Task, "task")
+    if job.hub is not None:
+        require_type(job.hub, TelemetryHub, "hub", "pass TelemetryHub([sink])")
+    if job.registry is not None:
+        require_type(job.registry, BlueprintRegistry, "registry")
     if out is not None:
         return run_job(config, replace(job, say=print, display=ConsoleSink), Path(out))
     if job.resume:
