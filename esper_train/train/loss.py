@@ -180,10 +180,16 @@ class Loss:
             hint = ""
             if logits.dim() < self._dims.start:
                 hint = "; if the loader is a Dataset of samples, wrap it in a DataLoader"
+            others = [
+                f"{name!r} takes {task.shape}"
+                for name, task in TASK_TYPES.items()
+                if logits.dim() in task.dims and task.class_dim is not None
+            ]
+            others.append("'regression' takes any shape with a criterion of your own")
             raise ValueError(
                 f"task type {self.task_type!r} expects logits {self._shape}, got "
-                f"{tuple(logits.shape)} from the model{hint}; 'regression' takes any shape with a "
-                "criterion of your own, and counts nothing"
+                f"{tuple(logits.shape)} from the model{hint}; {', '.join(others)}, and counts "
+                "nothing"
             )
         if self.counts and not isinstance(targets, Tensor):
             raise TypeError(
