@@ -138,6 +138,34 @@ def test_an_optimizer_that_holds_none_of_its_parameters_is_refused() -> None:
         run_fit(CONFIG, task=replace(own.table, make_optimizer=of_others))
 
 
+class Cast(nn.Module):
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = layer.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(self.layer.weight.dtype))
+
+
+@pytest.mark.parametrize("slot", ["early", "mid"])
+def test_a_seed_has_the_dtype_of_the_segment_before_it(slot: str) -> None:
+    def mixed(config: HostConfig) -> Host:
+        segments = {
+            "early": Cast(nn.Linear(own.COLUMNS, 12), torch.bfloat16),
+            "mid": Cast(nn.Linear(12, 12), torch.float32),
+        }
+        return Host("features", segments, nn.Linear(12, own.CLASSES), dict.fromkeys(segments, 12))
+
+    policy = Script(e1=germinate(slot, "doubled"))
+    config = replace(CONFIG, max_epochs=5, keep="last")
+    model = run_heuristic_episode(
+        config, task=replace(own.table, build_host=mixed), policy=policy
+    ).model
+    assert policy.seen[-1].slots[slot == "mid"].stage.name == "BLENDING"
+    found = {p.dtype for p in model.get_seed_parameters(slot)}
+    assert found == {torch.bfloat16 if slot == "early" else torch.float32}
+
+
 def test_a_host_without_parameters_is_refused() -> None:
     def fixed(config: HostConfig) -> Host:
         return Host("features", {"early": nn.Tanh()}, nn.Identity(), {"early": own.COLUMNS})
