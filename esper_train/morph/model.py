@@ -53,8 +53,8 @@ class MorphModel(nn.Module):
         self.streams = RandomStreams(seed)
         """Random numbers of each slot: nothing that a seed draws in TRAINING shows in the run's
         own."""
-        for name, slot in self.seed_slots.items():  # the device and dtype of what a seed follows
-            slot.to(next(host.segments[name].parameters(), first))
+        for name, seated in self.seed_slots.items():  # the device and dtype of what a seed follows
+            seated.to(next(host.segments[name].parameters(), first))
 
     def forward(
         self,
