@@ -61,8 +61,8 @@ class Policy(Stateful, Protocol):
         ...
 
 
-def require_policy(policy: object) -> None:
-    """`TypeError` for an object that lacks a method of a controller."""
+def checked_policy(policy: Policy) -> Policy:
+    """The policy; `TypeError` for an object that lacks a method of one."""
     methods = ("decide", "reset", "state_dict", "load_state_dict")
     lacking = [name for name in methods if not callable(getattr(policy, name, None))]
     if lacking:
@@ -70,6 +70,7 @@ def require_policy(policy: object) -> None:
             f"expected a policy with the methods {', '.join(methods)}, got {policy!r:.80} without "
             f"{', '.join(lacking)}; write them, or derive from Idle, which has all four"
         )
+    return policy
 
 
 class Idle(PlainState):
