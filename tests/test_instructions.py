@@ -76,8 +76,8 @@ def test_every_loop_is_found_in_the_kernels() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_step_is_counted(tmp_path: Path) -> None:
-    """It is compiled without optimization and for one instruction set, which takes a fraction of the
-    time."""
+    """It is compiled without optimization and for one instruction set, which takes a fraction of
+    the time."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     program = tmp_path / "instructions"

@@ -43,6 +43,11 @@ def copied(value: Any, device: torch.device | str | None = None) -> Any:
     return value
 
 
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a module's state, without what its `get_extra_state` adds."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 class PlainState:
     """An object whose state is the plain values of the attributes that `STATE` names."""
 

@@ -69,6 +69,19 @@ class HeuristicTamiyo(PlainState):
             return action or judged[0]
         return self._consider_germination(signals)
 
+    def too_short(self, max_epochs: int) -> str | None:
+        """Why no seed can germinate in a run of so many epochs; None where one can."""
+        config = self._config
+        first = max(1, config.min_epochs, config.plateau_epochs)
+        needed = self._growth.seed_life() + config.life_margin
+        if max_epochs >= first + needed:
+            return None
+        return (
+            f"no seed can germinate in {max_epochs} epochs: none does before epoch {first}, and a "
+            f"seed's life needs {needed} more; train for at least {first + needed}, or shorten the "
+            "stages (growth.*) and policy.life_margin"
+        )
+
     def _judge(self, state: SlotState) -> Decision:
         """Decide about the undecided seed."""
         slot = state.slot

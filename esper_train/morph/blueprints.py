@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from esper_train.base.device import plain_defaults
 from esper_train.base.names import require_known, require_type
@@ -184,6 +185,21 @@ def convolution(channels: int, *, expand: int = 1, groups: int = 1, last: int = 
     return Residual(first, group_norm(hidden), nn.ReLU(), back)
 
 
+def depthwise(channels: int) -> nn.Module:
+    """Residual branch: a 3x3 convolution of each channel alone, and a 1x1 convolution."""
+    return convolution(channels, groups=channels)
+
+
+def gated_group_norm(channels: int) -> nn.Module:
+    """Blends in group norm, for features [N, C, H, W]."""
+    return GatedNorm(group_norm(channels))
+
+
+def gated_layer_norm(channels: int) -> nn.Module:
+    """Blends in layer norm, for features whose last dimension is the channels."""
+    return GatedNorm(nn.LayerNorm(channels))
+
+
 def mlp(channels: int) -> nn.Module:
     """Pre-norm feed-forward branch with four times the width."""
     wide = 4 * channels
@@ -232,16 +248,16 @@ def default_registry() -> BlueprintRegistry:
             Blueprint("conv_expand", "cnn", partial(convolution, expand=4)),
             Blueprint("conv_light", "cnn", convolution),
             Blueprint("attention", "cnn", ChannelAttention),
-            Blueprint("norm", "cnn", lambda channels: GatedNorm(group_norm(channels))),
-            Blueprint("depthwise", "cnn", lambda channels: convolution(channels, groups=channels)),
+            Blueprint("norm", "cnn", gated_group_norm),
+            Blueprint("depthwise", "cnn", depthwise),
             Blueprint("conv_heavy", "cnn", partial(convolution, last=3)),
             Blueprint("mlp", "transformer", mlp),
             Blueprint("attention", "transformer", attention),
             Blueprint("lora", "transformer", lora),
-            Blueprint("norm", "transformer", lambda channels: GatedNorm(nn.LayerNorm(channels))),
+            Blueprint("norm", "transformer", gated_layer_norm),
             Blueprint("bottleneck", "features", bottleneck),
             Blueprint("gated", "features", gated),
-            Blueprint("norm", "features", lambda channels: GatedNorm(nn.LayerNorm(channels))),
+            Blueprint("norm", "features", gated_layer_norm),
         ]
     )
 
@@ -254,18 +270,19 @@ def _check_birth(blueprint: Blueprint, channels: int, words: str) -> None:
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), plain_defaults():
         torch.default_generator.manual_seed(0)  # not those of other devices, which are not restored
         try:
-            module, x, y = _born(blueprint, channels, shape)
+            module, x, outputs = _born(blueprint, channels, shape)
         except FAULTS as error:
             raise ValueError(
                 f"{words} fails on features of shape {shape}, that is "
                 f"{FEATURES[blueprint.topology][0]}: {type(error).__name__}: {error}"
             ) from error
-    if y.shape != x.shape or not torch.equal(y, x):
-        raise ValueError(
-            f"{words} does not start as the identity: expected its output to equal its input of "
-            f"shape {tuple(x.shape)}, got shape {tuple(y.shape)}. Zero its last layer and add the "
-            "input."
-        )
+    for mode, y in outputs.items():
+        if (y.shape, y.dtype) != (x.shape, x.dtype) or not torch.equal(y, x):
+            raise ValueError(
+                f"{words} does not start as the identity: expected its output in {mode} to equal "
+                f"its input, {x.dtype} of shape {tuple(x.shape)}, got shape {tuple(y.shape)}, "
+                f"{y.dtype}. Zero its last layer and add the input."
+            )
     parameters = [p for p in module.parameters() if p.requires_grad]
     if parameters and not any(p.grad is not None and p.grad.count_nonzero() for p in parameters):
         raise ValueError(
@@ -277,11 +294,19 @@ def _check_birth(blueprint: Blueprint, channels: int, words: str) -> None:
 
 def _born(
     blueprint: Blueprint, channels: int, shape: Sequence[int]
-) -> tuple[nn.Module, Tensor, Tensor]:
-    """A new module after a forward and backward pass, its input, and its output."""
+) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """A new module after a forward and backward pass, its input, and its outputs in training and in
+    evaluation."""
     module = blueprint.build(channels)
+    require_type(module, nn.Module, "what it builds")
+    if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+        raise ValueError("a lazy layer has no weights yet; give it its sizes, from the channels")
     x = torch.randn(shape)
-    y = module(x)
-    if y.requires_grad:
-        y.backward(torch.randn_like(y))
-    return module, x, y
+    outputs = {"training": module.train()(x)}
+    require_type(outputs["training"], Tensor, "its output")
+    if outputs["training"].requires_grad:
+        outputs["training"].backward(torch.randn_like(outputs["training"]))
+    with torch.no_grad():
+        outputs["evaluation"] = module.eval()(x)
+    require_type(outputs["evaluation"], Tensor, "its output")
+    return module, x, outputs

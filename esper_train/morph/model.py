@@ -42,6 +42,12 @@ class MorphModel(nn.Module):
             raise ValueError(f"slots are named more than once: {', '.join(slots)}")
         for slot in slots:
             require_known("slot of this host", slot, host.segments)
+        first = next(host.parameters(), None)
+        if first is None:
+            raise ValueError(
+                "expected a host with parameters, got one without, which has nothing to train; "
+                "give a segment or the head a layer that learns"
+            )
         self.host = host
         self.registry = registry or default_registry()
         channels = {slot: host.slot_channels[slot] for slot in host.segments if slot in slots}
@@ -50,7 +56,8 @@ class MorphModel(nn.Module):
         self.streams = RandomStreams(seed)
         """Random numbers of each slot: nothing that a seed draws in TRAINING shows in the run's
         own."""
-        self.seed_slots.to(next(host.parameters()))  # its device and dtype
+        for name, seated in self.seed_slots.items():  # the device and dtype of what a seed follows
+            seated.to(next(host.segments[name].parameters(), first))
 
     def forward(
         self,

@@ -6,7 +6,8 @@ import torch
 
 from esper_train.base.device import plain_defaults, resolve_device
 from esper_train.config import RunConfig
-from esper_train.tasks import Task, load_splits
+from esper_train.run.build import load_data
+from esper_train.tasks import Task
 from esper_train.train.data import Split, is_pair_of_tensors
 
 
@@ -14,7 +15,7 @@ def shared(task: Task, config: RunConfig) -> Task:
     """The task with its data loaded, and on the device if they take at most half of what is free
     there. Data that are not tensors are loaded for each run, because a loader has a state."""
     with plain_defaults():
-        splits = load_splits(task)
+        splits = load_data(config, task)
     parts: list[Split] = []
     for part in (splits.train, splits.validation, splits.test):
         if not is_pair_of_tensors(part):

@@ -22,12 +22,12 @@ from esper_train.morph.host import Host, check_host
 from esper_train.morph.model import MorphModel
 from esper_train.run.episode import Episode
 from esper_train.run.trial import Trial
-from esper_train.tasks import Task, get_task, load_splits, new_host, registry_of
+from esper_train.tasks import Splits, Task, get_task, load_splits, new_host, registry_of
 from esper_train.train.batches import changed, moved, read_batch
 from esper_train.train.capture import Capture, CudaGraphs
 from esper_train.train.data import Data
 from esper_train.train.forward import call, logits_of
-from esper_train.train.loss import criterion_options
+from esper_train.train.loss import Loss, criterion_options
 from esper_train.train.optimizers import OptimizerRegistry
 from esper_train.train.ranks import Ranks, ranks_of
 from esper_train.train.sources import ReadSource, Source, make_source
@@ -52,7 +52,7 @@ def build_episode(
     device = resolve_device(config.device)
     resolve_device(config.governor.snapshot_device)
     with seeded(config.seed), plain_defaults():  # a task may draw samples, and loaders seeds
-        splits = load_splits(task)
+        splits = load_data(config, task)
     order = torch.Generator().manual_seed(config.seed)
     step = _step(config, task, device, grows=bool(slots))
 
@@ -98,6 +98,11 @@ def build_episode(
             seated.arrange = partial(_arrange, ranks)
     episode.attach_optimizer("host")
     return episode
+
+
+def load_data(config: RunConfig, task: Task) -> Splits:
+    """A task's data, as `load_splits` checks them; what its criterion ignores is no bad target."""
+    return load_splits(task, Loss(task.task_type, config.train, task.criterion).ignored)
 
 
 def _divided(model: MorphModel) -> "Shards":

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from esper_train.base.device import resolve_device
-from esper_train.base.state import PlainState, RandomState, copied, no_random_numbers
+from esper_train.base.names import require_type
+from esper_train.base.state import PlainState, RandomState, copied, no_random_numbers, tensors_of
 from esper_train.base.stop import StopRequest
 from esper_train.config import RunConfig
 from esper_train.control.governor import Governor, weights_are_finite
@@ -124,7 +125,7 @@ class Episode(PlainState):
     def finite(self) -> bool:
         """Whether all weights and buffers are finite; where the network is divided among ranks, all
         of them have to call this."""
-        weights = self.model.state_dict().values()
+        weights = tensors_of(self.model.state_dict()).values()
         if self.ranks is None or self.ranks.shards is None:
             return weights_are_finite(weights)
         from esper_train.train.shards import local  # takes half as long as importing torch
@@ -175,14 +176,22 @@ class Episode(PlainState):
         if every and self.epoch % every == 0:
             model = self.model
             divided = self.ranks.shards is not None  # of a parameter there is only one then
-            self.ranks.require_equal(dict(model.named_buffers()) if divided else model.state_dict())
+            state = dict(model.named_buffers()) if divided else tensors_of(model.state_dict())
+            self.ranks.require_equal(state)
         return self.ranks.from_first(measured)
 
     def decide(self, signals: Signals) -> Decision:
-        """The policy's decision; with several ranks, that of rank 0."""
+        """The policy's decision; with several ranks, that of rank 0. `TypeError` for what is no
+        `Decision`."""
         if self.ranks is None:
-            return self.policy.decide(signals)
-        return self.ranks.from_first(self.policy.decide(signals) if self.ranks.first else None)
+            return self._decided(signals)
+        return self.ranks.from_first(self._decided(signals) if self.ranks.first else None)
+
+    def _decided(self, signals: Signals) -> Decision:
+        decision = self.policy.decide(signals)
+        hint = "to do nothing, return Decision(op=Op.WAIT)"
+        require_type(decision, Decision, f"what {type(self.policy).__name__} decides", hint)
+        return decision
 
     def learners(self) -> tuple[Learner, ...]:
         """The seeds that learn beside the network, for one epoch."""
@@ -258,6 +267,13 @@ class Episode(PlainState):
             raise TypeError(
                 f"task {self.task.name!r}: expected make_optimizer to return a torch Optimizer for "
                 f"group {group!r}, got {type(optimizer).__name__}"
+            )
+        held = {id(p) for each in optimizer.param_groups for p in each["params"]}
+        if not any(id(p) in held for p in parameters):
+            raise ValueError(
+                f"task {self.task.name!r}: expected make_optimizer to return an optimizer of the "
+                f"parameters that it got for group {group!r}, got one that holds none of the "
+                f"{len(parameters)}; make it from its first argument"
             )
         return optimizer
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from esper_train.base.stop import StopRequest
+from esper_train.base.stop import Stopped, StopRequest
 from esper_train.config import RunConfig
+from esper_train.control.heuristic import HeuristicTamiyo
 from esper_train.control.policy import Policy
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.run.checkpoint import Beside, Checkpoints, load, restore, saved
@@ -116,14 +117,23 @@ def _run_all(config: RunConfig, job: Job, out: Path, *, numbered: bool) -> list[
     with claimed(out, resume=job.resume, numbered=numbered) as out:
         if job.resume:
             _refuse_other_files(out)
-        if config.episodes == 1:
-            return [_run_in(out, config, job)]
-        results = []
-        for number, each in enumerate(episode_configs(config), start=1):
-            directory = out / episode_name(number)
-            with claimed(directory, resume=job.resume):
-                results.append(_run_in(directory, each, job, whole=config))
-        return results
+        try:
+            return _run_claimed(config, job, out)
+        except Stopped:
+            if (out / CONFIG).is_file():
+                job.say(f"stopped; --resume {out} goes on with it (from Python, resume=True)")
+            raise
+
+
+def _run_claimed(config: RunConfig, job: Job, out: Path) -> list[EpisodeResult]:
+    if config.episodes == 1:
+        return [_run_in(out, config, job)]
+    results = []
+    for number, each in enumerate(episode_configs(config), start=1):
+        directory = out / episode_name(number)
+        with claimed(directory, resume=job.resume):
+            results.append(_run_in(directory, each, job, whole=config))
+    return results
 
 
 def _refuse_other_files(out: Path) -> None:
@@ -170,6 +180,11 @@ def _run_in(
     if whole is not None:
         create(directory.parent, whole)
     create(directory, config)
+    short = isinstance(episode.policy, HeuristicTamiyo) and episode.policy.too_short(
+        config.max_epochs
+    )
+    if short:
+        job.say(short)
     if job.policy_file is not None:
         write_file(directory / POLICY, job.policy_file)
     if job.profile:

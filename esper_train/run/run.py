@@ -15,7 +15,7 @@ from esper_train.base.names import require_known
 from esper_train.config import SEED_STEP, RunConfig
 from esper_train.control.governor import Finding
 from esper_train.control.heuristic import HeuristicTamiyo
-from esper_train.control.policy import Decision, Op, Policy
+from esper_train.control.policy import Decision, Op, Policy, checked_policy
 from esper_train.control.signals import Signals
 from esper_train.morph.blueprints import BlueprintRegistry
 from esper_train.morph.model import MorphModel
@@ -110,8 +110,8 @@ def prepare(
     episode.hub = hub or TelemetryHub()
     if growing:
         names = episode.model.registry.names(episode.model.host.topology)
-        made = policy(episode.model) if callable(policy) else policy
-        episode.policy = made or HeuristicTamiyo(config.policy, config.growth, names)
+        policy = HeuristicTamiyo(config.policy, config.growth, names) if policy is None else policy
+        episode.policy = checked_policy(policy(episode.model) if callable(policy) else policy)
     return episode
 
 

@@ -108,7 +108,7 @@ def run_fit(
 def _run(config: RunConfig, job: Job, out: str | Path | None) -> list[EpisodeResult]:
     require_type(config, RunConfig, "config")
     require_type(job.task, Task, "task", or_none=True)
-    require_type(job.hub, TelemetryHub, "hub", or_none=True)
+    require_type(job.hub, TelemetryHub, "hub", "pass TelemetryHub([sink])", or_none=True)
     require_type(job.registry, BlueprintRegistry, "registry", or_none=True)
     require_type(job.resume, bool, "resume")
     require_type(job.baseline, bool, "baseline")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from esper_train.base.state import PlainState, copied
+from esper_train.base.state import PlainState, copied, tensors_of
 from esper_train.morph.config import GrowthConfig
 from esper_train.morph.gates import paired_error
 from esper_train.morph.lifecycle import TRIAL
@@ -133,8 +133,8 @@ class Trial(PlainState):
                 "trial: expected a bool for each validation row, by which accuracies are compared, "
                 "got none; go on from another checkpoint"
             )
-        weights = before["model"]
-        for name, value in model.host.state_dict(prefix="host.").items():
+        weights = tensors_of(before["model"])
+        for name, value in tensors_of(model.host.state_dict(prefix="host.")).items():
             found = weights[name].shape if name in weights else None
             if found != value.shape:
                 raise ValueError(

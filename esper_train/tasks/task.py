@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
@@ -21,6 +22,8 @@ from esper_train.train.data import Data, is_pair_of_tensors
 IGNORED = -100
 """A target that is left out of loss and counts."""
 SPLITS = ("train", "validation", "test")
+CHECKED_ROWS = 65536
+"""Rows whose targets are checked at a time, because int64 takes eight times the memory of uint8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +121,11 @@ def registry_of(task: Task, registry: BlueprintRegistry | None = None) -> Bluepr
     return registry
 
 
-def load_splits(task: Task) -> Splits:
+def load_splits(task: Task, ignored: int = IGNORED) -> Splits:
     """Load a task's data and check what can be checked before they are read.
 
     Raises `ValueError` for an empty split, and in tensors for sizes that differ, inputs that are
-    not finite, and targets that are neither a class nor `IGNORED`; `TypeError` for what is no data.
+    not finite, and targets that are neither a class nor `ignored`; `TypeError` for what is no data.
     """
     splits = task.load()
     if not isinstance(splits, Splits):
@@ -131,7 +134,7 @@ def load_splits(task: Task) -> Splits:
         where = f"task {task.name!r}, {name} data"
         data = getattr(splits, name)
         if is_pair_of_tensors(data):
-            _check_tensors(*data, task.num_classes, where)
+            _check_tensors(*data, task.num_classes, ignored, where)
         elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             _check_dataset(data, where)
         elif not isinstance(data, IterableDataset):
@@ -139,7 +142,12 @@ def load_splits(task: Task) -> Splits:
     return splits
 
 
-def _check_tensors(inputs: Tensor, targets: Tensor, classes: int | None, where: str) -> None:
+def _check_tensors(
+    inputs: Tensor, targets: Tensor, classes: int | None, ignored: int, where: str
+) -> None:
+    if inputs.dim() == 0 or targets.dim() == 0:
+        shapes = f"shapes {tuple(inputs.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"{where}: expected inputs [N, ...] and targets [N, ...], got {shapes}")
     if len(inputs) == 0 or len(inputs) != len(targets):
         sizes = f"{len(inputs)} and {len(targets)}"
         raise ValueError(f"{where}: expected as many inputs as targets, at least one, got {sizes}")
@@ -147,12 +155,23 @@ def _check_tensors(inputs: Tensor, targets: Tensor, classes: int | None, where: 
         raise ValueError(f"{where}: the inputs have NaN or infinite values")
     if classes is None or targets.is_floating_point():
         return
-    bad = targets[((targets < 0) | (targets >= classes)) & (targets != IGNORED)]
+    bad = torch.cat([_outside(part, classes, ignored) for part in targets.split(CHECKED_ROWS)])
     if len(bad):
-        expected = f"targets in [0, {classes}), or {IGNORED} to be ignored"
+        expected = f"targets in [0, {classes}), or {ignored} to be ignored"
         raise ValueError(
             f"{where}: expected {expected}, got {len(bad)} others, the first {int(bad[0])}"
         )
+    if not any(bool((part.long() != ignored).any()) for part in targets.split(CHECKED_ROWS)):
+        raise ValueError(
+            f"{where}: expected targets in [0, {classes}), got {ignored} alone, which is ignored, "
+            "so there is nothing to learn or to measure"
+        )
+
+
+def _outside(targets: Tensor, classes: int, ignored: int) -> Tensor:
+    """The targets that are neither a class nor ignored."""
+    targets = targets.long()  # uint8 would read -100 as 156, and 300 classes as 44
+    return targets[((targets < 0) | (targets >= classes)) & (targets != ignored)]
 
 
 def _check_dataset(data: Any, where: str) -> None:

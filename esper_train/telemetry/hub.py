@@ -23,12 +23,19 @@ class TelemetryHub(PlainState):
         if not isinstance(sinks, Iterable):
             raise TypeError(f"sinks must be a list of sinks, got {sinks!r}; pass [sink]")
         require_type(config, TelemetryConfig, "config", or_none=True)
-        self._sinks = list(sinks)
+        self._sinks: list[Sink] = []
+        for sink in sinks:
+            self.add(sink)
         self._config = config or TelemetryConfig()
         self._escalated_epochs = 0
 
     def add(self, sink: Sink) -> None:
-        """Write events to this sink too, from the next one on."""
+        """Write events to this sink too, from the next one on. `TypeError` for what is no sink."""
+        if not (callable(getattr(sink, "write", None)) and callable(getattr(sink, "close", None))):
+            raise TypeError(
+                f"a sink has the methods write(event) and close(), got {sink!r:.80}; write them, "
+                "as esper_train.JsonlSink does"
+            )
         self._sinks.append(sink)
 
     def collects(self, kind: EventType) -> bool:

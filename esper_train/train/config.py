@@ -150,7 +150,7 @@ class DistributedConfig(Settings, table="distributed."):
     strategy: Literal["none", "ddp", "fsdp2"] = "none"
     """"none" trains in one process. "ddp" gives each process the whole network and a part of each
     batch, and adds up the gradients. "fsdp2" also divides the parameters, and the optimizer's
-    state, among the processes."""
+    state, among the processes, and refuses a few settings (docs/distributed.md)."""
     check_every: CountOrZero = 1
     """Epochs between comparisons of the processes' networks, which have to be equal: a difference
     ends the run. 0 never compares."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from esper_kernels import KernelConfig, Meter, linear_cross_entropy_step
-from esper_train.train.loss import IGNORED, Divisor, Loss, is_customised
+from esper_train.train.loss import Divisor, Loss, is_customised
 
 TASK_TYPES = ("classification", "lm")
 
@@ -70,7 +70,7 @@ def learn(
         meter,
         bias=layer.bias,
         class_weight=options.get("weight"),
-        ignore_index=options.get("ignore_index", IGNORED),
+        ignore_index=loss.ignored,
         label_smoothing=options.get("label_smoothing", 0.0),
         reduction=options.get("reduction", "mean"),
         z_loss=options.get("z_loss", 0.0),

@@ -159,6 +159,8 @@ class Loss:
         self.own = criterion if options is None else None
         """The caller's criterion where the fused op cannot do what it does."""
         self.options: Options = options or {}
+        self.ignored = self.options.get("ignore_index", IGNORED)
+        """The target that is left out of loss and counts."""
         self.saw_soft_targets = False
         """Whether torch's own op computed the loss of a batch; the loop resets it."""
         self._config = config
@@ -177,10 +179,16 @@ class Loss:
             hint = ""
             if logits.dim() < self._dims.start:
                 hint = "; if the loader is a Dataset of samples, wrap it in a DataLoader"
+            others = [
+                f"{name!r} takes {task.shape}"
+                for name, task in TASK_TYPES.items()
+                if logits.dim() in task.dims and task.class_dim is not None
+            ]
+            others.append("'regression' takes any shape with a criterion of your own")
             raise ValueError(
                 f"task type {self.task_type!r} expects logits {self._shape}, got "
-                f"{tuple(logits.shape)} from the model{hint}; 'regression' takes any shape with a "
-                "criterion of your own, and counts nothing"
+                f"{tuple(logits.shape)} from the model{hint}; {', '.join(others)}, and counts "
+                "nothing"
             )
         if self.counts and not isinstance(targets, Tensor):
             raise TypeError(
@@ -271,13 +279,13 @@ class Loss:
         other devices, but raises on the CPU."""
         if not self.masks or not targets.is_cpu or targets.dtype not in TARGET_DTYPES:
             return targets  # the op raises for targets of another dtype
-        ignored = self.options.get("ignore_index", IGNORED)
-        bad = ((targets < 0) | (targets >= classes)) & (targets != ignored)
+        targets = targets.long()  # uint8 would read -100 as 156, and 300 classes as 44
+        bad = ((targets < 0) | (targets >= classes)) & (targets != self.ignored)
         if meter is not None:
             counts = meter.on_device()
             counts["bad_targets"] += bad.sum()
             counts["ignored"] -= bad.sum()  # the op adds to them next
-        return targets.long().masked_fill(bad, ignored)
+        return targets.masked_fill(bad, self.ignored)
 
     def divisor(self, targets: Sequence[Any]) -> Divisor | None:
         """A common divisor of the losses of these batches, so that their gradients add up to the
@@ -293,13 +301,12 @@ class Loss:
         if self.own is not None:
             return lambda classes: float(len(targets))
         weight = self.options.get("weight")
-        ignored = self.options.get("ignore_index", IGNORED)
 
         def weight_of_rows(t: Tensor, classes: int) -> Tensor:
             if t.is_floating_point():
                 return t.new_full((), t.numel() // classes)
-            t = t.long()  # uint8 cannot hold -100
-            valid = (t != ignored) & (t >= 0) & (t < classes)
+            t = t.long()  # as in `within`
+            valid = (t != self.ignored) & (t >= 0) & (t < classes)
             if weight is None:
                 return valid.sum()
             return torch.where(valid, weight[t.clamp(0, classes - 1)], 0).sum()

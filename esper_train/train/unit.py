@@ -70,16 +70,22 @@ class Unit:
         self._before = [(buffer, buffer.clone()) for buffer in self._buffers]
 
     def measure(self) -> None:
-        """Measure the gradients as they are now."""
+        """Measure the gradients as they are now. `TypeError` for sparse and complex ones."""
         inv_scale = None if self._scaler is None else self._scaler.inv_scale()
-        stats = grad_stats(
-            {name: [p.grad for p in members] for name, members in self._groups.items()},
-            vanishing=self._config.grad.vanishing,
-            exploding=self._config.grad.exploding,
-            inv_scale=inv_scale,
-            config=self._config.kernel,
-            out=self._stats,
-        )
+        try:
+            stats = grad_stats(
+                {name: [p.grad for p in members] for name, members in self._groups.items()},
+                vanishing=self._config.grad.vanishing,
+                exploding=self._config.grad.exploding,
+                inv_scale=inv_scale,
+                config=self._config.kernel,
+                out=self._stats,
+            )
+        except TypeError as error:
+            raise TypeError(
+                f"the gradients cannot be measured: {error}; make them dense and real, or train "
+                "without their statistics, with train.grad.every = 0"
+            ) from error
         if self._shards is not None and self._joins_each_step:
             stats = self._shards.measured(stats, self._parameters)
         self._joined = self._joins_each_step

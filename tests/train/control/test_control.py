@@ -207,6 +207,18 @@ def signals(*slots: SlotState, **changes: Any) -> Signals:
     return replace(quiet, **changes)
 
 
+def test_a_run_in_which_no_seed_can_germinate_says_so() -> None:
+    """Not before epoch 4; a life is 5 + 3 + 2 epochs, and the margin 1: 15 epochs, and no fewer."""
+    growth = GrowthConfig(training_min_epochs=5, blending_epochs=3, window=2)
+    controller = policy(growth=growth, min_epochs=4, plateau_epochs=2, life_margin=1)
+    epochs = range(1, 16)
+    for most, can in [(14, False), (15, True)]:
+        decided = [controller.decide(signals(DORMANT, epoch=e, max_epochs=most)).op for e in epochs]
+        assert (Op.GERMINATE in decided) is can
+        reason = controller.too_short(most)
+        assert reason is None if can else reason and "train for at least 15" in reason
+
+
 def test_op_numbers_are_the_audited_ones() -> None:
     assert {op.name: op.value for op in Op} == {
         "WAIT": 0,

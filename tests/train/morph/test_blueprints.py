@@ -4,6 +4,7 @@ Long file: one blueprint after the other.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -253,6 +254,32 @@ class DeadBranch(nn.Module):
         return x + torch.relu(self.norm(x))
 
 
+class Narrow(NotIdentity):
+    """The identity in training; in evaluation one channel, which would be broadcast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + 0 * self.conv(x)
+        return y if self.training else y[:, :1]
+
+
+class Doubles(NotIdentity):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0 * self.conv(x).double()
+
+
+def lazy(channels: int) -> nn.Module:
+    return Residual(nn.LazyConv2d(channels, 1), nn.Conv2d(channels, channels, 1))
+
+
+def function(channels: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x
+
+
+class InATuple(NotIdentity):
+    def forward(self, x: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        return (x,)
+
+
 def pool(channels: int) -> nn.Module:
     return nn.AvgPool2d(2)
 
@@ -271,6 +298,11 @@ def pool(channels: int) -> nn.Module:
             r"does not start as the identity: .*shape \(2, 8, 4, 4\), got shape \(2, 16, 4, 4\)",
         ),
         (pool, r"does not start as the identity: .*shape \(2, 8, 4, 4\), got shape \(2, 8, 2, 2\)"),
+        (Narrow, r"output in evaluation to equal .*shape \(2, 8, 4, 4\), got shape \(2, 1, 4, 4\)"),
+        (Doubles, r"in training to equal its input, torch.float32 .*, torch.float64\. Zero"),
+        (InATuple, r"blueprint 'new' fails on .*its output must be of type Tensor, got \("),
+        (lazy, r"blueprint 'new' fails on .*lazy layer .*; give it its sizes"),
+        (function, r"blueprint 'new' fails on .*what it builds must be of type Module, got <func"),
         (
             DeadBranch,
             r"blueprint 'new' cannot learn: none of its parameters has a non-zero gradient",
@@ -278,7 +310,7 @@ def pool(channels: int) -> nn.Module:
     ],
 )
 def test_register_refuses_what_is_not_identity_or_dead_and_stays_as_it_was(
-    build: type, message: str
+    build: Callable[[int], Any], message: str
 ) -> None:
     registry = default_registry()
     before = registry.names("cnn")

@@ -92,7 +92,9 @@ def test_a_signal_during_the_set_up_ends_the_run_before_its_first_batch(
     with monkeypatch.context() as patch:
         interrupt_within(job, "prepare", patch)
         assert cli.main(arguments(command, out)) == 143
-    assert capsys.readouterr().err == "interrupted\n"
+    printed = capsys.readouterr()
+    assert printed.err == "interrupted\n"
+    assert f"stopped; --resume {out} goes on with it" in printed.out
     assert saved(out / "checkpoints") == []
     assert [event["event"] for event in read_metrics(out)] == ["run_started", "run_finished"]
     assert cli.main([command, "--resume", str(out)]) == 0

@@ -275,6 +275,18 @@ BAD: dict[str, tuple[Callable[[], Split], str]] = {
         lambda: (torch.ones(3), TARGETS + 1),
         r"expected targets in \[0, 3\), or -100 to be ignored, got 1 others, the first 3",
     ),
+    "not a class, in bytes": (  # 156 is -100 for a comparison in uint8
+        lambda: (torch.ones(3), (TARGETS + 154).to(torch.uint8)),
+        r"expected targets in \[0, 3\), or -100 to be ignored, got 3 others, the first 154",
+    ),
+    "ignored targets alone": (
+        lambda: (torch.ones(3), torch.full((3,), -100)),
+        r"expected targets in \[0, 3\), got -100 alone, which is ignored",
+    ),
+    "one target": (
+        lambda: (torch.ones(3), torch.tensor(1)),
+        r"expected inputs \[N, \.\.\.\] and targets \[N, \.\.\.\], got shapes \(3,\) and \(\)",
+    ),
     "class negative": (
         lambda: (torch.ones(3), TARGETS - 1),
         r"expected targets in \[0, 3\), or -100 to be ignored, got 1 others, the first -1",
@@ -380,6 +392,18 @@ def test_loader_keeps_dtypes_and_shapes() -> None:
     assert inputs.dtype is targets.dtype is torch.int64
     assert torch.equal(inputs, tokens[:2])
     assert torch.equal(targets, tokens[:2] + 1)
+
+
+def test_load_splits_takes_bytes_where_there_are_more_classes_than_bytes() -> None:
+    """300 would be 44 for a comparison in uint8."""
+    targets = torch.tensor([0, 44, 156, 255], dtype=torch.uint8)
+    task = replace(own_task(test=(torch.ones(4), targets)), num_classes=300)
+    assert load_splits(task).test == task.load().test
+
+
+def test_a_name_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="a task's name must be of type str, got 3"):
+        replace(own_task(), name=3)
 
 
 def test_load_splits_takes_targets_that_are_to_be_ignored() -> None:

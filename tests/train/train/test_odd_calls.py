@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper_train import RunConfig, TrainConfig, evaluate, fit, train_one_epoch
+from esper_train import GradConfig, RunConfig, TrainConfig, evaluate, fit, train_one_epoch
 from tests.helpers.linear import INPUTS, TARGETS, linear, sgd, train
 
 GOOD = (INPUTS, TARGETS)
@@ -186,3 +186,38 @@ def test_any_last_operation_gets_torchs_gradient(last: Callable[[Tensor], Tensor
     F.cross_entropy(plain(INPUTS), TARGETS).backward()
     optimizer.step()
     torch.testing.assert_close(ours.linear.weight, plain.linear.weight, rtol=1e-5, atol=1e-7)
+
+
+class OfComplexWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(11, 3, dtype=torch.complex64))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens].abs().mean(1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.EmbeddingBag(11, 3, mode="mean", sparse=True), OfComplexWeights],
+    ids=["sparse", "complex"],
+)
+def test_gradients_that_have_no_statistics_say_so_and_train_without(
+    make: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    plain = copy.deepcopy(model)
+    batches = [(torch.randint(11, (6, 4)), torch.randint(3, (6,))) for _ in range(3)]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match=r"cannot be measured: .*, with train\.grad\.every = 0"):
+        train(model, batches)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    train(model, batches, TrainConfig(grad=GradConfig(every=0)))
+    optimizer = sgd(plain)
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(inputs), targets).backward()
+        optimizer.step()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)

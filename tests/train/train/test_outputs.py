@@ -236,6 +236,15 @@ def test_logits_of_another_rank_are_refused_with_a_way_out(task_type: str, shape
         train(perceptron(), rows(), task_type)
 
 
+def test_logits_of_tokens_are_told_the_task_types_that_take_them() -> None:
+    words = (
+        r"got \(6, 2, 3\).*; 'lm' takes \[N, T, V\], 'dense' takes \[N, V, d, ...\], 'regression'"
+    )
+    tokens = [(torch.randn(6, 2, 4), torch.zeros(6, 2, dtype=torch.int64))]
+    with pytest.raises(ValueError, match=words):
+        train(nn.Linear(4, 3), tokens, "classification")
+
+
 class Scaled(nn.Module):
     """A model that takes alpha beside inputs that are a dict, and writes over them."""
 
