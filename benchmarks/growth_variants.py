@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -35,6 +36,8 @@ from esper_train import (
     Task,
 )
 from esper_train.config import from_dict
+from esper_train.morph.blueprints import Blueprint, convolution
+from esper_train.morph.lifecycle import SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.run.cost import multiply_adds
 from esper_train.run.episode import Episode
@@ -58,6 +61,9 @@ EARLY: Mapping[str, Any] = {
     "growth": {"window": 3, "training_min_epochs": 3, "blending_epochs": 3},
 }
 PROMISING = "largest gradient"
+WIDER = "wider seeds"
+WIDE = Blueprint("conv_wide", "cnn", partial(convolution, expand=16))
+"""A branch four times as wide as the widest of the package."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     PROMISING: {},
     "several seeds at once": {"policy": {"max_live_seeds": 3}},
@@ -68,6 +74,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "raised rates": {},
     "renewed host": {},
     "shrunk host": {},
+    "pruned fossils": {},
+    WIDER: {"policy": {"blueprints": [WIDE.name]}},
     "no seed after a failure": {"growth": {"undo_wait": 1000, "undo_wait_ceiling": 1000}},
 }
 """What differs from the defaults."""
@@ -181,6 +189,18 @@ class RaisedRates:
                 group["lr"] = factor * optimizer.defaults["lr"]
 
 
+def prune_fossils(episode: Episode) -> None:
+    """Remove the fossils without which validation accuracy was no lower, on average over the last
+    `growth.window` measurements."""
+    for slot in episode.model.slots:
+        state = slot.state
+        measured = len(state.contributions) == slot.growth.window
+        gone = measured and fmean(state.contributions) <= 0
+        if state.stage is SeedStage.FOSSILIZED and gone:
+            slot.restore(SlotState(slot=state.slot), None)
+            episode.optimizers.detach(state.slot)
+
+
 @dataclass
 class SofterHost:
     """After a merge, the host's weights go a part of the way to those of a new one, as in shrink
@@ -234,6 +254,8 @@ def after_epoch(variant: str, task: Task) -> AfterEpoch:
     match variant:
         case "raised rates":
             return RaisedRates()
+        case "pruned fossils":
+            return prune_fossils
         case "renewed host" | "shrunk host":
             return SofterHost(task, variant == "renewed host")
         case _:
@@ -263,6 +285,8 @@ def measure(
     base = replace(config_of(name), seed=seed, max_epochs=epochs)
     config = from_dict(RunConfig, SETTINGS[variant], base=base)
     task = task_named(name, config)
+    if variant == WIDER:
+        task = replace(task, blueprints=(WIDE,))
     policy = promising(config, task) if variant == PROMISING else None
     then = after_epoch(variant, task)
     grown = trained(config, task, "heuristic", policy, then)

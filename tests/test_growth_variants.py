@@ -1,5 +1,6 @@
 """Other ways to grow: what they do after a merge, and how their figures are kept."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch.optim import SGD
 
 from benchmarks import growth_runs, growth_variants
-from esper_train import SeedStage
+from esper_train import GrowthConfig, HostConfig, MorphModel, SeedStage
 from esper_train.morph.lifecycle import SlotState
 from esper_train.train.optimizers import OptimizerRegistry
 
@@ -39,6 +40,36 @@ def test_a_merge_raises_the_rates_of_host_and_fossils_for_a_while() -> None:
         assert (host, late) == (early, 0.5)
         rates.append(host)
     assert rates == pytest.approx([0.5, *(1.5 - 0.1 * number for number in range(11)), 0.5])
+
+
+def test_a_fossil_is_pruned_when_its_contribution_is_gone() -> None:
+    growth = GrowthConfig(window=2)
+    model = MorphModel(
+        growth_runs.OWN["breast-cancer"].build_host(HostConfig()), ("early", "late"), growth=growth
+    )
+    fossils = {"early": (1.0, -1.0), "late": (1.0, -0.5)}
+    norm = model.registry.require("features", "norm")
+    for name, contributions in fossils.items():
+        state = SlotState(
+            slot=name,
+            seed_id=name,
+            blueprint="norm",
+            stage=SeedStage.FOSSILIZED,
+            alpha=1.0,
+            contributions=contributions[:1],
+        )
+        model.slot(name).restore(state, norm)
+    optimizers = OptimizerRegistry(**{name: SGD([torch.zeros(1)], lr=0.5) for name in fossils})
+    episode: Any = SimpleNamespace(model=model, optimizers=optimizers)
+    growth_variants.prune_fossils(episode)
+    assert model.fossils == 2  # one measurement of two
+    for name, contributions in fossils.items():
+        slot = model.slot(name)
+        slot.state = replace(slot.state, contributions=contributions)
+    growth_variants.prune_fossils(episode)
+    assert [slot.state.slot for slot in model.slots if slot.seed is not None] == ["late"]
+    assert "early" not in optimizers
+    model(torch.zeros(2, 30))
 
 
 @pytest.mark.parametrize("renew", [True, False])
