@@ -54,8 +54,8 @@ RAISED = 3.0
 """A merge raises learning rates to this multiple, from which they return in `RAISED_EPOCHS`."""
 RENEWED = 0.3
 """How much of the way back to new weights those of the host go after a merge."""
-SHRUNK = 0.5
-"""Or the factor by which its matrices shrink."""
+SHRINK = 0.5
+"""The factor by which the host's matrices shrink instead."""
 EARLY: Mapping[str, Any] = {
     "policy": {"min_epochs": 3, "plateau_epochs": 0},
     "growth": {"window": 3, "training_min_epochs": 3, "blending_epochs": 3},
@@ -73,7 +73,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "early, several at once": {**EARLY, "policy": {**EARLY["policy"], "max_live_seeds": 3}},
     "raised rates": {},
     "renewed host": {},
-    "shrunk host": {},
+    "shrunk host": {"growth": {"shrink_host": SHRINK}},
     "pruned fossils": {},
     WIDER: {"policy": {"blueprints": [WIDE.name]}},
     "no seed after a failure": {"growth": {"undo_wait": 1000, "undo_wait_ceiling": 1000}},
@@ -202,35 +202,37 @@ def prune_fossils(episode: Episode) -> None:
 
 
 @dataclass
-class SofterHost:
+class RenewedHost:
     """After a merge, the host's weights go a part of the way to those of a new one, as in shrink
-    and perturb (Ash and Adams, 2020), or its matrices shrink.
-
-    A host that predicts every training row right has hardly a gradient left, from which it could
-    learn to use its new part.
-    """
+    and perturb (Ash and Adams, 2020)."""
 
     task: Task
-    renew: bool
     fossils: int = 0
-    merges: list[float] = field(default_factory=list)
-    """The cost of the run until each merge, in epochs of the host."""
 
     def __call__(self, episode: Episode) -> None:
         merged = episode.model.fossils > self.fossils
         self.fossils = episode.model.fossils
         if not merged:
             return
-        self.merges.append(episode.cost.epochs)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(1)
             new = self.task.build_host(episode.config.host)
             pairs = zip(episode.model.host.parameters(), new.parameters(), strict=True)
             for weight, fresh in pairs:
-                if self.renew:
-                    weight.lerp_(fresh, RENEWED)
-                elif weight.dim() > 1:
-                    weight.mul_(SHRUNK)
+                weight.lerp_(fresh, RENEWED)
+
+
+@dataclass
+class MergeCosts:
+    """The cost of the run until each merge, in epochs of the host."""
+
+    fossils: int = 0
+    costs: list[float] = field(default_factory=list)
+
+    def __call__(self, episode: Episode) -> None:
+        if episode.model.fossils > self.fossils:
+            self.costs.append(episode.cost.epochs)
+        self.fossils = episode.model.fossils
 
 
 @dataclass
@@ -242,11 +244,7 @@ class ShrunkAfter:
 
     def __call__(self, episode: Episode) -> None:
         self.epoch += 1
-        factor = SHRUNK ** self.epochs.count(self.epoch)
-        with torch.no_grad():
-            for weight in episode.model.host.parameters():
-                if weight.dim() > 1:
-                    weight.mul_(factor)
+        episode.model.shrink_host(SHRINK ** self.epochs.count(self.epoch))
 
 
 def after_epoch(variant: str, task: Task) -> AfterEpoch:
@@ -256,8 +254,10 @@ def after_epoch(variant: str, task: Task) -> AfterEpoch:
             return RaisedRates()
         case "pruned fossils":
             return prune_fossils
-        case "renewed host" | "shrunk host":
-            return SofterHost(task, variant == "renewed host")
+        case "renewed host":
+            return RenewedHost(task)
+        case "shrunk host":
+            return MergeCosts()
         case _:
             return lambda episode: None
 
@@ -297,8 +297,8 @@ def measure(
         epoch = unit(config, task, seeds)
         equal = replace(config, max_epochs=round(grown.cost / epoch))
         static = run(equal, same, "fit").result.test.points
-        if isinstance(then, SofterHost) and not then.renew:
-            shrinks = ShrunkAfter([round(cost / epoch) for cost in then.merges])
+        if isinstance(then, MergeCosts):
+            shrinks = ShrunkAfter([round(cost / epoch) for cost in then.costs])
             static_shrunk = trained(equal, same, "fit", None, shrinks).test.points
     return {
         "variant": variant,

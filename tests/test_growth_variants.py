@@ -72,42 +72,47 @@ def test_a_fossil_is_pruned_when_its_contribution_is_gone() -> None:
     model(torch.zeros(2, 30))
 
 
-@pytest.mark.parametrize("renew", [True, False])
-def test_a_merge_makes_the_host_softer_once(renew: bool) -> None:
+def test_a_merge_renews_the_host_once() -> None:
     config = growth_runs.config_of("breast-cancer")
     task = growth_runs.task_named("breast-cancer", config)
     host = task.build_host(config.host)
-    weight, bias = (host.get_parameter(f"head.{name}") for name in ("weight", "bias"))
-    before = weight.detach().clone(), bias.detach().clone()
+    weight = host.get_parameter("head.weight")
+    before = weight.detach().clone()
     random = torch.get_rng_state()
     model = SimpleNamespace(fossils=0, host=host)
-    cost = SimpleNamespace(epochs=7.5)
-    episode: Any = SimpleNamespace(model=model, config=config, cost=cost)
-    then = growth_variants.SofterHost(task, renew)
+    episode: Any = SimpleNamespace(model=model, config=config)
+    then = growth_variants.RenewedHost(task)
     then(episode)
-    assert torch.equal(weight, before[0])
+    assert torch.equal(weight, before)
     model.fossils = 1
     then(episode)
-    assert then.merges == [7.5]
     after = weight.detach().clone()
     then(episode)
     assert torch.equal(weight, after)
     assert torch.equal(random, torch.get_rng_state())
-    if renew:
-        torch.manual_seed(1)
-        new = task.build_host(config.host).get_parameter("head.weight")
-        torch.testing.assert_close(after, 0.7 * before[0] + 0.3 * new)
-    else:
-        torch.testing.assert_close(after, 0.5 * before[0])
-        assert torch.equal(bias, before[1])
+    torch.manual_seed(1)
+    new = task.build_host(config.host).get_parameter("head.weight")
+    torch.testing.assert_close(after, 0.7 * before + 0.3 * new)
+
+
+def test_the_cost_until_each_merge_is_kept() -> None:
+    then = growth_variants.MergeCosts()
+    for fossils, cost in ((0, 1.5), (1, 3.0), (1, 4.5), (2, 6.0)):
+        episode: Any = SimpleNamespace(
+            model=SimpleNamespace(fossils=fossils), cost=SimpleNamespace(epochs=cost)
+        )
+        then(episode)
+    assert then.costs == [3.0, 6.0]
 
 
 def test_a_static_network_shrinks_after_given_epochs() -> None:
-    host = torch.nn.Linear(2, 3)
-    weight, bias = (p.detach().clone() for p in host.parameters())
-    episode: Any = SimpleNamespace(model=SimpleNamespace(host=host))
+    model = MorphModel(growth_runs.OWN["breast-cancer"].build_host(HostConfig()))
+    layer = model.host.output_layer
+    assert layer is not None
+    weight, bias = (p.detach().clone() for p in layer.parameters())
+    episode: Any = SimpleNamespace(model=model)
     then = growth_variants.ShrunkAfter([2, 3, 3])
     for factor in (1.0, 0.5, 0.125, 0.125):
         then(episode)
-        assert torch.equal(host.weight, factor * weight)
-    assert torch.equal(host.bias, bias)
+        assert torch.equal(layer.weight, factor * weight)
+    assert torch.equal(layer.bias, bias)
