@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -35,6 +36,8 @@ from esper_train import (
     Task,
 )
 from esper_train.config import from_dict
+from esper_train.morph.blueprints import Blueprint, convolution
+from esper_train.morph.lifecycle import SlotState
 from esper_train.morph.model import MorphModel
 from esper_train.run.cost import multiply_adds
 from esper_train.run.episode import Episode
@@ -51,13 +54,16 @@ RAISED = 3.0
 """A merge raises learning rates to this multiple, from which they return in `RAISED_EPOCHS`."""
 RENEWED = 0.3
 """How much of the way back to new weights those of the host go after a merge."""
-SHRUNK = 0.5
-"""Or the factor by which its matrices shrink."""
+SHRINK = 0.5
+"""The factor by which the host's matrices shrink instead."""
 EARLY: Mapping[str, Any] = {
     "policy": {"min_epochs": 3, "plateau_epochs": 0},
     "growth": {"window": 3, "training_min_epochs": 3, "blending_epochs": 3},
 }
 PROMISING = "largest gradient"
+WIDER = "wider seeds"
+WIDE = Blueprint("conv_wide", "cnn", partial(convolution, expand=16))
+"""A branch four times as wide as the widest of the package."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     PROMISING: {},
     "several seeds at once": {"policy": {"max_live_seeds": 3}},
@@ -67,7 +73,9 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "early, several at once": {**EARLY, "policy": {**EARLY["policy"], "max_live_seeds": 3}},
     "raised rates": {},
     "renewed host": {},
-    "shrunk host": {},
+    "shrunk host": {"growth": {"shrink_host": SHRINK}},
+    "pruned fossils": {},
+    WIDER: {"policy": {"blueprints": [WIDE.name]}},
     "no seed after a failure": {"growth": {"undo_wait": 1000, "undo_wait_ceiling": 1000}},
 }
 """What differs from the defaults."""
@@ -181,36 +189,50 @@ class RaisedRates:
                 group["lr"] = factor * optimizer.defaults["lr"]
 
 
-@dataclass
-class SofterHost:
-    """After a merge, the host's weights go a part of the way to those of a new one, as in shrink
-    and perturb (Ash and Adams, 2020), or its matrices shrink.
+def prune_fossils(episode: Episode) -> None:
+    """Remove the fossils without which validation accuracy was no lower, on average over the last
+    `growth.window` measurements."""
+    for slot in episode.model.slots:
+        state = slot.state
+        measured = len(state.contributions) == slot.growth.window
+        gone = measured and fmean(state.contributions) <= 0
+        if state.stage is SeedStage.FOSSILIZED and gone:
+            slot.restore(SlotState(slot=state.slot), None)
+            episode.optimizers.detach(state.slot)
 
-    A host that predicts every training row right has hardly a gradient left, from which it could
-    learn to use its new part.
-    """
+
+@dataclass
+class RenewedHost:
+    """After a merge, the host's weights go a part of the way to those of a new one, as in shrink
+    and perturb (Ash and Adams, 2020)."""
 
     task: Task
-    renew: bool
     fossils: int = 0
-    merges: list[float] = field(default_factory=list)
-    """The cost of the run until each merge, in epochs of the host."""
 
     def __call__(self, episode: Episode) -> None:
         merged = episode.model.fossils > self.fossils
         self.fossils = episode.model.fossils
         if not merged:
             return
-        self.merges.append(episode.cost.epochs)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(1)
             new = self.task.build_host(episode.config.host)
             pairs = zip(episode.model.host.parameters(), new.parameters(), strict=True)
             for weight, fresh in pairs:
-                if self.renew:
-                    weight.lerp_(fresh, RENEWED)
-                elif weight.dim() > 1:
-                    weight.mul_(SHRUNK)
+                weight.lerp_(fresh, RENEWED)
+
+
+@dataclass
+class MergeCosts:
+    """The cost of the run until each merge, in epochs of the host."""
+
+    fossils: int = 0
+    costs: list[float] = field(default_factory=list)
+
+    def __call__(self, episode: Episode) -> None:
+        if episode.model.fossils > self.fossils:
+            self.costs.append(episode.cost.epochs)
+        self.fossils = episode.model.fossils
 
 
 @dataclass
@@ -222,11 +244,7 @@ class ShrunkAfter:
 
     def __call__(self, episode: Episode) -> None:
         self.epoch += 1
-        factor = SHRUNK ** self.epochs.count(self.epoch)
-        with torch.no_grad():
-            for weight in episode.model.host.parameters():
-                if weight.dim() > 1:
-                    weight.mul_(factor)
+        episode.model.shrink_host(SHRINK ** self.epochs.count(self.epoch))
 
 
 def after_epoch(variant: str, task: Task) -> AfterEpoch:
@@ -234,8 +252,12 @@ def after_epoch(variant: str, task: Task) -> AfterEpoch:
     match variant:
         case "raised rates":
             return RaisedRates()
-        case "renewed host" | "shrunk host":
-            return SofterHost(task, variant == "renewed host")
+        case "pruned fossils":
+            return prune_fossils
+        case "renewed host":
+            return RenewedHost(task)
+        case "shrunk host":
+            return MergeCosts()
         case _:
             return lambda episode: None
 
@@ -262,6 +284,8 @@ def measure(
     base = replace(config_of(name), seed=seed, max_epochs=epochs)
     config = from_dict(RunConfig, SETTINGS[variant], base=base)
     task = task_named(name, config)
+    if variant == WIDER:
+        task = replace(task, blueprints=(WIDE,))
     policy = promising(config, task) if variant == PROMISING else None
     then = after_epoch(variant, task)
     grown = trained(config, task, "heuristic", policy, then)
@@ -272,8 +296,8 @@ def measure(
         epoch = unit(config, task, seeds)
         equal = replace(config, max_epochs=round(grown.cost / epoch))
         static = run(equal, same, "fit").result.test.points
-        if isinstance(then, SofterHost) and not then.renew:
-            shrinks = ShrunkAfter([round(cost / epoch) for cost in then.merges])
+        if isinstance(then, MergeCosts):
+            shrinks = ShrunkAfter([round(cost / epoch) for cost in then.costs])
             static_shrunk = trained(equal, same, "fit", None, shrinks).test.points
     return {
         "variant": variant,

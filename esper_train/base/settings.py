@@ -38,6 +38,7 @@ PositiveOrZero = Annotated[
     float, Limit("at least 0 and finite", lambda value: 0 <= value < math.inf)
 ]
 Share = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
+Factor = Annotated[float, Limit("in (0, 1]", lambda value: 0 < value <= 1)]
 Decay = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
 
 

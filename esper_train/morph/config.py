@@ -8,6 +8,7 @@ from esper_train.base.settings import (
     CountOrNone,
     CountOrZero,
     CountOrZeroOrNone,
+    Factor,
     PositiveOrZero,
     Settings,
     Share,
@@ -82,6 +83,10 @@ class GrowthConfig(Settings, table="growth."):
     """straight_through: the seed sends no gradients into the host."""
     on_fossilize: Literal["keep", "freeze"] = "keep"
     """keep: a fossilized seed continues to train with its own optimizer. freeze: it does not."""
+    shrink_host: Factor = 1.0
+    """When a seed is kept, the host's trainable matrices are multiplied by this once; 1 leaves them
+    as they are. A host that predicts every training row right has hardly a gradient left. With
+    smaller weights it is less sure, and learns to use its new part."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -250,6 +250,14 @@ class MorphModel(nn.Module):
         """Parameters of the host, none of a seed."""
         yield from self.host.parameters()
 
+    @torch.no_grad()
+    def shrink_host(self, factor: float) -> None:
+        """Multiply the host's trainable matrices, of any number of dimensions above one, by
+        `factor`."""
+        for parameter in self.host.parameters():
+            if parameter.requires_grad and parameter.dim() > 1:
+                parameter.mul_(factor)
+
     @property
     def fossils(self) -> int:
         """Number of fossilized seeds."""

@@ -120,6 +120,8 @@ class Epoch:
         else:
             if not self._undone:
                 episode.kept.offer(episode.model, number, self._validation.loss)
+            if self._verdict:
+                episode.model.shrink_host(episode.config.growth.shrink_host)
             due = number % episode.config.governor.snapshot_epochs == 0
             if not episode.governor.suspicious and (due or self._verdict):
                 keep_good(episode, number)

@@ -485,3 +485,16 @@ def test_alpha_0_is_the_absent_seed_and_alpha_1_the_seed_alone(stage: SeedStage)
     early, mid, late = grown.host.segments.values()
     by_hand = grown.host.head(late(slot.seed(mid(early(images)))))
     assert torch.equal(grown(images), by_hand)
+
+
+def test_only_trainable_matrices_of_the_host_shrink() -> None:
+    model = MorphModel(small_host())
+    model.host.head.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.shrink_host(0.5)
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    trainable = {f"host.{n}" for n, p in model.host.named_parameters() if p.requires_grad}
+    assert changed == {name for name in trainable if before[name].dim() > 1}
+    assert all(torch.equal(model.state_dict()[name], before[name] / 2) for name in changed)

@@ -147,6 +147,25 @@ def test_fossils_keep_training_or_are_frozen(on_fossilize: str) -> None:
     assert torch.equal(weights[8], weights[10]) is (on_fossilize == "freeze")
 
 
+def test_the_host_shrinks_when_a_seed_is_kept() -> None:
+    """Its matrices do, after the network of that epoch was offered as the best."""
+    found = {}
+    for factor in (1.0, 0.5):
+        growth = replace(EASY, shrink_host=factor)
+        config = replace(SHORT, max_epochs=8, keep="last", growth=growth)
+        episode = build_episode(config, slots=("early",))
+        run_under(episode, Script(e1=germinate(), e8=Decision(op=Op.FOSSILIZE, slot="early")))
+        assert episode.model.fossils == 1
+        found[factor] = episode
+    whole, shrunk = (found[factor].model.state_dict() for factor in (1.0, 0.5))
+    matrices = {f"host.{n}" for n, p in found[1.0].model.host.named_parameters() if p.dim() > 1}
+    assert matrices
+    for name, value in whole.items():
+        assert torch.equal(shrunk[name], value * 0.5 if name in matrices else value), name
+    kept = [found[factor].kept.state_dict()["network"]["weights"] for factor in (1.0, 0.5)]
+    torch.testing.assert_close(kept[1], kept[0], rtol=0, atol=0)
+
+
 def test_seed_without_parameters_lives() -> None:
     registry = BlueprintRegistry(
         [
