@@ -1,4 +1,7 @@
-"""The installed files: the wheel beside torch alone, pure Python, and messages of failed builds."""
+"""The installed files: the wheel beside torch alone, pure Python, and messages of failed builds.
+
+Long file: all of these tests share the wheel, which takes minutes to make.
+"""
 
 import json
 import os

@@ -77,6 +77,7 @@ ALLOWED: dict[tuple[str, str], set[str]] = {
     ("GrowthConfig", "undo_wait_ceiling"): {"1"},
     ("GrowthConfig", "max_seeds"): {"1"} | OPTIONAL,
     ("GrowthConfig", "fossil_check_epochs"): {"1"},
+    ("GrowthConfig", "shrink_host"): {"1"},
     ("GrowthConfig", "isolate_training"): SWITCH,
     ("HeuristicConfig", "plateau_threshold"): NUMBER,
     ("HeuristicConfig", "plateau_epochs"): {"1"},

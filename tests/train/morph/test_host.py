@@ -103,7 +103,7 @@ def test_every_topology_has_blueprints_and_a_place_for_channels() -> None:
     [
         (lambda channels: nn.Linear(channels + 1, channels), "RuntimeError: mat1 and mat2"),
         (lambda channels, size: nn.Identity(), "TypeError"),
-        (lambda channels: None, "TypeError: 'NoneType' object is not callable"),
+        (lambda channels: None, "TypeError: what it builds must be of type Module, got None"),
         (lambda channels: nn.Flatten(2), "IndexError"),
         (lambda channels: channels.width, "AttributeError: 'int' object"),
     ],

@@ -1,7 +1,6 @@
 """Whole runs: the order of an epoch, what is reported, and that a seed makes a run repeatable."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from esper_train import (
     Event,
     EventType,
     HostConfig,
+    Idle,
     NonFiniteLossError,
     Op,
     OptimConfig,
@@ -206,14 +206,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_an_event() -> None:
 def test_an_ended_run_says_how(error: BaseException, status: str) -> None:
     recorder = Recorder()
 
-    def decide(signals: Signals) -> Decision:
-        if signals.epoch == 3:
-            raise error
-        return Decision(op=Op.WAIT)
+    class Ends(Idle):
+        def decide(self, signals: Signals) -> Decision:
+            if signals.epoch == 3:
+                raise error
+            return super().decide(signals)
 
-    policy = SimpleNamespace(decide=decide, reset=lambda: None)
     with pytest.raises(type(error)):
-        run_heuristic_episode(SHORT, policy=policy, hub=TelemetryHub([recorder]))
+        run_heuristic_episode(SHORT, policy=Ends(), hub=TelemetryHub([recorder]))
     last = recorder.events[-1]
     assert (last.type, last.data["status"], last.epoch) == (EventType.RUN_FINISHED, status, 3)
     assert len(recorder.of(EventType.EPOCH)) == 2

@@ -2,6 +2,7 @@
 change."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -227,7 +228,14 @@ class Lives(RuleBasedStateMachine):
         blend=st.sampled_from(["linear", "gated", "nonsense", None]),
     )
     def ask(self, op: Op, slot: str | None, blueprint: str | None, blend: str | None) -> None:
-        self.request(Decision(op=op, slot=slot, blueprint=blueprint, blend=blend, reason="asked"))
+        """A decision without the slot or the blueprint that it needs cannot even be made."""
+        needs = {Op.WAIT: (), Op.GERMINATE: (slot, blueprint)}.get(op, (slot,))
+        make = partial(Decision, op=op, slot=slot, blueprint=blueprint, blend=blend, reason="asked")
+        if None in needs:
+            with pytest.raises(ValueError, match=f"a decision to {op.name} needs a"):
+                make()
+        else:
+            self.request(make())
 
     @rule(
         accuracy=st.floats(0, 100),

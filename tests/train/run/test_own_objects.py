@@ -101,8 +101,8 @@ class OnlyDecides:
         ({"policy": Answers("wait")}, r"of type Decision, got 'wait'; to do nothing, return"),
         ({"policy": OnlyDecides()}, "without reset, state_dict, load_state_dict; write them, or"),
         ({"policy": lambda model: None}, "expected a policy with the methods decide, .* got None"),
-        ({"hub": [print]}, r"hub must be of type TelemetryHub, got \[.*; pass TelemetryHub"),
-        ({"registry": {}}, "registry must be of type BlueprintRegistry, got {}"),
+        ({"hub": [print]}, r"hub must be of type TelemetryHub or None, .*; pass TelemetryHub"),
+        ({"registry": {}}, "registry must be of type BlueprintRegistry or None, got {}"),
     ],
 )
 def test_what_is_of_another_kind_is_named(arguments: dict[str, Any], words: str) -> None:

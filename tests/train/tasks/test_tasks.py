@@ -402,7 +402,7 @@ def test_load_splits_takes_bytes_where_there_are_more_classes_than_bytes() -> No
 
 
 def test_a_name_of_another_type_is_refused() -> None:
-    with pytest.raises(TypeError, match="a task's name must be of type str, got 3"):
+    with pytest.raises(TypeError, match="name of a task must be of type str, got 3"):
         replace(own_task(), name=3)
 
 
