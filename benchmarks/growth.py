@@ -153,27 +153,35 @@ def mean_curves(rows: Figures) -> dict[str, list[float]]:
 
 
 def draw(path: Path, found: dict[str, Figures]) -> None:
-    """Draw validation accuracy over training cost, for the figures of each task and each length of
-    run."""
-    panels = [
-        (f"{task}, {epochs} epochs", rows)
-        for task, figures in found.items()
-        for epochs, rows in by_length(figures).items()
-    ]
+    """Draw validation accuracy over training cost: a row of panels for each task, with one panel
+    for each length of run."""
+    lengths = {task: by_length(figures) for task, figures in found.items()}
+    most = max(map(len, lengths.values()))
+    size = (3.0 * most, 2.6 * len(lengths))
+    with record.picture(path, *size, rows=len(lengths), columns=most) as panels:
+        for number, (task, by_epochs) in enumerate(lengths.items()):
+            row = panels[number * most : (number + 1) * most]
+            for axes, (epochs, rows) in zip(row, by_epochs.items(), strict=False):
+                _draw_panel(axes, f"{task}, {epochs} epochs, {len(rows)} seeds", rows)
+            for axes in row[len(by_epochs) :]:
+                axes.set_axis_off()
+            row[0].set_ylabel("validation accuracy, %")
+        handles, labels = panels[0].get_legend_handles_labels()
+        panels[0].figure.legend(handles, labels, frameon=False, ncols=3, loc="outside upper left")
+
+
+def _draw_panel(axes: Any, title: str, rows: Figures) -> None:
+    """Draw the mean curve of each method."""
     shares = [100 * number / POINTS for number in range(1, POINTS + 1)]
-    with record.picture(path, 2.6 * len(panels), 3.2, columns=len(panels)) as columns:
-        for axes, (title, rows) in zip(columns, panels, strict=True):
-            curves = mean_curves(rows)
-            for method, values in curves.items():
-                axes.plot(shares, values, color=COLOURS[method], label=LABELS[method])
-            # the first steps of learning would squeeze the rest
-            late = [value for values in curves.values() for value in values[2 * POINTS // 5 :]]
-            room = 0.1 * (max(late) - min(late)) + 0.05
-            axes.set_ylim(min(late) - room, max(late) + room)
-            axes.set_title(f"{title}, seeds: {len(rows)}", fontsize=8, loc="left")
-            axes.set_xlabel("training cost, % of growing's")
-        columns[0].set_ylabel("validation accuracy, %")
-        columns[-1].legend(frameon=False, fontsize=8, loc="upper left")
+    curves = mean_curves(rows)
+    for method, values in curves.items():
+        axes.plot(shares, values, color=COLOURS[method], label=LABELS[method])
+    # the first steps of learning would squeeze the rest
+    late = [value for values in curves.values() for value in values[2 * POINTS // 5 :]]
+    room = 0.1 * (max(late) - min(late)) + 0.05
+    axes.set_ylim(min(late) - room, max(late) + room)
+    axes.set_title(title, fontsize=8, loc="left")
+    axes.set_xlabel("training cost, % of growing's")
 
 
 def measured_before(name: str, *, any_commit: bool = False) -> Figures:

@@ -93,9 +93,11 @@ def short(value: float) -> str:
 
 
 @contextmanager
-def picture(path: Path, width: float, height: float, columns: int = 1) -> Iterator[list[Any]]:
-    """Axes side by side, `width` by `height` inches in all, written to `path` as an SVG with its
-    words as text and without a date."""
+def picture(
+    path: Path, width: float, height: float, *, rows: int = 1, columns: int = 1
+) -> Iterator[list[Any]]:
+    """Axes, one row after the other, `width` by `height` inches in all, written to `path` as an SVG
+    with its words as text and without a date."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -103,7 +105,7 @@ def picture(path: Path, width: float, height: float, columns: int = 1) -> Iterat
 
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "esper", "font.size": 10}):
         figure, axes = plt.subplots(
-            1, columns, figsize=(width, height), layout="constrained", squeeze=False
+            rows, columns, figsize=(width, height), layout="constrained", squeeze=False
         )
         for each in axes.flat:
             each.spines[["top", "right"]].set_visible(False)
