@@ -180,11 +180,10 @@ def _run_in(
     if whole is not None:
         create(directory.parent, whole)
     create(directory, config)
-    short = isinstance(episode.policy, HeuristicTamiyo) and episode.policy.too_short(
-        config.max_epochs
-    )
-    if short:
-        job.say(short)
+    if isinstance(episode.policy, HeuristicTamiyo):
+        reason = episode.policy.too_short(config.max_epochs)
+        if reason is not None:
+            job.say(reason)
     if job.policy_file is not None:
         write_file(directory / POLICY, job.policy_file)
     if job.profile:

@@ -45,8 +45,8 @@ def measure(**wrong: object) -> object:
     return train.evaluate(linear(), config=TrainConfig(), task_type="classification", **arguments)
 
 
-def fitted(**wrong: object) -> object:
-    model = linear()
+def fitted(model: torch.nn.Linear | None = None, **wrong: object) -> object:
+    model = model or linear()
     return train.fit(
         model,
         [(INPUTS, TARGETS)],
@@ -178,15 +178,7 @@ def test_validation_that_is_no_loader_is_refused_before_the_first_epoch() -> Non
     model = linear()
     before = model.weight.detach().clone()
     with pytest.raises(TypeError, match="expected a loader"):
-        train.fit(
-            model,
-            [(INPUTS, TARGETS)],
-            sgd(model),
-            TrainConfig(),
-            task_type="classification",
-            epochs=1,
-            validation=3,
-        )
+        fitted(model, validation=3)
     assert torch.equal(model.weight, before)
 
 
